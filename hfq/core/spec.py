@@ -1,0 +1,150 @@
+"""What is stored for one weight matrix, never how it is computed or laid out.
+
+W is `[N, K]` = `[out_features, in_features]`. Each row is cut into groups of `group_size` neighbouring columns
+(the last one may be shorter); a group has one scale and, where it is asymmetric, one zero point.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from .codebooks import CODEBOOKS
+from .errors import ConfigError, nearest
+
+__all__ = ["CodebookSpec", "Int8Spec", "IntSpec", "QuantSpec", "group_count"]
+
+_SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+# Scales of a double-quantized codebook are 8-bit codes in blocks of this many (QLoRA, section 3).
+SCALE_BLOCK = 256
+
+
+def group_count(in_features: int, group_size: int) -> int:
+    """Number of groups in a row of `in_features` columns; `group_size` -1 is one group."""
+    return 1 if group_size == -1 else -(-in_features // group_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntSpec:
+    """A uniform grid: ``w = (code - zero) * scale`` with unsigned codes below ``2**bits``.
+
+    Attributes:
+        bits: 2 to 8.
+        group_size: columns that share a scale; -1 for the whole row.
+        sym: True fixes the zero point at ``2**(bits-1)`` and stores none. False stores one per group, as a
+            float, so that it may be fractional (HQQ) or lie outside of the codes (a group far from zero).
+        scale_dtype: dtype of scales and zero points, "float16", "bfloat16" or "float32".
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    sym: bool = True
+    scale_dtype: str = "float16"
+
+    def __post_init__(self) -> None:
+        if not _is_int(self.bits) or not 2 <= self.bits <= 8:
+            raise ConfigError(f"bits must be an integer from 2 to 8, got {self.bits!r}")
+        if not isinstance(self.sym, bool):
+            raise ConfigError(f"sym must be True or False, got {self.sym!r}")
+        _check_group_size(self.group_size)
+        _check_scale_dtype(self.scale_dtype)
+
+    @property
+    def levels(self) -> int:
+        """Number of codes."""
+        return 1 << self.bits
+
+    @property
+    def implied_zero(self) -> int:
+        """The zero point of a symmetric grid."""
+        return 1 << (self.bits - 1)
+
+    @property
+    def torch_scale_dtype(self) -> torch.dtype:
+        return _SCALE_DTYPES[self.scale_dtype]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8Spec(IntSpec):
+    """8 bits per output channel, symmetric, float32 scales: the weight half of W8A8."""
+
+    bits: int = 8
+    group_size: int = -1
+    sym: bool = True
+    scale_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.bits, self.group_size, self.sym) != (8, -1, True):
+            raise ConfigError(
+                "format 'int8' stores symmetric 8-bit codes per output channel, got "
+                f"bits={self.bits}, group_size={self.group_size}, sym={self.sym}; "
+                "use format 'int' for other settings"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodebookSpec:
+    """A non-uniform grid: ``w = codebook[code] * scale`` with 4-bit codes.
+
+    Attributes:
+        codebook: a name in `hfq.core.codebooks.CODEBOOKS`.
+        group_size: columns that share a scale; -1 for the whole row.
+        double_quant: store the scales themselves as 8-bit codes (QLoRA, section 3).
+        scale_dtype: dtype of the effective scales.
+    """
+
+    codebook: str = "nf4"
+    group_size: int = 64
+    double_quant: bool = False
+    scale_dtype: str = "float16"
+    bits: ClassVar[int] = 4
+    sym: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.codebook not in CODEBOOKS:
+            raise ConfigError(
+                f"unknown codebook {self.codebook!r}: expected one of {', '.join(CODEBOOKS)}."
+                f"{nearest(str(self.codebook), CODEBOOKS)}"
+            )
+        if not isinstance(self.double_quant, bool):
+            raise ConfigError(f"double_quant must be True or False, got {self.double_quant!r}")
+        _check_group_size(self.group_size)
+        _check_scale_dtype(self.scale_dtype)
+
+    @property
+    def levels(self) -> int:
+        return 16
+
+    @property
+    def torch_scale_dtype(self) -> torch.dtype:
+        return _SCALE_DTYPES[self.scale_dtype]
+
+
+QuantSpec = IntSpec | CodebookSpec
+
+
+def describe(spec: QuantSpec) -> dict[str, Any]:
+    """The fields of a spec as plain JSON values."""
+    return asdict(spec)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_group_size(group_size: int) -> None:
+    if not _is_int(group_size) or (group_size != -1 and group_size < 1):
+        raise ConfigError(
+            f"group_size must be a positive integer, or -1 for one group per row, got {group_size!r}"
+        )
+
+
+def _check_scale_dtype(name: str) -> None:
+    if name not in _SCALE_DTYPES:
+        raise ConfigError(
+            f"scale_dtype must be one of {', '.join(_SCALE_DTYPES)}, got {name!r}.{nearest(str(name), _SCALE_DTYPES)}"
+        )

@@ -1,0 +1,86 @@
+"""Packed layouts on disk, one file each.
+
+A format says which tensors a quantized weight becomes and converts both ways without loss:
+
+    layout(spec, N, K)  name -> shape and dtype
+    pack(weight)        QuantizedWeight -> tensors
+    unpack(tensors)     tensors -> QuantizedWeight
+    grid(tensors)       tensors -> PackedGrid, what kernels multiply with
+
+Names start with ``weight``: the packed codes keep the name of the float weight, companions append to it
+(``weight_scale``). The packed codes have one dimension more than the float weight, so a loader that does not
+know the format meets a size mismatch instead of reading codes as numbers. The layout is the same on every
+device; what a kernel likes better is made in memory (`hfq.kernels`) and never stored.
+
+All tensors are cut along dimension 0 like the rows of the weight (`pack` of a slice of rows whose count is a
+multiple of `ROW_CHUNK` is the slice of the pack), so a weight can be packed in pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..core.errors import CheckpointError
+from ..core.registry import Registry
+from ..core.spec import SCALE_BLOCK, QuantSpec
+from ..core.weight import PackedGrid, QuantizedWeight
+
+__all__ = ["FORMATS", "FORMAT_VERSION", "ROW_CHUNK", "Format", "TensorLayout", "check_tensors"]
+
+# Raised when a checkpoint can no longer be read by older releases. Readers refuse newer versions.
+FORMAT_VERSION = 1
+
+# Pieces of this many rows start on a boundary of every format's blocks.
+ROW_CHUNK = SCALE_BLOCK
+
+
+@dataclass(frozen=True)
+class TensorLayout:
+    """Shape and dtype of one stored tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Format(Protocol):
+    """One packed layout. `N` is out_features, `K` is in_features."""
+
+    name: str
+
+    def spec(self, settings: Mapping[str, object]) -> QuantSpec:
+        """The spec that the user's settings (bits, group_size, sym, ...) describe; `ConfigError` if they do not fit."""
+
+    def layout(self, spec: QuantSpec, out_features: int, in_features: int) -> dict[str, TensorLayout]:
+        """The stored tensors of an `[N, K]` weight."""
+
+    def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
+        """The stored tensors of `weight`, contiguous, on its device."""
+
+    def unpack(self, tensors: Mapping[str, Tensor], spec: QuantSpec, in_features: int) -> QuantizedWeight:
+        """The inverse of `pack`."""
+
+    def grid(self, tensors: Mapping[str, Tensor], spec: QuantSpec, in_features: int) -> PackedGrid:
+        """The stored tensors as operands of a kernel; views where possible."""
+
+
+FORMATS: Registry[Format] = Registry("format", __name__)
+
+
+def check_tensors(name: str, tensors: Mapping[str, Tensor], layout: Mapping[str, TensorLayout]) -> None:
+    """Compare stored tensors of the module `name` with their layout; `CheckpointError` where they differ."""
+    for key, expected in layout.items():
+        if key not in tensors:
+            raise CheckpointError(
+                f"{name}: the packed tensor {key!r} {expected.shape} is missing; the checkpoint is incomplete"
+            )
+        tensor = tensors[key]
+        if tuple(tensor.shape) != expected.shape or tensor.dtype != expected.dtype:
+            raise CheckpointError(
+                f"{name}: expected packed tensor {key!r} of shape {expected.shape} and {expected.dtype}, got "
+                f"{tuple(tensor.shape)} and {tensor.dtype}; the checkpoint does not fit its quantization_config"
+            )

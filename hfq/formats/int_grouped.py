@@ -1,0 +1,95 @@
+"""Formats ``int`` and ``int8``: unsigned integer codes on a uniform grid.
+
+    weight        uint8 [N, ceil(K * bits / 8), 1]   codes, a little-endian bit stream per row (hfq.core.bits)
+    weight_scale  scale_dtype [N, G]
+    weight_zero   scale_dtype [N, G]                 only where sym=False
+    weight_g_idx  int32 [K]                          only where groups are not runs of neighbours
+
+``w[n, k] = (code[n, k] - zero[n, g]) * scale[n, g]`` with g = k // group_size (or g_idx[k]) and
+zero = 2**(bits-1) where none is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..core import bits
+from ..core.errors import ConfigError
+from ..core.spec import Int8Spec, IntSpec, QuantSpec, group_count
+from ..core.weight import PackedGrid, QuantizedWeight
+from . import FORMATS, TensorLayout
+
+
+class IntGrouped:
+    """2 to 8 bits, symmetric or not, any group size."""
+
+    name = "int"
+
+    def spec(self, settings: Mapping[str, object]) -> IntSpec:
+        return IntSpec(**_chosen(settings, ("bits", "group_size", "sym", "scale_dtype")))
+
+    def layout(self, spec: QuantSpec, out_features: int, in_features: int) -> dict[str, TensorLayout]:
+        groups = (out_features, group_count(in_features, spec.group_size))
+        stored = {
+            "weight": TensorLayout((out_features, bits.packed_bytes(in_features, spec.bits), 1), torch.uint8),
+            "weight_scale": TensorLayout(groups, spec.torch_scale_dtype),
+        }
+        if not spec.sym:
+            stored["weight_zero"] = TensorLayout(groups, spec.torch_scale_dtype)
+        return stored
+
+    def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
+        tensors = {
+            "weight": bits.pack(weight.codes, weight.spec.bits).unsqueeze(-1),
+            "weight_scale": weight.scales.contiguous(),
+        }
+        if weight.zeros is not None:
+            tensors["weight_zero"] = weight.zeros.contiguous()
+        if weight.g_idx is not None:
+            tensors["weight_g_idx"] = weight.g_idx
+        return tensors
+
+    def unpack(self, tensors: Mapping[str, Tensor], spec: QuantSpec, in_features: int) -> QuantizedWeight:
+        return QuantizedWeight(
+            spec=spec,
+            codes=bits.unpack(tensors["weight"].squeeze(-1), spec.bits, in_features),
+            scales=tensors["weight_scale"],
+            zeros=tensors.get("weight_zero"),
+            g_idx=tensors.get("weight_g_idx"),
+        )
+
+    def grid(self, tensors: Mapping[str, Tensor], spec: QuantSpec, in_features: int) -> PackedGrid:
+        return PackedGrid(
+            qweight=tensors["weight"],
+            scales=tensors["weight_scale"],
+            zeros=tensors.get("weight_zero"),
+            codebook=None,
+            g_idx=tensors.get("weight_g_idx"),
+            bits=spec.bits,
+            group_size=in_features if spec.group_size == -1 else spec.group_size,
+            in_features=in_features,
+            out_features=tensors["weight"].shape[0],
+        )
+
+
+class Int8PerChannel(IntGrouped):
+    """8 bits per output channel, float32 scales."""
+
+    name = "int8"
+
+    def spec(self, settings: Mapping[str, object]) -> Int8Spec:
+        if settings.get("scale_dtype") not in (None, "float32"):
+            raise ConfigError(f"format 'int8' stores float32 scales, got scale_dtype={settings['scale_dtype']!r}")
+        return Int8Spec(**_chosen(settings, ("bits", "group_size", "sym")))
+
+
+def _chosen(settings: Mapping[str, object], names: tuple[str, ...]) -> dict[str, object]:
+    """The settings that were given (None means: the format's default)."""
+    return {name: settings[name] for name in names if settings.get(name) is not None}
+
+
+FORMATS.register("int", IntGrouped())
+FORMATS.register("int8", Int8PerChannel())

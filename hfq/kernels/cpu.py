@@ -1,0 +1,70 @@
+"""CPU kernels on the ``rows16`` layout: 4-bit integers and codebooks, 8-bit integers.
+
+Few tokens: one pass over the packed weight (`cpu_linear`). Many tokens: dequantize into the dtype of x and let
+the matrix library multiply, which costs one more pass over the weight and reuses it for all tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..core.weight import PackedGrid
+from . import native, rows16
+from . import ops  # noqa: F401  (defines torch.ops.hfq)
+from .dispatch import Problem
+
+__all__ = ["MAX_DIRECT_TOKENS", "CpuRows16"]
+
+MAX_DIRECT_TOKENS = 16
+
+
+class CpuRows16:
+    """Native CPU kernels; see `kernels/cpu/`."""
+
+    name = "cpu_rows16"
+
+    def reject(self, problem: Problem) -> str | None:
+        if problem.device != "cpu":
+            return f"runs on cpu, the weight is on {problem.device}"
+        status = native.load()
+        if not status.cpu:
+            return f"native CPU kernels are not loaded: {status.cpu_reason}"
+        if problem.bits not in (4, 8):
+            return f"takes 4 and 8 bits, not {problem.bits}"
+        if problem.has_g_idx:
+            return "takes groups of neighbouring columns only, the weight has a g_idx"
+        unit = 8 if problem.bits == 4 else 4
+        if problem.group_size % unit and problem.group_size < problem.in_features:
+            return f"takes group sizes that are multiples of {unit} at {problem.bits} bits, not {problem.group_size}"
+        return None
+
+    def prepare(self, tensor: Tensor) -> Tensor:
+        return rows16.to_rows16(tensor)
+
+    def restore(self, tensor: Tensor, out_features: int, row_bytes: int) -> Tensor:
+        return rows16.from_rows16(tensor, out_features, row_bytes)
+
+    def linear(self, x: Tensor, grid: PackedGrid, bias: Tensor | None, int8_activations: bool) -> Tensor:
+        tokens = x.reshape(-1, grid.in_features)
+        operands = (grid.qweight, grid.scales, grid.zeros, grid.codebook, bias)
+        sizes = (grid.bits, grid.group_size, grid.in_features, grid.out_features)
+        if tokens.shape[0] <= MAX_DIRECT_TOKENS:
+            y = torch.ops.hfq.cpu_linear(tokens.contiguous(), *operands, *sizes, int8_activations)
+        else:
+            y = torch.ops.hfq.cpu_linear_dequantized(tokens, *operands, *sizes)
+        return y.view(*x.shape[:-1], grid.out_features)
+
+    def dequantize(self, grid: PackedGrid, dtype: torch.dtype) -> Tensor:
+        weight: Tensor = torch.ops.hfq.cpu_dequantize(
+            grid.qweight,
+            grid.scales,
+            grid.zeros,
+            grid.codebook,
+            grid.bits,
+            grid.group_size,
+            grid.in_features,
+            grid.out_features,
+            dtype,
+        )
+        return weight

@@ -1,0 +1,59 @@
+"""The kernel that is always right: dequantize the stored layout, then multiply. Any device, format and shape.
+
+On CUDA the dequantization runs in a kernel of ours where that was built; elsewhere it is PyTorch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..core.weight import PackedGrid
+from . import ops  # noqa: F401  (defines torch.ops.hfq)
+from .dispatch import Problem
+
+__all__ = ["Neutral"]
+
+
+class Neutral:
+    """Dequantize and multiply."""
+
+    name = "dequantize"
+
+    def reject(self, problem: Problem) -> str | None:
+        return None
+
+    def prepare(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def restore(self, tensor: Tensor, out_features: int, row_bytes: int) -> Tensor:
+        return tensor
+
+    def linear(self, x: Tensor, grid: PackedGrid, bias: Tensor | None, int8_activations: bool) -> Tensor:
+        y: Tensor = torch.ops.hfq.linear(
+            x,
+            grid.qweight,
+            grid.scales,
+            grid.zeros,
+            grid.codebook,
+            grid.g_idx,
+            bias,
+            grid.bits,
+            grid.group_size,
+            grid.in_features,
+        )
+        return y
+
+    def dequantize(self, grid: PackedGrid, dtype: torch.dtype) -> Tensor:
+        weight: Tensor = torch.ops.hfq.dequantize(
+            grid.qweight,
+            grid.scales,
+            grid.zeros,
+            grid.codebook,
+            grid.g_idx,
+            grid.bits,
+            grid.group_size,
+            grid.in_features,
+            dtype,
+        )
+        return weight

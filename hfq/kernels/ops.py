@@ -1,0 +1,169 @@
+"""Schemas of the ``hfq::`` operators, their fakes (shape functions) and their gradients.
+
+M tokens, N out_features, K in_features, G groups per row. A weight is ``(code - zero) * scale`` per group, or
+``codebook[code] * scale``; see `hfq.core.weight.PackedGrid` for the operands. Two layouts of the operands:
+
+    neutral   qweight uint8 [N, B, 1], scales/zeros [N, G]               as stored (hfq.core.bits)
+    rows16    qweight uint8 [N16, W, 16, 4], scales/zeros [N16, G, 16]   CPU kernels (hfq.kernels.rows16)
+
+    dequantize               neutral -> [N, K]                    PyTorch reference; CUDA kernel where built
+    linear                   x, neutral -> x W^T + bias           dequantize, then a matrix product
+    cpu_dequantize           rows16 -> [N, K]                     native
+    cpu_linear               x, rows16 -> x W^T + bias            native; float32 or int8 activations
+    cpu_linear_dequantized   x, rows16 -> x W^T + bias            cpu_dequantize, then a matrix product
+
+Packed operands are never differentiated. The products have the gradient of x, computed from the packed
+operands again, so that training keeps no float copy of the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+__all__ = ["LIBRARY"]
+
+LIBRARY = torch.library.Library("hfq", "DEF")
+
+_GRID = "Tensor qweight, Tensor scales, Tensor? zeros, Tensor? codebook"
+_SIZES = "int bits, int group_size, int in_features"
+_ROWS16 = f"{_GRID}, Tensor? bias, {_SIZES}, int out_features"
+
+for _schema in (
+    f"dequantize({_GRID}, Tensor? g_idx, {_SIZES}, ScalarType dtype) -> Tensor",
+    f"linear(Tensor x, {_GRID}, Tensor? g_idx, Tensor? bias, {_SIZES}) -> Tensor",
+    f"cpu_dequantize({_GRID}, {_SIZES}, int out_features, ScalarType dtype) -> Tensor",
+    f"cpu_linear(Tensor x, {_ROWS16}, bool int8_activations) -> Tensor",
+    f"cpu_linear_dequantized(Tensor x, {_ROWS16}) -> Tensor",
+):
+    LIBRARY.define(_schema, tags=(torch.Tag.needs_fixed_stride_order,))
+
+
+# ---- implementations in PyTorch
+
+
+def _linear(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    codebook: Tensor | None,
+    g_idx: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+) -> Tensor:
+    weight = torch.ops.hfq.dequantize(
+        qweight, scales, zeros, codebook, g_idx, bits, group_size, in_features, x.dtype
+    )
+    return _matmul(x, weight, bias)
+
+
+def _cpu_linear_dequantized(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    codebook: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    out_features: int,
+) -> Tensor:
+    weight = torch.ops.hfq.cpu_dequantize(
+        qweight, scales, zeros, codebook, bits, group_size, in_features, out_features, x.dtype
+    )
+    return _matmul(x, weight, bias)
+
+
+def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+LIBRARY.impl("dequantize", reference.dequantize, "CompositeExplicitAutograd")
+LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
+LIBRARY.impl("cpu_linear_dequantized", _cpu_linear_dequantized, "CPU")
+
+
+# ---- shapes
+
+
+def _fake_dequantize(qweight: Tensor, scales: Tensor, *rest: Any) -> Tensor:
+    in_features, dtype = rest[-2:]
+    return qweight.new_empty((*qweight.shape[:-2], in_features), dtype=dtype)
+
+
+def _fake_cpu_dequantize(qweight: Tensor, scales: Tensor, *rest: Any) -> Tensor:
+    in_features, out_features, dtype = rest[-3:]
+    return qweight.new_empty((out_features, in_features), dtype=dtype)
+
+
+def _fake_linear(x: Tensor, qweight: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], qweight.shape[0]))
+
+
+def _fake_cpu_linear(x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rest[-2]))
+
+
+def _fake_cpu_linear_dequantized(x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rest[-1]))
+
+
+for _name, _fake in {
+    "dequantize": _fake_dequantize,
+    "linear": _fake_linear,
+    "cpu_dequantize": _fake_cpu_dequantize,
+    "cpu_linear": _fake_cpu_linear,
+    "cpu_linear_dequantized": _fake_cpu_linear_dequantized,
+}.items():
+    torch.library.register_fake(f"hfq::{_name}", _fake, lib=LIBRARY)
+
+
+# ---- gradients: dL/dx = dL/dy W, with W from the packed operands
+
+
+def _register_gradient(name: str, operand_count: int, weight: Callable[..., Tensor]) -> None:
+    """Give ``hfq::<name>(x, *operands, bias, *sizes)`` its gradient.
+
+    Args:
+        operand_count: packed tensors between x and bias.
+        weight: (operands, sizes, dtype) -> `[N, K]`.
+    """
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        # Tensors that are None cannot be saved; remember where they stood.
+        operands = inputs[1 : 1 + operand_count]
+        ctx.save_for_backward(*operands)
+        ctx.bias_dtype = None if inputs[1 + operand_count] is None else inputs[1 + operand_count].dtype
+        ctx.sizes = inputs[2 + operand_count :]
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ weight(ctx.saved_tensors, ctx.sizes, grad.dtype)
+        if ctx.needs_input_grad[1 + operand_count]:
+            grad_bias = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+        return (grad_x, *[None] * operand_count, grad_bias, *[None] * len(ctx.sizes))
+
+    torch.library.register_autograd(f"hfq::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+
+
+def _neutral_weight(operands: tuple[Any, ...], sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.ops.hfq.dequantize(*operands, *sizes[:3], dtype)
+
+
+def _rows16_weight(operands: tuple[Any, ...], sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.ops.hfq.cpu_dequantize(*operands, *sizes[:4], dtype)
+
+
+_register_gradient("linear", 5, _neutral_weight)
+_register_gradient("cpu_linear", 4, _rows16_weight)
+_register_gradient("cpu_linear_dequantized", 4, _rows16_weight)

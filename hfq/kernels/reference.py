@@ -1,0 +1,56 @@
+"""What every kernel must compute, in plain PyTorch. Slow, exact, and right on every device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..core import bits as bit_packing
+from ..core.weight import expand_groups
+
+__all__ = ["dequantize"]
+
+# Rows are dequantized in pieces of about this many weights, so that the float32 steps in between stay in cache.
+_CHUNK = 1 << 20
+
+
+def dequantize(
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    codebook: Tensor | None,
+    g_idx: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight behind packed codes in the neutral layout.
+
+    Args:
+        qweight: uint8 `[..., N, B, 1]`.
+        scales, zeros: float `[..., N, G]`.
+        codebook: float32 `[2**bits]` or None for integers.
+        g_idx: int32 `[K]` or None.
+        group_size: columns per group (K for one group per row).
+
+    Returns:
+        `[..., N, K]` in `dtype`, computed in float32.
+    """
+    lead = qweight.shape[:-2]
+    rows = qweight.flatten(0, -3).squeeze(-1)
+    scales = scales.flatten(0, -2)
+    zeros = None if zeros is None else zeros.flatten(0, -2)
+    out = torch.empty((rows.shape[0], in_features), dtype=dtype, device=qweight.device)
+    step = max(1, _CHUNK // in_features)
+    for start in range(0, rows.shape[0], step):
+        part = slice(start, start + step)
+        codes = bit_packing.unpack(rows[part], bits, in_features)
+        if codebook is not None:
+            values = codebook[codes.int()]
+        elif zeros is None:
+            values = codes.float() - (1 << (bits - 1))
+        else:
+            values = codes.float() - expand_groups(zeros[part].float(), group_size, in_features, g_idx)
+        out[part] = values * expand_groups(scales[part].float(), group_size, in_features, g_idx)
+    return out.view(*lead, in_features)
