@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -84,6 +84,15 @@ class PackedGrid:
     group_size: int
     in_features: int
     out_features: int
+
+    def expert(self, index: int) -> PackedGrid:
+        """One weight out of a stack: every tensor `[E, ...]` becomes its slice `[...]`."""
+        return replace(
+            self,
+            qweight=self.qweight[index],
+            scales=self.scales[index],
+            zeros=None if self.zeros is None else self.zeros[index],
+        )
 
 
 def expand_groups(per_group: Tensor, group_size: int, in_features: int, g_idx: Tensor | None = None) -> Tensor:

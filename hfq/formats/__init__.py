@@ -64,8 +64,10 @@ class Format(Protocol):
     def unpack(self, tensors: Mapping[str, Tensor], spec: QuantSpec, in_features: int) -> QuantizedWeight:
         """The inverse of `pack`."""
 
-    def grid(self, tensors: Mapping[str, Tensor], spec: QuantSpec, in_features: int) -> PackedGrid:
-        """The stored tensors as operands of a kernel; views where possible."""
+    def grid(
+        self, tensors: Mapping[str, Tensor], spec: QuantSpec, out_features: int, in_features: int
+    ) -> PackedGrid:
+        """The stored tensors as operands of a kernel: the tensors themselves, decoded only where they must be."""
 
 
 FORMATS: Registry[Format] = Registry("format", __name__)

@@ -73,7 +73,9 @@ class Codebook:
             scale_codes=_scale_codes(tensors) if _double_quant(spec) else None,
         )
 
-    def grid(self, tensors: Mapping[str, Tensor], spec: QuantSpec, in_features: int) -> PackedGrid:
+    def grid(
+        self, tensors: Mapping[str, Tensor], spec: QuantSpec, out_features: int, in_features: int
+    ) -> PackedGrid:
         return PackedGrid(
             qweight=tensors["weight"],
             scales=_scales(tensors, spec),
@@ -83,7 +85,7 @@ class Codebook:
             bits=4,
             group_size=in_features if spec.group_size == -1 else spec.group_size,
             in_features=in_features,
-            out_features=tensors["weight"].shape[0],
+            out_features=out_features,
         )
 
 

@@ -61,7 +61,9 @@ class IntGrouped:
             g_idx=tensors.get("weight_g_idx"),
         )
 
-    def grid(self, tensors: Mapping[str, Tensor], spec: QuantSpec, in_features: int) -> PackedGrid:
+    def grid(
+        self, tensors: Mapping[str, Tensor], spec: QuantSpec, out_features: int, in_features: int
+    ) -> PackedGrid:
         return PackedGrid(
             qweight=tensors["weight"],
             scales=tensors["weight_scale"],
@@ -71,7 +73,7 @@ class IntGrouped:
             bits=spec.bits,
             group_size=in_features if spec.group_size == -1 else spec.group_size,
             in_features=in_features,
-            out_features=tensors["weight"].shape[0],
+            out_features=out_features,
         )
 
 

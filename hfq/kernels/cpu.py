@@ -6,9 +6,12 @@ the matrix library multiply, which costs one more pass over the weight and reuse
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from ..core.bits import packed_bytes
 from ..core.weight import PackedGrid
 from . import native, rows16
 from . import ops  # noqa: F401  (defines torch.ops.hfq)
@@ -54,6 +57,17 @@ class CpuRows16:
         else:
             y = torch.ops.hfq.cpu_linear_dequantized(tokens, *operands, *sizes)
         return y.view(*x.shape[:-1], grid.out_features)
+
+    def rows(self, grid: PackedGrid, index: Tensor) -> PackedGrid:
+        block, lane = index // rows16.ROWS, index % rows16.ROWS
+        codes = grid.qweight[block, :, lane].flatten(-2)  # [T, W, 4] -> [T, 4 * W]
+        return replace(
+            grid,
+            qweight=codes[:, : packed_bytes(grid.in_features, grid.bits), None],
+            scales=grid.scales[block, :, lane],
+            zeros=None if grid.zeros is None else grid.zeros[block, :, lane],
+            out_features=index.shape[0],
+        )
 
     def dequantize(self, grid: PackedGrid, dtype: torch.dtype) -> Tensor:
         weight: Tensor = torch.ops.hfq.cpu_dequantize(

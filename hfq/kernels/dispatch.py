@@ -60,6 +60,9 @@ class KernelRow(Protocol):
     def linear(self, x: Tensor, grid: PackedGrid, bias: Tensor | None, int8_activations: bool) -> Tensor:
         """``x W^T + bias``: x `[..., K]` -> `[..., N]` in x.dtype. `grid` is in the kernel's layout."""
 
+    def rows(self, grid: PackedGrid, index: Tensor) -> PackedGrid:
+        """The rows `index` (int64 `[T]`) of a grid in the kernel's layout, as a neutral grid `[T, ...]`."""
+
     def dequantize(self, grid: PackedGrid, dtype: torch.dtype) -> Tensor:
         """The weight `[N, K]` behind a grid in the kernel's layout."""
 

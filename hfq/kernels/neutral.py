@@ -5,6 +5,8 @@ On CUDA the dequantization runs in a kernel of ours where that was built; elsewh
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,15 @@ class Neutral:
             grid.in_features,
         )
         return y
+
+    def rows(self, grid: PackedGrid, index: Tensor) -> PackedGrid:
+        return replace(
+            grid,
+            qweight=grid.qweight[index],
+            scales=grid.scales[index],
+            zeros=None if grid.zeros is None else grid.zeros[index],
+            out_features=index.shape[0],
+        )
 
     def dequantize(self, grid: PackedGrid, dtype: torch.dtype) -> Tensor:
         weight: Tensor = torch.ops.hfq.dequantize(

@@ -1,0 +1,1 @@
+"""Modules that hold packed weights: one Linear, one Embedding, one mixin for fused experts."""

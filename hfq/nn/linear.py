@@ -1,0 +1,115 @@
+"""`QuantLinear`: an `nn.Linear` whose weight is packed. The only quantized Linear of hfq."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..core.spec import QuantSpec
+from .packed import PackedModule
+from .packing import Encode
+from .slot import PackedSlot
+
+__all__ = ["QuantLinear"]
+
+
+class QuantLinear(PackedModule, nn.Linear):
+    """``y = x W^T + b`` with W packed. x `[..., K]` of any float dtype gives y `[..., N]` of that dtype.
+
+    It is an `nn.Linear`, so that code which looks for one (PEFT's adapters, Transformers) takes it, yet no float
+    weight is ever allocated. ``weight`` is a `VirtualWeight`: reading its shape is free, reading its values
+    dequantizes, assigning to it quantizes by rounding to nearest. The gradient of x is exact for the dequantized
+    weight.
+
+    Args:
+        in_features, out_features: K and N.
+        bias: whether there is a bias, a float Parameter without gradient.
+        format: registered packed layout.
+        spec: what is stored.
+        dtype: dtype of the virtual weight and of the bias.
+        transposed: this replaces a module that stores its weight as `[K, N]` (Transformers' Conv1D).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        format: str,
+        spec: QuantSpec,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        transposed: bool = False,
+    ) -> None:
+        # nn.Linear.__init__ would allocate the float weight.
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        slot = PackedSlot(
+            base="weight",
+            format=format,
+            spec=spec,
+            out_features=out_features,
+            in_features=in_features,
+            transposed=transposed,
+        )
+        self._init_packed({"weight": slot}, dtype, device)
+        self.bias: nn.Parameter | None
+        empty = torch.empty(out_features, dtype=dtype, device=device) if bias else None
+        self.register_parameter("bias", None if empty is None else nn.Parameter(empty, requires_grad=False))
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, *, format: str, spec: QuantSpec, encode: Encode | None = None) -> QuantLinear:
+        """Quantize a float Linear; by rounding to nearest unless `encode` says otherwise."""
+        weight = linear.weight
+        new = cls(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            format=format,
+            spec=spec,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+        new.requantize("weight", weight.detach(), encode)
+        if linear.bias is not None:
+            new.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
+        return new
+
+    @property
+    def slot(self) -> PackedSlot:
+        return self.slots["weight"]
+
+    # mypy: nn.Linear declares a Parameter; here it is a view.
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The float weight `[N, K]`, virtual; see the class."""
+        placeholder = self._parameters.get("weight")
+        if placeholder is not None:
+            # While a checkpoint is quantized on the fly, the float tensor's name waits here, on meta.
+            return placeholder
+        return self._virtual_weight()
+
+    @property
+    def W_q(self) -> nn.Parameter:
+        """The packed codes under the name by which PEFT recognises a module with its own `dequantize`."""
+        return self.qweight
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = self.grid("weight")
+        return self.kernel("weight").linear(x, grid, self.bias, self._int8_activations(x))
+
+    def _int8_activations(self, x: Tensor) -> bool:
+        if self.activations == "auto":
+            return x.dtype != torch.float32 and not (x.requires_grad and torch.is_grad_enabled())
+        return self.activations == "int8"
+
+    def reset_parameters(self) -> None:
+        """Nothing to initialise: codes come from a weight."""
+
+    def extra_repr(self) -> str:
+        spec = self.slot.spec
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"format={self.slot.format}, bits={spec.bits}, group_size={spec.group_size}"
+        )

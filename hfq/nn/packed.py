@@ -1,0 +1,289 @@
+"""What every module with packed weights shares: its parameters, its kernel layout, moving, saving, loading.
+
+The packed tensors are Parameters without gradient, so that offloading, tying and sharding treat them like any
+weight. They rest in the neutral layout of their format until `prepare` turns them into the layout of the kernel
+that was chosen for their device; the same Parameters hold either, so there is one copy in memory. Everything
+that leaves the module (state dict, `.to`) sees the neutral layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core import affine
+from ..core.bits import packed_bytes
+from ..core.errors import WeightError
+from ..core.weight import PackedGrid, QuantizedWeight
+from ..formats import FORMATS, TensorLayout, check_tensors
+from ..kernels import dispatch
+from .packing import Encode, pack_weight
+from .slot import PackedSlot
+from .virtual_weight import VirtualWeight
+
+__all__ = ["ACTIVATION_MODES", "PackedModule"]
+
+# How a kernel may treat activations of few tokens:
+#   exact  in float32
+#   int8   quantized to 8 bits per token and block of columns, where the kernel can (integer dot products)
+#   auto   exact for float32 inputs and where gradients flow, int8 for 16-bit inputs, whose own rounding is
+#          of the same size
+ACTIVATION_MODES = ("auto", "exact", "int8")
+
+# Keys of a format's tensors that kernels read directly, and the field of PackedGrid that holds them.
+_OPERANDS = {"weight": "qweight", "weight_scale": "scales", "weight_zero": "zeros"}
+
+
+class PackedModule(nn.Module):
+    """Mixin: a module with one or more packed weights.
+
+    Attributes:
+        slots: the packed weights by the name of the float parameter they replace.
+        activations: one of `ACTIVATION_MODES`.
+        compute_dtype: dtype of the virtual float weight; follows ``.to(dtype)``.
+    """
+
+    slots: dict[str, PackedSlot]
+    activations: str
+    compute_dtype: torch.dtype
+    _choices: dict[str, dispatch.Choice]
+    _runtime: dict[str, PackedGrid]
+    # The module whose tensors this one uses (tied weights), in a tuple so that it is no submodule.
+    _owner: tuple[PackedModule, ...] = ()
+
+    def _init_packed(self, slots: Mapping[str, PackedSlot], dtype: torch.dtype, device: Any) -> None:
+        """Register the packed parameters, uninitialised, in the neutral layout."""
+        self.slots = dict(slots)
+        self.activations = "auto"
+        self.compute_dtype = dtype
+        self._choices = {}
+        self._runtime = {}
+        for slot in self.slots.values():
+            for key, entry in slot.layout().items():
+                empty = torch.empty(entry.shape, dtype=entry.dtype, device=device)
+                self._parameters[slot.attribute(key)] = nn.Parameter(empty, requires_grad=False)
+
+    # ---- the packed tensors
+
+    def packed_parameters(self, base: str) -> dict[str, nn.Parameter]:
+        """The Parameters of one slot by key, in whatever layout they are now."""
+        slot = self.slots[base]
+        found = {key: self._parameters.get(slot.attribute(key)) for key in slot.layout()}
+        return {key: parameter for key, parameter in found.items() if parameter is not None}
+
+    def neutral_tensors(self, base: str) -> dict[str, Tensor]:
+        """The tensors of one slot as a checkpoint stores them; copies where the kernel layout differs."""
+        slot, layout = self.slots[base], self.slots[base].layout()
+        return {
+            key: self._restored(slot, key, parameter.data, layout[key])
+            for key, parameter in self.packed_parameters(base).items()
+        }
+
+    def check_packed(self, name: str) -> None:
+        """Compare all packed tensors with their layouts; `CheckpointError` naming the module where they differ."""
+        for base in self.slots:
+            check_tensors(name, self.neutral_tensors(base), self.slots[base].layout())
+
+    @torch.no_grad()
+    def set_packed(self, base: str, tensors: Mapping[str, Tensor]) -> None:
+        """Put neutral tensors in place. Tensors saved for a pending backward stay valid: storage is replaced."""
+        if self._owner:
+            return self._owner[0].set_packed(base, tensors)
+        self._runtime.pop(base, None)
+        slot = self.slots[base]
+        for key, tensor in tensors.items():
+            name = slot.attribute(key)
+            parameter = self._parameters[name]
+            if parameter is None or parameter.is_meta or parameter.device != tensor.device:
+                self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+            else:
+                parameter.data = tensor
+
+    def requantize(self, base: str, weight: Tensor, encode: Encode | None = None) -> None:
+        """Quantize a float weight into the slot, by rounding to nearest unless `encode` says otherwise.
+
+        The module is unchanged if that fails.
+        """
+        spec = self.slots[base].spec
+
+        def round_to_nearest(rows: Tensor) -> QuantizedWeight:
+            return affine.encode(rows, *affine.range_grid(rows, spec), spec)
+
+        self.set_packed(base, pack_weight(weight, self.slots[base], encode or round_to_nearest))
+
+    # ---- the float weight
+
+    def dequantize(self, base: str = "weight") -> Tensor:
+        """The weight behind the codes, detached, in `compute_dtype`: `[N, K]` or `[E, N, K]`."""
+        slot = self.slots[base]
+        with torch.no_grad():
+            if slot.experts is None:
+                return self.kernel(base).dequantize(self.grid(base), self.compute_dtype)
+            grid, row = self.grid(base), self.kernel(base)
+            return torch.stack([row.dequantize(grid.expert(e), self.compute_dtype) for e in range(slot.experts)])
+
+    def _virtual_weight(self) -> VirtualWeight:
+        """What `module.weight` is for a module with the one slot "weight"."""
+        slot = self.slots["weight"]
+        device = self.packed_parameters("weight")["weight"].device
+        description = f"{slot.format} {slot.spec.bits} bits"
+        return VirtualWeight(
+            slot.float_shape, self.compute_dtype, device, self.dequantize, self._set_weight, description
+        )
+
+    def _set_weight(self, weight: Tensor) -> None:
+        device = self.packed_parameters("weight")["weight"].device
+        self.requantize("weight", weight.detach().to(device))
+
+    # ---- kernel layout
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Weights that a hook fetches for each call are used as they are stored."""
+        hook = getattr(self, "_hf_hook", None)
+        hooks = getattr(hook, "hooks", (hook,))
+        if any(getattr(one, "offload", False) for one in hooks):
+            return True
+        return any(p.is_meta for base in self.slots for p in self.packed_parameters(base).values())
+
+    def prepare(self) -> None:
+        """Choose a kernel for each slot and bring its tensors into that kernel's layout, in place."""
+        if self._owner:
+            return self._owner[0].prepare()
+        if self.is_offloaded:
+            return
+        for base in self.slots:
+            if base not in self._runtime:
+                self._choices[base] = self._choose(base)
+                self._runtime[base] = self._prepared_grid(base)
+
+    def restore(self) -> None:
+        """Bring all tensors back into the neutral layout, in place."""
+        if self._owner:
+            return self._owner[0].restore()
+        for base, slot in self.slots.items():
+            layout = slot.layout()
+            for key, parameter in self.packed_parameters(base).items():
+                parameter.data = self._restored(slot, key, parameter.data, layout[key])
+        self._runtime.clear()
+
+    def grid(self, base: str) -> PackedGrid:
+        """Operands of the slot's kernel: prepared ones, or neutral ones for an offloaded module."""
+        if self._owner:
+            return self._owner[0].grid(base)
+        if base not in self._runtime:
+            self.prepare()
+        return self._runtime[base] if base in self._runtime else self._neutral_grid(base)
+
+    def kernel(self, base: str) -> dispatch.KernelRow:
+        """The kernel that reads `grid(base)`."""
+        if self._owner:
+            return self._owner[0].kernel(base)
+        if base in self._runtime:
+            return self._choices[base].row
+        return dispatch.rows()[-1]
+
+    def kernel_choice(self, base: str) -> dispatch.Choice:
+        """The kernel of a slot and why others were refused."""
+        if self._owner:
+            return self._owner[0].kernel_choice(base)
+        if base not in self._runtime:
+            self.prepare()
+        if base in self._runtime:
+            return self._choices[base]
+        reason = "the weights are offloaded and fetched for each call"
+        return dispatch.Choice(dispatch.rows()[-1], tuple((row.name, reason) for row in dispatch.rows()[:-1]))
+
+    def share_packed(self, other: PackedModule, base: str = "weight") -> None:
+        """Use the very tensors of another module's slot, in that module's kernel layout (tied weights)."""
+        for key, parameter in other.packed_parameters(base).items():
+            self._parameters[self.slots[base].attribute(key)] = parameter
+        self._owner = (other,)
+
+    def _choose(self, base: str) -> dispatch.Choice:
+        grid = self._neutral_grid(base)
+        return dispatch.select(dispatch.Problem.of(grid))
+
+    def _neutral_grid(self, base: str) -> PackedGrid:
+        slot = self.slots[base]
+        tensors = self.packed_parameters(base)
+        return FORMATS.get(slot.format).grid(tensors, slot.spec, slot.out_features, slot.in_features)
+
+    def _prepared_grid(self, base: str) -> PackedGrid:
+        """The slot's operands in the layout of its kernel; its Parameters now hold that layout."""
+        slot, row = self.slots[base], self._choices[base].row
+        grid = self._neutral_grid(base)
+        parameters = self.packed_parameters(base)
+        changed: dict[str, Tensor] = {}
+        for key, field in _OPERANDS.items():
+            operand = getattr(grid, field)
+            if operand is None:
+                continue
+            neutral_dims = slot.stack_dims + (3 if key == "weight" else 2)
+            prepared = operand if operand.dim() > neutral_dims else row.prepare(operand.detach())
+            if operand is parameters.get(key):
+                operand.data = prepared
+                prepared = operand
+            changed[field] = prepared
+        return replace(grid, **changed)
+
+    def _restored(self, slot: PackedSlot, key: str, tensor: Tensor, entry: TensorLayout) -> Tensor:
+        if tensor.dim() > len(entry.shape):
+            row_bytes = packed_bytes(slot.in_features, slot.spec.bits)
+            tensor = self.kernel(slot.base).restore(tensor, slot.out_features, row_bytes)
+        # Casts of a whole model may have reached the scales; widening and back is exact.
+        return tensor.to(entry.dtype)
+
+    # ---- torch.nn.Module
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and "weight" in self.__dict__.get("slots", ()):
+            if isinstance(value, VirtualWeight):
+                value = value.materialize()
+            if not isinstance(value, Tensor):
+                raise WeightError(f"expected a float tensor for a packed weight, got {type(value).__name__}")
+            return self._set_weight(value)
+        if isinstance(value, nn.Parameter) and "slots" in self.__dict__:
+            for base, slot in self.slots.items():
+                if any(name == slot.attribute(key) for key in slot.layout()):
+                    self._runtime.pop(base, None)
+        super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
+        """Move packed tensors, never cast them; `compute_dtype` alone follows a cast."""
+        was_prepared = bool(self._runtime) or any(owner._runtime for owner in self._owner)
+        self.restore()
+        device = next(iter(self.packed_parameters(next(iter(self.slots))).values())).device
+        probe = fn(torch.empty(0, dtype=self.compute_dtype, device=device))
+        dtypes = {name: p.dtype for name, p in self._packed_items() if p.dtype.is_floating_point}
+        for name in dtypes:
+            # Bytes are never cast: show float tensors to `fn` as bytes.
+            self._parameters[name].data = self._parameters[name].data.view(torch.uint8)  # type: ignore[union-attr]
+        super()._apply(fn, recurse)
+        for name, dtype in dtypes.items():
+            self._parameters[name].data = self._parameters[name].data.view(dtype)  # type: ignore[union-attr]
+        self.compute_dtype = probe.dtype
+        if was_prepared:
+            self.prepare()
+        return self
+
+    def _packed_items(self) -> list[tuple[str, nn.Parameter]]:
+        return [
+            (slot.attribute(key), parameter)
+            for base, slot in self.slots.items()
+            for key, parameter in self.packed_parameters(base).items()
+        ]
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        for base, slot in self.slots.items():
+            for key, tensor in self.neutral_tensors(base).items():
+                destination[prefix + slot.attribute(key)] = tensor
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.restore()
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]

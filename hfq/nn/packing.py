@@ -1,0 +1,63 @@
+"""From a float weight to packed tensors, a slice of rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..core.errors import WeightError
+from ..core.weight import QuantizedWeight
+from ..formats import FORMATS, ROW_CHUNK
+from .slot import PackedSlot
+
+__all__ = ["Encode", "pack_weight"]
+
+# Quantizes float32 rows [n, K] of one weight.
+Encode = Callable[[Tensor], QuantizedWeight]
+
+# Weights per slice. The float32 intermediates of a slice stay in cache and memory above the packed result
+# stays at a few slices.
+_SLICE = 1 << 20
+
+
+@torch.no_grad()
+def pack_weight(weight: Tensor, slot: PackedSlot, encode: Encode) -> dict[str, Tensor]:
+    """Quantize and pack `[N, K]` (or a stack `[E, N, K]`) for `slot`.
+
+    Args:
+        weight: any float dtype, on any device; read, never written.
+        encode: quantizes a slice of rows; see `hfq.algorithms`.
+
+    Returns:
+        Stored tensors by key ("weight", "weight_scale", ...) on the weight's device.
+
+    Raises:
+        WeightError: wrong shape, or what `encode` raises.
+    """
+    if tuple(weight.shape) != slot.float_shape:
+        raise WeightError(f"expected a weight of shape {slot.float_shape}, got {tuple(weight.shape)}")
+    out = {
+        key: torch.empty(layout.shape, dtype=layout.dtype, device=weight.device)
+        for key, layout in slot.layout().items()
+    }
+    if slot.experts is None:
+        _pack_rows(weight, out, slot, encode)
+    else:
+        for index, expert in enumerate(weight):
+            _pack_rows(expert, {key: tensor[index] for key, tensor in out.items()}, slot, encode)
+    return out
+
+
+def _pack_rows(weight: Tensor, out: dict[str, Tensor], slot: PackedSlot, encode: Encode) -> None:
+    packed_format = FORMATS.get(slot.format)
+    rows, columns = weight.shape
+    step = max(1, _SLICE // (columns * ROW_CHUNK)) * ROW_CHUNK
+    position = dict.fromkeys(out, 0)
+    for start in range(0, rows, step):
+        packed = packed_format.pack(encode(weight[start : start + step].float()))
+        for key, tensor in packed.items():
+            end = position[key] + tensor.shape[0]
+            out[key][position[key] : end] = tensor
+            position[key] = end
