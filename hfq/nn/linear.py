@@ -100,9 +100,9 @@ class QuantLinear(PackedModule, nn.Linear):
         return self.kernel("weight").linear(x, grid, self.bias, self._int8_activations(x))
 
     def _int8_activations(self, x: Tensor) -> bool:
-        if self.activations == "auto":
+        if self.kernel_mode == "auto":
             return x.dtype != torch.float32 and not (x.requires_grad and torch.is_grad_enabled())
-        return self.activations == "int8"
+        return self.kernel_mode == "int8"
 
     def reset_parameters(self) -> None:
         """Nothing to initialise: codes come from a weight."""

@@ -25,14 +25,14 @@ from .packing import Encode, pack_weight
 from .slot import PackedSlot
 from .virtual_weight import VirtualWeight
 
-__all__ = ["ACTIVATION_MODES", "PackedModule"]
+__all__ = ["KERNEL_MODES", "PackedModule"]
 
 # How a kernel may treat activations of few tokens:
 #   exact  in float32
 #   int8   quantized to 8 bits per token and block of columns, where the kernel can (integer dot products)
 #   auto   exact for float32 inputs and where gradients flow, int8 for 16-bit inputs, whose own rounding is
 #          of the same size
-ACTIVATION_MODES = ("auto", "exact", "int8")
+KERNEL_MODES = ("auto", "exact", "int8")
 
 # Keys of a format's tensors that kernels read directly, and the field of PackedGrid that holds them.
 _OPERANDS = {"weight": "qweight", "weight_scale": "scales", "weight_zero": "zeros"}
@@ -43,12 +43,12 @@ class PackedModule(nn.Module):
 
     Attributes:
         slots: the packed weights by the name of the float parameter they replace.
-        activations: one of `ACTIVATION_MODES`.
+        kernel_mode: one of `KERNEL_MODES`.
         compute_dtype: dtype of the virtual float weight; follows ``.to(dtype)``.
     """
 
     slots: dict[str, PackedSlot]
-    activations: str
+    kernel_mode: str
     compute_dtype: torch.dtype
     _choices: dict[str, dispatch.Choice]
     _runtime: dict[str, PackedGrid]
@@ -58,7 +58,7 @@ class PackedModule(nn.Module):
     def _init_packed(self, slots: Mapping[str, PackedSlot], dtype: torch.dtype, device: Any) -> None:
         """Register the packed parameters, uninitialised, in the neutral layout."""
         self.slots = dict(slots)
-        self.activations = "auto"
+        self.kernel_mode = "auto"
         self.compute_dtype = dtype
         self._choices = {}
         self._runtime = {}

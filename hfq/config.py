@@ -1,0 +1,275 @@
+"""`HfqConfig`: what a user writes, validated once, and what a checkpoint's ``config.json`` keeps."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ._version import __version__
+from .algorithms import ALGORITHMS
+from .core.errors import ConfigError, VersionError, nearest
+from .core.spec import QuantSpec
+from .formats import FORMAT_VERSION, FORMATS
+from .nn.packed import KERNEL_MODES
+
+__all__ = ["HfqConfig", "Recipe"]
+
+# Settings that choose what is stored; each format takes the ones that it has.
+_SPEC_SETTINGS = ("bits", "group_size", "sym", "scale_dtype", "double_quant")
+
+# Keys that `to_dict` writes beside the settings.
+_METADATA = ("quant_method", "format_version", "hfq_version")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How one weight is quantized and stored.
+
+    Attributes:
+        method, options: a registered algorithm and its own settings.
+        format, spec: a registered packed layout and what it stores.
+    """
+
+    method: str
+    options: Mapping[str, Any]
+    format: str
+    spec: QuantSpec
+
+
+class HfqConfig(QuantizationConfigMixin):
+    """Settings for ``from_pretrained(..., quantization_config=HfqConfig(...))``.
+
+    Args:
+        method: a registered algorithm: "rtn", "hqq".
+        format: a registered layout: "int", "nf4", "fp4", "int8". Default: the method's ("int").
+        bits: 2 to 8 for "int"; the other formats fix it. Default 4 (8 for "int8").
+        group_size: columns that share a scale, -1 for whole rows. Default 128 ("int"), 64 ("nf4", "fp4").
+        sym: no zero points. Default True, False for method "hqq".
+        scale_dtype: "float16" (default), "bfloat16" or "float32".
+        double_quant: 8-bit scales, for "nf4" and "fp4".
+        overrides: regex -> changed settings, or None to keep what matches in float. The regex is searched in the
+            module's full name; the first that matches counts. Changing the format in an override starts from
+            that format's defaults.
+        modules_to_not_convert: names that stay in float: a full name, or a trailing or inner part of it on
+            dots ("lm_head", "mlp.gate", "layers.1").
+        quantize_embeddings: pack the input embedding, and with it a tied head.
+        quantize_lm_head: pack an untied output head.
+        kernel_mode: "auto", "exact" or "int8"; see `hfq.nn.packed.KERNEL_MODES`. Not stored in checkpoints.
+        dequantize: load a packed checkpoint as a float model. Not stored in checkpoints.
+        options: the method's own settings ("rtn": scale_search; "hqq": iterations).
+
+    Raises:
+        UnknownNameError: no such method or format.
+        ConfigError: an unknown key, a value out of range, settings that contradict each other.
+        VersionError: the dict comes from a newer format version.
+    """
+
+    def __init__(
+        self,
+        method: str = "rtn",
+        format: str | None = None,
+        bits: int | None = None,
+        group_size: int | None = None,
+        sym: bool | None = None,
+        scale_dtype: str | None = None,
+        double_quant: bool | None = None,
+        overrides: Mapping[str, Mapping[str, Any] | None] | None = None,
+        modules_to_not_convert: list[str] | None = None,
+        quantize_embeddings: bool = False,
+        quantize_lm_head: bool = False,
+        kernel_mode: str = "auto",
+        dequantize: bool = False,
+        **options: Any,
+    ) -> None:
+        _check_metadata({key: options.pop(key) for key in _METADATA if key in options})
+        self.quant_method = "hfq"
+        self.method = method
+        settings = {
+            "format": format,
+            "bits": bits,
+            "group_size": group_size,
+            "sym": sym,
+            "scale_dtype": scale_dtype,
+            "double_quant": double_quant,
+        }
+        given = {key: value for key, value in settings.items() if value is not None}
+        base = _recipe(method, {**ALGORITHMS.get(method).defaults, **given}, options, self._known_keys())
+        self.format = base.format
+        stored = asdict(base.spec)
+        self.bits = base.spec.bits
+        self.group_size = base.spec.group_size
+        self.sym = base.spec.sym
+        self.scale_dtype = base.spec.scale_dtype
+        self.double_quant = bool(stored.get("double_quant", False))
+        self.options = dict(base.options)
+        self.overrides = {} if overrides is None else {k: _copied(v) for k, v in dict(overrides).items()}
+        self.modules_to_not_convert = _names(modules_to_not_convert)
+        self.quantize_embeddings = _flag("quantize_embeddings", quantize_embeddings)
+        self.quantize_lm_head = _flag("quantize_lm_head", quantize_lm_head)
+        self.kernel_mode = _choice("kernel_mode", kernel_mode, KERNEL_MODES)
+        self.dequantize = _flag("dequantize", dequantize)
+        self._patterns = [(_compiled(pattern), self._override(changed)) for pattern, changed in self.overrides.items()]
+
+    # ---- what happens to a module
+
+    def recipe(self, name: str) -> Recipe | None:
+        """The recipe of the module `name`, or None where it stays in float."""
+        if self.skips(name):
+            return None
+        for pattern, recipe in self._patterns:
+            if pattern.search(name):
+                return recipe
+        return self._override({})
+
+    def skips(self, name: str) -> bool:
+        """Whether `modules_to_not_convert` names the module, by whole parts between dots."""
+        padded = f".{name}."
+        return any(f".{skipped}." in padded for skipped in self.modules_to_not_convert or ())
+
+    def overridden(self, name: str) -> bool:
+        """Whether an override asks for the module to be quantized, whatever the defaults say."""
+        for pattern, recipe in self._patterns:
+            if pattern.search(name):
+                return recipe is not None
+        return False
+
+    def _override(self, changed: Mapping[str, Any] | None) -> Recipe | None:
+        """This config's recipe with some settings changed."""
+        if changed is None:
+            return None
+        method = changed.get("method", self.method)
+        settings: dict[str, Any] = {"format": self.format, **{key: getattr(self, key) for key in _SPEC_SETTINGS}}
+        options = dict(self.options)
+        if method != self.method:
+            settings.update(ALGORITHMS.get(method).defaults)
+            options = {}
+        if changed.get("format", settings["format"]) != self.format:
+            settings = {}
+        elif not self.double_quant:
+            # Only codebooks have it; an inherited False is nobody's wish.
+            settings.pop("double_quant")
+        taken = {key: value for key, value in changed.items() if key in ("format", *_SPEC_SETTINGS)}
+        own = {key: value for key, value in changed.items() if key not in taken and key != "method"}
+        return _recipe(method, {**settings, **taken}, {**options, **own}, ("method", "format", *_SPEC_SETTINGS))
+
+    # ---- JSON
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `HfqConfig.from_dict` gives an equal config."""
+        written = {
+            "quant_method": self.quant_method,
+            "format_version": FORMAT_VERSION,
+            "hfq_version": __version__,
+            "method": self.method,
+            "format": self.format,
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "sym": self.sym,
+            "scale_dtype": self.scale_dtype,
+            "overrides": {k: _copied(v) for k, v in self.overrides.items()},
+            "modules_to_not_convert": self.modules_to_not_convert,
+            "quantize_embeddings": self.quantize_embeddings,
+            "quantize_lm_head": self.quantize_lm_head,
+            **self.options,
+        }
+        if self.double_quant:
+            written["double_quant"] = True
+        return written
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """All settings: a checkpoint must not depend on the defaults of the release that reads it."""
+        return self.to_dict()
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> HfqConfig | tuple[HfqConfig, dict[str, Any]]:
+        """Build from the dict of a ``config.json``; unknown keys are errors."""
+        config = cls(**{**config_dict, **kwargs})
+        return (config, {}) if return_unused_kwargs else config
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """Settings of one load, which a caller may give for a checkpoint that has its own config."""
+        return {"dequantize": self.dequantize, "kernel_mode": self.kernel_mode}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HfqConfig) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{k}={v!r}" for k, v in self.to_dict().items() if k not in _METADATA)
+        return f"HfqConfig({settings})"
+
+    @classmethod
+    def _known_keys(cls) -> tuple[str, ...]:
+        code = cls.__init__.__code__
+        return code.co_varnames[1 : code.co_argcount]
+
+
+def _recipe(method: str, settings: Mapping[str, Any], options: Mapping[str, Any], known: tuple[str, ...]) -> Recipe:
+    """Check a method, its options and the settings of its format against each other."""
+    algorithm = ALGORITHMS.get(method)
+    for key in options:
+        if key not in algorithm.options:
+            names = [*known, *algorithm.options]
+            raise ConfigError(
+                f"unknown setting {key!r} for method {method!r}: expected one of {', '.join(names)}."
+                f"{nearest(key, names)}"
+            )
+    packed_format = FORMATS.get(settings["format"])
+    spec = packed_format.spec({key: value for key, value in settings.items() if key != "format"})
+    merged = {**algorithm.options, **options}
+    algorithm.check(spec, merged)
+    return Recipe(method=method, options=merged, format=settings["format"], spec=spec)
+
+
+def _check_metadata(metadata: Mapping[str, Any]) -> None:
+    method = metadata.get("quant_method", "hfq")
+    if method != "hfq":
+        raise ConfigError(f"expected quant_method 'hfq', got {method!r}: this config belongs to another quantizer")
+    version = metadata.get("format_version", FORMAT_VERSION)
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise VersionError(
+            f"this checkpoint has format version {version!r} (written by hfq {metadata.get('hfq_version', '?')}), "
+            f"hfq {__version__} reads versions up to {FORMAT_VERSION}: upgrade with pip install -U hfq"
+        )
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except (re.error, TypeError) as err:
+        raise ConfigError(f"overrides: {pattern!r} is not a regular expression ({err})") from err
+
+
+def _copied(changed: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if changed is None:
+        return None
+    if not isinstance(changed, Mapping):
+        raise ConfigError(f"overrides: expected a dict of settings or None for each pattern, got {changed!r}")
+    return dict(changed)
+
+
+def _names(names: list[str] | None) -> list[str] | None:
+    if names is None:
+        return None
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"modules_to_not_convert must be a list of module names, got {names!r}")
+    return list(names)
+
+
+def _flag(key: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{key} must be True or False, got {value!r}")
+    return value
+
+
+def _choice(key: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise ConfigError(f"{key} must be one of {', '.join(allowed)}, got {value!r}.{nearest(str(value), allowed)}")
+    return value
