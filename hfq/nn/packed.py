@@ -1,9 +1,13 @@
 """What every module with packed weights shares: its parameters, its kernel layout, moving, saving, loading.
 
 The packed tensors are Parameters without gradient, so that offloading, tying and sharding treat them like any
-weight. They rest in the neutral layout of their format until `prepare` turns them into the layout of the kernel
-that was chosen for their device; the same Parameters hold either, so there is one copy in memory. Everything
-that leaves the module (state dict, `.to`) sees the neutral layout.
+weight. Scales and zero points are held as the integers of the same bits (float16 as int16): a cast of the whole
+model, an upcast before training or a question for the model's dtype must not reach them. State dicts and
+checkpoints have them as floats.
+
+They rest in the neutral layout of their format until `prepare` turns them into the layout of the kernel that was
+chosen for their device; the same Parameters hold either, so there is one copy in memory. Everything that leaves
+the module (state dict, copies, `.to`) sees the neutral layout.
 """
 
 from __future__ import annotations
@@ -37,6 +41,8 @@ KERNEL_MODES = ("auto", "exact", "int8")
 # Keys of a format's tensors that kernels read directly, and the field of PackedGrid that holds them.
 _OPERANDS = {"weight": "qweight", "weight_scale": "scales", "weight_zero": "zeros"}
 
+_BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
+
 
 class PackedModule(nn.Module):
     """Mixin: a module with one or more packed weights.
@@ -65,12 +71,13 @@ class PackedModule(nn.Module):
         for slot in self.slots.values():
             for key, entry in slot.layout().items():
                 empty = torch.empty(entry.shape, dtype=entry.dtype, device=device)
-                self._parameters[slot.attribute(key)] = nn.Parameter(empty, requires_grad=False)
+                # On meta the floats stay floats: a loader compares and casts by the dtype of the checkpoint.
+                self._parameters[slot.attribute(key)] = _frozen(empty if empty.is_meta else _as_bits(empty))
 
     # ---- the packed tensors
 
     def packed_parameters(self, base: str) -> dict[str, nn.Parameter]:
-        """The Parameters of one slot by key, in whatever layout they are now."""
+        """The Parameters of one slot by key, in whatever layout they are now, floats as bits."""
         slot = self.slots[base]
         found = {key: self._parameters.get(slot.attribute(key)) for key in slot.layout()}
         return {key: parameter for key, parameter in found.items() if parameter is not None}
@@ -79,7 +86,7 @@ class PackedModule(nn.Module):
         """The tensors of one slot as a checkpoint stores them; copies where the kernel layout differs."""
         slot, layout = self.slots[base], self.slots[base].layout()
         return {
-            key: self._restored(slot, key, parameter.data, layout[key])
+            key: _as_float(self._restored(slot, parameter.data, layout[key]), layout[key].dtype)
             for key, parameter in self.packed_parameters(base).items()
         }
 
@@ -99,9 +106,9 @@ class PackedModule(nn.Module):
             name = slot.attribute(key)
             parameter = self._parameters[name]
             if parameter is None or parameter.is_meta or parameter.device != tensor.device:
-                self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+                self._parameters[name] = _frozen(_as_bits(tensor))
             else:
-                parameter.data = tensor
+                parameter.data = _as_bits(tensor)
 
     def requantize(self, base: str, weight: Tensor, encode: Encode | None = None) -> None:
         """Quantize a float weight into the slot, by rounding to nearest unless `encode` says otherwise.
@@ -168,7 +175,7 @@ class PackedModule(nn.Module):
         for base, slot in self.slots.items():
             layout = slot.layout()
             for key, parameter in self.packed_parameters(base).items():
-                parameter.data = self._restored(slot, key, parameter.data, layout[key])
+                parameter.data = self._restored(slot, parameter.data, layout[key])
         self._runtime.clear()
 
     def grid(self, base: str) -> PackedGrid:
@@ -209,34 +216,36 @@ class PackedModule(nn.Module):
         return dispatch.select(dispatch.Problem.of(grid))
 
     def _neutral_grid(self, base: str) -> PackedGrid:
-        slot = self.slots[base]
-        tensors = self.packed_parameters(base)
+        slot, layout = self.slots[base], self.slots[base].layout()
+        tensors = {
+            key: _as_float(parameter.data, layout[key].dtype)
+            for key, parameter in self.packed_parameters(base).items()
+        }
         return FORMATS.get(slot.format).grid(tensors, slot.spec, slot.out_features, slot.in_features)
 
     def _prepared_grid(self, base: str) -> PackedGrid:
         """The slot's operands in the layout of its kernel; its Parameters now hold that layout."""
         slot, row = self.slots[base], self._choices[base].row
-        grid = self._neutral_grid(base)
         parameters = self.packed_parameters(base)
-        changed: dict[str, Tensor] = {}
+        grid = self._neutral_grid(base)
+        prepared: dict[str, Tensor] = {}
         for key, field in _OPERANDS.items():
             operand = getattr(grid, field)
             if operand is None:
                 continue
             neutral_dims = slot.stack_dims + (3 if key == "weight" else 2)
-            prepared = operand if operand.dim() > neutral_dims else row.prepare(operand.detach())
-            if operand is parameters.get(key):
-                operand.data = prepared
-                prepared = operand
-            changed[field] = prepared
-        return replace(grid, **changed)
+            prepared[field] = operand if operand.dim() > neutral_dims else row.prepare(operand)
+            # Decoded operands (double-quantized scales) are extra; all others live in their Parameter.
+            if operand.data_ptr() == parameters[key].data_ptr():
+                parameters[key].data = _as_bits(prepared[field])
+        return replace(grid, **prepared)
 
-    def _restored(self, slot: PackedSlot, key: str, tensor: Tensor, entry: TensorLayout) -> Tensor:
-        if tensor.dim() > len(entry.shape):
-            row_bytes = packed_bytes(slot.in_features, slot.spec.bits)
-            tensor = self.kernel(slot.base).restore(tensor, slot.out_features, row_bytes)
-        # Casts of a whole model may have reached the scales; widening and back is exact.
-        return tensor.to(entry.dtype)
+    def _restored(self, slot: PackedSlot, tensor: Tensor, entry: TensorLayout) -> Tensor:
+        """One Parameter's tensor in the neutral layout."""
+        if tensor.dim() == len(entry.shape):
+            return tensor
+        row_bytes = packed_bytes(slot.in_features, slot.spec.bits)
+        return self.kernel(slot.base).restore(tensor, slot.out_features, row_bytes)
 
     # ---- torch.nn.Module
 
@@ -247,36 +256,28 @@ class PackedModule(nn.Module):
             if not isinstance(value, Tensor):
                 raise WeightError(f"expected a float tensor for a packed weight, got {type(value).__name__}")
             return self._set_weight(value)
-        if isinstance(value, nn.Parameter) and "slots" in self.__dict__:
-            for base, slot in self.slots.items():
+        if isinstance(value, nn.Parameter):
+            for base, slot in self.__dict__.get("slots", {}).items():
                 if any(name == slot.attribute(key) for key in slot.layout()):
                     self._runtime.pop(base, None)
+                    value = value if value.is_meta else _frozen(_as_bits(value.data), like=value)
         super().__setattr__(name, value)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles hold the neutral layout: the reader may have other kernels."""
+        self.restore()
+        return self.__dict__.copy()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
-        """Move packed tensors, never cast them; `compute_dtype` alone follows a cast."""
+        """Move packed tensors; casts do not reach them, `compute_dtype` follows instead."""
         was_prepared = bool(self._runtime) or any(owner._runtime for owner in self._owner)
         self.restore()
-        device = next(iter(self.packed_parameters(next(iter(self.slots))).values())).device
-        probe = fn(torch.empty(0, dtype=self.compute_dtype, device=device))
-        dtypes = {name: p.dtype for name, p in self._packed_items() if p.dtype.is_floating_point}
-        for name in dtypes:
-            # Bytes are never cast: show float tensors to `fn` as bytes.
-            self._parameters[name].data = self._parameters[name].data.view(torch.uint8)  # type: ignore[union-attr]
+        device = self.packed_parameters(next(iter(self.slots)))["weight"].device
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=device)).dtype
         super()._apply(fn, recurse)
-        for name, dtype in dtypes.items():
-            self._parameters[name].data = self._parameters[name].data.view(dtype)  # type: ignore[union-attr]
-        self.compute_dtype = probe.dtype
         if was_prepared:
             self.prepare()
         return self
-
-    def _packed_items(self) -> list[tuple[str, nn.Parameter]]:
-        return [
-            (slot.attribute(key), parameter)
-            for base, slot in self.slots.items()
-            for key, parameter in self.packed_parameters(base).items()
-        ]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
@@ -284,6 +285,28 @@ class PackedModule(nn.Module):
             for key, tensor in self.neutral_tensors(base).items():
                 destination[prefix + slot.attribute(key)] = tensor
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self.restore()
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+        for base, slot in self.slots.items():
+            for key in slot.layout():
+                name = prefix + slot.attribute(key)
+                if isinstance(state_dict.get(name), Tensor):
+                    state_dict[name] = _as_bits(state_dict[name])
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+
+
+def _frozen(tensor: Tensor, like: nn.Parameter | None = None) -> nn.Parameter:
+    """A Parameter without gradient, with the Python attributes of `like` (loaders leave marks there)."""
+    parameter = nn.Parameter(tensor, requires_grad=False)
+    parameter.__dict__.update({} if like is None else like.__dict__)
+    return parameter
+
+
+def _as_bits(tensor: Tensor) -> Tensor:
+    """A float tensor as the integers of the same bits."""
+    return tensor.view(_BITS[tensor.dtype]) if tensor.is_floating_point() else tensor
+
+
+def _as_float(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of `_as_bits`, for a tensor whose dtype in the layout is `dtype`."""
+    return tensor.view(dtype) if dtype.is_floating_point and not tensor.is_floating_point() else tensor
