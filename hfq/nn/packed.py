@@ -190,6 +190,8 @@ class PackedModule(nn.Module):
         """The kernel that reads `grid(base)`."""
         if self._owner:
             return self._owner[0].kernel(base)
+        if base not in self._runtime:
+            self.prepare()
         if base in self._runtime:
             return self._choices[base].row
         return dispatch.rows()[-1]
@@ -245,7 +247,8 @@ class PackedModule(nn.Module):
         if tensor.dim() == len(entry.shape):
             return tensor
         row_bytes = packed_bytes(slot.in_features, slot.spec.bits)
-        return self.kernel(slot.base).restore(tensor, slot.out_features, row_bytes)
+        holder = self._owner[0] if self._owner else self
+        return holder._choices[slot.base].row.restore(tensor, slot.out_features, row_bytes)
 
     # ---- torch.nn.Module
 
