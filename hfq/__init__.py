@@ -1,0 +1,51 @@
+"""hfq: quantized weights for Transformers models.
+
+Importing it registers "hfq" with Transformers and nothing else: no device is touched, no kernel is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+from .integrations import registration
+
+if TYPE_CHECKING:
+    from .config import HfqConfig as HfqConfig
+    from .core.errors import CheckpointError as CheckpointError
+    from .core.errors import ConfigError as ConfigError
+    from .core.errors import HfqError as HfqError
+    from .core.errors import KernelError as KernelError
+    from .core.errors import UnknownNameError as UnknownNameError
+    from .core.errors import VersionError as VersionError
+    from .core.errors import WeightError as WeightError
+
+# Public name -> the module that defines it; imported at first use.
+_LAZY = {
+    "HfqConfig": "config",
+    "HfqError": "core.errors",
+    "CheckpointError": "core.errors",
+    "ConfigError": "core.errors",
+    "KernelError": "core.errors",
+    "UnknownNameError": "core.errors",
+    "VersionError": "core.errors",
+    "WeightError": "core.errors",
+}
+
+__all__ = ["__version__", *_LAZY]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))
+
+
+registration.register()

@@ -1,10 +1,12 @@
 """The only code that rounds weights to a grid.
 
-Algorithms choose scales, zero points and (from part two on) the order and the targets of rounding; the steps
-"store the scales in their dtype" and "round to the nearest code of the *stored* grid" are here, once.
+Algorithms choose scales, zero points and the order and targets of rounding; the steps "store the scales in
+their dtype" and "round to the nearest code of the *stored* grid" are here, once.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -12,23 +14,46 @@ from torch import Tensor
 from .codebooks import codebook
 from .errors import ConfigError, WeightError
 from .spec import SCALE_BLOCK, CodebookSpec, QuantSpec, group_count
-from .weight import QuantizedWeight, ScaleCodes, expand_groups
+from .weight import QuantizedWeight, ScaleCodes
 
-__all__ = ["decode_scales", "encode", "group_columns", "range_grid", "round_to_grid"]
+__all__ = [
+    "decode_scales",
+    "encode",
+    "group_columns",
+    "group_mean",
+    "range_grid",
+    "residual",
+    "round_to_grid",
+    "stored_scales",
+]
 
 
 def group_columns(weight: Tensor, group_size: int) -> Tensor:
-    """View `[N, K]` as groups `[N, G, group_size]`; a short last group repeats its last column.
+    """View `[N, K]` as groups `[N, G, S]`; a short last group repeats its last column.
 
-    Repeating a value changes neither the minimum nor the maximum of the group.
+    Repeating a value changes neither the minimum nor the maximum of the group. For sums see `group_mean`.
     """
     rows, columns = weight.shape
-    if group_count(columns, group_size) == 1:
+    groups = group_count(columns, group_size)
+    if groups == 1:
         return weight.unsqueeze(1)
-    missing = -columns % group_size
+    missing = groups * group_size - columns
     if missing:
         weight = torch.cat([weight, weight[:, -1:].expand(rows, missing)], dim=1)
-    return weight.unflatten(1, (-1, group_size))
+    return weight.reshape(rows, groups, group_size)
+
+
+def group_mean(groups: Tensor, columns: int) -> Tensor:
+    """Mean of each group of `group_columns`, `[N, G, S]` -> `[N, G]`, without the repeated columns.
+
+    Args:
+        columns: K, columns of the weight before it was cut into groups.
+    """
+    mean = groups.mean(-1)
+    last = columns - (groups.shape[1] - 1) * groups.shape[2]
+    if last < groups.shape[2]:
+        mean[:, -1] = groups[:, -1, :last].mean(-1)
+    return mean
 
 
 def range_grid(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
@@ -53,12 +78,29 @@ def range_grid(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
         extreme = torch.where(-low >= high, low, high)
         return extreme / -spec.implied_zero, None
     low, high = low.clamp(max=0), high.clamp(min=0)
-    scales = (high - low) / (spec.levels - 1)
-    zeros = torch.round(-low * _reciprocal(scales))
+    # The difference of the two could overflow where the scale does not.
+    scales = high / (spec.levels - 1) - low / (spec.levels - 1)
+    zeros = torch.round(-low * _reciprocal(stored_scales(scales, spec).float()))
     return scales, zeros
 
 
-def encode(weight: Tensor, scales: Tensor, zeros: Tensor | None, spec: QuantSpec) -> QuantizedWeight:
+def stored_scales(scales: Tensor, spec: QuantSpec) -> Tensor:
+    """Scales in ``spec.scale_dtype``, rounded away from zero: a grid never gets shorter than it was meant to be.
+
+    So the range of a group is never clipped, and a scale too small for a normal number of that dtype becomes the
+    next larger one instead of a wrong one or 0. Scales that the dtype holds exactly stay as they are.
+    """
+    stored = scales.to(spec.torch_scale_dtype)
+    if stored.dtype == torch.float32:
+        return stored
+    # In IEEE formats the next larger magnitude is the next larger integer, whatever the sign.
+    next_larger = (stored.view(torch.int16) + 1).view(stored.dtype)
+    return torch.where(stored.float().abs() < scales.abs(), next_larger, stored)
+
+
+def encode(
+    weight: Tensor, scales: Tensor, zeros: Tensor | None, spec: QuantSpec
+) -> QuantizedWeight:
     """Store the grid, then round the weight to it.
 
     Args:
@@ -69,67 +111,113 @@ def encode(weight: Tensor, scales: Tensor, zeros: Tensor | None, spec: QuantSpec
         WeightError: the weight holds NaN or infinite values.
         ConfigError: a scale does not fit ``spec.scale_dtype``.
     """
-    stored, scale_codes = _store_scales(scales, spec)
-    stored_zeros = None if zeros is None else zeros.to(spec.torch_scale_dtype)
-    codes = round_to_grid(weight, stored.float(), None if stored_zeros is None else stored_zeros.float(), spec)
-    return QuantizedWeight(spec=spec, codes=codes, scales=stored, zeros=stored_zeros, scale_codes=scale_codes)
-
-
-def round_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor | None, spec: QuantSpec) -> Tensor:
-    """The nearest code of each weight: uint8 `[N, K]`. All inputs float32, scales and zeros `[N, G]`.
-
-    A group whose scale is 0 gets the code of 0.
-    """
-    columns = weight.shape[1]
-    scaled = weight * expand_groups(_reciprocal(scales), spec.group_size, columns)
-    if isinstance(spec, CodebookSpec):
-        values = codebook(spec.codebook, weight.device)
-        return torch.bucketize(scaled, (values[1:] + values[:-1]) / 2, out_int32=True).to(torch.uint8)
-    zero = spec.implied_zero if zeros is None else expand_groups(zeros, spec.group_size, columns)
-    return scaled.add_(zero).round_().clamp_(0, spec.levels - 1).to(torch.uint8)
-
-
-def _store_scales(scales: Tensor, spec: QuantSpec) -> tuple[Tensor, ScaleCodes | None]:
-    """Scales as they will be read back: in their dtype, or through 8-bit codes."""
-    # A NaN or infinite weight always shows in its group's scale: minimum and maximum propagate both.
-    if not torch.isfinite(scales).all():
+    if not _is_finite(weight):
         raise WeightError(
             "expected finite weights, got NaN or infinity: the checkpoint is damaged or was saved from a "
             "diverged run; repair it, or keep this module in float with overrides={r'<its name>': None}"
         )
+    stored, scale_codes = _store(scales, spec)
+    stored_zeros = None if zeros is None else zeros.to(spec.torch_scale_dtype)
+    codes = round_to_grid(
+        weight, stored.float(), None if stored_zeros is None else stored_zeros.float(), spec
+    )
+    return QuantizedWeight(
+        spec=spec, codes=codes, scales=stored, zeros=stored_zeros, scale_codes=scale_codes
+    )
+
+
+def round_to_grid(
+    weight: Tensor, scales: Tensor, zeros: Tensor | None, spec: QuantSpec
+) -> Tensor:
+    """The nearest code of each weight: uint8 `[N, K]`. All inputs float32, scales and zeros `[N, G]`.
+
+    A group whose scale is 0 gets the code of 0.
+    """
+    scaled = _in_steps(group_columns(weight, spec.group_size), scales)
+    codes = _nearest(scaled, zeros, spec).to(torch.uint8)
+    return codes.flatten(1)[:, : weight.shape[1]].contiguous()
+
+
+def residual(groups: Tensor, scales: Tensor, zeros: Tensor | None, spec: QuantSpec) -> Tensor:
+    """Weight minus rounded weight, in units of the scale: `[N, G, S]`.
+
+    Args:
+        groups: float32 `[N, G, S]`, see `group_columns`.
+        scales, zeros: float32 `[N, G]`, as they would be stored.
+    """
+    scaled = _in_steps(groups, scales)
+    nearest = _nearest(scaled, zeros, spec)
+    if isinstance(spec, CodebookSpec):
+        return scaled.sub_(codebook(spec.codebook, groups.device)[nearest.int()])
+    return scaled.sub_(nearest.sub_(_zero(zeros, spec)))
+
+
+def _in_steps(groups: Tensor, scales: Tensor) -> Tensor:
+    """Weights `[N, G, S]` in units of their scale."""
+    return groups * _reciprocal(scales).unsqueeze(-1)
+
+
+def _nearest(scaled: Tensor, zeros: Tensor | None, spec: QuantSpec) -> Tensor:
+    """The nearest code of ``weight / scale``, `[N, G, S]`: uint8 for codebooks, whole float32 for integers."""
+    if isinstance(spec, CodebookSpec):
+        values = codebook(spec.codebook, scaled.device)
+        codes = torch.zeros_like(scaled, dtype=torch.uint8)
+        # Fifteen comparisons take half the time of a binary search.
+        for boundary in (values[1:] + values[:-1]) / 2:
+            codes += scaled > boundary
+        return codes
+    return (scaled + _zero(zeros, spec)).round_().clamp_(0, spec.levels - 1)
+
+
+def _zero(zeros: Tensor | None, spec: QuantSpec) -> Tensor | int:
+    """What stands at 0, ready to be added to `[N, G, S]`."""
+    return spec.implied_zero if zeros is None else zeros.unsqueeze(-1)
+
+
+def _store(scales: Tensor, spec: QuantSpec) -> tuple[Tensor, ScaleCodes | None]:
+    """Scales as they will be read back: in their dtype, or through 8-bit codes."""
     if isinstance(spec, CodebookSpec) and spec.double_quant:
-        return _double_quantize(scales, spec)
-    stored = scales.to(spec.torch_scale_dtype)
-    if not torch.isfinite(stored).all():
+        scale_codes = _double_quantize(scales)
+        stored = decode_scales(scale_codes, spec.torch_scale_dtype)
+    else:
+        scale_codes, stored = None, stored_scales(scales, spec)
+    if not _is_finite(stored):
         raise ConfigError(
             f"a scale of {scales.abs().max().item():.3g} does not fit scale_dtype={spec.scale_dtype!r}; "
             "use scale_dtype='float32'"
         )
-    return stored, None
+    return stored, scale_codes
 
 
-def _double_quantize(scales: Tensor, spec: CodebookSpec) -> tuple[Tensor, ScaleCodes]:
+def _double_quantize(scales: Tensor) -> ScaleCodes:
     """8-bit affine codes of the scales, per block of `SCALE_BLOCK` (QLoRA, section 3, with a min-max grid)."""
     flat = scales.flatten()
     blocks = group_columns(flat.unsqueeze(0), SCALE_BLOCK)[0]
     offset = blocks.amin(-1)
     step = (blocks.amax(-1) - offset) / 255
-    codes = ((blocks - offset[:, None]) * _reciprocal(step)[:, None]).round_().clamp_(0, 255).to(torch.uint8)
-    scale_codes = ScaleCodes(
-        codes=codes.flatten()[: flat.numel()].view(scales.shape), step=step.float(), offset=offset.float()
-    )
-    return decode_scales(scale_codes, spec.torch_scale_dtype), scale_codes
+    codes = ((blocks - offset[:, None]) * _reciprocal(step)[:, None]).round_().clamp_(0, 255)
+    codes = codes.to(torch.uint8).flatten()[: flat.numel()].view(scales.shape)
+    return ScaleCodes(codes=codes, step=step, offset=offset)
 
 
 def decode_scales(stored: ScaleCodes, dtype: torch.dtype) -> Tensor:
-    """The scales `[N, G]` behind 8-bit codes, rounded to `dtype` so that every reader sees the same values."""
-    flat = stored.codes.flatten()
-    block = torch.arange(flat.numel(), device=flat.device) // SCALE_BLOCK
-    return (stored.offset[block] + flat.float() * stored.step[block]).to(dtype).view(stored.codes.shape)
+    """The scales behind 8-bit codes, rounded to `dtype` so that every reader sees the same values.
+
+    A stack of weights (codes `[E, N, G]`, step and offset `[E, B]`) is decoded in one go.
+    """
+    flat = stored.codes.flatten(-2)
+    count = flat.shape[-1]
+    step = stored.step.repeat_interleave(SCALE_BLOCK, -1)[..., :count]
+    offset = stored.offset.repeat_interleave(SCALE_BLOCK, -1)[..., :count]
+    return (offset + flat.float() * step).to(dtype).view(stored.codes.shape)
 
 
 def _reciprocal(scales: Tensor) -> Tensor:
-    """1 / scale, and 0 where the scale is 0."""
-    return torch.where(scales == 0, torch.zeros_like(scales), 1 / scales)
+    """1 / scale, and 0 where the scale is 0 or so small that its reciprocal overflows."""
+    inverse = 1 / scales
+    return torch.where(torch.isfinite(inverse), inverse, torch.zeros_like(inverse))
 
 
+def _is_finite(values: Tensor) -> bool:
+    # Both extremes are NaN where any value is; one pass, 20 times faster than isfinite().all().
+    return values.numel() == 0 or all(math.isfinite(extreme) for extreme in values.aminmax())

@@ -92,6 +92,7 @@ class PackedGrid:
             qweight=self.qweight[index],
             scales=self.scales[index],
             zeros=None if self.zeros is None else self.zeros[index],
+            g_idx=None if self.g_idx is None else self.g_idx[index],
         )
 
 

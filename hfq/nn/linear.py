@@ -97,12 +97,7 @@ class QuantLinear(PackedModule, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         grid = self.grid("weight")
-        return self.kernel("weight").linear(x, grid, self.bias, self._int8_activations(x))
-
-    def _int8_activations(self, x: Tensor) -> bool:
-        if self.kernel_mode == "auto":
-            return x.dtype != torch.float32 and not (x.requires_grad and torch.is_grad_enabled())
-        return self.kernel_mode == "int8"
+        return self.kernel("weight").linear(x, grid, self.bias, self.int8_activations(x))
 
     def reset_parameters(self) -> None:
         """Nothing to initialise: codes come from a weight."""

@@ -78,9 +78,17 @@ class PackedModule(nn.Module):
 
     def packed_parameters(self, base: str) -> dict[str, nn.Parameter]:
         """The Parameters of one slot by key, in whatever layout they are now, floats as bits."""
-        slot = self.slots[base]
+        slot, placeholder = self.slots[base], self.placeholder(base)
         found = {key: self._parameters.get(slot.attribute(key)) for key in slot.layout()}
-        return {key: parameter for key, parameter in found.items() if parameter is not None}
+        return {key: p for key, p in found.items() if p is not None and p is not placeholder}
+
+    def placeholder(self, base: str) -> nn.Parameter | None:
+        """The float parameter on meta that keeps a checkpoint tensor's name until it is quantized on the fly.
+
+        In a stack of experts the codes go by the same name; they have one dimension more.
+        """
+        held = self._parameters.get(base)
+        return held if held is not None and held.dim() == len(self.slots[base].float_shape) else None
 
     def neutral_tensors(self, base: str) -> dict[str, Tensor]:
         """The tensors of one slot as a checkpoint stores them; copies where the kernel layout differs."""
@@ -131,7 +139,10 @@ class PackedModule(nn.Module):
             if slot.experts is None:
                 return self.kernel(base).dequantize(self.grid(base), self.compute_dtype)
             grid, row = self.grid(base), self.kernel(base)
-            return torch.stack([row.dequantize(grid.expert(e), self.compute_dtype) for e in range(slot.experts)])
+            stack = torch.empty(slot.float_shape, dtype=self.compute_dtype, device=grid.qweight.device)
+            for index in range(slot.experts):
+                stack[index] = row.dequantize(grid.expert(index), self.compute_dtype)
+            return stack
 
     def _virtual_weight(self) -> VirtualWeight:
         """What `module.weight` is for a module with the one slot "weight"."""
@@ -207,6 +218,12 @@ class PackedModule(nn.Module):
         reason = "the weights are offloaded and fetched for each call"
         return dispatch.Choice(dispatch.rows()[-1], tuple((row.name, reason) for row in dispatch.rows()[:-1]))
 
+    def int8_activations(self, x: Tensor) -> bool:
+        """Whether a kernel may quantize the activations x; see `KERNEL_MODES`."""
+        if self.kernel_mode == "auto":
+            return x.dtype != torch.float32 and not (x.requires_grad and torch.is_grad_enabled())
+        return self.kernel_mode == "int8"
+
     def share_packed(self, other: PackedModule, base: str = "weight") -> None:
         """Use the very tensors of another module's slot, in that module's kernel layout (tied weights)."""
         for key, parameter in other.packed_parameters(base).items():
@@ -263,7 +280,8 @@ class PackedModule(nn.Module):
             for base, slot in self.__dict__.get("slots", {}).items():
                 if any(name == slot.attribute(key) for key in slot.layout()):
                     self._runtime.pop(base, None)
-                    value = value if value.is_meta else _frozen(_as_bits(value.data), like=value)
+                    if value.is_floating_point() and not value.is_meta:
+                        value = _frozen(_as_bits(value.data), like=value)
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -275,7 +293,7 @@ class PackedModule(nn.Module):
         """Move packed tensors; casts do not reach them, `compute_dtype` follows instead."""
         was_prepared = bool(self._runtime) or any(owner._runtime for owner in self._owner)
         self.restore()
-        device = self.packed_parameters(next(iter(self.slots)))["weight"].device
+        device = next(iter(self.packed_parameters(next(iter(self.slots))).values())).device
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=device)).dtype
         super()._apply(fn, recurse)
         if was_prepared:

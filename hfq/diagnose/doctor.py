@@ -1,0 +1,229 @@
+"""`hfq.doctor`: what this installation has, what is missing or broken, and the remedy."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from packaging.version import Version
+
+from .._version import __version__
+from ..core.errors import KernelError
+from ..core.spec import IntSpec
+from ..kernels import huge_pages, native
+from ..nn.linear import QuantLinear
+from ..table import format_bytes, format_table
+from . import machine
+
+__all__ = ["Check", "Diagnosis", "doctor"]
+
+# Oldest releases that the code is written for; None: any.
+_REQUIRED = {"torch": "2.11", "transformers": "5.17", "safetensors": None, "huggingface_hub": None}
+_OPTIONAL = {"accelerate": "device_map and offloading", "peft": "adapters and QLoRA"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One line of a diagnosis.
+
+    Attributes:
+        name: what was looked at.
+        status: "ok"; "missing" for what works without, only slower or less; "broken" for what should work.
+        found: what there is, or why there is nothing.
+        remedy: what to do about it; empty where nothing is wrong.
+    """
+
+    name: str
+    status: str
+    found: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """The checks in the order in which to read them."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is broken; what is merely missing is no fault."""
+        return all(check.status != "broken" for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values: ``{"ok": ..., "checks": [...]}``."""
+        return {"ok": self.ok, "checks": [asdict(check) for check in self.checks]}
+
+    def table(self) -> str:
+        """The checks as text, remedies below."""
+        rows = [[check.name, check.status, check.found] for check in self.checks]
+        remedies = [f"{check.name}: {check.remedy}" for check in self.checks if check.remedy]
+        return "\n".join([format_table(["", "status", "found"], rows), *remedies])
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+def doctor(*, bandwidth: bool = False) -> Diagnosis:
+    """Look at versions, processor, memory, kernels and GPUs, and multiply with a packed weight on each device.
+
+    Args:
+        bandwidth: also measure how fast memory is read (takes 256 MiB and a second).
+    """
+    return Diagnosis(
+        checks=(*_versions(), *_cpu(), *_memory(bandwidth), *_native(), *_cuda(), *_self_tests())
+    )
+
+
+def _versions() -> Iterator[Check]:
+    yield Check(name="hfq", status="ok", found=f"{__version__}, Python {platform.python_version()}")
+    for name, oldest in _REQUIRED.items():
+        found = _version(name)
+        if found is None:
+            yield Check(name=name, status="broken", found="missing", remedy=f"pip install {name}")
+        elif oldest is not None and Version(found).release < Version(oldest).release:
+            remedy = f"hfq needs {oldest} or later: pip install -U {name}"
+            yield Check(name=name, status="broken", found=found, remedy=remedy)
+        else:
+            yield Check(name=name, status="ok", found=found)
+    for name, purpose in _OPTIONAL.items():
+        found = _version(name)
+        if found is None:
+            remedy = f"needed for {purpose}: pip install {name}"
+            yield Check(name=name, status="missing", found="not installed", remedy=remedy)
+        else:
+            yield Check(name=name, status="ok", found=found)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> Iterator[Check]:
+    features = " ".join(machine.cpu_features())
+    yield Check(name="processor", status="ok", found=f"{machine.cpu_name()}: {features}")
+    threads, count = torch.get_num_threads(), machine.cpu_count()
+    if threads < count:
+        remedy = "set OMP_NUM_THREADS, or call torch.set_num_threads, to use the others"
+    elif threads > count:
+        remedy = f"more threads than processors slow each other down: set OMP_NUM_THREADS={count}"
+    else:
+        remedy = ""
+    found = f"{threads} on {count} processors"
+    yield Check(name="threads", status="ok", found=found, remedy=remedy)
+
+
+def _memory(bandwidth: bool) -> Iterator[Check]:
+    sizes = machine.memory()
+    if sizes is not None:
+        found = f"{format_bytes(sizes[0])}, {format_bytes(sizes[1])} available"
+        yield Check(name="memory", status="ok", found=found)
+    available, reason = huge_pages.available()
+    if available:
+        yield Check(name="huge pages", status="ok", found="available")
+    else:
+        remedy = "decoding works without, at about two thirds of the speed"
+        yield Check(name="huge pages", status="missing", found=reason, remedy=remedy)
+    if bandwidth:
+        rate = machine.read_bandwidth() / 1e9
+        yield Check(name="read bandwidth", status="ok", found=f"{rate:.1f} GB/s")
+
+
+def _native() -> Iterator[Check]:
+    status = _native_status()
+    if isinstance(status, KernelError):
+        remedy = f"unset {native.ISA_VARIABLE}, or set it to auto"
+        yield Check(name="CPU kernels", status="broken", found=str(status), remedy=remedy)
+    elif status.cpu:
+        compiler = status.build.get("cpu", {}).get("compiler", "an unknown compiler")
+        found = f"{status.isa} (of {', '.join(status.isas)}), built by {compiler}"
+        yield Check(name="CPU kernels", status="ok", found=found)
+    else:
+        # A library that was built and does not load is a fault; one that was never built is only slow.
+        built = status.build.get("cpu", {}).get("built", False)
+        remedy = (
+            "reinstall hfq for this PyTorch"
+            if built
+            else "the PyTorch reference runs instead, slowly"
+        )
+        state = "broken" if built else "missing"
+        yield Check(name="CPU kernels", status=state, found=status.cpu_reason, remedy=remedy)
+
+
+def _native_status() -> native.NativeStatus | KernelError:
+    with warnings.catch_warnings():
+        # What `load` warns about is said in the table.
+        warnings.simplefilter("ignore")
+        try:
+            return native.load()
+        except KernelError as error:
+            return error
+
+
+def _cuda() -> Iterator[Check]:
+    if not torch.cuda.is_available():
+        why = "no CUDA device" if torch.version.cuda else f"PyTorch {torch.__version__} has no CUDA"
+        yield Check(name="CUDA", status="missing", found=f"{why}; models run on the CPU")
+        return
+    for index in range(torch.cuda.device_count()):
+        name, (major, minor) = (
+            torch.cuda.get_device_name(index),
+            torch.cuda.get_device_capability(index),
+        )
+        found = f"{name}, sm_{major}{minor}, CUDA {torch.version.cuda}"
+        yield Check(name=f"CUDA device {index}", status="ok", found=found)
+    status = _native_status()
+    if isinstance(status, KernelError):
+        return
+    built = status.build.get("cuda", {})
+    if status.cuda:
+        found = f"built for {', '.join(built.get('archs', ()))} by {built.get('compiler', '?')}"
+        yield Check(name="CUDA kernels", status="ok", found=found)
+    else:
+        remedy = (
+            "reinstall hfq for this PyTorch"
+            if built.get("built")
+            else "the PyTorch reference runs instead, slowly; put nvcc on the PATH and reinstall hfq"
+        )
+        state = "broken" if built.get("built") else "missing"
+        yield Check(name="CUDA kernels", status=state, found=status.cuda_reason, remedy=remedy)
+
+
+def _self_tests() -> Iterator[Check]:
+    """Multiply with a packed weight and compare with the float product."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    for device in devices:
+        name = f"self-test, {device}"
+        try:
+            error, kernel = _self_test(device)
+        except RuntimeError as failure:  # KernelError and what a native kernel raises
+            remedy = "report it with this table"
+            yield Check(name=name, status="broken", found=str(failure), remedy=remedy)
+            continue
+        # Float32 sums of 256 products of size 1; a NaN is larger than any bound.
+        good = error < 1e-3
+        found = f"kernel {kernel}, largest difference {error:.1e}"
+        remedy = "" if good else "wrong results: report it with this table"
+        yield Check(name=name, status="ok" if good else "broken", found=found, remedy=remedy)
+
+
+@torch.no_grad()
+def _self_test(device: str) -> tuple[float, str]:
+    """(largest difference to the float product, kernel)."""
+    generator = torch.Generator().manual_seed(0)
+    packed = QuantLinear(256, 64, bias=False, format="int", spec=IntSpec())
+    packed.requantize("weight", torch.randn(64, 256, generator=generator))
+    packed.to(device)
+    packed.kernel_mode = "exact"
+    x = torch.randn(3, 256, generator=generator).to(device)
+    expected = x @ packed.dequantize().T
+    error = (packed(x) - expected).abs().amax().item()
+    return error, packed.kernel_choice("weight").row.name

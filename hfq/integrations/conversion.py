@@ -1,0 +1,73 @@
+"""What happens to tensors between a checkpoint and the model: quantization on arrival, names on both sides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps, WeightRenaming
+
+__all__ = ["PackedNames", "QuantizeOnArrival"]
+
+
+class QuantizeOnArrival(ConversionOps):
+    """Turns one float tensor, as it arrives from the checkpoint, into its packed Parameters.
+
+    Args:
+        quantize: (full name of the float parameter, tensor) -> full name -> Parameter.
+    """
+
+    def __init__(self, quantize: Callable[[str, Tensor], dict[str, nn.Parameter]]) -> None:
+        self.quantize = quantize
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        *,
+        missing_keys: set[str] | None = None,
+        **_: Any,
+    ) -> dict[str, nn.Parameter]:
+        """Called by the loader with full names; values are a tensor or a list with one."""
+        arrived: dict[str, nn.Parameter] = {}
+        for name, value in input_dict.items():
+            arrived |= self.quantize(name, value[0] if isinstance(value, list) else value)
+            if missing_keys is not None:
+                missing_keys.discard(name)
+        return arrived
+
+
+class PackedNames(WeightRenaming):
+    """Renames packed codes between checkpoint (``...weight``) and module (``...qweight``), for some modules only.
+
+    Args:
+        modules: names of the modules with packed codes. Keys of a checkpoint may carry or lack the base model's
+            prefix, so both spellings belong in.
+    """
+
+    __slots__ = ("modules", "source", "target")
+
+    def __init__(self, modules: Collection[str], source: str = "weight", target: str = "qweight") -> None:
+        super().__init__(source_patterns=rf"\.{source}$", target_patterns=f".{target}")
+        self.modules = frozenset(modules)
+        self.source = source
+        self.target = target
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        """The new name and the pattern that matched, or the old name and None."""
+        module, _, tensor = source_key.rpartition(".")
+        if tensor != self.source or module not in self.modules:
+            return source_key, None
+        self._was_used = True
+        return f"{module}.{self.target}", self.source_patterns[0]
+
+    def reverse_transform(self) -> PackedNames:
+        """The renaming that saving applies."""
+        return PackedNames(self.modules, self.target, self.source)
+
+
+def spellings(modules: Iterable[str], prefix: str) -> set[str]:
+    """Module names with and without the base model's prefix."""
+    dotted = f"{prefix}."
+    names = set(modules)
+    return names | {n.removeprefix(dotted) for n in names} | {dotted + n for n in names if not n.startswith(dotted)}

@@ -1,0 +1,375 @@
+"""`HfqQuantizer`: where Transformers' ``from_pretrained`` and ``save_pretrained`` meet packed modules.
+
+On the fly: the skeleton's modules are swapped on meta, each float tensor is quantized and packed when it arrives,
+and its float copy dies. Packed checkpoints: the headers are compared with the expected layouts before anything is
+read, then the packed tensors go straight into place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
+
+from ..algorithms import ALGORITHMS
+from ..config import HfqConfig, Recipe
+from ..core.errors import CheckpointError, ConfigError, HfqError, WeightError
+from ..core.weight import QuantizedWeight
+from ..formats import FORMATS, TensorLayout, check_tensors
+from ..nn.embedding import QuantEmbedding
+from ..nn.experts import pack_experts_, unpack_experts_
+from ..nn.linear import QuantLinear
+from ..nn.packed import PackedModule
+from ..nn.packing import pack_weight
+from .checkpoint import read_headers
+from .conversion import PackedNames, QuantizeOnArrival, spellings
+from .mapped_files import release_pages, return_free_memory
+from .selection import Selection, select_modules
+
+if TYPE_CHECKING:
+    # This module is imported while Transformers is (see `registration`): modeling code is out of reach then.
+    from transformers import PreTrainedModel
+
+__all__ = ["HfqQuantizer"]
+
+logger = logging.get_logger(__name__)
+
+
+class HfqQuantizer(HfQuantizer):
+    """Transformers' side of hfq; created by ``from_pretrained`` for an `HfqConfig`.
+
+    Attributes:
+        selection: what was packed and why the rest was not.
+    """
+
+    requires_calibration = False
+    quantization_config: HfqConfig
+
+    def __init__(self, quantization_config: HfqConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.selection = Selection()
+        self._recipes: dict[str, Recipe] = {}
+        self._files: tuple[str, ...] = ()
+        self._failures: dict[str, HfqError] = {}
+        self._transforms: list[Any] | None = None
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def is_serializable(self, **_: Any) -> bool:
+        return True
+
+    # ---- the skeleton, on meta
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> PreTrainedModel:
+        self._model = model
+        headers = None if not checkpoint_files else self._headers(checkpoint_files)
+        available = None if headers is None else _parameter_names(model, headers)
+        packed = None
+        if self.pre_quantized and available is not None and headers is not None:
+            packed = {name for name, key in available.items() if _is_packed(key, headers)}
+        self.selection = select_modules(model, self.quantization_config, available, packed)
+        if not self.selection.recipes:
+            logger.warning(f"hfq: no weight of {type(model).__name__} was quantized: {self.selection.summary()}")
+        tied = _tied_modules(model)
+        for name, recipes in self.selection.recipes.items():
+            self._swap(model, name, recipes, has_tensor=name not in tied)
+        self._retie(model, tied)
+        if packed is not None and headers is not None and available is not None:
+            self._check_headers(model, headers, available)
+        return model
+
+    def _headers(self, files: list[str]) -> dict[str, TensorLayout] | None:
+        if not all(file.endswith(".safetensors") for file in files):
+            if self.pre_quantized:
+                raise CheckpointError(f"expected safetensors files, got {files[0]}: packed checkpoints have no other")
+            return None
+        self._files = tuple(files)
+        return read_headers(files)
+
+    def _swap(self, model: PreTrainedModel, name: str, recipes: dict[str, Recipe], has_tensor: bool) -> None:
+        """Replace one float module of the skeleton by its packed twin.
+
+        `has_tensor`: the checkpoint has a tensor of this name (a tied head has none). On the fly a float
+        placeholder then keeps the name known to the loader until the tensor arrives.
+        """
+        module = model.get_submodule(name)
+        placeholder = has_tensor and not self.pre_quantized
+        self._recipes.update({f"{name}.{base}": recipe for base, recipe in recipes.items()})
+        if "weight" not in recipes:
+            plan = {base: (recipe.format, recipe.spec) for base, recipe in recipes.items()}
+            pack_experts_(module, plan, dtype=torch.get_default_dtype(), keep_placeholders=placeholder)
+            return
+        new = _packed_twin(module, recipes["weight"])
+        if placeholder:
+            new._parameters["weight"] = nn.Parameter(module.weight.data, requires_grad=False)
+        new._is_hf_initialized = True
+        model.set_submodule(name, new)
+
+    def _retie(self, model: PreTrainedModel, tied: dict[str, str]) -> None:
+        """Express the ties of packed modules by their packed tensors."""
+        if not any(target in self.selection.recipes for target in tied):
+            return
+        keys = {t: s for t, s in model.all_tied_weights_keys.items() if t.rpartition(".")[0] not in self.selection.recipes}
+        for target, source in tied.items():
+            if target in self.selection.recipes:
+                slot = model.get_submodule(target).slots["weight"]
+                keys |= {f"{target}.{slot.attribute(k)}": f"{source}.{slot.attribute(k)}" for k in slot.layout()}
+        model._tied_weights_keys = dict(keys)
+        model.all_tied_weights_keys = keys
+
+    def _check_headers(
+        self, model: PreTrainedModel, headers: dict[str, TensorLayout], available: dict[str, str]
+    ) -> None:
+        """Every packed tensor of the model must stand in the checkpoint with its shape and dtype."""
+        for name, module in _packed_modules(model):
+            for base, slot in module.slots.items():
+                stored = available.get(f"{name}.{base}")
+                if stored is None:
+                    continue  # tied: its owner's tensors are checked
+                prefix = stored.removesuffix(base)
+                found = {
+                    key: headers[prefix + slot.stored_name(key)]
+                    for key in slot.layout()
+                    if prefix + slot.stored_name(key) in headers
+                }
+                check_tensors(name, found, slot.layout())
+
+    # ---- tensors on their way in
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
+        if self.pre_quantized or param_name not in self._recipes:
+            return False
+        module, _, base = param_name.rpartition(".")
+        parameter = model.get_submodule(module)._parameters.get(base)
+        return parameter is not None and parameter.is_floating_point()
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
+        # A placeholder weighs nothing: the packed tensors beside it are counted.
+        return 0.0 if self.param_needs_quantization(model, param_name) else param.element_size()
+
+    def get_quantize_ops(self) -> QuantizeOnArrival:
+        return QuantizeOnArrival(self._quantize)
+
+    def _quantize(self, name: str, weight: Tensor) -> dict[str, nn.Parameter]:
+        """Pack the float tensor of parameter `name`; full names of the packed Parameters.
+
+        The loader would wrap an error of ours into a report of its own, so it is raised after loading.
+        """
+        module_name, _, base = name.rpartition(".")
+        module, recipe = self._model.get_submodule(module_name), self._recipes[name]
+        slot = module.slots[base]
+        algorithm = ALGORITHMS.get(recipe.method)
+
+        def encode(rows: Tensor) -> QuantizedWeight:
+            return algorithm.quantize(rows, recipe.spec, recipe.options)
+
+        try:
+            packed = pack_weight(weight.transpose(-2, -1) if slot.transposed else weight, slot, encode)
+        except HfqError as err:
+            self._failures[name] = err
+            packed = {
+                key: torch.zeros(layout.shape, dtype=layout.dtype, device=weight.device)
+                for key, layout in slot.layout().items()
+            }
+        module._parameters.pop(base if base == "weight" else "", None)
+        release_pages(self._files)
+        return {
+            f"{module_name}.{slot.attribute(key)}": nn.Parameter(tensor, requires_grad=False)
+            for key, tensor in packed.items()
+        }
+
+    def get_weight_conversions(self) -> list[WeightRenaming]:
+        return [self._packed_names()] if self.pre_quantized else []
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        # Transformers 5.17 passes no model.
+        return [*weight_conversions, *self.get_weight_conversions()]
+
+    def _packed_names(self) -> PackedNames:
+        renamed = [name for name, recipes in self.selection.recipes.items() if "weight" in recipes]
+        return PackedNames(spellings(renamed, self._model.base_model_prefix))
+
+    # ---- the loaded model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        self._raise_failures()
+        self._keep_transforms(model)
+        for name, module in _packed_modules(model):
+            if any(parameter.is_meta for parameter in module.parameters(recurse=False)) and not module.is_offloaded:
+                raise CheckpointError(f"{name}: the checkpoint has no tensor for this weight")
+            if not module.is_offloaded:
+                module.check_packed(name)
+            module.kernel_mode = self.quantization_config.kernel_mode
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
+        self._share_tied(model)
+        if self.quantization_config.dequantize:
+            return self._dequantize(model)
+        for _, module in _packed_modules(model):
+            module.prepare()
+        return_free_memory()
+        _saving().attach(model)
+        logger.info(f"hfq: {self.selection.summary()}")
+        return model
+
+    def _raise_failures(self) -> None:
+        if not self._failures:
+            return
+        name, first = next(iter(self._failures.items()))
+        more = f" ({len(self._failures) - 1} more weights failed)" if len(self._failures) > 1 else ""
+        raise type(first)(f"{name}: {first}{more}") from first
+
+    def _keep_transforms(self, model: PreTrainedModel) -> None:
+        """Saving must undo renamings, but not the merging of tensors that are packed now."""
+        transforms = getattr(model, "_weight_conversions", None) or []
+        self._transforms = [t for t in transforms if not isinstance(t, PackedNames)]
+        kept = [t for t in self._transforms if not isinstance(t, WeightConverter)]
+        model._weight_conversions = [*kept, self._packed_names()]
+
+    def _share_tied(self, model: PreTrainedModel) -> None:
+        """Let tied embeddings read the tensors of their head, in the layout of its kernel."""
+        for name, module in _packed_modules(model):
+            if not isinstance(module, QuantEmbedding):
+                continue
+            for _, other in _packed_modules(model):
+                if isinstance(other, QuantLinear) and other.qweight is module.qweight and not other.is_offloaded:
+                    module.share_packed(other)
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        """Called before saving: back to the stored layout in place, so that saving makes no second copy."""
+        for _, module in _packed_modules(model):
+            if not module.is_offloaded:
+                module.restore()
+        return None, {}
+
+    # ---- back to float
+
+    @torch.no_grad()
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        """Replace every packed module by a float one of the model's dtype."""
+        # save_pretrained() leaves a string in config.dtype, and that is what arrives here.
+        target = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        for name, module in list(_packed_modules(model)):
+            if module.is_offloaded:
+                raise ConfigError(f"{name} is offloaded: load the model without offloading to dequantize it")
+            module.compute_dtype = target or module.compute_dtype
+            if isinstance(module, QuantLinear):
+                model.set_submodule(name, _float_linear(module))
+            elif isinstance(module, QuantEmbedding):
+                model.set_submodule(name, _float_embedding(module))
+            else:
+                unpack_experts_(module, module.compute_dtype)
+        if "_tied_weights_keys" in model.__dict__:
+            del model._tied_weights_keys
+            model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+            model.tie_weights()
+        # None: saving falls back to the architecture's own mapping.
+        model._weight_conversions = None if self.pre_quantized else self._transforms
+        _saving().detach(model)
+        return model
+
+
+def _saving() -> ModuleType:
+    from . import hub
+
+    return hub
+
+
+def _parameter_names(model: PreTrainedModel, headers: dict[str, TensorLayout]) -> dict[str, str]:
+    """Parameter of the float skeleton -> a tensor of the checkpoint that belongs to it, by the model's own renaming."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    expected = model.state_dict()
+    names: dict[str, str] = {}
+    for key in headers:
+        renamed, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, expected)
+        if renamed not in expected:
+            # As in the loader: a key that no rule should have touched may only lack the prefix.
+            renamed, _ = rename_source_key(key, [], [], model.base_model_prefix, expected)
+        if renamed in expected:
+            names[renamed] = key
+    return names
+
+
+def _is_packed(key: str, headers: dict[str, TensorLayout]) -> bool:
+    return f"{key}_scale" in headers and headers[key].dtype == torch.uint8
+
+
+def _packed_modules(model: nn.Module) -> Iterator[tuple[str, PackedModule]]:
+    for name, module in model.named_modules():
+        if isinstance(module, PackedModule):
+            yield name, module
+
+
+def _tied_modules(model: PreTrainedModel) -> dict[str, str]:
+    """Module -> the module whose ``weight`` it shares."""
+    return {
+        target.removesuffix(".weight"): source.removesuffix(".weight")
+        for target, source in model.all_tied_weights_keys.items()
+        if target.endswith(".weight") and source.endswith(".weight")
+    }
+
+
+def _packed_twin(module: nn.Module, recipe: Recipe) -> QuantLinear | QuantEmbedding:
+    """An uninitialised packed module with the sizes, dtype and device of a float one."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if isinstance(module, nn.Embedding):
+        return QuantEmbedding(
+            module.num_embeddings,
+            module.embedding_dim,
+            module.padding_idx,
+            format=recipe.format,
+            spec=recipe.spec,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+    transposed = isinstance(module, Conv1D)
+    out_features, in_features = reversed(weight.shape) if transposed else weight.shape
+    return QuantLinear(
+        in_features,
+        out_features,
+        module.bias is not None,
+        format=recipe.format,
+        spec=recipe.spec,
+        dtype=weight.dtype,
+        device=weight.device,
+        transposed=transposed,
+    )
+
+
+def _float_linear(module: QuantLinear) -> nn.Module:
+    weight = module.dequantize()
+    if module.slot.transposed:
+        new: nn.Module = Conv1D(module.out_features, module.in_features)
+        weight = weight.T.contiguous()
+    else:
+        has_bias = module.bias is not None
+        new = nn.Linear(module.in_features, module.out_features, has_bias, device="meta")
+    new.weight = nn.Parameter(weight)
+    if module.bias is not None:
+        new.bias = nn.Parameter(module.bias.data.to(weight.dtype))
+    return new
+
+
+def _float_embedding(module: QuantEmbedding) -> nn.Embedding:
+    new = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx, device="meta")
+    new.weight = nn.Parameter(module.dequantize())
+    return new

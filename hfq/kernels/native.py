@@ -1,0 +1,204 @@
+"""The native kernels: which libraries are loaded, for which instruction sets, and why not.
+
+`load` is called at the first use of a kernel, not at import. Without native kernels everything still works on the
+PyTorch reference; that is said once, with the reason and the remedy.
+
+``HFQ_CPU_ISA`` forces an instruction set: auto, or one of `NativeStatus.isas` (see `use_isa` for tests).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from ..core.errors import KernelError
+
+__all__ = ["ISA_VARIABLE", "NativeStatus", "load", "use_isa"]
+
+ISA_VARIABLE = "HFQ_CPU_ISA"
+_REMEDY = "install a C++ compiler (Debian: apt install g++) and reinstall hfq, or run scripts/build_native in a checkout"
+
+_lock = threading.Lock()
+_loaded: _Loaded | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NativeStatus:
+    """What native code this process has.
+
+    Attributes:
+        cpu, cuda: whether the library is loaded.
+        cpu_reason, cuda_reason: why not; empty if loaded.
+        isa: instruction set that the CPU kernels use, empty without them.
+        isas: those that this build and this processor support, best first.
+        build: build_info.json of the installed libraries; empty if there is none.
+    """
+
+    cpu: bool
+    cuda: bool
+    cpu_reason: str = ""
+    cuda_reason: str = ""
+    isa: str = ""
+    isas: tuple[str, ...] = ()
+    build: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Loaded:
+    status: NativeStatus
+    library: ctypes.CDLL | None
+
+
+def load() -> NativeStatus:
+    """Load the native libraries, once per process; thread safe.
+
+    Raises:
+        KernelError: ``HFQ_CPU_ISA`` names an instruction set that is unknown or not supported here.
+    """
+    global _loaded
+    if _loaded is None:
+        with _lock:
+            if _loaded is None:
+                _loaded = _load()
+                if not _loaded.status.cpu:
+                    _warn(_loaded.status)
+    return _loaded.status
+
+
+@contextlib.contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Run the CPU kernels of one instruction set inside the block, in every thread. For tests and benchmarks.
+
+    Raises:
+        KernelError: the name is unknown or not supported here.
+    """
+    load()
+    assert _loaded is not None
+    if _loaded.library is None:
+        raise KernelError(f"cannot select the instruction set {name!r}: {_loaded.status.cpu_reason}")
+    before = _isa(_loaded.library)
+    _select_isa(_loaded.library, name, source="use_isa")
+    try:
+        yield
+    finally:
+        _select_isa(_loaded.library, before, source="use_isa")
+
+
+def _load() -> _Loaded:
+    folder = _library_folder()
+    build = _build_info(folder)
+    library, cpu_reason = _load_cpu(folder, build)
+    cuda_reason = _load_cuda(folder, build)
+    status = NativeStatus(
+        cpu=library is not None,
+        cuda=not cuda_reason,
+        cpu_reason=cpu_reason,
+        cuda_reason=cuda_reason,
+        isa="" if library is None else _isa(library),
+        isas=() if library is None else _isas(library),
+        build=MappingProxyType(build),
+    )
+    return _Loaded(status=status, library=library)
+
+
+def _load_cpu(folder: Path | None, build: Mapping[str, Any]) -> tuple[ctypes.CDLL | None, str]:
+    path, reason = _find(folder, build, "cpu")
+    if path is None:
+        return None, f"{reason}; {_REMEDY}"
+    reason = _load_library(path)
+    if reason:
+        return None, reason
+    library = ctypes.CDLL(str(path))
+    library.hfq_cpu_isa.restype = ctypes.c_char_p
+    library.hfq_cpu_isas.restype = ctypes.c_char_p
+    library.hfq_cpu_select_isa.argtypes = [ctypes.c_char_p]
+    if not library.hfq_cpu_registered():
+        return None, f"{path.name} could not register its operators with torch {torch.__version__} (2.11 or later needed)"
+    _select_isa(library, os.environ.get(ISA_VARIABLE) or "auto", source=f"the environment variable {ISA_VARIABLE}")
+    return library, ""
+
+
+def _load_cuda(folder: Path | None, build: Mapping[str, Any]) -> str:
+    """Load the CUDA kernels; returns why not, or an empty string."""
+    path, reason = _find(folder, build, "cuda")
+    if path is None:
+        return reason
+    if torch.version.cuda is None:
+        return f"this PyTorch ({torch.__version__}) is built without CUDA"
+    reason = _load_library(path)
+    if reason:
+        return reason
+    if not ctypes.CDLL(str(path)).hfq_cuda_registered():
+        return f"{path.name} could not register its operators with torch {torch.__version__} (2.11 or later needed)"
+    return ""
+
+
+def _library_folder() -> Path | None:
+    """The folder that holds build_info.json. An editable install keeps sources and built files in two places."""
+    import hfq
+
+    for package in hfq.__path__:
+        folder = Path(package) / "lib"
+        if (folder / "build_info.json").is_file():
+            return folder
+    return None
+
+
+def _build_info(folder: Path | None) -> dict[str, Any]:
+    if folder is None:
+        return {}
+    info: dict[str, Any] = json.loads((folder / "build_info.json").read_text())
+    return info
+
+
+def _find(folder: Path | None, build: Mapping[str, Any], kind: str) -> tuple[Path | None, str]:
+    """The library's path, or None and the reason."""
+    if folder is None:
+        return None, "hfq was installed without native libraries"
+    path = folder / f"libhfq_{kind}.so"
+    if path.is_file():
+        return path, ""
+    return None, str(build[kind]["reason"]) or f"{path} is missing"
+
+
+def _load_library(path: Path) -> str:
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path.name} does not load with torch {torch.__version__}: {error}"
+    return ""
+
+
+def _isa(library: ctypes.CDLL) -> str:
+    name: bytes = library.hfq_cpu_isa()
+    return name.decode()
+
+
+def _isas(library: ctypes.CDLL) -> tuple[str, ...]:
+    names: bytes = library.hfq_cpu_isas()
+    return tuple(names.decode().split(","))
+
+
+def _select_isa(library: ctypes.CDLL, name: str, source: str) -> None:
+    if not library.hfq_cpu_select_isa(name.encode()):
+        supported = ", ".join(("auto", *_isas(library)))
+        raise KernelError(f"{source} asks for the instruction set {name!r}; this build and processor support {supported}")
+
+
+def _warn(status: NativeStatus) -> None:
+    warnings.warn(
+        f"hfq runs without its native CPU kernels, on slower PyTorch code: {status.cpu_reason}",
+        RuntimeWarning,
+        stacklevel=3,
+    )

@@ -1,0 +1,237 @@
+"""`QuantExperts`: Transformers' fused mixture-of-experts modules with packed stacks of weights.
+
+Transformers keeps all experts of a layer in one module with 3-D parameters and marks its class with the decorator
+`use_experts_implementation`, which promises the attributes used here:
+
+    has_gate        up projection is ``gate_up_proj`` and goes through ``_apply_gate``, else ``up_proj`` and ``act_fn``
+    has_bias        ``gate_up_proj_bias`` [E, N], ``down_proj_bias`` [E, N]
+    is_transposed   parameters are [E, K, N] instead of [E, N, K]
+    has_post_expert_norm  (from 5.23) ``post_expert_norm`` follows the down projection
+
+So no model is named: a module is packed by swapping its class for a subclass of (`QuantExperts`, its own class).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..core.errors import WeightError
+from ..core.spec import QuantSpec
+from .packed import PackedModule
+from .slot import PackedSlot
+
+__all__ = ["QuantExperts", "expert_weights", "is_fused_experts", "pack_experts_", "unpack_experts_"]
+
+# Instance attributes that the decorator sets in every release from 5.17 to 5.23.
+_MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+
+
+class QuantExperts(PackedModule):
+    """Mixin: a fused experts module whose stacks of weights are packed; made by `pack_experts_`.
+
+    A stack that stays in float (left out of the plan) is multiplied as it is.
+    """
+
+    float_class: type[nn.Module]
+    has_gate: bool
+    has_bias: bool
+    is_transposed: bool
+    act_fn: Callable[[Tensor], Tensor]
+    _apply_gate: Callable[[Tensor], Tensor]
+    post_expert_norm: Callable[[Tensor], Tensor]
+
+    # Which experts run depends on values, and a compiled graph would be compiled again for every routing.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The weighted sum of each token's experts.
+
+        Args:
+            hidden_states: float `[T, H]`.
+            top_k_index: integer `[T, top_k]`; an index of E or more stands for an expert that is not here.
+            top_k_weights: float `[T, top_k]`.
+
+        Returns:
+            `[T, H]` in the dtype of hidden_states, summed in float32.
+        """
+        int8 = self.int8_activations(hidden_states)
+        positions, counts = self._by_expert(top_k_index.flatten())
+        # index_select and index_copy, not [] and index_add_: the latter wake all threads for a single token.
+        routed = hidden_states.index_select(0, positions // top_k_index.shape[-1])
+        x = routed.split_with_sizes(list(counts.values()))
+        y = [self._expert(expert, rows, int8) for expert, rows in zip(counts, x, strict=True)]
+        if not y:
+            return torch.zeros_like(hidden_states)
+        # Experts that are not here leave zeros.
+        chosen = y[0].new_zeros(top_k_index.numel(), hidden_states.shape[-1])
+        chosen = chosen.index_copy(0, positions, torch.cat(y)).view(*top_k_index.shape, -1)
+        weighted = chosen * top_k_weights.unsqueeze(-1)
+        dtype = torch.promote_types(weighted.dtype, torch.float32)
+        return weighted.sum(1, dtype=dtype).to(hidden_states.dtype)
+
+    def _by_expert(self, choices: Tensor) -> tuple[Tensor, dict[int, int]]:
+        """The positions in `choices` sorted by expert, and for each expert that was chosen, how often."""
+        counts = torch.bincount(choices, minlength=self._experts)[: self._experts].tolist()
+        hit = {expert: count for expert, count in enumerate(counts) if count}
+        return choices.argsort(stable=True)[: sum(hit.values())], hit
+
+    def _expert(self, expert: int, x: Tensor, int8: bool) -> Tensor:
+        """What one expert makes of its tokens: `[t, H]` -> `[t, H]`."""
+        y = self._product("gate_up_proj" if self.has_gate else "up_proj", x, expert, int8)
+        y = self._apply_gate(y) if self.has_gate else self.act_fn(y)
+        y = self._product("down_proj", y, expert, int8)
+        return self.post_expert_norm(y) if getattr(self, "has_post_expert_norm", False) else y
+
+    @property
+    def _experts(self) -> int:
+        """E, as far as it is on this device."""
+        return cast(int, next(iter(self.slots.values())).experts)
+
+    def _product(self, base: str, x: Tensor, expert: int, int8: bool) -> Tensor:
+        bias = getattr(self, f"{base}_bias")[expert] if self.has_bias else None
+        if base in self.slots:
+            grid = self.grid(base).expert(expert)
+            return self.kernel(base).linear(x, grid, bias, int8)
+        weight = getattr(self, base)[expert]
+        return nn.functional.linear(x, weight.T if self.is_transposed else weight, bias)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The class exists in this process only; any other one makes it again from the float class.
+        return _blank, (self.float_class,), self.__getstate__()
+
+    def extra_repr(self) -> str:
+        return "\n".join(
+            f"{base}: {slot.float_shape}, format={slot.format}, bits={slot.spec.bits}, group_size={slot.spec.group_size}"
+            for base, slot in self.slots.items()
+        )
+
+
+def expert_weights(module: nn.Module) -> dict[str, tuple[int, int, int]]:
+    """The float stacks of a fused experts module: name -> `(E, N, K)`; empty for any other module."""
+    if isinstance(module, QuantExperts) or not hasattr(type(module), "_apply_gate"):
+        return {}
+    if not all(isinstance(getattr(module, mark, None), bool) for mark in _MARKS):
+        return {}
+    found: dict[str, tuple[int, int, int]] = {}
+    for base in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
+        weight = module._parameters.get(base)
+        if weight is None or weight.dim() != 3 or not weight.is_floating_point():
+            return {}
+        experts, rows, columns = weight.shape
+        found[base] = (experts, columns, rows) if module.is_transposed else (experts, rows, columns)
+    return found
+
+
+def is_fused_experts(module: nn.Module) -> bool:
+    """Whether `pack_experts_` takes the module: marked by `use_experts_implementation`, with float stacks."""
+    return bool(expert_weights(module))
+
+
+def pack_experts_(
+    module: nn.Module,
+    plan: Mapping[str, tuple[str, QuantSpec]],
+    dtype: torch.dtype,
+    keep_placeholders: bool = False,
+) -> QuantExperts:
+    """Make a fused experts module hold packed stacks, in place. Their values are still to be set.
+
+    Codes take the name of the stack (``gate_up_proj``), companions append to it (``gate_up_proj_scale``); see
+    `PackedModule.set_packed` and `requantize` for their values, which are `[E, N, K]` for every model.
+
+    Args:
+        plan: name of the stack -> (format, spec); stacks that are left out stay in float.
+        dtype: dtype of the dequantized weights.
+        keep_placeholders: leave a float Parameter on meta, shaped like the checkpoint's, in the place of the
+            codes, until `set_packed` brings them.
+
+    Returns:
+        The module itself.
+
+    Raises:
+        WeightError: not a fused experts module, or `plan` names something that it has not.
+    """
+    shapes = expert_weights(module)
+    unknown = sorted(set(plan) - set(shapes))
+    if not plan or unknown:
+        raise WeightError(
+            f"{type(module).__name__}: expected a plan for some of its stacks of experts, "
+            f"{', '.join(shapes) or 'of which it has none'}, got {', '.join(unknown) or 'nothing'}"
+        )
+    floats = {base: cast(nn.Parameter, module._parameters[base]) for base in plan}
+    slots = {
+        base: _slot(base, *plan[base], shapes[base], bool(module.is_transposed)) for base in plan
+    }
+    module.__class__ = _quantized_class(type(module))  # type: ignore[arg-type]  # see _blank
+    packed = cast(QuantExperts, module)
+    packed._init_packed(slots, dtype, next(iter(floats.values())).device)
+    # Transformers initialises modules without this mark, and would draw random numbers for the codes.
+    setattr(packed, "_is_hf_initialized", True)  # noqa: B010 (mypy knows Tensor and Module attributes only)
+    for base in slots if packed.has_bias else ():
+        getattr(packed, f"{base}_bias").requires_grad_(False)
+    if keep_placeholders:
+        for base, weight in floats.items():
+            packed._parameters[base] = nn.Parameter(weight.detach().to("meta"), requires_grad=False)
+    return packed
+
+
+def unpack_experts_(module: QuantExperts, dtype: torch.dtype | None = None) -> nn.Module:
+    """Give a packed module its own class and float stacks back, in place.
+
+    Args:
+        dtype: of the float parameters; that of the virtual weights by default.
+
+    Returns:
+        The module itself, trainable, its stacks as its class has them (`[E, K, N]` if transposed).
+    """
+    module.compute_dtype = dtype or module.compute_dtype
+    for base, slot in module.slots.items():
+        weight = module.dequantize(base)
+        for key in slot.layout():
+            del module._parameters[slot.attribute(key)]
+        weight = weight.transpose(1, 2).contiguous() if slot.transposed else weight
+        module._parameters[base] = nn.Parameter(weight)
+    for parameter in module.parameters(recurse=False):
+        parameter.data = parameter.data.to(module.compute_dtype)
+        parameter.requires_grad_(True)
+    plain: nn.Module = module
+    plain.__class__ = module.float_class
+    for name in PackedModule.__annotations__:
+        plain.__dict__.pop(name, None)
+    return plain
+
+
+def _slot(
+    base: str, format: str, spec: QuantSpec, shape: tuple[int, int, int], transposed: bool
+) -> PackedSlot:
+    experts, rows, columns = shape
+    return PackedSlot(
+        base=base,
+        format=format,
+        spec=spec,
+        experts=experts,
+        out_features=rows,
+        in_features=columns,
+        transposed=transposed,
+    )
+
+
+@cache
+def _quantized_class(float_class: type[Any]) -> type[QuantExperts]:
+    """The subclass of an experts class that packs it."""
+    name = f"Quant{float_class.__name__}"
+    fields = {
+        "__module__": __name__,
+        "__doc__": f"{float_class.__name__} with packed stacks.",
+        "float_class": float_class,
+    }
+    return cast(type[QuantExperts], type(name, (QuantExperts, float_class), fields))
+
+
+def _blank(float_class: type[nn.Module]) -> QuantExperts:
+    """A packed module without state, for `copy` and `pickle`."""
+    cls = _quantized_class(float_class)  # type: ignore[arg-type]  # mypy: Module.__hash__ is not that of the class
+    return cls.__new__(cls)

@@ -1,0 +1,80 @@
+"""The tensors of one slot between two layouts: neutral, as a checkpoint stores them, and that of a kernel.
+
+What a module holds ("held" below) is either, with floats as the integers of the same bits. Which one it is shows
+in the number of dimensions: a kernel's layout has more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..core.bits import packed_bytes
+from ..core.weight import PackedGrid
+from ..formats import FORMATS
+from ..kernels import dispatch
+from .slot import PackedSlot
+
+__all__ = ["as_bits", "as_float", "in_kernel_layout", "neutral_grid", "to_kernel", "to_neutral"]
+
+# Keys of a format's tensors that kernels read directly, and the field of PackedGrid that holds them.
+_OPERANDS = {"weight": "qweight", "weight_scale": "scales", "weight_zero": "zeros"}
+
+_BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
+
+
+def as_bits(tensor: Tensor) -> Tensor:
+    """A float tensor as the integers of the same bits."""
+    return tensor.view(_BITS[tensor.dtype]) if tensor.is_floating_point() else tensor
+
+
+def as_float(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of `as_bits`, for a tensor whose dtype in the layout is `dtype`."""
+    return tensor.view(dtype) if dtype.is_floating_point and not tensor.is_floating_point() else tensor
+
+
+def in_kernel_layout(slot: PackedSlot, held: Mapping[str, Tensor]) -> bool:
+    """Whether any of the tensors is in a kernel's layout."""
+    layout = slot.layout()
+    return any(tensor.dim() != len(layout[key].shape) for key, tensor in held.items())
+
+
+def neutral_grid(slot: PackedSlot, held: Mapping[str, Tensor]) -> PackedGrid:
+    """The operands behind tensors in the neutral layout."""
+    layout = slot.layout()
+    tensors = {key: as_float(tensor, layout[key].dtype) for key, tensor in held.items()}
+    return FORMATS.get(slot.format).grid(tensors, slot.spec, slot.out_features, slot.in_features)
+
+
+def to_kernel(
+    grid: PackedGrid, held: Mapping[str, Tensor], row: dispatch.KernelRow
+) -> tuple[PackedGrid, dict[str, Tensor]]:
+    """Operands in the layout of `row`, and the tensors to hold from now on: one copy in memory.
+
+    Args:
+        grid: `neutral_grid` of `held`.
+    """
+    operands: dict[str, Tensor] = {}
+    prepared = dict(held)
+    for key, field in _OPERANDS.items():
+        operand = getattr(grid, field)
+        if operand is None:
+            continue
+        operands[field] = row.prepare(operand)
+        # Decoded operands (double-quantized scales) are extra; all others live in what is held.
+        if operand.data_ptr() == held[key].data_ptr():
+            prepared[key] = as_bits(operands[field])
+    return replace(grid, **operands), prepared
+
+
+def to_neutral(slot: PackedSlot, held: Mapping[str, Tensor], row: dispatch.KernelRow) -> dict[str, Tensor]:
+    """The inverse of `to_kernel`, bit-exact; tensors that are neutral already are handed through."""
+    layout = slot.layout()
+    row_bytes = packed_bytes(slot.in_features, slot.spec.bits)
+    return {
+        key: tensor if tensor.dim() == len(layout[key].shape) else row.restore(tensor, slot.out_features, row_bytes)
+        for key, tensor in held.items()
+    }

@@ -1,0 +1,53 @@
+"""Plain text tables and numbers for people: aligned, at most 100 columns wide."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+__all__ = ["WIDTH", "format_bytes", "format_table"]
+
+WIDTH = 100  # columns
+_GAP = "  "
+_NARROWEST = 24  # columns that the last column keeps, whatever stands before it
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int = WIDTH) -> str:
+    """Rows of cells under a header, aligned by column; the last column wraps at `width`.
+
+    A column of numbers is aligned to the right, any other to the left.
+    """
+    columns = list(zip(header, *rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    used = sum(widths[:-1]) + len(_GAP) * (len(widths) - 1)
+    widths[-1] = min(widths[-1], max(_NARROWEST, width - used))
+    right = [bool(rows) and all(_is_number(cell) for cell in column[1:]) for column in columns]
+    rule = ["-" * size for size in widths]
+    lines = [line for row in (header, rule, *rows) for line in _lines(row, widths, right)]
+    return "\n".join(lines)
+
+
+def format_bytes(count: float) -> str:
+    """``11547040`` -> ``11.5 MB``, in powers of 1000 as the Hub counts."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def _lines(row: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> list[str]:
+    """One row as the lines that it takes: only its last cell can take more than one."""
+    first, *rest = textwrap.wrap(row[-1], widths[-1]) or [""]
+    cells = [*row[:-1], first]
+    aligned = [
+        cell.rjust(size) if flag else cell.ljust(size)
+        for cell, size, flag in zip(cells, widths, right, strict=True)
+    ]
+    indent = " " * (sum(widths[:-1]) + len(_GAP) * (len(widths) - 1))
+    return [_GAP.join(aligned).rstrip(), *(indent + line for line in rest)]
+
+
+def _is_number(cell: str) -> bool:
+    """Whether a cell starts like a number ("3.5 MB", "-1") or says that there is none."""
+    return cell in ("", "-") or cell.lstrip("+-")[:1].isdigit()
