@@ -20,10 +20,22 @@ if TYPE_CHECKING:
     from .core.errors import UnknownNameError as UnknownNameError
     from .core.errors import VersionError as VersionError
     from .core.errors import WeightError as WeightError
+    from .diagnose import doctor as doctor
+    from .diagnose import explain as explain
+    from .evaluation import Evaluation as Evaluation
+    from .evaluation import evaluate as evaluate
+    from .inspection import inspect_checkpoint as inspect_checkpoint
+    from .integrations.hub import push_to_hub as push_to_hub
 
 # Public name -> the module that defines it; imported at first use.
 _LAZY = {
     "HfqConfig": "config",
+    "evaluate": "evaluation",
+    "Evaluation": "evaluation",
+    "explain": "diagnose",
+    "doctor": "diagnose",
+    "inspect_checkpoint": "inspection",
+    "push_to_hub": "integrations.hub",
     "HfqError": "core.errors",
     "CheckpointError": "core.errors",
     "ConfigError": "core.errors",
