@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from .evaluation import evaluate as evaluate
     from .inspection import inspect_checkpoint as inspect_checkpoint
     from .integrations.hub import push_to_hub as push_to_hub
+    from .integrations.staging import SaveError as SaveError
+    from .integrations.upload import PushError as PushError
+    from .training.merge import merge_to_float as merge_to_float
 
 # Public name -> the module that defines it; imported at first use.
 _LAZY = {
@@ -36,6 +39,9 @@ _LAZY = {
     "doctor": "diagnose",
     "inspect_checkpoint": "inspection",
     "push_to_hub": "integrations.hub",
+    "SaveError": "integrations.staging",
+    "PushError": "integrations.upload",
+    "merge_to_float": "training.merge",
     "HfqError": "core.errors",
     "CheckpointError": "core.errors",
     "ConfigError": "core.errors",

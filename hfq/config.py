@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ._version import __version__
 from .algorithms import ALGORITHMS
-from .core.errors import ConfigError, VersionError, nearest
+from .core.errors import ConfigError, HfqError, VersionError, nearest
 from .core.spec import QuantSpec
 from .formats import FORMAT_VERSION, FORMATS
 from .nn.packed import KERNEL_MODES
@@ -23,6 +24,9 @@ _SPEC_SETTINGS = ("bits", "group_size", "sym", "scale_dtype", "double_quant")
 
 # Keys that `to_dict` writes beside the settings.
 _METADATA = ("quant_method", "format_version", "hfq_version")
+
+# Regex -> changed settings, or None to keep what matches in float.
+Overrides = Mapping[str, Mapping[str, Any] | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +56,8 @@ class HfqConfig(QuantizationConfigMixin):
         scale_dtype: "float16" (default), "bfloat16" or "float32".
         double_quant: 8-bit scales, for "nf4" and "fp4".
         overrides: regex -> changed settings, or None to keep what matches in float. The regex is searched in the
-            module's full name; the first that matches counts. Changing the format in an override starts from
-            that format's defaults.
+            module's full name; the first that matches counts. An override that changes the format starts from
+            that format's defaults. Stored as a list of pairs, because writers of JSON sort the keys of a dict.
         modules_to_not_convert: names that stay in float: a full name, or a trailing or inner part of it on
             dots ("lm_head", "mlp.gate", "layers.1").
         quantize_embeddings: pack the input embedding, and with it a tied head.
@@ -71,14 +75,15 @@ class HfqConfig(QuantizationConfigMixin):
     def __init__(
         self,
         method: str = "rtn",
+        *,
         format: str | None = None,
         bits: int | None = None,
         group_size: int | None = None,
         sym: bool | None = None,
         scale_dtype: str | None = None,
         double_quant: bool | None = None,
-        overrides: Mapping[str, Mapping[str, Any] | None] | None = None,
-        modules_to_not_convert: list[str] | None = None,
+        overrides: Overrides | Sequence[tuple[str, Mapping[str, Any] | None]] | None = None,
+        modules_to_not_convert: Sequence[str] | None = None,
         quantize_embeddings: bool = False,
         quantize_lm_head: bool = False,
         kernel_mode: str = "auto",
@@ -86,7 +91,8 @@ class HfqConfig(QuantizationConfigMixin):
         **options: Any,
     ) -> None:
         _check_metadata({key: options.pop(key) for key in _METADATA if key in options})
-        self.quant_method = "hfq"
+        # mypy: Transformers declares an enum of its own methods; it takes any string.
+        self.quant_method = "hfq"  # type: ignore[assignment]
         self.method = method
         settings = {
             "format": format,
@@ -97,22 +103,24 @@ class HfqConfig(QuantizationConfigMixin):
             "double_quant": double_quant,
         }
         given = {key: value for key, value in settings.items() if value is not None}
-        base = _recipe(method, {**ALGORITHMS.get(method).defaults, **given}, options, self._known_keys())
+        base = _recipe(method, {**_preferred(method, format), **given}, options, self._settings())
         self.format = base.format
-        stored = asdict(base.spec)
         self.bits = base.spec.bits
         self.group_size = base.spec.group_size
         self.sym = base.spec.sym
         self.scale_dtype = base.spec.scale_dtype
-        self.double_quant = bool(stored.get("double_quant", False))
+        self.double_quant = bool(getattr(base.spec, "double_quant", False))
         self.options = dict(base.options)
-        self.overrides = {} if overrides is None else {k: _copied(v) for k, v in dict(overrides).items()}
+        self.overrides = _overrides(overrides)
         self.modules_to_not_convert = _names(modules_to_not_convert)
         self.quantize_embeddings = _flag("quantize_embeddings", quantize_embeddings)
         self.quantize_lm_head = _flag("quantize_lm_head", quantize_lm_head)
         self.kernel_mode = _choice("kernel_mode", kernel_mode, KERNEL_MODES)
         self.dequantize = _flag("dequantize", dequantize)
-        self._patterns = [(_compiled(pattern), self._override(changed)) for pattern, changed in self.overrides.items()]
+        self._patterns = [
+            (_compiled(pattern), self._override(pattern, changed))
+            for pattern, changed in self.overrides.items()
+        ]
 
     # ---- what happens to a module
 
@@ -123,7 +131,7 @@ class HfqConfig(QuantizationConfigMixin):
         for pattern, recipe in self._patterns:
             if pattern.search(name):
                 return recipe
-        return self._override({})
+        return self._changed({})
 
     def skips(self, name: str) -> bool:
         """Whether `modules_to_not_convert` names the module, by whole parts between dots."""
@@ -137,24 +145,28 @@ class HfqConfig(QuantizationConfigMixin):
                 return recipe is not None
         return False
 
-    def _override(self, changed: Mapping[str, Any] | None) -> Recipe | None:
+    def _override(self, pattern: str, changed: Mapping[str, Any] | None) -> Recipe | None:
+        try:
+            return None if changed is None else self._changed(changed)
+        except HfqError as err:
+            raise type(err)(f"overrides[{pattern!r}]: {err}") from err
+
+    def _changed(self, changed: Mapping[str, Any]) -> Recipe:
         """This config's recipe with some settings changed."""
-        if changed is None:
-            return None
         method = changed.get("method", self.method)
-        settings: dict[str, Any] = {"format": self.format, **{key: getattr(self, key) for key in _SPEC_SETTINGS}}
-        options = dict(self.options)
-        if method != self.method:
-            settings.update(ALGORITHMS.get(method).defaults)
-            options = {}
-        if changed.get("format", settings["format"]) != self.format:
-            settings = {}
-        elif not self.double_quant:
-            # Only codebooks have it; an inherited False is nobody's wish.
-            settings.pop("double_quant")
-        taken = {key: value for key, value in changed.items() if key in ("format", *_SPEC_SETTINGS)}
-        own = {key: value for key, value in changed.items() if key not in taken and key != "method"}
-        return _recipe(method, {**settings, **taken}, {**options, **own}, ("method", "format", *_SPEC_SETTINGS))
+        same_method = method == self.method
+        preferred = _preferred(method, changed.get("format", self.format if same_method else None))
+        inherited: dict[str, Any] = {}
+        if preferred["format"] == self.format:
+            inherited = {key: getattr(self, key) for key in _SPEC_SETTINGS}
+        settings = {**preferred, **inherited} if same_method else {**inherited, **preferred}
+        options = dict(self.options) if same_method else {}
+        for key, value in changed.items():
+            if key in _SPEC_SETTINGS:
+                settings[key] = value
+            elif key not in ("method", "format"):
+                options[key] = value
+        return _recipe(method, settings, options, ("method", "format", *_SPEC_SETTINGS))
 
     # ---- JSON
 
@@ -170,8 +182,10 @@ class HfqConfig(QuantizationConfigMixin):
             "group_size": self.group_size,
             "sym": self.sym,
             "scale_dtype": self.scale_dtype,
-            "overrides": {k: _copied(v) for k, v in self.overrides.items()},
-            "modules_to_not_convert": self.modules_to_not_convert,
+            "overrides": [
+                [pattern, _copied(changed)] for pattern, changed in self.overrides.items()
+            ],
+            "modules_to_not_convert": _names(self.modules_to_not_convert),
             "quantize_embeddings": self.quantize_embeddings,
             "quantize_lm_head": self.quantize_lm_head,
             **self.options,
@@ -188,9 +202,32 @@ class HfqConfig(QuantizationConfigMixin):
     def from_dict(
         cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
     ) -> HfqConfig | tuple[HfqConfig, dict[str, Any]]:
-        """Build from the dict of a ``config.json``; unknown keys are errors."""
-        config = cls(**{**config_dict, **kwargs})
-        return (config, {}) if return_unused_kwargs else config
+        """Build from the dict of a ``config.json``; unknown keys are errors.
+
+        With `return_unused_kwargs` unknown `kwargs` come back instead, as in Transformers' other configs.
+        """
+        if not return_unused_kwargs:
+            return cls(**{**config_dict, **kwargs})
+        config = cls(**config_dict)
+        return config, config.update(**kwargs)
+
+    def update(self, **kwargs: Any) -> dict[str, Any]:
+        """Change settings, checked like those of a new config; returns what are no settings.
+
+        Nothing has changed if that raises.
+        """
+        settings = {**self.to_dict(), **self.get_loading_attributes()}
+        known = {
+            key: value
+            for key, value in kwargs.items()
+            if key in settings or key in self._settings()
+        }
+        self.__dict__.update(type(self)(**{**settings, **known}).__dict__)
+        return {key: value for key, value in kwargs.items() if key not in known}
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        """``dict(config)`` is ``config.to_dict()``."""
+        yield from self.to_dict().items()
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """Settings of one load, which a caller may give for a checkpoint that has its own config."""
@@ -206,13 +243,27 @@ class HfqConfig(QuantizationConfigMixin):
         return f"HfqConfig({settings})"
 
     @classmethod
-    def _known_keys(cls) -> tuple[str, ...]:
-        code = cls.__init__.__code__
-        return code.co_varnames[1 : code.co_argcount]
+    def _settings(cls) -> tuple[str, ...]:
+        """The names of all settings that do not belong to one method."""
+        parameters = inspect.signature(cls).parameters.values()
+        return tuple(p.name for p in parameters if p.kind is not p.VAR_KEYWORD)
 
 
-def _recipe(method: str, settings: Mapping[str, Any], options: Mapping[str, Any], known: tuple[str, ...]) -> Recipe:
-    """Check a method, its options and the settings of its format against each other."""
+def _preferred(method: str, format: str | None) -> dict[str, Any]:
+    """A format and the settings that the method prefers with it."""
+    defaults = ALGORITHMS.get(method).defaults
+    return dict(defaults) if format in (None, defaults["format"]) else {"format": format}
+
+
+def _recipe(
+    method: str, settings: Mapping[str, Any], options: Mapping[str, Any], known: tuple[str, ...]
+) -> Recipe:
+    """Check a method, its options and the settings of its format against each other.
+
+    Args:
+        settings: "format" and what it stores.
+        known: names to suggest for an unknown option, beside the method's own.
+    """
     algorithm = ALGORITHMS.get(method)
     for key in options:
         if key not in algorithm.options:
@@ -221,8 +272,11 @@ def _recipe(method: str, settings: Mapping[str, Any], options: Mapping[str, Any]
                 f"unknown setting {key!r} for method {method!r}: expected one of {', '.join(names)}."
                 f"{nearest(key, names)}"
             )
-    packed_format = FORMATS.get(settings["format"])
-    spec = packed_format.spec({key: value for key, value in settings.items() if key != "format"})
+    stored = {key: value for key, value in settings.items() if key != "format"}
+    if stored.get("double_quant") is False:
+        # What a format without it does anyway.
+        del stored["double_quant"]
+    spec = FORMATS.get(settings["format"]).spec(stored)
     merged = {**algorithm.options, **options}
     algorithm.check(spec, merged)
     return Recipe(method=method, options=merged, format=settings["format"], spec=spec)
@@ -231,7 +285,9 @@ def _recipe(method: str, settings: Mapping[str, Any], options: Mapping[str, Any]
 def _check_metadata(metadata: Mapping[str, Any]) -> None:
     method = metadata.get("quant_method", "hfq")
     if method != "hfq":
-        raise ConfigError(f"expected quant_method 'hfq', got {method!r}: this config belongs to another quantizer")
+        raise ConfigError(
+            f"expected quant_method 'hfq', got {method!r}: this config belongs to another quantizer"
+        )
     version = metadata.get("format_version", FORMAT_VERSION)
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise VersionError(
@@ -247,18 +303,33 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         raise ConfigError(f"overrides: {pattern!r} is not a regular expression ({err})") from err
 
 
+def _overrides(
+    overrides: Overrides | Sequence[tuple[str, Mapping[str, Any] | None]] | None,
+) -> dict[str, dict[str, Any] | None]:
+    """A dict, or the list of pairs that `to_dict` writes, as a dict."""
+    try:
+        pairs = dict(overrides or {})
+    except (TypeError, ValueError) as err:
+        raise ConfigError(
+            f"overrides must be a dict of regex -> settings or None, got {overrides!r}"
+        ) from err
+    return {pattern: _copied(changed) for pattern, changed in pairs.items()}
+
+
 def _copied(changed: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if changed is None:
         return None
     if not isinstance(changed, Mapping):
-        raise ConfigError(f"overrides: expected a dict of settings or None for each pattern, got {changed!r}")
-    return dict(changed)
+        raise ConfigError(
+            f"overrides: expected a dict of settings or None for each pattern, got {changed!r}"
+        )
+    return {key: value for key, value in changed.items() if value is not None}
 
 
-def _names(names: list[str] | None) -> list[str] | None:
+def _names(names: Sequence[str] | None) -> list[str] | None:
     if names is None:
         return None
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"modules_to_not_convert must be a list of module names, got {names!r}")
     return list(names)
 
@@ -271,5 +342,7 @@ def _flag(key: str, value: object) -> bool:
 
 def _choice(key: str, value: str, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
-        raise ConfigError(f"{key} must be one of {', '.join(allowed)}, got {value!r}.{nearest(str(value), allowed)}")
+        raise ConfigError(
+            f"{key} must be one of {', '.join(allowed)}, got {value!r}.{nearest(str(value), allowed)}"
+        )
     return value

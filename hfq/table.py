@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Sequence
 
-__all__ = ["WIDTH", "format_bytes", "format_table"]
+__all__ = ["WIDTH", "format_bytes", "format_table", "without_numbers", "wrapped"]
 
 WIDTH = 100  # columns
 _GAP = "  "
@@ -34,6 +35,16 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def wrapped(text: str, width: int = WIDTH) -> str:
+    """A note as lines of at most `width` columns, all but the first indented."""
+    return textwrap.fill(text, width, subsequent_indent=_GAP)
+
+
+def without_numbers(name: str) -> str:
+    """``model.layers.11.mlp`` -> ``model.layers.*.mlp``: the same for all layers."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
 def _lines(row: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> list[str]:

@@ -32,7 +32,9 @@ class Algorithm(Protocol):
     def check(self, spec: QuantSpec, options: Mapping[str, object]) -> None:
         """`ConfigError` where the method cannot produce that spec or an option is out of range."""
 
-    def quantize(self, weight: Tensor, spec: QuantSpec, options: Mapping[str, object]) -> QuantizedWeight:
+    def quantize(
+        self, weight: Tensor, spec: QuantSpec, options: Mapping[str, object]
+    ) -> QuantizedWeight:
         """Quantize float32 `[N, K]`; deterministic."""
 
 

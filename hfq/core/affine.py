@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .codebooks import codebook
 from .errors import ConfigError, WeightError
-from .spec import SCALE_BLOCK, CodebookSpec, QuantSpec, group_count
+from .spec import SCALE_BLOCK, CodebookSpec, IntSpec, QuantSpec, group_count
 from .weight import QuantizedWeight, ScaleCodes
 
 __all__ = [
@@ -67,7 +67,8 @@ def range_grid(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
 
         - codebook: the largest magnitude.
         - symmetric: the codes reach one step further down than up (-8 to 7 at 4 bits), so the scale takes the
-          sign that puts the group's extreme value on the longer side; nothing is clipped.
+          sign that puts the group's extreme value on the longer side. A value of almost that size on the other
+          side loses up to one step; a longer scale would cost all values of the group more.
         - asymmetric: from min(w, 0) to max(w, 0), with an integer zero point, so that 0 stays exactly 0.
     """
     groups = group_columns(weight, spec.group_size)
@@ -85,10 +86,10 @@ def range_grid(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
 
 
 def stored_scales(scales: Tensor, spec: QuantSpec) -> Tensor:
-    """Scales in ``spec.scale_dtype``, rounded away from zero: a grid never gets shorter than it was meant to be.
+    """Scales in ``spec.scale_dtype``, rounded away from zero, so that a grid reaches as far as it was meant to.
 
-    So the range of a group is never clipped, and a scale too small for a normal number of that dtype becomes the
-    next larger one instead of a wrong one or 0. Scales that the dtype holds exactly stay as they are.
+    This matters most for scales too small for a normal number of that dtype: to nearest, they would lose up to
+    all of their bits. Scales that the dtype holds exactly stay as they are; too large ones become infinite.
     """
     stored = scales.to(spec.torch_scale_dtype)
     if stored.dtype == torch.float32:
@@ -126,9 +127,7 @@ def encode(
     )
 
 
-def round_to_grid(
-    weight: Tensor, scales: Tensor, zeros: Tensor | None, spec: QuantSpec
-) -> Tensor:
+def round_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor | None, spec: QuantSpec) -> Tensor:
     """The nearest code of each weight: uint8 `[N, K]`. All inputs float32, scales and zeros `[N, G]`.
 
     A group whose scale is 0 gets the code of 0.
@@ -169,7 +168,7 @@ def _nearest(scaled: Tensor, zeros: Tensor | None, spec: QuantSpec) -> Tensor:
     return (scaled + _zero(zeros, spec)).round_().clamp_(0, spec.levels - 1)
 
 
-def _zero(zeros: Tensor | None, spec: QuantSpec) -> Tensor | int:
+def _zero(zeros: Tensor | None, spec: IntSpec) -> Tensor | int:
     """What stands at 0, ready to be added to `[N, G, S]`."""
     return spec.implied_zero if zeros is None else zeros.unsqueeze(-1)
 

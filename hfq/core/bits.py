@@ -11,6 +11,8 @@ the least significant bit of byte 0, and the last byte is padded with zeros.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -23,45 +25,41 @@ def packed_bytes(count: int, bits: int) -> int:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Pack uint8 codes `[..., K]`, each below 2**bits, into uint8 `[..., ceil(K * bits / 8)]`."""
-    count = codes.shape[-1]
-    if bits == 8:
-        return codes.contiguous()
-    per_unit, unit_bytes = _unit(bits)
-    padded = torch.nn.functional.pad(codes, (0, -count % per_unit)).unflatten(-1, (-1, per_unit))
-    if unit_bytes == 1:
-        packed = padded[..., 0].clone()
-        for i in range(1, per_unit):
-            packed |= padded[..., i] << (i * bits)
-    else:
-        # Odd widths: 8 codes fill `bits` bytes exactly; one 64-bit word holds them (at most 56 bits).
-        word = torch.zeros(padded.shape[:-1], dtype=torch.int64, device=codes.device)
-        for i in range(per_unit):
-            word |= padded[..., i].to(torch.int64) << (i * bits)
-        packed = torch.stack([(word >> (8 * b)) & 0xFF for b in range(unit_bytes)], dim=-1)
-        packed = packed.to(torch.uint8).flatten(-2)
-    return packed[..., : packed_bytes(count, bits)].contiguous()
+    """Pack uint8 codes `[..., K]`, each below 2**bits, into contiguous uint8 `[..., ceil(K * bits / 8)]`."""
+    unit_codes, unit_bytes = _unit(bits)
+    units = _in_units(codes, unit_codes)
+    packed = units.new_zeros((*units.shape[:-1], unit_bytes))
+    for i in range(unit_codes):
+        byte, shift = divmod(i * bits, 8)
+        # Shifts of uint8 drop what leaves the byte.
+        packed[..., byte] |= units[..., i] << shift
+        if shift + bits > 8:
+            packed[..., byte + 1] |= units[..., i] >> (8 - shift)
+    return packed.flatten(-2)[..., : packed_bytes(codes.shape[-1], bits)].contiguous()
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """The inverse of `pack`: uint8 `[..., ceil(count * bits / 8)]` -> uint8 codes `[..., count]`."""
-    if bits == 8:
-        return packed[..., :count]
-    per_unit, unit_bytes = _unit(bits)
-    if unit_bytes == 1:
-        mask = (1 << bits) - 1
-        codes = torch.stack([(packed >> (i * bits)) & mask for i in range(per_unit)], dim=-1)
-        return codes.flatten(-2)[..., :count]
-    padded = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % unit_bytes))
-    unit = padded.unflatten(-1, (-1, unit_bytes)).to(torch.int64)
-    word = unit[..., 0].clone()
-    for b in range(1, unit_bytes):
-        word |= unit[..., b] << (8 * b)
+    unit_codes, unit_bytes = _unit(bits)
+    units = _in_units(packed, unit_bytes)
     mask = (1 << bits) - 1
-    codes = torch.stack([(word >> (i * bits)) & mask for i in range(per_unit)], dim=-1)
-    return codes.to(torch.uint8).flatten(-2)[..., :count]
+    codes = []
+    for i in range(unit_codes):
+        byte, shift = divmod(i * bits, 8)
+        code = units[..., byte] >> shift
+        if shift + bits > 8:
+            code |= units[..., byte + 1] << (8 - shift)
+        codes.append(code & mask)
+    return torch.stack(codes, dim=-1).flatten(-2)[..., :count]
 
 
 def _unit(bits: int) -> tuple[int, int]:
-    """(codes, bytes) of the smallest run of codes that fills whole bytes."""
-    return (8 // bits, 1) if bits in (1, 2, 4) else (8, bits)
+    """(codes, bytes) of the smallest run of codes that fills whole bytes: 3 bits have 8 codes in 3 bytes."""
+    shared = math.gcd(bits, 8)
+    return 8 // shared, bits // shared
+
+
+def _in_units(values: Tensor, size: int) -> Tensor:
+    """Cut the last dimension into runs of `size`, filled up with zeros: `[..., K]` -> `[..., U, size]`."""
+    padded = torch.nn.functional.pad(values, (0, -values.shape[-1] % size))
+    return padded.reshape(*padded.shape[:-1], padded.shape[-1] // size, size)

@@ -3,7 +3,7 @@
 nf4: "NormalFloat", the quantiles of a standard normal distribution, scaled to [-1, 1], with an exact zero
      (Dettmers et al., "QLoRA", 2023, appendix E). The values are the ones that every nf4 checkpoint uses.
 fp4: E2M1, one sign, two exponent and one mantissa bit (OCP Microscaling Formats 1.0, section 5.3.3), divided by
-     its largest value 6; codes are in ascending order here, and zero has one code only, so 15 values are used.
+     its largest value 6. Codes are in ascending order; zero has one code only, so the sixteenth repeats 1.0.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CODEBOOKS: dict[str, tuple[float, ...]] = {
         0.7229568362236023,
         1.0,
     ),
-    "fp4": tuple(sorted(sign * value / 6.0 for value in _E2M1 for sign in (-1.0, 1.0) if value or sign > 0)) + (1.0,),
+    "fp4": (*(-value / 6 for value in reversed(_E2M1[1:])), *(value / 6 for value in _E2M1), 1.0),
 }
 
 

@@ -1,12 +1,12 @@
 """The errors that hfq raises. Each message says what was expected, what came and what to do.
 
-    HfqError
-    |-- ConfigError        (ValueError)    a setting is unknown, out of range or contradicts another
-    |-- UnknownNameError   (LookupError)   no method, format or kernel of that name
-    |-- WeightError        (ValueError)    a weight cannot be quantized: NaN, infinite, wrong shape
-    |-- CheckpointError    (ValueError)    stored tensors or metadata are damaged or do not fit
-    |   `-- VersionError                   the checkpoint was written in a newer format
-    `-- KernelError        (RuntimeError)  no kernel can run this, or a kernel setting is refused
+HfqError
+|-- ConfigError        (ValueError)    a setting is unknown, out of range or contradicts another
+|-- UnknownNameError   (LookupError)   no method, format or kernel of that name
+|-- WeightError        (ValueError)    a weight cannot be quantized: NaN, infinite, wrong shape
+|-- CheckpointError    (ValueError)    stored tensors or metadata are damaged or do not fit
+|   `-- VersionError                   the checkpoint was written in a newer format
+`-- KernelError        (RuntimeError)  no kernel can run this, or a kernel setting is refused
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Implementations by name, in the order of registration.
+    """Implementations by name.
 
     Args:
         kind: what the names stand for; used in error messages ("method", "format").
@@ -39,23 +39,25 @@ class Registry(Generic[T]):
         return item
 
     def names(self) -> tuple[str, ...]:
+        """All names, sorted."""
         self._load()
-        return tuple(self._items)
+        return tuple(sorted(self._items))
 
     def get(self, name: str) -> T:
         """The item of that name, or `UnknownNameError` with the nearest known one."""
-        self._load()
-        if name not in self._items:
-            known = ", ".join(sorted(self._items))
+        names = self.names()
+        if name not in names:
             raise UnknownNameError(
-                f"unknown {self.kind} {name!r}: expected one of {known}.{nearest(str(name), self._items)}"
+                f"unknown {self.kind} {name!r}: expected one of {', '.join(names)}."
+                f"{nearest(str(name), names)}"
             )
         return self._items[name]
 
     def _load(self) -> None:
         if self._loaded:
             return
-        self._loaded = True
         package = importlib.import_module(self._package)
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{self._package}.{module.name}")
+        # Only now: another thread must not see half of the names, and a failed import is tried again.
+        self._loaded = True

@@ -6,15 +6,15 @@ W is `[N, K]` = `[out_features, in_features]`. Each row is cut into groups of `g
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from .codebooks import CODEBOOKS
 from .errors import ConfigError, nearest
 
-__all__ = ["CodebookSpec", "Int8Spec", "IntSpec", "QuantSpec", "group_count"]
+__all__ = ["SCALE_BLOCK", "CodebookSpec", "Int8Spec", "IntSpec", "QuantSpec", "group_count"]
 
 _SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -35,7 +35,7 @@ class IntSpec:
         bits: 2 to 8.
         group_size: columns that share a scale; -1 for the whole row.
         sym: True fixes the zero point at ``2**(bits-1)`` and stores none. False stores one per group, as a
-            float, so that it may be fractional (HQQ) or lie outside of the codes (a group far from zero).
+            float, so that it may be fractional (HQQ).
         scale_dtype: dtype of scales and zero points, "float16", "bfloat16" or "float32".
     """
 
@@ -78,11 +78,11 @@ class Int8Spec(IntSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.bits, self.group_size, self.sym) != (8, -1, True):
+        if (self.bits, self.group_size, self.sym, self.scale_dtype) != (8, -1, True, "float32"):
             raise ConfigError(
-                "format 'int8' stores symmetric 8-bit codes per output channel, got "
-                f"bits={self.bits}, group_size={self.group_size}, sym={self.sym}; "
-                "use format 'int' for other settings"
+                "format 'int8' stores symmetric 8-bit codes per output channel with float32 scales, got "
+                f"bits={self.bits}, group_size={self.group_size}, sym={self.sym}, "
+                f"scale_dtype={self.scale_dtype!r}; use format 'int' for other settings"
             )
 
 
@@ -125,11 +125,6 @@ class CodebookSpec:
 
 
 QuantSpec = IntSpec | CodebookSpec
-
-
-def describe(spec: QuantSpec) -> dict[str, Any]:
-    """The fields of a spec as plain JSON values."""
-    return asdict(spec)
 
 
 def _is_int(value: object) -> bool:

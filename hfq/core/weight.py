@@ -96,8 +96,10 @@ class PackedGrid:
         )
 
 
-def expand_groups(per_group: Tensor, group_size: int, in_features: int, g_idx: Tensor | None = None) -> Tensor:
-    """Repeat one value per group to one per column: `[N, G]` -> `[N, K]`."""
+def expand_groups(
+    per_group: Tensor, group_size: int, in_features: int, g_idx: Tensor | None = None
+) -> Tensor:
+    """Repeat one value per group to one per column: `[..., N, G]` -> `[..., N, K]`."""
     if g_idx is not None:
         return per_group[..., g_idx.long()]
     if group_count(in_features, group_size) == 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +39,14 @@ def input_device(model: nn.Module) -> torch.device:
 
 def position_limit(model: nn.Module) -> int | None:
     """The longest sequence that the model's config allows, if it names one."""
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    limit = getattr(_text_config(model), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def _text_config(model: nn.Module) -> object:
+    """The part of the config that is about text; None for a module that is not from Transformers."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 @torch.no_grad()
@@ -65,7 +72,7 @@ def window_logits(model: nn.Module, ids: Tensor, name: str) -> Tensor:
 
 
 def _check_vocabulary(model: nn.Module, ids: Tensor, name: str) -> None:
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    vocabulary = getattr(_text_config(model), "vocab_size", None)
     if (
         isinstance(vocabulary, int)
         and ids.numel()

@@ -20,17 +20,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..core.errors import CheckpointError
+from ..core.errors import CheckpointError, ConfigError
 from ..core.registry import Registry
 from ..core.spec import SCALE_BLOCK, QuantSpec
 from ..core.weight import PackedGrid, QuantizedWeight
 
-__all__ = ["FORMATS", "FORMAT_VERSION", "ROW_CHUNK", "Format", "TensorLayout", "check_tensors"]
+__all__ = [
+    "FORMATS",
+    "FORMAT_VERSION",
+    "ROW_CHUNK",
+    "Format",
+    "TensorLayout",
+    "check_tensors",
+    "chosen",
+]
 
 # Raised when a checkpoint can no longer be read by older releases. Readers refuse newer versions.
 FORMAT_VERSION = 1
@@ -55,13 +63,17 @@ class Format(Protocol):
     def spec(self, settings: Mapping[str, object]) -> QuantSpec:
         """The spec that the user's settings (bits, group_size, sym, ...) describe; `ConfigError` if they do not fit."""
 
-    def layout(self, spec: QuantSpec, out_features: int, in_features: int) -> dict[str, TensorLayout]:
+    def layout(
+        self, spec: QuantSpec, out_features: int, in_features: int
+    ) -> dict[str, TensorLayout]:
         """The stored tensors of an `[N, K]` weight."""
 
     def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         """The stored tensors of `weight`, contiguous, on its device."""
 
-    def unpack(self, tensors: Mapping[str, Tensor], spec: QuantSpec, in_features: int) -> QuantizedWeight:
+    def unpack(
+        self, tensors: Mapping[str, Tensor], spec: QuantSpec, in_features: int
+    ) -> QuantizedWeight:
         """The inverse of `pack`."""
 
     def grid(
@@ -73,7 +85,25 @@ class Format(Protocol):
 FORMATS: Registry[Format] = Registry("format", __name__)
 
 
-def check_tensors(name: str, tensors: Mapping[str, Tensor], layout: Mapping[str, TensorLayout]) -> None:
+def chosen(settings: Mapping[str, object], names: tuple[str, ...], format: str) -> dict[str, Any]:
+    """The settings that were given; None means the format's default.
+
+    Raises:
+        ConfigError: a setting was given that is not one of `names`, those of `format`.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    for name in given:
+        if name not in names:
+            raise ConfigError(
+                f"format {format!r} has no setting {name!r}: expected some of {', '.join(names)}; "
+                "leave it out or choose another format"
+            )
+    return given
+
+
+def check_tensors(
+    name: str, tensors: Mapping[str, Tensor | TensorLayout], layout: Mapping[str, TensorLayout]
+) -> None:
     """Compare stored tensors of the module `name` with their layout; `CheckpointError` where they differ."""
     for key, expected in layout.items():
         if key not in tensors:

@@ -25,7 +25,7 @@ from ..core.codebooks import CODEBOOKS, codebook
 from ..core.errors import ConfigError
 from ..core.spec import SCALE_BLOCK, CodebookSpec, QuantSpec, group_count
 from ..core.weight import PackedGrid, QuantizedWeight, ScaleCodes
-from . import FORMATS, TensorLayout
+from . import FORMATS, TensorLayout, chosen
 
 
 class Codebook:
@@ -35,17 +35,25 @@ class Codebook:
         self.name = name
 
     def spec(self, settings: Mapping[str, object]) -> CodebookSpec:
-        if settings.get("bits") not in (None, 4):
+        names = ("bits", "sym", "group_size", "double_quant", "scale_dtype")
+        given = chosen(settings, names, self.name)
+        if given.pop("bits", 4) != 4:
             raise ConfigError(f"format {self.name!r} has 4 bits, got bits={settings['bits']!r}")
-        if settings.get("sym") is False:
-            raise ConfigError(f"format {self.name!r} has no zero points, got sym=False; use format 'int'")
-        names = ("group_size", "double_quant", "scale_dtype")
-        chosen = {name: settings[name] for name in names if settings.get(name) is not None}
-        return CodebookSpec(codebook=self.name, **chosen)
+        if given.pop("sym", True) is not True:
+            raise ConfigError(
+                f"format {self.name!r} has no zero points, got sym={settings['sym']!r}; use format 'int'"
+            )
+        return CodebookSpec(codebook=self.name, **given)
 
-    def layout(self, spec: QuantSpec, out_features: int, in_features: int) -> dict[str, TensorLayout]:
+    def layout(
+        self, spec: QuantSpec, out_features: int, in_features: int
+    ) -> dict[str, TensorLayout]:
         groups = (out_features, group_count(in_features, spec.group_size))
-        stored = {"weight": TensorLayout((out_features, bits.packed_bytes(in_features, 4), 1), torch.uint8)}
+        stored = {
+            "weight": TensorLayout(
+                (out_features, bits.packed_bytes(in_features, 4), 1), torch.uint8
+            )
+        }
         if _double_quant(spec):
             blocks = (-(-groups[0] * groups[1] // SCALE_BLOCK),)
             stored["weight_scale"] = TensorLayout(groups, torch.uint8)
@@ -60,12 +68,14 @@ class Codebook:
         if weight.scale_codes is None:
             tensors["weight_scale"] = weight.scales.contiguous()
         else:
-            tensors["weight_scale"] = weight.scale_codes.codes
+            tensors["weight_scale"] = weight.scale_codes.codes.contiguous()
             tensors["weight_scale_step"] = weight.scale_codes.step
             tensors["weight_scale_offset"] = weight.scale_codes.offset
         return tensors
 
-    def unpack(self, tensors: Mapping[str, Tensor], spec: QuantSpec, in_features: int) -> QuantizedWeight:
+    def unpack(
+        self, tensors: Mapping[str, Tensor], spec: QuantSpec, in_features: int
+    ) -> QuantizedWeight:
         return QuantizedWeight(
             spec=spec,
             codes=bits.unpack(tensors["weight"].squeeze(-1), 4, in_features),

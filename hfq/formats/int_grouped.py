@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from ..core import bits
-from ..core.errors import ConfigError
 from ..core.spec import Int8Spec, IntSpec, QuantSpec, group_count
 from ..core.weight import PackedGrid, QuantizedWeight
-from . import FORMATS, TensorLayout
+from . import FORMATS, TensorLayout, chosen
+
+_SETTINGS = ("bits", "group_size", "sym", "scale_dtype")
 
 
 class IntGrouped:
@@ -29,12 +30,16 @@ class IntGrouped:
     name = "int"
 
     def spec(self, settings: Mapping[str, object]) -> IntSpec:
-        return IntSpec(**_chosen(settings, ("bits", "group_size", "sym", "scale_dtype")))
+        return IntSpec(**chosen(settings, _SETTINGS, self.name))
 
-    def layout(self, spec: QuantSpec, out_features: int, in_features: int) -> dict[str, TensorLayout]:
+    def layout(
+        self, spec: QuantSpec, out_features: int, in_features: int
+    ) -> dict[str, TensorLayout]:
         groups = (out_features, group_count(in_features, spec.group_size))
         stored = {
-            "weight": TensorLayout((out_features, bits.packed_bytes(in_features, spec.bits), 1), torch.uint8),
+            "weight": TensorLayout(
+                (out_features, bits.packed_bytes(in_features, spec.bits), 1), torch.uint8
+            ),
             "weight_scale": TensorLayout(groups, spec.torch_scale_dtype),
         }
         if not spec.sym:
@@ -49,10 +54,12 @@ class IntGrouped:
         if weight.zeros is not None:
             tensors["weight_zero"] = weight.zeros.contiguous()
         if weight.g_idx is not None:
-            tensors["weight_g_idx"] = weight.g_idx
+            tensors["weight_g_idx"] = weight.g_idx.contiguous()
         return tensors
 
-    def unpack(self, tensors: Mapping[str, Tensor], spec: QuantSpec, in_features: int) -> QuantizedWeight:
+    def unpack(
+        self, tensors: Mapping[str, Tensor], spec: QuantSpec, in_features: int
+    ) -> QuantizedWeight:
         return QuantizedWeight(
             spec=spec,
             codes=bits.unpack(tensors["weight"].squeeze(-1), spec.bits, in_features),
@@ -83,14 +90,7 @@ class Int8PerChannel(IntGrouped):
     name = "int8"
 
     def spec(self, settings: Mapping[str, object]) -> Int8Spec:
-        if settings.get("scale_dtype") not in (None, "float32"):
-            raise ConfigError(f"format 'int8' stores float32 scales, got scale_dtype={settings['scale_dtype']!r}")
-        return Int8Spec(**_chosen(settings, ("bits", "group_size", "sym")))
-
-
-def _chosen(settings: Mapping[str, object], names: tuple[str, ...]) -> dict[str, object]:
-    """The settings that were given (None means: the format's default)."""
-    return {name: settings[name] for name in names if settings.get(name) is not None}
+        return Int8Spec(**chosen(settings, _SETTINGS, self.name))
 
 
 FORMATS.register("int", IntGrouped())

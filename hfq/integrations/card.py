@@ -1,36 +1,43 @@
-"""The model card: metadata that the Hub reads, and for people what was done and how to load it."""
+"""The model card: metadata that the Hub reads; for people what was done and how to load it."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 import torch
 import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.modelcard import TASK_MAPPING
 
 from .._version import __version__
 from ..config import HfqConfig
 from ..core.errors import ConfigError
-from ..evaluation.size import weight_size
-from ..nn.packed import PackedModule
-from ..table import format_bytes
+from .inventory import bits, module_table, sizes
 from .origin import Origin, origin_of
 from .staging import staged
 
-__all__ = ["CARD", "has_foreign_card", "is_ours", "model_card", "renamed", "template_folder", "write_card"]
+__all__ = [
+    "CARD",
+    "has_foreign_card",
+    "is_ours",
+    "model_card",
+    "renamed",
+    "template_folder",
+    "write_card",
+]
 
 CARD = "README.md"
 
-_MARK = "<!-- hfq wrote this card and renews it with each save; remove this line to keep your own edits -->"
+_MARK = (
+    "<!-- hfq wrote this card and renews it with each save; "
+    "remove this line to keep your own edits -->"
+)
 _TEMPLATE = "quantized.md.jinja"
 
 
@@ -73,7 +80,9 @@ def renamed(text: str, repo_id: str) -> str:
     if found is None:
         return text
     old, new = found[1], repo_id.rpartition("/")[2]
-    text = text.replace(found[0], f"# {new}", 1).replace(f'from_pretrained("{old}"', f'from_pretrained("{repo_id}"')
+    text = text.replace(found[0], f"# {new}", 1).replace(
+        f'from_pretrained("{old}"', f'from_pretrained("{repo_id}"'
+    )
     card = ModelCard(text)
     if card.data.get("model_name") == old:
         card.data["model_name"] = new
@@ -101,22 +110,30 @@ def model_card(
         ConfigError: a result is NaN or infinite.
     """
     config, origin, measured = _config(model), origin_of(model), _checked(results)
-    text = _environment().get_template(_TEMPLATE).render(
-        mark=_MARK,
-        metadata=_metadata(model, config, origin, name, measured, dataset).to_yaml(),
-        name=name,
-        origin=origin,
-        architecture=type(model).__name__,
-        auto_class=_auto_class(model),
-        bits=_bits(model),
-        config=config,
-        settings=_settings(config),
-        size=_size(model),
-        modules=_modules(model),
-        results={metric: f"{value:.4g}" for metric, value in measured.items()},
-        dataset=dataset,
-        command=command,
-        versions={"hfq": __version__, "transformers": transformers.__version__, "torch": torch.__version__},
+    text = (
+        _environment()
+        .get_template(_TEMPLATE)
+        .render(
+            mark=_MARK,
+            metadata=_metadata(model, config, origin, name, measured, dataset).to_yaml(),
+            name=name,
+            origin=origin,
+            architecture=type(model).__name__,
+            auto_class=_auto_class(model),
+            bits=bits(model),
+            config=config,
+            settings=_settings(config),
+            size=sizes(model),
+            modules=module_table(model),
+            results={metric: f"{value:.4g}" for metric, value in measured.items()},
+            dataset=dataset,
+            command=command,
+            versions={
+                "hfq": __version__,
+                "transformers": transformers.__version__,
+                "torch": torch.__version__,
+            },
+        )
     )
     return ModelCard(text)
 
@@ -127,7 +144,9 @@ def template_folder(package: Path) -> Path:
     for place in places:
         if (place / _TEMPLATE).is_file():
             return place
-    raise FileNotFoundError(f"expected {_TEMPLATE} in {places[0]} or {places[1]}; install hfq again")
+    raise FileNotFoundError(
+        f"expected {_TEMPLATE} in {places[0]} or {places[1]}; install hfq again"
+    )
 
 
 def _environment() -> jinja2.Environment:
@@ -170,7 +189,9 @@ def _metadata(
     return ModelCardData(**{**origin.metadata, **own})
 
 
-def _eval_results(results: Mapping[str, float], task: str | None, dataset: str | None) -> list[EvalResult]:
+def _eval_results(
+    results: Mapping[str, float], task: str | None, dataset: str | None
+) -> list[EvalResult]:
     return [
         EvalResult(
             task_type=task or "text-generation",
@@ -186,7 +207,9 @@ def _eval_results(results: Mapping[str, float], task: str | None, dataset: str |
 def _checked(results: Mapping[str, float] | None) -> dict[str, float]:
     for metric, value in (results or {}).items():
         if not math.isfinite(value):
-            raise ConfigError(f"result {metric!r} is {value}: a card shows measured, finite values only")
+            raise ConfigError(
+                f"result {metric!r} is {value}: a card shows measured, finite values only"
+            )
     return dict(results or {})
 
 
@@ -197,60 +220,29 @@ def _config(model: PreTrainedModel) -> HfqConfig:
 
 def _settings(config: HfqConfig) -> dict[str, Any]:
     """What was chosen, without what is not set and what the table of modules shows."""
-    hidden = ("quant_method", "hfq_version", "format_version", "overrides", "modules_to_not_convert")
-    return {key: value for key, value in config.to_dict().items() if key not in hidden and value is not None}
+    written = {key: value for key, value in config.to_dict().items() if value is not None}
+    for key in (
+        "quant_method",
+        "hfq_version",
+        "format_version",
+        "overrides",
+        "modules_to_not_convert",
+    ):
+        written.pop(key, None)
+    return written
 
 
 def _task(model: PreTrainedModel) -> str | None:
     """The Hub's name of what the model's class is for."""
-    for task, names in TASK_MAPPING.items():
-        known = (name for entry in names.values() for name in (entry if isinstance(entry, tuple) else (entry,)))
-        if type(model).__name__ in known:
-            return str(task)
+    for task, classes in cast(Mapping[str, Mapping[str, Any]], TASK_MAPPING).items():
+        for known in classes.values():
+            if type(model).__name__ in (known if isinstance(known, tuple) else (known,)):
+                return task
     return None
 
 
 def _auto_class(model: PreTrainedModel) -> str:
-    return {"text-generation": "AutoModelForCausalLM", "image-text-to-text": "AutoModelForImageTextToText"}.get(
-        _task(model) or "", type(model).__name__
-    )
-
-
-def _bits(model: PreTrainedModel) -> str:
-    """``4``, or ``4/8`` where weights differ."""
-    packed = (module for module in model.modules() if isinstance(module, PackedModule))
-    return "/".join(str(bits) for bits in sorted({slot.spec.bits for module in packed for slot in module.slots.values()}))
-
-
-def _size(model: nn.Module) -> dict[str, str]:
-    size = weight_size(model)
     return {
-        "packed": format_bytes(size.packed_bytes),
-        "kept": format_bytes(size.kept_bytes),
-        "total": format_bytes(size.total_bytes),
-        "bits_per_weight": f"{size.bits_per_weight:.2f}",
-    }
-
-
-def _modules(model: PreTrainedModel) -> list[dict[str, Any]]:
-    """Rows of the table of weight matrices: what is packed and how, what is not and why."""
-    stored: dict[str, str] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, PackedModule):
-            for base, slot in module.slots.items():
-                full_name = name if base == "weight" else f"{name}.{base}"
-                stored[full_name] = f"{slot.format}, {slot.spec.bits} bits, groups of {slot.spec.group_size}".replace(
-                    "groups of -1", "one group per row"
-                )
-        elif isinstance(module, (nn.Linear, nn.Embedding)):
-            stored[name] = "float"
-    selection = getattr(model.hf_quantizer, "selection", None)
-    for name, reason in (selection.kept if selection else {}).items():
-        stored[name] = f"float: {reason}"
-    return _rows(stored.items())
-
-
-def _rows(stored: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
-    """Merge modules that differ by their number in the stack only."""
-    counts = Counter((re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name), how) for name, how in stored)
-    return [{"pattern": pattern, "count": count, "stored": how} for (pattern, how), count in counts.items()]
+        "text-generation": "AutoModelForCausalLM",
+        "image-text-to-text": "AutoModelForImageTextToText",
+    }.get(_task(model) or "", type(model).__name__)

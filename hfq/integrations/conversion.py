@@ -15,23 +15,24 @@ class QuantizeOnArrival(ConversionOps):
     """Turns one float tensor, as it arrives from the checkpoint, into its packed Parameters.
 
     Args:
-        quantize: (full name of the float parameter, tensor) -> full name -> Parameter.
+        quantize: (model, full name of the float parameter, tensor) -> full name -> Parameter.
     """
 
-    def __init__(self, quantize: Callable[[str, Tensor], dict[str, nn.Parameter]]) -> None:
+    def __init__(self, quantize: Callable[[Any, str, Tensor], dict[str, nn.Parameter]]) -> None:
         self.quantize = quantize
 
-    def convert(
+    def convert(  # type: ignore[override]
         self,
         input_dict: dict[str, Any],
         *,
+        model: Any = None,
         missing_keys: set[str] | None = None,
         **_: Any,
     ) -> dict[str, nn.Parameter]:
         """Called by the loader with full names; values are a tensor or a list with one."""
         arrived: dict[str, nn.Parameter] = {}
         for name, value in input_dict.items():
-            arrived |= self.quantize(name, value[0] if isinstance(value, list) else value)
+            arrived |= self.quantize(model, name, value[0] if isinstance(value, list) else value)
             if missing_keys is not None:
                 missing_keys.discard(name)
         return arrived

@@ -1,18 +1,16 @@
-"""Saving and publishing quantized models: folders that are complete or unchanged, one commit, a model card."""
+"""Saving and publishing quantized models: complete or unchanged folders, one commit, a card."""
 
 from __future__ import annotations
 
 import inspect
 import tempfile
-import weakref
-from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, cast
 
 from huggingface_hub import CommitInfo
 from transformers import PreTrainedModel
 
-from ..core.errors import HfqError
 from .card import CARD, has_foreign_card, model_card
 from .staging import files_of, staged
 from .upload import Destination, check_complete, upload
@@ -21,19 +19,22 @@ __all__ = ["attach", "detach", "push_to_hub"]
 
 
 def attach(model: PreTrainedModel) -> None:
-    """Let `save_pretrained` and `push_to_hub` of this model write complete folders with a model card.
+    """Let `save_pretrained` and `push_to_hub` of this model write complete folders with a card.
 
-    They become attributes of the instance: its class stays the one that pickle, pipelines and the auto classes
-    know by name. Adapters that Transformers has loaded into the model are saved and pushed as ever.
+    The model's class becomes a subclass of the same name with these two methods. (Bound methods in the
+    instance's attributes would be a reference cycle, so that ``del model`` frees no memory; weak ones would
+    fail in ``from_pretrained(...).push_to_hub(...)``.) Adapters that Transformers has loaded into the model
+    are saved and pushed as ever.
     """
-    model.save_pretrained = _Method(_save_pretrained, model)
-    model.push_to_hub = _Method(_push_to_hub, model)
+    if not isinstance(model, _Publishing):
+        # mypy takes the __hash__ of the instances for that of the class.
+        model.__class__ = _publishing_class(type(model))  # type: ignore[arg-type]
 
 
 def detach(model: PreTrainedModel) -> None:
     """Undo `attach`: the model is not a quantized one any more."""
-    for name in ("save_pretrained", "push_to_hub"):
-        vars(model).pop(name, None)
+    if isinstance(model, _Publishing):
+        model.__class__ = model.stock_class
 
 
 def push_to_hub(
@@ -50,14 +51,15 @@ def push_to_hub(
 ) -> CommitInfo:
     """Upload a quantized model, or the folder that one was saved into, as one commit.
 
-    After a failure do the same again: large files that arrived are not sent twice. Weight files of an earlier
-    upload that would shadow the new ones go with the same commit. A card that somebody else wrote stays, in the
-    folder as in the repository.
+    After a failure do the same again: large files that arrived are not sent twice. Weight files of
+    an earlier upload that would shadow the new ones go with the same commit. A card that somebody
+    else wrote stays, in the folder as in the repository.
 
     Args:
         source: a model, or a folder, of which hidden files are left out.
         repo_id: "organization/name", or "name" for one's own account; created if it does not exist.
-        private, token, revision, create_pr, commit_message, commit_description: as in `huggingface_hub`.
+        private, token, revision, create_pr, commit_message, commit_description: as in
+            `huggingface_hub`.
         tags: added to those of the card.
 
     Raises:
@@ -82,55 +84,59 @@ def push_to_hub(
     return upload(folder, files, to)
 
 
-class _Method:
-    """A function as a method of one model.
+class _Publishing:
+    """Mixin before a model's own class: saving and pushing by hfq."""
 
-    A bound method or a partial in the model's own attributes would be a reference cycle: ``del model`` would not
-    free GPU memory until the next garbage collection. Pickling a bound method would give back the one of the
-    class. This holds the model weakly, and copies and pickles along with it.
-    """
+    stock_class: ClassVar[type[Any]]
 
-    def __init__(self, function: Callable[..., Any], model: PreTrainedModel) -> None:
-        self._function = function
-        self._model = weakref.ref(model)
-        self.__doc__ = function.__doc__
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """See `hfq.integrations.hub._save_pretrained`."""
+        _save_pretrained(cast(PreTrainedModel, self), *args, **kwargs)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._function(self._owner(), *args, **kwargs)
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """See `hfq.integrations.hub._push_to_hub`."""
+        return _push_to_hub(cast(PreTrainedModel, self), *args, **kwargs)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Method, (self._function, self._owner())
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # By name, pickle and copy would find the stock class.
+        return _blank, (self.stock_class,), self.__dict__
 
-    def _owner(self) -> PreTrainedModel:
-        model = self._model()
-        if model is None:
-            raise HfqError(
-                "the model that this method belongs to is gone: of a shallow copy keep the original, "
-                "or use copy.deepcopy"
-            )
-        return model
+
+@cache
+def _publishing_class(stock: type[Any]) -> type[Any]:
+    fields = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
+    return type(stock.__name__, (_Publishing, stock), {**fields, "stock_class": stock})
+
+
+def _blank(stock: type[Any]) -> PreTrainedModel:
+    """A model without state, for `copy` and `pickle`."""
+    cls = _publishing_class(stock)  # type: ignore[arg-type]  # as in `attach`
+    return cast(PreTrainedModel, object.__new__(cls))
 
 
 def _save_pretrained(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
-    """Transformers' `save_pretrained`, with a model card, and such that the folder changes completely or not at all.
+    """Transformers' `save_pretrained`, with a card; the folder changes completely or not at all.
 
     Raises:
         SaveError: the folder could not be written and is as it was.
         PushError: with ``push_to_hub=True``; the folder is complete.
     """
-    stock = type(model).save_pretrained
-    call = inspect.signature(stock).bind(model, *args, **kwargs)
+    stock = _stock(model).save_pretrained
+    # Classes that override it take (*args, **kwargs) and pass them on.
+    call = inspect.signature(PreTrainedModel.save_pretrained).bind(model, *args, **kwargs)
     call.apply_defaults()
     given = call.arguments
     if _has_adapter(model) or given["distributed_checkpoint"]:
-        return stock(*call.args, **call.kwargs)
+        stock(*call.args, **call.kwargs)
+        return
     folder, pushes = Path(given["save_directory"]), given["push_to_hub"]
     given["push_to_hub"] = False
     if not model.should_save_on_this_rank(given["is_main_process"]):
         # Other ranks take part in gathering the weights and write nothing.
         with tempfile.TemporaryDirectory() as unused:
             given["save_directory"] = unused
-            return stock(*call.args, **call.kwargs)
+            stock(*call.args, **call.kwargs)
+        return
     with staged(folder) as new:
         given["save_directory"] = str(new)
         stock(*call.args, **call.kwargs)
@@ -141,15 +147,15 @@ def _save_pretrained(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
     if pushes:
         options = {"repo_id": folder.absolute().name, **given["kwargs"], "token": given["token"]}
         upload(folder, written, Destination(**options))
-    return None
 
 
 def _push_to_hub(
     model: PreTrainedModel, repo_id: str, *, max_shard_size: int | str = "50GB", **options: Any
-) -> CommitInfo:
+) -> Any:
     """Transformers' `push_to_hub`, with hfq's model card; see `hfq.push_to_hub`."""
     if _has_adapter(model):
-        return type(model).push_to_hub(model, repo_id, max_shard_size=max_shard_size, **options)
+        stock: Any = _stock(model).push_to_hub
+        return stock(model, repo_id, max_shard_size=max_shard_size, **options)
     return _push(model, Destination(repo_id=repo_id, **options), max_shard_size)
 
 
@@ -158,6 +164,10 @@ def _push(model: PreTrainedModel, to: Destination, max_shard_size: int | str) ->
         folder = Path(temporary)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         return upload(folder, files_of(folder), to)
+
+
+def _stock(model: PreTrainedModel) -> type[Any]:
+    return model.stock_class if isinstance(model, _Publishing) else type(model)
 
 
 def _has_adapter(model: PreTrainedModel) -> bool:

@@ -1,4 +1,4 @@
-"""Where a model comes from: its base model on the Hub, the commit, and what the base's card says."""
+"""Where a model comes from: its base model on the Hub, the commit, what the base's card says."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 from huggingface_hub import ModelCard, hf_hub_download, metadata_load
 from transformers import PreTrainedModel
 
@@ -40,12 +40,16 @@ class Origin:
 
 def origin_of(model: PreTrainedModel) -> Origin:
     """Read from the model's config and from files that are on this machine already."""
-    path, commit = str(model.config._name_or_path), getattr(model.config, "_commit_hash", None)
-    repo = path if commit else None
-    if snapshot := _SNAPSHOT.search(os.path.realpath(path)):
-        repo, commit = snapshot["repo"].replace("--", "/"), snapshot["commit"]
-    known = _read(Path(path) / "README.md") if os.path.isdir(path) else _fetch(repo, commit, local_only=True)
-    if not model.hf_quantizer.pre_quantized:
+    path, quantizer = str(model.config._name_or_path), cast(Any, model.hf_quantizer)
+    # Where Transformers names no commit, the cached files do.
+    places = (path, os.path.realpath(path), *quantizer.checkpoint_files)
+    repo, commit = _cached(*places) or (None, None)
+    known = (
+        _read(Path(path) / "README.md")
+        if os.path.isdir(path)
+        else _fetch(repo, commit, local_only=True)
+    )
+    if not quantizer.pre_quantized:
         known.setdefault("license", getattr(model.config, "license", None))
         return Origin(base_model=repo, revision=commit, metadata=_inherited(known, repo))
     # What was loaded is a quantized model itself; only its card can tell what it was made from.
@@ -56,26 +60,34 @@ def origin_of(model: PreTrainedModel) -> Origin:
 
 
 def with_license_of_base(card: ModelCard) -> ModelCard:
-    """Complete a card that names a base model but no license, from the base's card on the Hub if it can be had."""
+    """Complete a card that names a base but no license, from the base's card if it can be had."""
     base = card.data.get("base_model")
     if card.data.get("license") or not isinstance(base, str):
         return card
     known = _fetch(base, card.data.get("base_model_revision"), local_only=False)
-    missing = {key: value for key, value in _inherited(known, base).items() if not card.data.get(key)}
+    missing = {
+        key: value for key, value in _inherited(known, base).items() if not card.data.get(key)
+    }
     for key, value in missing.items():
         card.data[key] = value
     return ModelCard(str(card)) if missing else card
 
 
+def _cached(*paths: str) -> tuple[str, str] | None:
+    """Repository and commit of files in the Hub's cache."""
+    found = next(filter(None, map(_SNAPSHOT.search, paths)), None)
+    return (found["repo"].replace("--", "/"), found["commit"]) if found else None
+
+
 def _inherited(known: Mapping[str, Any], base: str | None) -> dict[str, Any]:
     found = {key: known[key] for key in _INHERITED if known.get(key)}
-    if found.get("license") != "other" or base is None:
+    if found.get("license") != "other":
         return found
     # The Hub wants a name and a link for every license that it has no identifier for.
-    page = f"https://huggingface.co/{base}"
     found.setdefault("license_name", "license-of-the-base-model")
     link = str(found.get("license_link", ""))
-    if not link.startswith("http"):
+    if base is not None and not link.startswith("http"):
+        page = f"https://huggingface.co/{base}"
         found["license_link"] = f"{page}/blob/main/{link}" if link else page
     return found
 
@@ -85,7 +97,9 @@ def _fetch(repo: str | None, revision: str | None, *, local_only: bool) -> dict[
     if repo is None:
         return {}
     try:
-        return _read(Path(hf_hub_download(repo, "README.md", revision=revision, local_files_only=local_only)))
+        return _read(
+            Path(hf_hub_download(repo, "README.md", revision=revision, local_files_only=local_only))
+        )
     except (OSError, ValueError) as err:
         logger.info("the card of %s cannot be read, its license is not known: %s", repo, err)
         return {}

@@ -62,4 +62,4 @@ def _register_now(registry: ModuleType) -> None:
     registry.register_quantization_config("hfq")(HfqConfig)
     registry.register_quantizer("hfq")(HfqQuantizer)
     # Lets HfqConfig(dequantize=True) reach a checkpoint that has its own config.
-    registry.LOADING_ATTRIBUTES_CONFIG_TYPES += (HfqConfig,)
+    vars(registry)["LOADING_ATTRIBUTES_CONFIG_TYPES"] += (HfqConfig,)

@@ -95,7 +95,10 @@ class _Roles:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> _Roles:
-        heads = {"inputs": model.get_input_embeddings(), "outputs": model.get_output_embeddings()}
+        heads = {
+            "inputs": model.get_input_embeddings(),
+            "outputs": model.get_output_embeddings(),  # type: ignore[no-untyped-call]
+        }
         names = {role: frozenset(n for n, m in model.named_modules() if m is module) for role, module in heads.items()}
         tied = {
             target.rpartition(".")[0]: source.rpartition(".")[0]

@@ -4,8 +4,9 @@
     out/.hfq-save/old/    what it replaces waits here while the new files move in
     out/config.json       leaves first and comes last: without it nobody loads the folder
 
-The staging folder lies inside of the target because a rename is only possible within one file system, and the
-target may be a mount point (a container's volume) whose parent is another file system or not writable.
+The staging folder lies inside of the target because a rename is only possible within one file
+system, and the target may be a mount point (a container's volume) whose parent is another file
+system or not writable.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ STAGING = ".hfq-save"
 
 _CONFIG = "config.json"
 
-# model.safetensors, model-00001-of-00002.safetensors, model.safetensors.index.json, each with an optional variant.
+# model.safetensors, model-00001-of-00002.safetensors, model.safetensors.index.json; with a variant
+# model.fp16.safetensors, model.fp16-00001-of-00002.safetensors, model.safetensors.index.fp16.json.
 _WEIGHTS = re.compile(
-    r"model(\.(?P<variant>[\w-]+?))?(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index(\.(?P<indexed>[\w-]+))?\.json"
+    r"model(\.(?P<variant>[\w-]+?))?(-\d{5}-of-\d{5})?\.safetensors"
+    r"|model\.safetensors\.index(\.(?P<indexed>[\w-]+))?\.json"
 )
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -53,8 +56,9 @@ class SaveError(HfqError, OSError):
 def staged(target: Path) -> Iterator[Path]:
     """Give a folder to write into; when the block ends, its files replace those of `target`.
 
-    Other files of `target` stay, except weight files that an older save left behind. If the block or the move
-    fails, or is interrupted, `target` keeps its old files and nothing else. One save into a folder at a time.
+    Other files of `target` stay, except weight files that an older save left behind. If the block
+    or the move fails, or is interrupted, `target` keeps its old files and nothing else. One save
+    into a folder at a time.
 
     Raises:
         SaveError: nothing could be written, or not all of it.
@@ -70,7 +74,9 @@ def staged(target: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as err:
         code = _errno(err)
         raise SaveError(
-            f"could not save the model to {target}: {err}. {_state(target, existed)} {_remedy(code)}", code
+            f"could not save the model to {target}: {err}. "
+            f"{_state(target, existed)} {_remedy(code)}",
+            code,
         ) from err
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -81,13 +87,15 @@ def staged(target: Path) -> Iterator[Path]:
 def files_of(folder: Path) -> list[str]:
     """Files below `folder` as relative POSIX paths, sorted, hidden files and folders left out."""
     found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return sorted(path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts))
+    return sorted(
+        path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts)
+    )
 
 
 def stale_weights(present: Iterable[str], written: Collection[str]) -> list[str]:
     """Weight files among `present` that a save of `written` leaves without meaning.
 
-    They are not harmless: a loader takes an old ``model.safetensors`` before it looks for new shards.
+    They do harm: a loader takes an old ``model.safetensors`` before it looks for new shards.
     """
     variants = {_variant(match) for match in map(_WEIGHTS.fullmatch, written) if match}
     matches = ((name, _WEIGHTS.fullmatch(name)) for name in present if name not in written)
@@ -115,7 +123,10 @@ def _flush(folder: Path) -> None:
 
 
 def _exchange(new: Path, old: Path, target: Path) -> None:
-    """Move the files of `new` into `target`; what they replace goes to `old`, and comes back if a move fails."""
+    """Move the files of `new` into `target`.
+
+    What they replace goes to `old`, and comes back if a move fails.
+    """
     written = _config_last(path.relative_to(new) for path in new.rglob("*") if path.is_file())
     present = [path.name for path in target.iterdir() if path.is_file()]
     stale = [Path(name) for name in stale_weights(present, {path.as_posix() for path in written})]
@@ -158,7 +169,7 @@ def _state(target: Path, existed: bool) -> str:
 
 def _remedy(code: int | None) -> str:
     if code in _FULL:
-        return "Free space there (old and new files exist side by side for a moment), or choose another folder."
+        return "Free space there (old and new files exist side by side), or choose another folder."
     if code in _FORBIDDEN:
         return "Choose a folder that you may write to."
     if code in _NO_FOLDER:

@@ -7,9 +7,10 @@ read, then the packed tensors go straight into place.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,11 @@ from transformers.utils import logging
 
 from ..algorithms import ALGORITHMS
 from ..config import HfqConfig, Recipe
-from ..core.errors import CheckpointError, ConfigError, HfqError, WeightError
+from ..core.errors import CheckpointError, ConfigError, HfqError
 from ..core.weight import QuantizedWeight
-from ..formats import FORMATS, TensorLayout, check_tensors
+from ..formats import TensorLayout, check_tensors
 from ..nn.embedding import QuantEmbedding
-from ..nn.experts import pack_experts_, unpack_experts_
+from ..nn.experts import QuantExperts, pack_experts_, unpack_experts_
 from ..nn.linear import QuantLinear
 from ..nn.packed import PackedModule
 from ..nn.packing import pack_weight
@@ -48,6 +49,7 @@ class HfqQuantizer(HfQuantizer):
 
     Attributes:
         selection: what was packed and why the rest was not.
+        checkpoint_files: the files that the model was loaded from; in the Hub's cache their paths name the commit.
     """
 
     requires_calibration = False
@@ -56,6 +58,8 @@ class HfqQuantizer(HfQuantizer):
     def __init__(self, quantization_config: HfqConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.selection = Selection()
+        self.checkpoint_files: tuple[str, ...] = ()
+        self._prefix = ""
         self._recipes: dict[str, Recipe] = {}
         self._files: tuple[str, ...] = ()
         self._failures: dict[str, HfqError] = {}
@@ -69,20 +73,21 @@ class HfqQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         return True
 
-    def is_serializable(self, **_: Any) -> bool:
+    def is_serializable(self, **unused: Any) -> bool:
         return True
 
     # ---- the skeleton, on meta
 
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **unused: Any
     ) -> PreTrainedModel:
-        self._model = model
+        self._prefix = model.base_model_prefix
+        self.checkpoint_files = tuple(checkpoint_files or ())
         headers = None if not checkpoint_files else self._headers(checkpoint_files)
         available = None if headers is None else _parameter_names(model, headers)
         packed = None
         if self.pre_quantized and available is not None and headers is not None:
-            packed = {name for name, key in available.items() if _is_packed(key, headers)}
+            packed = {name for name, key in available.items() if headers[key].dtype == torch.uint8}
         self.selection = select_modules(model, self.quantization_config, available, packed)
         if not self.selection.recipes:
             logger.warning(f"hfq: no weight of {type(model).__name__} was quantized: {self.selection.summary()}")
@@ -99,7 +104,8 @@ class HfqQuantizer(HfQuantizer):
             if self.pre_quantized:
                 raise CheckpointError(f"expected safetensors files, got {files[0]}: packed checkpoints have no other")
             return None
-        self._files = tuple(files)
+        # Memory maps are known by their real paths; the Hub's cache is made of links.
+        self._files = tuple(os.path.realpath(file) for file in files)
         return read_headers(files)
 
     def _swap(self, model: PreTrainedModel, name: str, recipes: dict[str, Recipe], has_tensor: bool) -> None:
@@ -117,7 +123,7 @@ class HfqQuantizer(HfQuantizer):
             return
         new = _packed_twin(module, recipes["weight"])
         if placeholder:
-            new._parameters["weight"] = nn.Parameter(module.weight.data, requires_grad=False)
+            new.hold_place("weight", cast(nn.Parameter, module.weight))
         new._is_hf_initialized = True
         model.set_submodule(name, new)
 
@@ -128,10 +134,10 @@ class HfqQuantizer(HfQuantizer):
         keys = {t: s for t, s in model.all_tied_weights_keys.items() if t.rpartition(".")[0] not in self.selection.recipes}
         for target, source in tied.items():
             if target in self.selection.recipes:
-                slot = model.get_submodule(target).slots["weight"]
+                slot = cast(PackedModule, model.get_submodule(target)).slots["weight"]
                 keys |= {f"{target}.{slot.attribute(k)}": f"{source}.{slot.attribute(k)}" for k in slot.layout()}
-        model._tied_weights_keys = dict(keys)
-        model.all_tied_weights_keys = keys
+        # On the instance: the class speaks for float models.
+        vars(model).update(_tied_weights_keys=dict(keys), all_tied_weights_keys=keys)
 
     def _check_headers(
         self, model: PreTrainedModel, headers: dict[str, TensorLayout], available: dict[str, str]
@@ -152,7 +158,7 @@ class HfqQuantizer(HfQuantizer):
 
     # ---- tensors on their way in
 
-    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **unused: Any) -> bool:
         if self.pre_quantized or param_name not in self._recipes:
             return False
         module, _, base = param_name.rpartition(".")
@@ -166,13 +172,13 @@ class HfqQuantizer(HfQuantizer):
     def get_quantize_ops(self) -> QuantizeOnArrival:
         return QuantizeOnArrival(self._quantize)
 
-    def _quantize(self, name: str, weight: Tensor) -> dict[str, nn.Parameter]:
+    def _quantize(self, model: PreTrainedModel, name: str, weight: Tensor) -> dict[str, nn.Parameter]:
         """Pack the float tensor of parameter `name`; full names of the packed Parameters.
 
         The loader would wrap an error of ours into a report of its own, so it is raised after loading.
         """
         module_name, _, base = name.rpartition(".")
-        module, recipe = self._model.get_submodule(module_name), self._recipes[name]
+        module, recipe = cast(PackedModule, model.get_submodule(module_name)), self._recipes[name]
         slot = module.slots[base]
         algorithm = ALGORITHMS.get(recipe.method)
 
@@ -187,7 +193,7 @@ class HfqQuantizer(HfQuantizer):
                 key: torch.zeros(layout.shape, dtype=layout.dtype, device=weight.device)
                 for key, layout in slot.layout().items()
             }
-        module._parameters.pop(base if base == "weight" else "", None)
+        module.drop_placeholder(base)
         release_pages(self._files)
         return {
             f"{module_name}.{slot.attribute(key)}": nn.Parameter(tensor, requires_grad=False)
@@ -203,15 +209,15 @@ class HfqQuantizer(HfQuantizer):
 
     def _packed_names(self) -> PackedNames:
         renamed = [name for name, recipes in self.selection.recipes.items() if "weight" in recipes]
-        return PackedNames(spellings(renamed, self._model.base_model_prefix))
+        return PackedNames(spellings(renamed, self._prefix))
 
     # ---- the loaded model
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **unused: Any) -> PreTrainedModel:
         self._raise_failures()
         self._keep_transforms(model)
         for name, module in _packed_modules(model):
-            if any(parameter.is_meta for parameter in module.parameters(recurse=False)) and not module.is_offloaded:
+            if any(module.placeholder(base) is not None for base in module.slots):
                 raise CheckpointError(f"{name}: the checkpoint has no tensor for this weight")
             if not module.is_offloaded:
                 module.check_packed(name)
@@ -240,11 +246,11 @@ class HfqQuantizer(HfQuantizer):
         transforms = getattr(model, "_weight_conversions", None) or []
         self._transforms = [t for t in transforms if not isinstance(t, PackedNames)]
         kept = [t for t in self._transforms if not isinstance(t, WeightConverter)]
-        model._weight_conversions = [*kept, self._packed_names()]
+        vars(model)["_weight_conversions"] = [*kept, self._packed_names()]
 
     def _share_tied(self, model: PreTrainedModel) -> None:
         """Let tied embeddings read the tensors of their head, in the layout of its kernel."""
-        for name, module in _packed_modules(model):
+        for _, module in _packed_modules(model):
             if not isinstance(module, QuantEmbedding):
                 continue
             for _, other in _packed_modules(model):
@@ -273,14 +279,14 @@ class HfqQuantizer(HfQuantizer):
                 model.set_submodule(name, _float_linear(module))
             elif isinstance(module, QuantEmbedding):
                 model.set_submodule(name, _float_embedding(module))
-            else:
+            elif isinstance(module, QuantExperts):
                 unpack_experts_(module, module.compute_dtype)
         if "_tied_weights_keys" in model.__dict__:
             del model._tied_weights_keys
             model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
             model.tie_weights()
         # None: saving falls back to the architecture's own mapping.
-        model._weight_conversions = None if self.pre_quantized else self._transforms
+        vars(model)["_weight_conversions"] = None if self.pre_quantized else self._transforms
         _saving().detach(model)
         return model
 
@@ -306,10 +312,6 @@ def _parameter_names(model: PreTrainedModel, headers: dict[str, TensorLayout]) -
         if renamed in expected:
             names[renamed] = key
     return names
-
-
-def _is_packed(key: str, headers: dict[str, TensorLayout]) -> bool:
-    return f"{key}_scale" in headers and headers[key].dtype == torch.uint8
 
 
 def _packed_modules(model: nn.Module) -> Iterator[tuple[str, PackedModule]]:
@@ -358,7 +360,7 @@ def _packed_twin(module: nn.Module, recipe: Recipe) -> QuantLinear | QuantEmbedd
 def _float_linear(module: QuantLinear) -> nn.Module:
     weight = module.dequantize()
     if module.slot.transposed:
-        new: nn.Module = Conv1D(module.out_features, module.in_features)
+        new: nn.Module = Conv1D(module.out_features, module.in_features)  # type: ignore[no-untyped-call]
         weight = weight.T.contiguous()
     else:
         has_bias = module.bias is not None

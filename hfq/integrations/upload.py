@@ -1,7 +1,7 @@
 """Uploading a folder to the Hub: one commit, safe to repeat.
 
-`huggingface_hub` asks the Hub which large files it has, by their hashes, and sends the others; so a push that broke
-continues where it stopped. It retries each request by itself, with growing pauses.
+`huggingface_hub` asks the Hub which large files it has, by their hashes, and sends the others; so a
+push that broke continues where it stopped. It retries each request by itself, with growing pauses.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
@@ -23,7 +24,7 @@ from .staging import stale_weights
 __all__ = ["Destination", "PushError", "check_complete", "upload"]
 
 # Connection errors: httpx.HTTPError with huggingface_hub 1, httpx2.HTTPError with 2.
-_HTTP_ERROR = HfHubHTTPError.__bases__[0]
+_HTTP_ERROR = cast(type[Exception], HfHubHTTPError.__bases__[0])
 
 
 class PushError(HfqError, RuntimeError):
@@ -57,18 +58,22 @@ def check_complete(folder: Path, files: Collection[str]) -> None:
     weights = [name for name in files if name.endswith(".safetensors")]
     if "config.json" not in files or not weights:
         raise CheckpointError(
-            f"{folder}: expected a saved model (config.json and *.safetensors), found {', '.join(files) or 'nothing'}; "
-            "give the folder that save_pretrained wrote"
+            f"{folder}: expected a saved model (config.json and *.safetensors), "
+            f"found {', '.join(files) or 'nothing'}; give the folder that save_pretrained wrote"
         )
     for index in (name for name in files if name.startswith("model.safetensors.index.")):
-        shards = set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
+        shards = set(
+            json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()
+        )
         if missing := sorted(shards.difference(files)):
-            raise CheckpointError(f"{folder}: {index} names {', '.join(missing)}, not in the folder; save again")
+            raise CheckpointError(
+                f"{folder}: {index} names {', '.join(missing)}, not in the folder; save again"
+            )
     read_headers(folder / name for name in weights)
 
 
 def upload(folder: Path, files: Collection[str], to: Destination) -> CommitInfo:
-    """Commit `files` of `folder` (relative POSIX paths) to a repository, which is created if need be.
+    """Commit `files` of `folder` (relative POSIX paths) to a repository, created if need be.
 
     Raises:
         PushError: the Hub refused, or the connection broke.
@@ -94,13 +99,20 @@ def upload(folder: Path, files: Collection[str], to: Destination) -> CommitInfo:
 
 
 def _card(
-    api: HfApi, repo_id: str, folder: Path, files: Collection[str], present: Collection[str], to: Destination
+    api: HfApi,
+    repo_id: str,
+    folder: Path,
+    files: Collection[str],
+    present: Collection[str],
+    to: Destination,
 ) -> list[CommitOperationAdd]:
     """The card's part of the commit; nothing where the repository's own card stays as it is."""
     text = (folder / CARD).read_text(encoding="utf-8") if CARD in files else None
     theirs = None
     if CARD in present:
-        theirs = Path(api.hf_hub_download(repo_id, CARD, revision=to.revision)).read_text(encoding="utf-8")
+        theirs = Path(api.hf_hub_download(repo_id, CARD, revision=to.revision)).read_text(
+            encoding="utf-8"
+        )
     if text is None or (theirs is not None and is_ours(text) and not is_ours(theirs)):
         text = theirs
     elif is_ours(text):
@@ -123,10 +135,18 @@ def _tagged(text: str, tags: list[str]) -> str:
 
 def _message(folder: Path, to: Destination, err: Exception) -> str:
     status = getattr(getattr(err, "response", None), "status_code", None)
-    cause = f"{err} ({err.__cause__})" if err.__cause__ else str(err)
+    # For a large file the client says which one, and its cause says why.
+    cause = " ".join(
+        f"{err} {err.__cause__ or ''}".split()
+        if isinstance(err, RuntimeError)
+        else str(err).split()
+    )
     remedy = {
         401: "Log in with `hf auth login`, or pass token=.",
         403: "Use a token with write access to this repository.",
         404: "Check the repository's name and the token's access to it.",
     }.get(status or 0, "Push again: files that arrived are not sent twice.")
-    return f"could not push {folder} to {to.repo_id}: {cause.strip()} Nothing changed in the repository. {remedy}"
+    return (
+        f"could not push {folder} to {to.repo_id}: {cause} "
+        f"Nothing changed in the repository. {remedy}"
+    )

@@ -14,8 +14,8 @@ from torch import Tensor
 from ..core.bits import packed_bytes
 from ..core.weight import PackedGrid
 from . import native, rows16
-from . import ops  # noqa: F401  (defines torch.ops.hfq)
 from .dispatch import Problem
+from .ops import rows16_weight
 
 __all__ = ["MAX_DIRECT_TOKENS", "CpuRows16"]
 
@@ -52,7 +52,8 @@ class CpuRows16:
         tokens = x.reshape(-1, grid.in_features)
         operands = (grid.qweight, grid.scales, grid.zeros, grid.codebook, bias)
         sizes = (grid.bits, grid.group_size, grid.in_features, grid.out_features)
-        if tokens.shape[0] <= MAX_DIRECT_TOKENS:
+        # The direct kernel computes in float32: too little for float64, which nobody uses for speed.
+        if tokens.shape[0] <= MAX_DIRECT_TOKENS and x.dtype != torch.float64:
             y = torch.ops.hfq.cpu_linear(tokens.contiguous(), *operands, *sizes, int8_activations)
         else:
             y = torch.ops.hfq.cpu_linear_dequantized(tokens, *operands, *sizes)
@@ -70,15 +71,6 @@ class CpuRows16:
         )
 
     def dequantize(self, grid: PackedGrid, dtype: torch.dtype) -> Tensor:
-        weight: Tensor = torch.ops.hfq.cpu_dequantize(
-            grid.qweight,
-            grid.scales,
-            grid.zeros,
-            grid.codebook,
-            grid.bits,
-            grid.group_size,
-            grid.in_features,
-            grid.out_features,
-            dtype,
-        )
-        return weight
+        operands = (grid.qweight, grid.scales, grid.zeros, grid.codebook)
+        sizes = (grid.bits, grid.group_size, grid.in_features, grid.out_features)
+        return rows16_weight(operands, sizes, dtype)

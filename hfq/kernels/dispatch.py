@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..core.weight import PackedGrid
 
-__all__ = ["Choice", "KernelRow", "Problem", "select"]
+__all__ = ["Choice", "KernelRow", "Problem", "as_stored", "rows", "select"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +82,12 @@ def rows() -> tuple[KernelRow, ...]:
     from .neutral import Neutral
 
     return (CpuRows16(), Neutral())
+
+
+def as_stored(reason: str) -> Choice:
+    """The last kernel, which reads the stored layout, with the reason why no other one was asked."""
+    *others, last = rows()
+    return Choice(last, tuple((row.name, reason) for row in others))
 
 
 @cache

@@ -7,6 +7,7 @@ are placed in memory that the kernel was asked to back with huge pages.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import mmap
@@ -54,8 +55,6 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty(tuple(shape), dtype=dtype)
     address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
     offset = -address % HUGE_PAGE
-    try:
+    with contextlib.suppress(OSError):  # built without huge pages: the mapping is still good memory
         mapping.madvise(mmap.MADV_HUGEPAGE, offset, length)
-    except OSError:  # a kernel built without huge pages: the mapping is still good memory
-        pass
     return torch.frombuffer(mapping, dtype=dtype, count=count, offset=offset).view(tuple(shape))

@@ -86,7 +86,9 @@ def use_isa(name: str) -> Iterator[None]:
     load()
     assert _loaded is not None
     if _loaded.library is None:
-        raise KernelError(f"cannot select the instruction set {name!r}: {_loaded.status.cpu_reason}")
+        raise KernelError(
+            f"cannot select the instruction set {name!r}: {_loaded.status.cpu_reason}"
+        )
     before = _isa(_loaded.library)
     _select_isa(_loaded.library, name, source="use_isa")
     try:
@@ -124,8 +126,15 @@ def _load_cpu(folder: Path | None, build: Mapping[str, Any]) -> tuple[ctypes.CDL
     library.hfq_cpu_isas.restype = ctypes.c_char_p
     library.hfq_cpu_select_isa.argtypes = [ctypes.c_char_p]
     if not library.hfq_cpu_registered():
-        return None, f"{path.name} could not register its operators with torch {torch.__version__} (2.11 or later needed)"
-    _select_isa(library, os.environ.get(ISA_VARIABLE) or "auto", source=f"the environment variable {ISA_VARIABLE}")
+        return (
+            None,
+            f"{path.name} could not register its operators with torch {torch.__version__} (2.11 or later needed)",
+        )
+    _select_isa(
+        library,
+        os.environ.get(ISA_VARIABLE) or "auto",
+        source=f"the environment variable {ISA_VARIABLE}",
+    )
     return library, ""
 
 
@@ -174,7 +183,7 @@ def _find(folder: Path | None, build: Mapping[str, Any], kind: str) -> tuple[Pat
 
 def _load_library(path: Path) -> str:
     try:
-        torch.ops.load_library(str(path))
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"{path.name} does not load with torch {torch.__version__}: {error}"
     return ""
@@ -193,7 +202,9 @@ def _isas(library: ctypes.CDLL) -> tuple[str, ...]:
 def _select_isa(library: ctypes.CDLL, name: str, source: str) -> None:
     if not library.hfq_cpu_select_isa(name.encode()):
         supported = ", ".join(("auto", *_isas(library)))
-        raise KernelError(f"{source} asks for the instruction set {name!r}; this build and processor support {supported}")
+        raise KernelError(
+            f"{source} asks for the instruction set {name!r}; this build and processor support {supported}"
+        )
 
 
 def _warn(status: NativeStatus) -> None:

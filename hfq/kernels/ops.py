@@ -26,9 +26,10 @@ from torch import Tensor
 
 from . import reference
 
-__all__ = ["LIBRARY"]
+__all__ = ["LIBRARY", "rows16_weight"]
 
-LIBRARY = torch.library.Library("hfq", "DEF")
+# Any, and not checked: torch does not annotate the class.
+LIBRARY: Any = torch.library.Library("hfq", "DEF")  # type: ignore[no-untyped-call]
 
 _GRID = "Tensor qweight, Tensor scales, Tensor? zeros, Tensor? codebook"
 _SIZES = "int bits, int group_size, int in_features"
@@ -77,14 +78,31 @@ def _cpu_linear_dequantized(
     in_features: int,
     out_features: int,
 ) -> Tensor:
-    weight = torch.ops.hfq.cpu_dequantize(
-        qweight, scales, zeros, codebook, bits, group_size, in_features, out_features, x.dtype
-    )
+    operands = (qweight, scales, zeros, codebook)
+    weight = rows16_weight(operands, (bits, group_size, in_features, out_features), x.dtype)
     return _matmul(x, weight, bias)
 
 
+def rows16_weight(operands: tuple[Any, ...], sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The weight `[N, K]` behind operands in layout rows16, in any float dtype.
+
+    Native code writes float32 and narrower; float64 is a float32 weight, widened.
+
+    Args:
+        sizes: bits, group_size, in_features, out_features.
+    """
+    native = torch.float32 if dtype == torch.float64 else dtype
+    weight: Tensor = torch.ops.hfq.cpu_dequantize(*operands, *sizes[:4], native)
+    return weight.to(dtype)
+
+
 def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    bias = None if bias is None else bias.to(x.dtype)
+    if not torch.is_autocast_enabled(x.device.type):
+        return torch.nn.functional.linear(x, weight, bias)
+    # Autocast would choose the dtype of the product; the schema's fake promises that of x.
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.nn.functional.linear(x, weight, bias)
 
 
 LIBRARY.impl("dequantize", reference.dequantize, "CompositeExplicitAutograd")
@@ -139,10 +157,9 @@ def _register_gradient(name: str, operand_count: int, weight: Callable[..., Tens
     """
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        # Tensors that are None cannot be saved; remember where they stood.
-        operands = inputs[1 : 1 + operand_count]
-        ctx.save_for_backward(*operands)
-        ctx.bias_dtype = None if inputs[1 + operand_count] is None else inputs[1 + operand_count].dtype
+        bias = inputs[1 + operand_count]
+        ctx.save_for_backward(*inputs[1 : 1 + operand_count])
+        ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.sizes = inputs[2 + operand_count :]
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -150,20 +167,21 @@ def _register_gradient(name: str, operand_count: int, weight: Callable[..., Tens
         if ctx.needs_input_grad[0]:
             grad_x = grad @ weight(ctx.saved_tensors, ctx.sizes, grad.dtype)
         if ctx.needs_input_grad[1 + operand_count]:
-            grad_bias = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+            grad_bias = grad.sum_to_size(grad.shape[-1]).to(ctx.bias_dtype)
         return (grad_x, *[None] * operand_count, grad_bias, *[None] * len(ctx.sizes))
 
-    torch.library.register_autograd(f"hfq::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+    torch.library.register_autograd(
+        f"hfq::{name}", backward, setup_context=setup_context, lib=LIBRARY
+    )
 
 
-def _neutral_weight(operands: tuple[Any, ...], sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.ops.hfq.dequantize(*operands, *sizes[:3], dtype)
-
-
-def _rows16_weight(operands: tuple[Any, ...], sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.ops.hfq.cpu_dequantize(*operands, *sizes[:4], dtype)
+def _neutral_weight(
+    operands: tuple[Any, ...], sizes: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    weight: Tensor = torch.ops.hfq.dequantize(*operands, *sizes[:3], dtype)
+    return weight
 
 
 _register_gradient("linear", 5, _neutral_weight)
-_register_gradient("cpu_linear", 4, _rows16_weight)
-_register_gradient("cpu_linear_dequantized", 4, _rows16_weight)
+_register_gradient("cpu_linear", 4, rows16_weight)
+_register_gradient("cpu_linear_dequantized", 4, rows16_weight)

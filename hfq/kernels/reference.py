@@ -37,11 +37,10 @@ def dequantize(
     Returns:
         `[..., N, K]` in `dtype`, computed in float32.
     """
-    lead = qweight.shape[:-2]
-    rows = qweight.flatten(0, -3).squeeze(-1)
+    out = torch.empty((*qweight.shape[:-2], in_features), dtype=dtype, device=qweight.device)
+    rows, filled = qweight.flatten(0, -3).squeeze(-1), out.view(-1, in_features)
     scales = scales.flatten(0, -2)
     zeros = None if zeros is None else zeros.flatten(0, -2)
-    out = torch.empty((rows.shape[0], in_features), dtype=dtype, device=qweight.device)
     step = max(1, _CHUNK // in_features)
     for start in range(0, rows.shape[0], step):
         part = slice(start, start + step)
@@ -51,6 +50,8 @@ def dequantize(
         elif zeros is None:
             values = codes.float() - (1 << (bits - 1))
         else:
-            values = codes.float() - expand_groups(zeros[part].float(), group_size, in_features, g_idx)
-        out[part] = values * expand_groups(scales[part].float(), group_size, in_features, g_idx)
-    return out.view(*lead, in_features)
+            values = codes.float() - expand_groups(
+                zeros[part].float(), group_size, in_features, g_idx
+            )
+        filled[part] = values * expand_groups(scales[part].float(), group_size, in_features, g_idx)
+    return out

@@ -37,7 +37,9 @@ def to_rows16(neutral: Tensor) -> Tensor:
     if lines.device.type != "cpu":
         return lines.contiguous()
     out = huge_pages.empty(lines.shape, lines.dtype)
-    return _as_words(out).copy_(_as_words(lines)).view(lines.dtype).view(lines.shape)
+    unit = torch.int32 if _in_words(lines) else lines.dtype  # copying words is 10 times faster than bytes
+    out.view(unit).copy_(lines.view(unit))
+    return out
 
 
 def from_rows16(lines: Tensor, out_features: int, row_bytes: int) -> Tensor:
@@ -47,7 +49,11 @@ def from_rows16(lines: Tensor, out_features: int, row_bytes: int) -> Tensor:
         rows = lines.transpose(-3, -2).reshape(*lead, blocks * ROWS, words * _WORD)
         return rows[..., :out_features, :row_bytes].contiguous().unsqueeze(-1)
     *lead, blocks, groups, _ = lines.shape
-    return lines.transpose(-2, -1).reshape(*lead, blocks * ROWS, groups)[..., :out_features, :].contiguous()
+    return (
+        lines.transpose(-2, -1)
+        .reshape(*lead, blocks * ROWS, groups)[..., :out_features, :]
+        .contiguous()
+    )
 
 
 def _pad(rows: Tensor, columns: int) -> Tensor:
@@ -58,12 +64,8 @@ def _pad(rows: Tensor, columns: int) -> Tensor:
     return torch.nn.functional.pad(rows, (0, missing[0], 0, missing[1]))
 
 
-def _as_words(lines: Tensor) -> Tensor:
-    """Codes as int32, so that the transposing copy moves 4 bytes at a time (10 times faster than bytes)."""
-    if lines.dtype != torch.uint8 or lines.storage_offset() % _WORD or not _word_strides(lines):
-        return lines
-    return lines.view(torch.int32)
-
-
-def _word_strides(lines: Tensor) -> bool:
+def _in_words(lines: Tensor) -> bool:
+    """Whether codes can be read as aligned 32-bit words (a tensor in a mapped file may start anywhere)."""
+    if lines.dtype != torch.uint8 or lines.data_ptr() % _WORD or lines.storage_offset() % _WORD:
+        return False
     return lines.stride(-1) == 1 and all(stride % _WORD == 0 for stride in lines.stride()[:-1])

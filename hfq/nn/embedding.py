@@ -6,11 +6,17 @@ import torch
 from torch import Tensor, nn
 
 from ..core.spec import QuantSpec
+from ..core.weight import PackedGrid
 from ..kernels import dispatch
+from ..kernels.neutral import Neutral
 from .packed import PackedModule
+from .packing import Encode
 from .slot import PackedSlot
 
 __all__ = ["QuantEmbedding"]
+
+# Every kernel gives looked-up rows in the stored layout.
+_NEUTRAL = Neutral()
 
 
 class QuantEmbedding(PackedModule, nn.Embedding):
@@ -35,31 +41,59 @@ class QuantEmbedding(PackedModule, nn.Embedding):
     ) -> None:
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
-        self.max_norm = self.norm_type = None
-        self.scale_grad_by_freq = self.sparse = False
+        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
         slot = PackedSlot(
             base="weight", format=format, spec=spec, out_features=num_embeddings, in_features=embedding_dim
         )
         self._init_packed({"weight": slot}, dtype, device)
 
+    @classmethod
+    def from_embedding(
+        cls, embedding: nn.Embedding, *, format: str, spec: QuantSpec, encode: Encode | None = None
+    ) -> QuantEmbedding:
+        """Quantize a float Embedding; by rounding to nearest unless `encode` says otherwise."""
+        weight = embedding.weight
+        new = cls(
+            embedding.num_embeddings,
+            embedding.embedding_dim,
+            embedding.padding_idx,
+            format=format,
+            spec=spec,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+        new.requantize("weight", weight.detach(), encode)
+        new.prepare()
+        return new.train(embedding.training)
+
+    def to_float(self) -> nn.Embedding:
+        """A float Embedding with the dequantized table, in `compute_dtype`, frozen."""
+        new = nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta")
+        new.weight = nn.Parameter(self.dequantize(), requires_grad=False)
+        return new.train(self.training)
+
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The float table `[V, D]`, virtual; see `QuantLinear.weight`."""
-        placeholder = self._parameters.get("weight")
-        if placeholder is not None:
-            return placeholder
         return self._virtual_weight()
 
-    def _choose(self, base: str) -> dispatch.Choice:
+    def _choose(self, grid: PackedGrid) -> dispatch.Choice:
         # Rows are picked, nothing is multiplied: the stored layout is the right one.
         reason = "an embedding that shares its table with no Linear is read as it is stored"
-        return dispatch.Choice(dispatch.rows()[-1], tuple((row.name, reason) for row in dispatch.rows()[:-1]))
+        return dispatch.as_stored(reason)
 
     def forward(self, ids: Tensor) -> Tensor:
-        row, flat = self.kernel("weight"), ids.flatten()
-        rows = row.rows(self.grid("weight"), flat)
-        table = dispatch.rows()[-1].dequantize(rows, self.compute_dtype)
+        operands, flat = self.operands("weight"), ids.flatten()
+        if flat.is_cpu and not torch.compiler.is_compiling():
+            self._check(flat)
+        rows = operands.choice.row.rows(operands.grid, flat)
+        table = _NEUTRAL.dequantize(rows, self.compute_dtype)
         return table.view(*ids.shape, self.embedding_dim)
+
+    def _check(self, ids: Tensor) -> None:
+        """Negative ids would count from the end, and a kernel's layout has more rows than the table."""
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_embeddings:
+            raise IndexError(f"expected ids from 0 to {self.num_embeddings - 1}, got {int(ids.min())} to {int(ids.max())}")
 
     def reset_parameters(self) -> None:
         """Nothing to initialise: codes come from a weight."""

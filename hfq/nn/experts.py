@@ -1,14 +1,15 @@
 """`QuantExperts`: Transformers' fused mixture-of-experts modules with packed stacks of weights.
 
-Transformers keeps all experts of a layer in one module with 3-D parameters and marks its class with the decorator
-`use_experts_implementation`, which promises the attributes used here:
+Transformers keeps all experts of a layer in one module with 3-D parameters and marks its class with
+the decorator `use_experts_implementation`, which promises the attributes used here:
 
-    has_gate        up projection is ``gate_up_proj`` and goes through ``_apply_gate``, else ``up_proj`` and ``act_fn``
-    has_bias        ``gate_up_proj_bias`` [E, N], ``down_proj_bias`` [E, N]
-    is_transposed   parameters are [E, K, N] instead of [E, N, K]
-    has_post_expert_norm  (from 5.23) ``post_expert_norm`` follows the down projection
+    has_gate              ``gate_up_proj`` and ``_apply_gate``, else ``up_proj`` and ``act_fn``
+    has_bias              ``gate_up_proj_bias`` [E, N] and ``down_proj_bias`` [E, N]
+    is_transposed         stacks are [E, K, N] instead of [E, N, K]
+    has_post_expert_norm  ``post_expert_norm`` follows the down projection (not in 5.17)
 
-So no model is named: a module is packed by swapping its class for a subclass of (`QuantExperts`, its own class).
+So no model is named: a module is packed by swapping its class for a subclass of `QuantExperts` and
+its own class.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ _MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 class QuantExperts(PackedModule):
     """Mixin: a fused experts module whose stacks of weights are packed; made by `pack_experts_`.
 
-    A stack that stays in float (left out of the plan) is multiplied as it is.
+    A stack that stays in float (left out of the plan) is multiplied as it is. ``torch.compile``
+    breaks the graph here (``fullgraph=True`` is refused): which experts run depends on values, and
+    counts of tokens per expert would be compiled in.
     """
 
     float_class: type[nn.Module]
@@ -45,14 +48,13 @@ class QuantExperts(PackedModule):
     _apply_gate: Callable[[Tensor], Tensor]
     post_expert_norm: Callable[[Tensor], Tensor]
 
-    # Which experts run depends on values, and a compiled graph would be compiled again for every routing.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The weighted sum of each token's experts.
 
         Args:
             hidden_states: float `[T, H]`.
-            top_k_index: integer `[T, top_k]`; an index of E or more stands for an expert that is not here.
+            top_k_index: integer `[T, top_k]`; E and more stand for an expert that is not here.
             top_k_weights: float `[T, top_k]`.
 
         Returns:
@@ -60,7 +62,8 @@ class QuantExperts(PackedModule):
         """
         int8 = self.int8_activations(hidden_states)
         positions, counts = self._by_expert(top_k_index.flatten())
-        # index_select and index_copy, not [] and index_add_: the latter wake all threads for a single token.
+        # Not [] and index_add_: those wake all threads for a single token, which on a busy machine
+        # takes milliseconds.
         routed = hidden_states.index_select(0, positions // top_k_index.shape[-1])
         x = routed.split_with_sizes(list(counts.values()))
         y = [self._expert(expert, rows, int8) for expert, rows in zip(counts, x, strict=True)]
@@ -74,7 +77,7 @@ class QuantExperts(PackedModule):
         return weighted.sum(1, dtype=dtype).to(hidden_states.dtype)
 
     def _by_expert(self, choices: Tensor) -> tuple[Tensor, dict[int, int]]:
-        """The positions in `choices` sorted by expert, and for each expert that was chosen, how often."""
+        """Positions in `choices` sorted by expert; expert -> how often it was chosen, if at all."""
         counts = torch.bincount(choices, minlength=self._experts)[: self._experts].tolist()
         hit = {expert: count for expert, count in enumerate(counts) if count}
         return choices.argsort(stable=True)[: sum(hit.values())], hit
@@ -94,8 +97,8 @@ class QuantExperts(PackedModule):
     def _product(self, base: str, x: Tensor, expert: int, int8: bool) -> Tensor:
         bias = getattr(self, f"{base}_bias")[expert] if self.has_bias else None
         if base in self.slots:
-            grid = self.grid(base).expert(expert)
-            return self.kernel(base).linear(x, grid, bias, int8)
+            operands = self.operands(base)
+            return operands.choice.row.linear(x, operands.grid.expert(expert), bias, int8)
         weight = getattr(self, base)[expert]
         return nn.functional.linear(x, weight.T if self.is_transposed else weight, bias)
 
@@ -105,13 +108,14 @@ class QuantExperts(PackedModule):
 
     def extra_repr(self) -> str:
         return "\n".join(
-            f"{base}: {slot.float_shape}, format={slot.format}, bits={slot.spec.bits}, group_size={slot.spec.group_size}"
+            f"{base}: {slot.float_shape}, format={slot.format}, bits={slot.spec.bits}, "
+            f"group_size={slot.spec.group_size}"
             for base, slot in self.slots.items()
         )
 
 
 def expert_weights(module: nn.Module) -> dict[str, tuple[int, int, int]]:
-    """The float stacks of a fused experts module: name -> `(E, N, K)`; empty for any other module."""
+    """The float stacks of a fused experts module: name -> `(E, N, K)`; empty for other modules."""
     if isinstance(module, QuantExperts) or not hasattr(type(module), "_apply_gate"):
         return {}
     if not all(isinstance(getattr(module, mark, None), bool) for mark in _MARKS):
@@ -127,7 +131,7 @@ def expert_weights(module: nn.Module) -> dict[str, tuple[int, int, int]]:
 
 
 def is_fused_experts(module: nn.Module) -> bool:
-    """Whether `pack_experts_` takes the module: marked by `use_experts_implementation`, with float stacks."""
+    """Whether `pack_experts_` takes the module: marked by Transformers' decorator, float stacks."""
     return bool(expert_weights(module))
 
 
@@ -139,14 +143,14 @@ def pack_experts_(
 ) -> QuantExperts:
     """Make a fused experts module hold packed stacks, in place. Their values are still to be set.
 
-    Codes take the name of the stack (``gate_up_proj``), companions append to it (``gate_up_proj_scale``); see
-    `PackedModule.set_packed` and `requantize` for their values, which are `[E, N, K]` for every model.
+    Codes take the name of the stack (``up_proj``), companions append to it (``up_proj_scale``).
+    Values come by `PackedModule.set_packed` or `requantize`, `[E, N, K]` for every model.
 
     Args:
         plan: name of the stack -> (format, spec); stacks that are left out stay in float.
         dtype: dtype of the dequantized weights.
-        keep_placeholders: leave a float Parameter on meta, shaped like the checkpoint's, in the place of the
-            codes, until `set_packed` brings them.
+        keep_placeholders: leave a float Parameter on meta, shaped like the checkpoint's, in place
+            of the codes, until `set_packed` brings them.
 
     Returns:
         The module itself.
@@ -168,8 +172,8 @@ def pack_experts_(
     module.__class__ = _quantized_class(type(module))  # type: ignore[arg-type]  # see _blank
     packed = cast(QuantExperts, module)
     packed._init_packed(slots, dtype, next(iter(floats.values())).device)
-    # Transformers initialises modules without this mark, and would draw random numbers for the codes.
-    setattr(packed, "_is_hf_initialized", True)  # noqa: B010 (mypy knows Tensor and Module attributes only)
+    # Transformers initialises modules without this mark: it would draw random numbers as codes.
+    packed._is_hf_initialized = True
     for base in slots if packed.has_bias else ():
         getattr(packed, f"{base}_bias").requires_grad_(False)
     if keep_placeholders:
@@ -233,5 +237,6 @@ def _quantized_class(float_class: type[Any]) -> type[QuantExperts]:
 
 def _blank(float_class: type[nn.Module]) -> QuantExperts:
     """A packed module without state, for `copy` and `pickle`."""
-    cls = _quantized_class(float_class)  # type: ignore[arg-type]  # mypy: Module.__hash__ is not that of the class
+    # mypy takes the __hash__ of the instances for that of the class.
+    cls = _quantized_class(float_class)  # type: ignore[arg-type]
     return cls.__new__(cls)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.bits import packed_bytes
 from ..core.weight import PackedGrid
@@ -57,7 +58,7 @@ def to_kernel(
     Args:
         grid: `neutral_grid` of `held`.
     """
-    operands: dict[str, Tensor] = {}
+    operands: dict[str, Any] = {}
     prepared = dict(held)
     for key, field in _OPERANDS.items():
         operand = getattr(grid, field)
@@ -67,7 +68,14 @@ def to_kernel(
         # Decoded operands (double-quantized scales) are extra; all others live in what is held.
         if operand.data_ptr() == held[key].data_ptr():
             prepared[key] = as_bits(operands[field])
-    return replace(grid, **operands), prepared
+    grid = replace(grid, **operands)
+    # Compilers take the shapes and addresses of Parameters for constant, those of other tensors not.
+    frozen: dict[str, Any] = {
+        name: nn.Parameter(value, requires_grad=False)
+        for name, value in vars(grid).items()
+        if isinstance(value, Tensor)
+    }
+    return replace(grid, **frozen), prepared
 
 
 def to_neutral(slot: PackedSlot, held: Mapping[str, Tensor], row: dispatch.KernelRow) -> dict[str, Tensor]:

@@ -54,7 +54,6 @@ class QuantLinear(PackedModule, nn.Linear):
             transposed=transposed,
         )
         self._init_packed({"weight": slot}, dtype, device)
-        self.bias: nn.Parameter | None
         empty = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self.register_parameter("bias", None if empty is None else nn.Parameter(empty, requires_grad=False))
 
@@ -74,7 +73,16 @@ class QuantLinear(PackedModule, nn.Linear):
         new.requantize("weight", weight.detach(), encode)
         if linear.bias is not None:
             new.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
-        return new
+        new.prepare()
+        return new.train(linear.training)
+
+    def to_float(self) -> nn.Linear:
+        """A float Linear with the dequantized weight, in `compute_dtype`, frozen."""
+        new = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        new.weight = nn.Parameter(self.dequantize(), requires_grad=False)
+        if self.bias is not None:
+            new.bias = nn.Parameter(self.bias.detach().to(self.compute_dtype), requires_grad=False)
+        return new.train(self.training)
 
     @property
     def slot(self) -> PackedSlot:
@@ -84,20 +92,20 @@ class QuantLinear(PackedModule, nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The float weight `[N, K]`, virtual; see the class."""
-        placeholder = self._parameters.get("weight")
-        if placeholder is not None:
-            # While a checkpoint is quantized on the fly, the float tensor's name waits here, on meta.
-            return placeholder
         return self._virtual_weight()
 
     @property
     def W_q(self) -> nn.Parameter:
         """The packed codes under the name by which PEFT recognises a module with its own `dequantize`."""
-        return self.qweight
+        return self.packed_parameters("weight")["weight"]
 
     def forward(self, x: Tensor) -> Tensor:
-        grid = self.grid("weight")
-        return self.kernel("weight").linear(x, grid, self.bias, self.int8_activations(x))
+        if torch._C._is_any_autocast_enabled():
+            x = _autocast(x)
+        operands = self.operands("weight")
+        # `self.bias` would go through `nn.Module.__getattr__`, which takes a microsecond.
+        bias = self._parameters["bias"]
+        return operands.choice.row.linear(x, operands.grid, bias, self.int8_activations(x))
 
     def reset_parameters(self) -> None:
         """Nothing to initialise: codes come from a weight."""
@@ -108,3 +116,11 @@ class QuantLinear(PackedModule, nn.Linear):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"format={self.slot.format}, bits={spec.bits}, group_size={spec.group_size}"
         )
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """x in the dtype that `nn.functional.linear` would compute in under autocast."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return x
+    return x.to(torch.get_autocast_dtype(device))

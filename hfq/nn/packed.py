@@ -12,36 +12,62 @@ the module (state dict, copies, `.to`) sees the neutral layout.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+import threading
+import warnings
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
 from ..core import affine
-from ..core.bits import packed_bytes
 from ..core.errors import WeightError
 from ..core.weight import PackedGrid, QuantizedWeight
-from ..formats import FORMATS, TensorLayout, check_tensors
+from ..formats import check_tensors
 from ..kernels import dispatch
+from .layout import as_bits, as_float, in_kernel_layout, neutral_grid, to_kernel, to_neutral
 from .packing import Encode, pack_weight
 from .slot import PackedSlot
 from .virtual_weight import VirtualWeight
 
-__all__ = ["KERNEL_MODES", "PackedModule"]
+__all__ = ["KERNEL_MODES", "Operands", "PackedModule"]
 
 # How a kernel may treat activations of few tokens:
 #   exact  in float32
 #   int8   quantized to 8 bits per token and block of columns, where the kernel can (integer dot products)
-#   auto   exact for float32 inputs and where gradients flow, int8 for 16-bit inputs, whose own rounding is
-#          of the same size
+#   auto   exact for float32 inputs, in training mode and where gradients flow; int8 for 16-bit inputs elsewhere,
+#          whose own rounding is of the same size
 KERNEL_MODES = ("auto", "exact", "int8")
 
-# Keys of a format's tensors that kernels read directly, and the field of PackedGrid that holds them.
-_OPERANDS = {"weight": "qweight", "weight_scale": "scales", "weight_zero": "zeros"}
+# One text for all weights, so that Python shows it once.
+_ROUNDED_AGAIN = (
+    "a packed weight was written to and rounded to its format again, which changes its values; to merge an adapter "
+    "without that loss, call hfq.merge_to_float(model) first"
+)
 
-_BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
+# Two threads may meet in the first forward of a module.
+_PREPARING = threading.RLock()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operands:
+    """A slot as a kernel reads it.
+
+    Attributes:
+        choice: the kernel, and why others were refused.
+        grid: in the kernel's layout.
+        name, codes: the Parameter that holds the codes. Where another one has taken its place in the module, the
+            operands are outdated.
+        copies: neutral tensors that were handed out and are still in use somewhere.
+    """
+
+    choice: dispatch.Choice
+    grid: PackedGrid
+    name: str
+    codes: Tensor
+    copies: MutableMapping[str, Tensor] = field(default_factory=WeakValueDictionary)
 
 
 class PackedModule(nn.Module):
@@ -56,8 +82,8 @@ class PackedModule(nn.Module):
     slots: dict[str, PackedSlot]
     kernel_mode: str
     compute_dtype: torch.dtype
-    _choices: dict[str, dispatch.Choice]
-    _runtime: dict[str, PackedGrid]
+    # Operands of the slots whose tensors are in a kernel's layout.
+    _prepared: dict[str, Operands]
     # The module whose tensors this one uses (tied weights), in a tuple so that it is no submodule.
     _owner: tuple[PackedModule, ...] = ()
 
@@ -66,13 +92,12 @@ class PackedModule(nn.Module):
         self.slots = dict(slots)
         self.kernel_mode = "auto"
         self.compute_dtype = dtype
-        self._choices = {}
-        self._runtime = {}
+        self._prepared = {}
         for slot in self.slots.values():
             for key, entry in slot.layout().items():
                 empty = torch.empty(entry.shape, dtype=entry.dtype, device=device)
                 # On meta the floats stay floats: a loader compares and casts by the dtype of the checkpoint.
-                self._parameters[slot.attribute(key)] = _frozen(empty if empty.is_meta else _as_bits(empty))
+                self._parameters[slot.attribute(key)] = _frozen(empty if empty.is_meta else as_bits(empty))
 
     # ---- the packed tensors
 
@@ -90,13 +115,36 @@ class PackedModule(nn.Module):
         held = self._parameters.get(base)
         return held if held is not None and held.dim() == len(self.slots[base].float_shape) else None
 
+    def hold_place(self, base: str, parameter: nn.Parameter) -> None:
+        """Register the float parameter of a skeleton as `placeholder`."""
+        self._parameters[base] = _frozen(parameter.data)
+
+    def drop_placeholder(self, base: str) -> None:
+        """The float tensor has arrived: only packed Parameters remain, on meta where they are not set yet."""
+        if self.placeholder(base) is None:
+            return
+        del self._parameters[base]
+        slot = self.slots[base]
+        if slot.attribute("weight") == base:
+            entry = slot.layout()["weight"]
+            self._parameters[base] = _frozen(torch.empty(entry.shape, dtype=entry.dtype, device="meta"))
+
     def neutral_tensors(self, base: str) -> dict[str, Tensor]:
-        """The tensors of one slot as a checkpoint stores them; copies where the kernel layout differs."""
-        slot, layout = self.slots[base], self.slots[base].layout()
-        return {
-            key: _as_float(self._restored(slot, parameter.data, layout[key]), layout[key].dtype)
-            for key, parameter in self.packed_parameters(base).items()
-        }
+        """The tensors of one slot as a checkpoint stores them; copies where the kernel layout differs.
+
+        As long as somebody holds a copy it is handed out again, also by a module that shares the weight: so both
+        names of a tied weight show one storage, and savers write it once.
+        """
+        if self._owner:
+            return self._owner[0].neutral_tensors(base)
+        layout = self.slots[base].layout()
+        copies = self._prepared[base].copies if base in self._prepared else {}
+        tensors = dict(copies)
+        if tensors.keys() != self.packed_parameters(base).keys():
+            held = self._held_neutral(base)
+            tensors = {key: as_float(tensor, layout[key].dtype) for key, tensor in held.items()}
+            copies.update(tensors)
+        return tensors
 
     def check_packed(self, name: str) -> None:
         """Compare all packed tensors with their layouts; `CheckpointError` naming the module where they differ."""
@@ -105,18 +153,27 @@ class PackedModule(nn.Module):
 
     @torch.no_grad()
     def set_packed(self, base: str, tensors: Mapping[str, Tensor]) -> None:
-        """Put neutral tensors in place. Tensors saved for a pending backward stay valid: storage is replaced."""
+        """Put the neutral tensors of a slot in place. Tensors saved for a pending backward stay valid: storage is
+        replaced.
+
+        Raises:
+            CheckpointError: a tensor is missing, or its shape or dtype is not the slot's.
+        """
         if self._owner:
-            return self._owner[0].set_packed(base, tensors)
-        self._runtime.pop(base, None)
+            self._owner[0].set_packed(base, tensors)
+            return self._follow_owner()
         slot = self.slots[base]
+        check_tensors(base, tensors, slot.layout())
+        was_prepared = self._prepared.pop(base, None) is not None
         for key, tensor in tensors.items():
             name = slot.attribute(key)
             parameter = self._parameters[name]
             if parameter is None or parameter.is_meta or parameter.device != tensor.device:
-                self._parameters[name] = _frozen(_as_bits(tensor))
+                self._parameters[name] = _frozen(as_bits(tensor))
             else:
-                parameter.data = _as_bits(tensor)
+                parameter.data = as_bits(tensor)
+        if was_prepared:
+            self.prepare()
 
     def requantize(self, base: str, weight: Tensor, encode: Encode | None = None) -> None:
         """Quantize a float weight into the slot, by rounding to nearest unless `encode` says otherwise.
@@ -130,32 +187,75 @@ class PackedModule(nn.Module):
 
         self.set_packed(base, pack_weight(weight, self.slots[base], encode or round_to_nearest))
 
+    def share_packed(self, other: PackedModule, base: str = "weight") -> None:
+        """Use the very tensors of another module's slot, in that module's kernel layout (tied weights).
+
+        The kernel is that of `other`: an embedding should share the table of the output head, not the reverse.
+
+        Raises:
+            WeightError: the slots differ.
+        """
+        if self.slots[base] != other.slots[base]:
+            raise WeightError(
+                f"expected equal slots for a shared weight, got {self.slots[base]} and {other.slots[base]}"
+            )
+        self._prepared.clear()
+        self._owner = other._owner or (other,)
+        self._follow_owner()
+
+    def _follow_owner(self) -> None:
+        """Show the owner's Parameters as our own; `load_state_dict(assign=True)` and the like replace them there."""
+        for base, slot in self.slots.items():
+            for key, parameter in self._owner[0].packed_parameters(base).items():
+                self._parameters[slot.attribute(key)] = parameter
+
+    def _held_neutral(self, base: str) -> dict[str, Tensor]:
+        """What the Parameters of a slot hold, brought into the neutral layout."""
+        slot = self.slots[base]
+        held = {key: parameter.detach() for key, parameter in self.packed_parameters(base).items()}
+        if not in_kernel_layout(slot, held):
+            return held
+        known = self._prepared.get(base)
+        choice = self._choose(neutral_grid(slot, held)) if known is None else known.choice
+        return to_neutral(slot, held, choice.row)
+
     # ---- the float weight
 
     def dequantize(self, base: str = "weight") -> Tensor:
         """The weight behind the codes, detached, in `compute_dtype`: `[N, K]` or `[E, N, K]`."""
-        slot = self.slots[base]
+        slot, dtype = self.slots[base], self.compute_dtype
         with torch.no_grad():
+            row, grid = self.kernel(base), self.grid(base)
             if slot.experts is None:
-                return self.kernel(base).dequantize(self.grid(base), self.compute_dtype)
-            grid, row = self.grid(base), self.kernel(base)
-            stack = torch.empty(slot.float_shape, dtype=self.compute_dtype, device=grid.qweight.device)
+                return row.dequantize(grid, dtype)
+            stack = torch.empty(slot.float_shape, dtype=dtype, device=grid.qweight.device)
             for index in range(slot.experts):
-                stack[index] = row.dequantize(grid.expert(index), self.compute_dtype)
+                stack[index] = row.dequantize(grid.expert(index), dtype)
             return stack
 
-    def _virtual_weight(self) -> VirtualWeight:
+    def _virtual_weight(self) -> Tensor:
         """What `module.weight` is for a module with the one slot "weight"."""
+        if self._owner:
+            return self._owner[0]._virtual_weight()
+        waiting = self.placeholder("weight")
+        if waiting is not None:
+            return waiting
         slot = self.slots["weight"]
-        device = self.packed_parameters("weight")["weight"].device
-        description = f"{slot.format} {slot.spec.bits} bits"
         return VirtualWeight(
-            slot.float_shape, self.compute_dtype, device, self.dequantize, self._set_weight, description
+            shape=slot.float_shape,
+            dtype=self.compute_dtype,
+            codes=self.packed_parameters("weight")["weight"],
+            read=self.dequantize,
+            write=self._set_weight,
+            description=f"{slot.format} {slot.spec.bits} bits",
         )
 
     def _set_weight(self, weight: Tensor) -> None:
-        device = self.packed_parameters("weight")["weight"].device
-        self.requantize("weight", weight.detach().to(device))
+        codes = self.packed_parameters("weight")["weight"]
+        weight = weight.detach() if codes.is_meta else weight.detach().to(codes.device)
+        self.requantize("weight", weight)
+        if not torch.equal(self.dequantize(), weight.to(self.compute_dtype)):
+            warnings.warn(_ROUNDED_AGAIN, stacklevel=2)
 
     # ---- kernel layout
 
@@ -168,121 +268,131 @@ class PackedModule(nn.Module):
             return True
         return any(p.is_meta for base in self.slots for p in self.packed_parameters(base).values())
 
+    # A compiler calls this while it traces and compiles what comes after.
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def prepare(self) -> None:
         """Choose a kernel for each slot and bring its tensors into that kernel's layout, in place."""
-        if self._owner:
-            return self._owner[0].prepare()
-        if self.is_offloaded:
+        holder = self._owner[0] if self._owner else self
+        with _PREPARING:
+            if not holder.is_offloaded:
+                for base in holder.slots:
+                    holder._prepare(base)
+
+    def _prepare(self, base: str) -> None:
+        if self._is_prepared(base):
             return
-        for base in self.slots:
-            if base not in self._runtime:
-                self._choices[base] = self._choose(base)
-                self._runtime[base] = self._prepared_grid(base)
+        slot, parameters = self.slots[base], self.packed_parameters(base)
+        if not all(isinstance(parameter, nn.Parameter) for parameter in parameters.values()):
+            return  # lent for one call by `torch.func.functional_call`
+        held = self._held_neutral(base)
+        grid = neutral_grid(slot, held)
+        choice = self._choose(grid)
+        grid, held = to_kernel(grid, held, choice.row)
+        for key, parameter in parameters.items():
+            shared: bool = parameter.is_shared()  # type: ignore[no-untyped-call]
+            parameter.data = held[key].share_memory_() if shared else held[key]  # type: ignore[no-untyped-call]
+        name = slot.attribute("weight")
+        self._prepared[base] = Operands(choice=choice, grid=grid, name=name, codes=parameters["weight"])
+
+    def _is_prepared(self, base: str) -> bool:
+        found = self._prepared.get(base)
+        return found is not None and found.codes is self._parameters[found.name]
+
+    def _is_prepared_at_all(self) -> bool:
+        return bool((self._owner[0] if self._owner else self)._prepared)
 
     def restore(self) -> None:
         """Bring all tensors back into the neutral layout, in place."""
         if self._owner:
             return self._owner[0].restore()
-        for base, slot in self.slots.items():
-            layout = slot.layout()
+        for base in self.slots:
+            held = self._held_neutral(base)
             for key, parameter in self.packed_parameters(base).items():
-                parameter.data = self._restored(slot, parameter.data, layout[key])
-        self._runtime.clear()
+                if parameter.dim() != held[key].dim():
+                    parameter.data = held[key]
+        self._prepared.clear()
+
+    def operands(self, base: str) -> Operands:
+        """The kernel of a slot and what it reads: prepared, or as stored where that is not possible."""
+        if torch.compiler.is_compiling():
+            if torch.compiler.is_exporting():
+                return self._as_stored(base, "an exported program runs anywhere")
+            self.prepare()
+        if self._owner:
+            shared = self._owner[0].operands(base)
+            if shared.codes is not self._parameters[shared.name]:
+                self._follow_owner()
+            return shared
+        found = self._prepared.get(base)
+        # The question of `_is_prepared` without its call: this runs in every forward.
+        if found is not None and found.codes is self._parameters[found.name]:
+            return found
+        self.prepare()
+        if self._is_prepared(base):
+            return self._prepared[base]
+        return self._as_stored(base, "the weights are offloaded and fetched for each call")
 
     def grid(self, base: str) -> PackedGrid:
-        """Operands of the slot's kernel: prepared ones, or neutral ones for an offloaded module."""
-        if self._owner:
-            return self._owner[0].grid(base)
-        if base not in self._runtime:
-            self.prepare()
-        return self._runtime[base] if base in self._runtime else self._neutral_grid(base)
+        """What the slot's kernel reads."""
+        return self.operands(base).grid
 
     def kernel(self, base: str) -> dispatch.KernelRow:
         """The kernel that reads `grid(base)`."""
-        if self._owner:
-            return self._owner[0].kernel(base)
-        if base not in self._runtime:
-            self.prepare()
-        if base in self._runtime:
-            return self._choices[base].row
-        return dispatch.rows()[-1]
+        return self.operands(base).choice.row
 
     def kernel_choice(self, base: str) -> dispatch.Choice:
         """The kernel of a slot and why others were refused."""
-        if self._owner:
-            return self._owner[0].kernel_choice(base)
-        if base not in self._runtime:
-            self.prepare()
-        if base in self._runtime:
-            return self._choices[base]
-        reason = "the weights are offloaded and fetched for each call"
-        return dispatch.Choice(dispatch.rows()[-1], tuple((row.name, reason) for row in dispatch.rows()[:-1]))
+        return self.operands(base).choice
 
     def int8_activations(self, x: Tensor) -> bool:
         """Whether a kernel may quantize the activations x; see `KERNEL_MODES`."""
-        if self.kernel_mode == "auto":
-            return x.dtype != torch.float32 and not (x.requires_grad and torch.is_grad_enabled())
-        return self.kernel_mode == "int8"
+        if self.kernel_mode != "auto":
+            return self.kernel_mode == "int8"
+        if self.training or x.dtype not in (torch.bfloat16, torch.float16):
+            # Training as a whole: a checkpointed block runs without gradients first and must give the same.
+            return False
+        return not (x.requires_grad and torch.is_grad_enabled())
 
-    def share_packed(self, other: PackedModule, base: str = "weight") -> None:
-        """Use the very tensors of another module's slot, in that module's kernel layout (tied weights)."""
-        for key, parameter in other.packed_parameters(base).items():
-            self._parameters[self.slots[base].attribute(key)] = parameter
-        self._owner = (other,)
-
-    def _choose(self, base: str) -> dispatch.Choice:
-        grid = self._neutral_grid(base)
+    def _choose(self, grid: PackedGrid) -> dispatch.Choice:
         return dispatch.select(dispatch.Problem.of(grid))
 
-    def _neutral_grid(self, base: str) -> PackedGrid:
-        slot, layout = self.slots[base], self.slots[base].layout()
-        tensors = {
-            key: _as_float(parameter.data, layout[key].dtype)
-            for key, parameter in self.packed_parameters(base).items()
-        }
-        return FORMATS.get(slot.format).grid(tensors, slot.spec, slot.out_features, slot.in_features)
-
-    def _prepared_grid(self, base: str) -> PackedGrid:
-        """The slot's operands in the layout of its kernel; its Parameters now hold that layout."""
-        slot, row = self.slots[base], self._choices[base].row
-        parameters = self.packed_parameters(base)
-        grid = self._neutral_grid(base)
-        prepared: dict[str, Tensor] = {}
-        for key, field in _OPERANDS.items():
-            operand = getattr(grid, field)
-            if operand is None:
-                continue
-            neutral_dims = slot.stack_dims + (3 if key == "weight" else 2)
-            prepared[field] = operand if operand.dim() > neutral_dims else row.prepare(operand)
-            # Decoded operands (double-quantized scales) are extra; all others live in their Parameter.
-            if operand.data_ptr() == parameters[key].data_ptr():
-                parameters[key].data = _as_bits(prepared[field])
-        return replace(grid, **prepared)
-
-    def _restored(self, slot: PackedSlot, tensor: Tensor, entry: TensorLayout) -> Tensor:
-        """One Parameter's tensor in the neutral layout."""
-        if tensor.dim() == len(entry.shape):
-            return tensor
-        row_bytes = packed_bytes(slot.in_features, slot.spec.bits)
-        holder = self._owner[0] if self._owner else self
-        return holder._choices[slot.base].row.restore(tensor, slot.out_features, row_bytes)
+    def _as_stored(self, base: str, reason: str) -> Operands:
+        """Operands that are not kept, for the kernel that reads the neutral layout."""
+        slot = self.slots[base]
+        grid = neutral_grid(slot, self._held_neutral(base))
+        return Operands(
+            choice=dispatch.as_stored(reason),
+            grid=grid,
+            name=slot.attribute("weight"),
+            codes=grid.qweight,
+            copies={},
+        )
 
     # ---- torch.nn.Module
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight" and "weight" in self.__dict__.get("slots", ()):
-            if isinstance(value, VirtualWeight):
-                value = value.materialize()
-            if not isinstance(value, Tensor):
-                raise WeightError(f"expected a float tensor for a packed weight, got {type(value).__name__}")
-            return self._set_weight(value)
-        if isinstance(value, nn.Parameter):
-            for base, slot in self.__dict__.get("slots", {}).items():
-                if any(name == slot.attribute(key) for key in slot.layout()):
-                    self._runtime.pop(base, None)
-                    if value.is_floating_point() and not value.is_meta:
-                        value = _frozen(_as_bits(value.data), like=value)
+        slots: Mapping[str, PackedSlot] = self.__dict__.get("slots", {})
+        if name == "weight" and "weight" in slots:
+            return self._assign_weight(value)
+        if isinstance(value, nn.Parameter) and any(
+            name == slot.attribute(key) for slot in slots.values() for key in slot.layout()
+        ):
+            if self._owner:
+                setattr(self._owner[0], name, value)
+                return self._follow_owner()
+            self.restore()
+            if value.is_floating_point() and not value.is_meta:
+                value = _frozen(as_bits(value.data), like=value)
         super().__setattr__(name, value)
+
+    def _assign_weight(self, value: object) -> None:
+        if not isinstance(value, Tensor):
+            raise WeightError(f"expected a float tensor for a packed weight, got {type(value).__name__}")
+        weight = self._virtual_weight()
+        if isinstance(weight, VirtualWeight):
+            weight.assign(value)
+        else:
+            self._set_weight(value)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles hold the neutral layout: the reader may have other kernels."""
@@ -291,29 +401,71 @@ class PackedModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
         """Move packed tensors; casts do not reach them, `compute_dtype` follows instead."""
-        was_prepared = bool(self._runtime) or any(owner._runtime for owner in self._owner)
+        was_prepared = self._is_prepared_at_all()
         self.restore()
-        device = next(iter(self.packed_parameters(next(iter(self.slots))).values())).device
+        packed = {id(p): p for base in self.slots for p in self.packed_parameters(base).values()}
+        device = next(iter(packed.values())).device
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=device)).dtype
-        super()._apply(fn, recurse)
+
+        def move(tensor: Tensor) -> Tensor:
+            if id(tensor) not in packed:
+                return fn(tensor)
+            if self._owner:
+                return tensor
+            moved = fn(tensor)
+            # `module.type(dtype)` casts integers too.
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        self._hold_bits()
+        if self._owner:
+            self._owner[0]._apply(fn, recurse)
+            self._follow_owner()
         if was_prepared:
             self.prepare()
         return self
 
+    def _hold_bits(self) -> None:
+        """Floats on meta stay floats; once they have memory (`to_empty`), they are held like all others."""
+        for base in self.slots:
+            for parameter in self.packed_parameters(base).values():
+                if not parameter.is_meta:
+                    parameter.data = as_bits(parameter.data)
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         for base, slot in self.slots.items():
             for key, tensor in self.neutral_tensors(base).items():
                 destination[prefix + slot.attribute(key)] = tensor
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        was_prepared = self._is_prepared_at_all()
         self.restore()
-        for base, slot in self.slots.items():
-            for key in slot.layout():
+        for slot in self.slots.values():
+            for key, entry in slot.layout().items():
                 name = prefix + slot.attribute(key)
-                if isinstance(state_dict.get(name), Tensor):
-                    state_dict[name] = _as_bits(state_dict[name])
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+                tensor = state_dict.get(name)
+                if not isinstance(tensor, Tensor):
+                    continue
+                if tensor.dtype != entry.dtype:
+                    error_msgs.append(f"{name}: expected a packed tensor of {entry.dtype}, got {tensor.dtype}")
+                    del state_dict[name]
+                else:
+                    state_dict[name] = as_bits(tensor)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if was_prepared:
+            self.prepare()
 
 
 def _frozen(tensor: Tensor, like: nn.Parameter | None = None) -> nn.Parameter:
@@ -321,13 +473,3 @@ def _frozen(tensor: Tensor, like: nn.Parameter | None = None) -> nn.Parameter:
     parameter = nn.Parameter(tensor, requires_grad=False)
     parameter.__dict__.update({} if like is None else like.__dict__)
     return parameter
-
-
-def _as_bits(tensor: Tensor) -> Tensor:
-    """A float tensor as the integers of the same bits."""
-    return tensor.view(_BITS[tensor.dtype]) if tensor.is_floating_point() else tensor
-
-
-def _as_float(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The inverse of `_as_bits`, for a tensor whose dtype in the layout is `dtype`."""
-    return tensor.view(dtype) if dtype.is_floating_point and not tensor.is_floating_point() else tensor

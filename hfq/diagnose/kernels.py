@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from ..nn.packed import PackedModule
-from ..table import format_table
+from ..table import format_table, without_numbers, wrapped
 
 __all__ = ["Explanation", "PackedWeight", "explain"]
-
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +71,9 @@ class Explanation:
             )
         header = ["weight", "count", "format", "bits", "group", "shape", "kernel"]
         lines = [format_table(header, rows)] if rows else []
-        lines += [f"[{mark}] not {kernel}: {reason}" for (kernel, reason), mark in notes.items()]
+        lines += [
+            wrapped(f"[{mark}] not {kernel}: {reason}") for (kernel, reason), mark in notes.items()
+        ]
         return "\n".join([*lines, self.summary])
 
     def __str__(self) -> str:
@@ -112,15 +111,16 @@ def _packed_weights(model: nn.Module) -> Iterator[PackedWeight]:
 
 def _group(weight: PackedWeight) -> PackedWeight:
     """The weight with its layer's number blotted out: ``model.layers.*.mlp.up_proj``."""
-    fields = {**vars(weight), "name": _NUMBER.sub("*", weight.name)}
-    return PackedWeight(**fields)
+    return replace(weight, name=without_numbers(weight.name))
 
 
 def _summary(model: nn.Module, weights: tuple[PackedWeight, ...]) -> str:
-    linears = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.Linear) and not isinstance(module, PackedModule)
-    ]
-    line = f"quantized {len(weights)} of {len(weights) + len(linears)} weights"
-    return line + (f"; {len(linears)} linear layers stay in float" if linears else "")
+    selection = getattr(getattr(model, "hf_quantizer", None), "selection", None)
+    if selection is not None:
+        # What `from_pretrained` decided, with its reasons.
+        line: str = selection.summary()
+        return line
+    linears = (module for module in model.modules() if isinstance(module, nn.Linear))
+    kept = sum(not isinstance(module, PackedModule) for module in linears)
+    line = f"quantized {len(weights)} of {len(weights) + kept} weights"
+    return f"{line}; kept {kept} linear layers in float" if kept else line

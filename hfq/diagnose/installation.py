@@ -17,7 +17,7 @@ from ..core.errors import KernelError
 from ..core.spec import IntSpec
 from ..kernels import huge_pages, native
 from ..nn.linear import QuantLinear
-from ..table import format_bytes, format_table
+from ..table import format_bytes, format_table, wrapped
 from . import machine
 
 __all__ = ["Check", "Diagnosis", "doctor"]
@@ -62,7 +62,9 @@ class Diagnosis:
     def table(self) -> str:
         """The checks as text, remedies below."""
         rows = [[check.name, check.status, check.found] for check in self.checks]
-        remedies = [f"{check.name}: {check.remedy}" for check in self.checks if check.remedy]
+        remedies = [
+            wrapped(f"{check.name}: {check.remedy}") for check in self.checks if check.remedy
+        ]
         return "\n".join([format_table(["", "status", "found"], rows), *remedies])
 
     def __str__(self) -> str:

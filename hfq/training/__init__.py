@@ -1,0 +1,1 @@
+"""Training on packed weights: adapters and what becomes of them."""

@@ -1,0 +1,86 @@
+#include "isa.h"
+
+#include <atomic>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <cpuid.h>
+#define HFQ_X86 1
+#endif
+
+namespace hfq {
+namespace {
+
+#ifdef HFQ_X86
+// __builtin_cpu_supports also checks that the operating system saves the registers.
+[[maybe_unused]] bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+
+[[maybe_unused]] bool has_avx2_vnni() {
+  unsigned a = 0, b = 0, c = 0, d = 0;  // leaf 7.1, EAX bit 4: AVX-VNNI; older compilers have no name for it
+  return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 4));
+}
+
+[[maybe_unused]] bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq");
+}
+
+[[maybe_unused]] bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+#endif
+
+std::vector<const Kernels*> detect() {
+#ifdef HFQ_X86
+  __builtin_cpu_init();
+#endif
+  std::vector<const Kernels*> found;
+#ifdef HFQ_WITH_AVX512_VNNI
+  if (has_avx512_vnni()) found.push_back(&kAvx512VnniKernels);
+#endif
+#ifdef HFQ_WITH_AVX512
+  if (has_avx512()) found.push_back(&kAvx512Kernels);
+#endif
+#ifdef HFQ_WITH_AVX2_VNNI
+  if (has_avx2_vnni()) found.push_back(&kAvx2VnniKernels);
+#endif
+#ifdef HFQ_WITH_AVX2
+  if (has_avx2()) found.push_back(&kAvx2Kernels);
+#endif
+  found.push_back(&kGenericKernels);
+  return found;
+}
+
+const std::vector<const Kernels*>& supported() {
+  static const std::vector<const Kernels*> found = detect();
+  return found;
+}
+
+std::atomic<const Kernels*>& selected() {
+  static std::atomic<const Kernels*> current{supported().front()};
+  return current;
+}
+
+}  // namespace
+
+const Kernels& kernels() { return *selected().load(std::memory_order_acquire); }
+
+bool select_isa(const char* name) {
+  const Kernels* chosen = std::strcmp(name, "auto") == 0 ? supported().front() : nullptr;
+  for (const Kernels* candidate : supported())
+    if (std::strcmp(name, candidate->name) == 0) chosen = candidate;
+  if (!chosen) return false;
+  selected().store(chosen, std::memory_order_release);
+  return true;
+}
+
+const char* supported_isas() {
+  static const std::string names = [] {
+    std::string joined;
+    for (const Kernels* candidate : supported()) joined += (joined.empty() ? "" : ",") + std::string(candidate->name);
+    return joined;
+  }();
+  return names.c_str();
+}
+
+}  // namespace hfq

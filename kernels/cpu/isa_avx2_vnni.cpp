@@ -1,0 +1,26 @@
+// AVX2 with AVX-VNNI (Alder Lake and later, Zen 5): vpdpbusd on 256 bits, without saturation.
+#include <immintrin.h>
+
+#include "rows16.h"
+
+namespace hfq {
+namespace {
+
+#include "lanes_avx2.h"
+
+typedef I SmallSum;
+inline I byte_dot(I sum, Line codes, uint32_t x) {
+  const __m256i xs = _mm256_set1_epi32(static_cast<int32_t>(x));
+  return {_mm256_dpbusd_avx_epi32(sum.a, codes.a, xs), _mm256_dpbusd_avx_epi32(sum.b, codes.b, xs)};
+}
+inline SmallSum small_begin(int32_t init) { return i_set1(init); }
+inline SmallSum small_dot(SmallSum sum, Line codes, uint32_t x) { return byte_dot(sum, codes, x); }
+inline I small_end(SmallSum sum, int32_t) { return sum; }
+
+#include "rows16_body.h"
+
+}  // namespace
+
+const Kernels kAvx2VnniKernels = {"avx2_vnni", kMaxTokens, prepare, linear, dequantize};
+
+}  // namespace hfq

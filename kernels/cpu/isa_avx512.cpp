@@ -1,0 +1,33 @@
+// AVX-512 without VNNI (Skylake server): vpmaddubsw adds two products in 16 bits with saturation.
+#include <immintrin.h>
+
+#include "rows16.h"
+
+namespace hfq {
+namespace {
+
+#include "lanes_avx512.h"
+
+// Codes 0..15 stay within 16 bits for a whole block (see kActBlock) and are widened once.
+typedef __m512i SmallSum;
+inline SmallSum small_begin(int32_t) { return _mm512_setzero_si512(); }
+inline SmallSum small_dot(SmallSum sum, Line codes, uint32_t x) {
+  return _mm512_add_epi16(sum, _mm512_maddubs_epi16(codes, _mm512_set1_epi32(static_cast<int32_t>(x))));
+}
+inline I small_end(SmallSum sum, int32_t init) { return _mm512_add_epi32(i_set1(init), _mm512_madd_epi16(sum, _mm512_set1_epi16(1))); }
+
+// Two products of codes up to 255 do not fit 16 bits. The upper bit is multiplied apart: 2 * 127 * 127 and 2 * 128 * 127 do fit.
+inline I byte_dot(I sum, Line codes, uint32_t x) {
+  const __m512i xs = _mm512_set1_epi32(static_cast<int32_t>(x)), top = _mm512_set1_epi8(-128), ones = _mm512_set1_epi16(1);
+  const __m512i low = _mm512_maddubs_epi16(_mm512_andnot_si512(top, codes), xs);
+  const __m512i high = _mm512_maddubs_epi16(_mm512_and_si512(top, codes), xs);
+  return _mm512_add_epi32(_mm512_add_epi32(sum, _mm512_madd_epi16(low, ones)), _mm512_madd_epi16(high, ones));
+}
+
+#include "rows16_body.h"
+
+}  // namespace
+
+const Kernels kAvx512Kernels = {"avx512", kMaxTokens, prepare, linear, dequantize};
+
+}  // namespace hfq

@@ -1,0 +1,206 @@
+// Plain C++ for any architecture (including aarch64); the compiler vectorizes the 16-lane loops for its baseline. Little endian only.
+#include "rows16.h"
+
+namespace hfq {
+namespace {
+
+struct F {
+  float v[16];
+};
+struct I {
+  int32_t v[16];
+};
+struct Line {
+  uint32_t v[16];
+};
+struct Table {
+  uint8_t v[16];
+};
+struct FloatTable {
+  float v[16];
+};
+typedef I SmallSum;
+constexpr int kMaxTokens = 4;
+
+inline F f_set1(float x) {
+  F f;
+  for (int i = 0; i < 16; ++i) f.v[i] = x;
+  return f;
+}
+inline F f_zero() { return f_set1(0.0f); }
+inline F f_load(const float* p) {
+  F f;
+  __builtin_memcpy(f.v, p, 64);
+  return f;
+}
+inline void f_store(float* p, F f) { __builtin_memcpy(p, f.v, 64); }
+inline F f_mul(F a, F b) {
+  for (int i = 0; i < 16; ++i) a.v[i] *= b.v[i];
+  return a;
+}
+inline F f_add(F a, F b) {
+  for (int i = 0; i < 16; ++i) a.v[i] += b.v[i];
+  return a;
+}
+inline F f_fma(F a, F b, F c) {
+  for (int i = 0; i < 16; ++i) c.v[i] += a.v[i] * b.v[i];
+  return c;
+}
+inline F f_from_i(I a) {
+  F f;
+  for (int i = 0; i < 16; ++i) f.v[i] = static_cast<float>(a.v[i]);
+  return f;
+}
+inline I i_set1(int32_t x) {
+  I a;
+  for (int i = 0; i < 16; ++i) a.v[i] = x;
+  return a;
+}
+
+inline uint32_t float_bits(float f) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &f, 4);
+  return bits;
+}
+inline float bits_float(uint32_t bits) {
+  float f;
+  __builtin_memcpy(&f, &bits, 4);
+  return f;
+}
+
+// IEEE binary16. A subnormal is mantissa * 2^-24, which fp32 represents exactly.
+inline float half_to_float(uint16_t half) {
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16, exponent = (half >> 10) & 31u, mantissa = half & 0x3ffu;
+  if (exponent == 31) return bits_float(sign | 0x7f800000u | (mantissa << 13));
+  if (exponent == 0) {
+    const float magnitude = static_cast<float>(mantissa) * 5.9604644775390625e-8f;
+    return sign ? -magnitude : magnitude;
+  }
+  return bits_float(sign | ((exponent + 112) << 23) | (mantissa << 13));
+}
+
+// Nearest even. Below the normal range, adding 0.5 aligns the mantissa so that the addition itself rounds.
+inline uint16_t float_to_half(float f) {
+  const uint32_t bits = float_bits(f), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
+  if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // 65520 and more round to infinity
+  if (magnitude < 0x38800000u) return static_cast<uint16_t>(sign | (float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000u));
+  const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
+  return static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
+}
+
+inline uint16_t float_to_bfloat16(float f) {
+  if (f != f) return 0x7fc0u;
+  const uint32_t bits = float_bits(f);
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+inline F f_load_as(const void* p, int64_t i, DType dtype) {
+  if (dtype == kFloat32) return f_load(static_cast<const float*>(p) + i);
+  const uint16_t* raw = static_cast<const uint16_t*>(p) + i;
+  F f;
+  for (int j = 0; j < 16; ++j) f.v[j] = dtype == kFloat16 ? half_to_float(raw[j]) : bits_float(static_cast<uint32_t>(raw[j]) << 16);
+  return f;
+}
+
+inline void f_store_as(void* p, int64_t i, DType dtype, F f) {
+  if (dtype == kFloat32) return f_store(static_cast<float*>(p) + i, f);
+  uint16_t* out = static_cast<uint16_t*>(p) + i;
+  for (int j = 0; j < 16; ++j) out[j] = dtype == kFloat16 ? float_to_half(f.v[j]) : float_to_bfloat16(f.v[j]);
+}
+
+template <bool interleave>
+inline void pack_codes(int8_t* out, const int32_t* codes) {
+  for (int k = 0; k < kActBlock; ++k) out[interleave ? (k & ~7) + ((k & 1) << 2) + ((k & 7) >> 1) : k] = static_cast<int8_t>(codes[k]);
+}
+
+inline Line line_load(const uint8_t* p) {
+  Line line;
+  __builtin_memcpy(line.v, p, 64);
+  return line;
+}
+inline Line low_nibbles(Line a) {
+  for (int i = 0; i < 16; ++i) a.v[i] &= 0x0f0f0f0fu;
+  return a;
+}
+inline Line high_nibbles(Line a) {
+  for (int i = 0; i < 16; ++i) a.v[i] = (a.v[i] >> 4) & 0x0f0f0f0fu;
+  return a;
+}
+
+inline Table table_load(const uint8_t* codebook) {
+  Table t = {};
+  if (codebook) __builtin_memcpy(t.v, codebook, 16);
+  return t;
+}
+inline Line table_lookup(Table t, Line codes) {
+  for (int i = 0; i < 16; ++i) {
+    const uint32_t c = codes.v[i];
+    codes.v[i] = static_cast<uint32_t>(t.v[c & 15u]) | static_cast<uint32_t>(t.v[(c >> 8) & 15u]) << 8 |
+                 static_cast<uint32_t>(t.v[(c >> 16) & 15u]) << 16 | static_cast<uint32_t>(t.v[(c >> 24) & 15u]) << 24;
+  }
+  return codes;
+}
+
+inline FloatTable float_table_load(const float* codebook) {
+  FloatTable t = {};
+  if (codebook) __builtin_memcpy(t.v, codebook, 64);
+  return t;
+}
+template <int i>
+inline F table_value(Line words, FloatTable t) {
+  F f;
+  for (int j = 0; j < 16; ++j) f.v[j] = t.v[(words.v[j] >> (4 * i)) & 15u];
+  return f;
+}
+template <int i>
+inline F nibble_value(Line words, FloatTable) {
+  F f;
+  for (int j = 0; j < 16; ++j) f.v[j] = static_cast<float>(static_cast<int32_t>((words.v[j] >> (4 * i)) & 15u));
+  return f;
+}
+template <int i>
+inline F byte_value(Line words) {
+  F f;
+  for (int j = 0; j < 16; ++j) f.v[j] = static_cast<float>(static_cast<int32_t>((words.v[j] >> (8 * i)) & 255u));
+  return f;
+}
+
+inline I byte_dot(I sum, Line codes, uint32_t x) {
+  for (int j = 0; j < 4; ++j) {
+    const int32_t xj = static_cast<int8_t>(x >> (8 * j));
+    for (int i = 0; i < 16; ++i) sum.v[i] += static_cast<int32_t>((codes.v[i] >> (8 * j)) & 255u) * xj;
+  }
+  return sum;
+}
+inline SmallSum small_begin(int32_t init) { return i_set1(init); }
+inline SmallSum small_dot(SmallSum sum, Line codes, uint32_t x) { return byte_dot(sum, codes, x); }
+inline I small_end(SmallSum sum, int32_t) { return sum; }
+
+// ---- dequantization ----
+
+inline void transpose_words(uint32_t* out, const uint8_t* lines, int64_t words) {
+  for (int64_t w = 0; w < words; ++w)
+    for (int64_t r = 0; r < 16; ++r) __builtin_memcpy(out + 16 * r + w, lines + 64 * w + 4 * r, 4);
+}
+
+// 8 values of each of `count` words: y[8*w + i] = values[code i of word w].
+inline void lookup_words(uint8_t* y, const uint32_t* words, int64_t count, F values, DType dtype) {
+  alignas(64) uint8_t table[64];
+  f_store_as(table, 0, dtype, values);
+  for (int64_t k = 0; k < 8 * count; ++k) {
+    const uint32_t code = (words[k / 8] >> (4 * (k % 8))) & 15u;
+    if (dtype == kFloat32)
+      __builtin_memcpy(y + 4 * k, table + 4 * code, 4);
+    else
+      __builtin_memcpy(y + 2 * k, table + 2 * code, 2);
+  }
+}
+
+#include "rows16_body.h"
+
+}  // namespace
+
+const Kernels kGenericKernels = {"generic", kMaxTokens, prepare, linear, dequantize};
+
+}  // namespace hfq

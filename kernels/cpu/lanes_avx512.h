@@ -1,0 +1,111 @@
+// 16 lanes in one AVX-512 register. Included inside an anonymous namespace: see rows16_body.h for the list of primitives.
+
+typedef __m512 F;
+typedef __m512i I;
+typedef __m512i Line;
+typedef __m512i Table;
+typedef __m512 FloatTable;
+constexpr int kMaxTokens = 8;
+
+inline F f_zero() { return _mm512_setzero_ps(); }
+inline F f_set1(float v) { return _mm512_set1_ps(v); }
+inline F f_load(const float* p) { return _mm512_loadu_ps(p); }
+inline void f_store(float* p, F v) { _mm512_storeu_ps(p, v); }
+inline F f_mul(F a, F b) { return _mm512_mul_ps(a, b); }
+inline F f_add(F a, F b) { return _mm512_add_ps(a, b); }
+inline F f_fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+inline F f_from_i(I v) { return _mm512_cvtepi32_ps(v); }
+inline I i_set1(int32_t v) { return _mm512_set1_epi32(v); }
+
+inline float half_to_float(uint16_t bits) { return _cvtsh_ss(bits); }
+
+inline F f_load_as(const void* p, int64_t i, DType dtype) {
+  if (dtype == kFloat32) return _mm512_loadu_ps(static_cast<const float*>(p) + i);
+  const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(p) + i));
+  if (dtype == kFloat16) return _mm512_cvtph_ps(raw);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+}
+
+// To bfloat16, nearest even. NaN is handled apart: the rounding increment could carry its mantissa into zero.
+inline __m256i to_bfloat16(F v) {
+  const I bits = _mm512_castps_si512(v);
+  const I odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const I rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0)));
+}
+
+inline __m256i to_16_bits(F v, DType dtype) {
+  return dtype == kFloat16 ? _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC) : to_bfloat16(v);
+}
+
+inline void f_store_as(void* p, int64_t i, DType dtype, F v) {
+  if (dtype == kFloat32) return _mm512_storeu_ps(static_cast<float*>(p) + i, v);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<uint16_t*>(p) + i), to_16_bits(v, dtype));
+}
+
+template <bool interleave>
+inline void pack_codes(int8_t* out, const int32_t* codes) {
+  const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+  for (int i = 0; i < 2; ++i) {
+    const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_loadu_si512(codes + 16 * i));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 16 * i), interleave ? _mm_shuffle_epi8(bytes, order) : bytes);
+  }
+}
+
+inline Line line_load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline Line low_nibbles(Line v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
+inline Line high_nibbles(Line v) { return _mm512_and_si512(_mm512_srli_epi32(v, 4), _mm512_set1_epi8(15)); }
+
+inline Table table_load(const uint8_t* codebook) {
+  if (!codebook) return _mm512_setzero_si512();
+  return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codebook)));
+}
+inline Line table_lookup(Table table, Line codes) { return _mm512_shuffle_epi8(table, codes); }
+
+// Without a codebook the table holds 0..15: one vpermps also masks the upper bits away, cheaper than mask and convert.
+inline FloatTable float_table_load(const float* codebook) {
+  if (codebook) return _mm512_loadu_ps(codebook);
+  return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+template <int i>
+inline F table_value(Line words, FloatTable table) {
+  return _mm512_permutexvar_ps(i ? _mm512_srli_epi32(words, 4 * i) : words, table);
+}
+template <int i>
+inline F nibble_value(Line words, FloatTable table) {
+  return table_value<i>(words, table);
+}
+template <int i>
+inline F byte_value(Line words) {
+  const Line shifted = i ? _mm512_srli_epi32(words, 8 * i) : words;
+  return _mm512_cvtepi32_ps(i == 3 ? shifted : _mm512_and_si512(shifted, _mm512_set1_epi32(255)));
+}
+
+// ---- dequantization ----
+
+inline void transpose_words(uint32_t* out, const uint8_t* lines, int64_t words) {
+  const I rows = _mm512_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240);
+  for (int64_t w = 0; w < words; ++w) _mm512_i32scatter_epi32(out + w, rows, line_load(lines + 64 * w), 4);
+}
+
+// 8 values of each of `count` words: y[8*w + i] = values[code i of word w].
+inline void lookup_words(uint8_t* y, const uint32_t* words, int64_t count, F values, DType dtype) {
+  const __m512i wide = dtype == kFloat32 ? _mm512_setzero_si512() : _mm512_castsi256_si512(to_16_bits(values, dtype));
+  for (int64_t w = 0; w < count; w += 4) {
+    const int64_t here = count - w < 4 ? count - w : 4;  // 4 words are 32 codes
+    const __m128i raw = _mm_maskz_loadu_epi32(static_cast<__mmask8>((1u << here) - 1), words + w);
+    const __m256i pairs = _mm256_cvtepu8_epi16(raw);
+    const __m256i nibbles = _mm256_and_si256(_mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 4)), _mm256_set1_epi8(15));
+    if (dtype != kFloat32) {
+      const __m512i out = _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(nibbles), wide);
+      _mm512_mask_storeu_epi32(y + 16 * w, static_cast<__mmask16>((1u << (4 * here)) - 1), out);
+    } else {
+      const __mmask16 low = static_cast<__mmask16>(here >= 2 ? 0xffff : 0xff);
+      const __mmask16 high = static_cast<__mmask16>(here == 4 ? 0xffff : here == 3 ? 0xff : 0);
+      const __m512i a = _mm512_cvtepu8_epi32(_mm256_castsi256_si128(nibbles)), c = _mm512_cvtepu8_epi32(_mm256_extracti128_si256(nibbles, 1));
+      _mm512_mask_storeu_ps(y + 32 * w, low, _mm512_permutexvar_ps(a, values));
+      _mm512_mask_storeu_ps(y + 32 * w + 64, high, _mm512_permutexvar_ps(c, values));
+    }
+  }
+}

@@ -1,0 +1,27 @@
+// Launchers: split the work over tokens, row blocks and threads. Arguments are validated by the caller (torch_binding.cpp).
+#pragma once
+
+#include "rows16.h"
+
+namespace hfq {
+
+struct LinearCall {
+  Shape shape;
+  int64_t tokens;          // M
+  const void* x;           // [M, K]
+  const uint8_t* qweight;  // [N16, W, 16, 4]
+  const void* scales;      // [N16, G, 16]
+  const void* zeros;       // [N16, G, 16] or null
+  const float* codebook;   // [16] or null
+  const void* bias;        // [N] or null
+  void* y;                 // [M, N]
+  DType x_dtype;           // of x and y
+  DType scale_dtype;
+  DType bias_dtype;
+  bool int8_activations;
+};
+
+void launch_linear(const LinearCall& call);
+void launch_dequantize(const DequantizeParams& params);
+
+}  // namespace hfq

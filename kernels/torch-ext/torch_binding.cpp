@@ -1,0 +1,165 @@
+// Operators of hfq for the CPU: read the arguments, validate every one of them, launch. Schemas are defined in hfq/kernels/ops.py.
+#include "../cpu/isa.h"
+#include "../cpu/launch.h"
+#include "boxed_call.h"
+
+namespace hfq {
+namespace {
+
+DType float_dtype(int32_t dtype) {
+  if (dtype == aoti_torch_dtype_float32()) return kFloat32;
+  if (dtype == aoti_torch_dtype_float16()) return kFloat16;
+  if (dtype == aoti_torch_dtype_bfloat16()) return kBFloat16;
+  return kUnsupported;
+}
+
+int64_t element_size(DType dtype) { return dtype == kFloat32 ? 4 : 2; }
+
+DType expect_float(const Tensor& tensor) {
+  const DType dtype = float_dtype(tensor.dtype());
+  if (dtype == kUnsupported) tensor.refuse("float32, float16 or bfloat16");
+  return dtype;
+}
+
+void expect(bool condition, const char* op, const std::string& message) {
+  if (!condition) fail(std::string("hfq::") + op + ": " + message);
+}
+
+Shape make_shape(const char* op, int64_t bits, int64_t group_size, int64_t in_features, int64_t out_features) {
+  constexpr int64_t kLargest = int64_t{1} << 31;  // keeps every product of sizes within 64 bits
+  expect(bits == 4 || bits == 8, op, "bits must be 4 or 8, got " + std::to_string(bits));
+  expect(in_features > 0 && in_features < kLargest, op, "in_features must be between 1 and 2^31, got " + std::to_string(in_features));
+  expect(out_features > 0 && out_features < kLargest, op, "out_features must be between 1 and 2^31, got " + std::to_string(out_features));
+  const int64_t columns = 32 / bits;
+  expect(group_size > 0 && (group_size >= in_features || group_size % columns == 0), op,
+         "group_size must be a multiple of " + std::to_string(columns) + " or at least in_features (one group per row), got " +
+             std::to_string(group_size));
+  Shape s;
+  s.in_features = in_features;
+  s.out_features = out_features;
+  s.group_size = group_size < in_features ? group_size : in_features;
+  s.groups = (in_features + s.group_size - 1) / s.group_size;
+  s.words = (in_features + columns - 1) / columns;
+  s.blocks_per_group = (s.group_size + kActBlock - 1) / kActBlock;
+  s.bits = static_cast<int32_t>(bits);
+  return s;
+}
+
+// The weight's tensors in layout rows16.
+struct Weight {
+  const uint8_t* qweight;
+  const void* scales;
+  const void* zeros;
+  const float* codebook;
+  DType scale_dtype;
+};
+
+Weight check_weight(const char* op, const Shape& s, const Tensor& qweight, const Tensor& scales, const Tensor& zeros, const Tensor& codebook) {
+  const int32_t cpu = aoti_torch_device_type_cpu();
+  const int64_t blocks = (s.out_features + kRows - 1) / kRows;
+  Weight w = {};
+  if (qweight.dtype() != aoti_torch_dtype_uint8()) qweight.refuse("uint8");
+  qweight.expect_shape({blocks, s.words, kRows, 4});
+  w.qweight = static_cast<const uint8_t*>(qweight.data(cpu, 1));
+  w.scale_dtype = expect_float(scales);
+  scales.expect_shape({blocks, s.groups, kRows});
+  w.scales = scales.data(cpu, element_size(w.scale_dtype));
+  if (zeros.defined()) {
+    if (zeros.dtype() != scales.dtype()) zeros.refuse("of the same dtype as scales");
+    zeros.expect_shape({blocks, s.groups, kRows});
+    w.zeros = zeros.data(cpu, element_size(w.scale_dtype));
+  }
+  if (codebook.defined()) {
+    expect(s.bits == 4, op, "a codebook needs bits=4");
+    expect(!zeros.defined(), op, "a codebook takes no zeros");
+    if (codebook.dtype() != aoti_torch_dtype_float32()) codebook.refuse("float32");
+    codebook.expect_shape({16});
+    w.codebook = static_cast<const float*>(codebook.data(cpu, 4));
+  }
+  return w;
+}
+
+// hfq::cpu_linear(x, qweight, scales, zeros?, codebook?, bias?, bits, group_size, in_features, out_features, int8_activations) -> [M, N]
+void cpu_linear(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "cpu_linear";
+  const Tensor x(op, "x", stack[0]), qweight(op, "qweight", stack[1]), scales(op, "scales", stack[2]);
+  const Tensor zeros(op, "zeros", Tensor::unwrap(stack[3])), codebook(op, "codebook", Tensor::unwrap(stack[4]));
+  const Tensor bias(op, "bias", Tensor::unwrap(stack[5]));
+  const int32_t cpu = aoti_torch_device_type_cpu();
+
+  LinearCall call = {};
+  call.shape = make_shape(op, as_int(stack[6]), as_int(stack[7]), as_int(stack[8]), as_int(stack[9]));
+  const Weight w = check_weight(op, call.shape, qweight, scales, zeros, codebook);
+  call.qweight = w.qweight;
+  call.scales = w.scales;
+  call.zeros = w.zeros;
+  call.codebook = w.codebook;
+  call.scale_dtype = w.scale_dtype;
+  call.int8_activations = as_bool(stack[10]);
+  call.x_dtype = expect_float(x);
+  if (x.dim() != 2 || x.size(1) != call.shape.in_features) x.refuse("of shape [M, in_features=" + std::to_string(call.shape.in_features) + "]");
+  call.tokens = x.size(0);
+  call.x = x.data(cpu, element_size(call.x_dtype));
+  if (bias.defined()) {
+    call.bias_dtype = expect_float(bias);
+    bias.expect_shape({call.shape.out_features});
+    call.bias = bias.data(cpu, element_size(call.bias_dtype));
+  }
+
+  const int64_t sizes[2] = {call.tokens, call.shape.out_features};
+  const StableIValue y = empty_tensor(sizes, 2, x.dtype(), cpu, x.device_index(), &call.y);
+  try {
+    launch_linear(call);
+  } catch (...) {
+    const Tensor freed(op, "y", y);
+    throw;
+  }
+  stack[0] = y;
+}
+
+// hfq::cpu_dequantize(qweight, scales, zeros?, codebook?, bits, group_size, in_features, out_features, dtype) -> [N, K]
+void cpu_dequantize(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "cpu_dequantize";
+  const Tensor qweight(op, "qweight", stack[0]), scales(op, "scales", stack[1]);
+  const Tensor zeros(op, "zeros", Tensor::unwrap(stack[2])), codebook(op, "codebook", Tensor::unwrap(stack[3]));
+
+  DequantizeParams p = {};
+  p.shape = make_shape(op, as_int(stack[4]), as_int(stack[5]), as_int(stack[6]), as_int(stack[7]));
+  const Weight w = check_weight(op, p.shape, qweight, scales, zeros, codebook);
+  p.qweight = w.qweight;
+  p.scales = w.scales;
+  p.zeros = w.zeros;
+  p.codebook = w.codebook;
+  p.scale_dtype = w.scale_dtype;
+  const int32_t dtype = as_dtype(stack[8]);
+  p.y_dtype = float_dtype(dtype);
+  expect(p.y_dtype != kUnsupported, op, "dtype must be float32, float16 or bfloat16");
+
+  const int64_t sizes[2] = {p.shape.out_features, p.shape.in_features};
+  const StableIValue y = empty_tensor(sizes, 2, dtype, aoti_torch_device_type_cpu(), qweight.device_index(), &p.y);
+  try {
+    launch_dequantize(p);
+  } catch (...) {
+    const Tensor freed(op, "y", y);
+    throw;
+  }
+  stack[0] = y;
+}
+
+bool register_all() {
+  TorchLibraryHandle library = nullptr;  // lives as long as the process, like the operators
+  if (aoti_torch_library_init_impl("hfq", "CPU", __FILE__, __LINE__, &library) != 0) return false;
+  return register_impl(library, "cpu_linear", cpu_linear) && register_impl(library, "cpu_dequantize", cpu_dequantize);
+}
+
+const bool registered = register_all();
+
+}  // namespace
+}  // namespace hfq
+
+// What hfq/kernels/native.py asks through ctypes.
+#define HFQ_EXPORT extern "C" __attribute__((visibility("default")))
+HFQ_EXPORT int hfq_cpu_registered() { return hfq::registered; }
+HFQ_EXPORT const char* hfq_cpu_isas() { return hfq::supported_isas(); }
+HFQ_EXPORT const char* hfq_cpu_isa() { return hfq::kernels().name; }
+HFQ_EXPORT int hfq_cpu_select_isa(const char* name) { return hfq::select_isa(name); }

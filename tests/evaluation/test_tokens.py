@@ -1,0 +1,102 @@
+"""Data sets to tokens."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from hfq.core.errors import ConfigError
+from hfq.evaluation.tokens import token_stream, windows
+
+
+def by_letter():
+    """A tokenizer that starts each text with 0 and gives each letter its code."""
+    return lambda text: [0, *map(ord, text)]
+
+
+def test_a_text_file_is_one_text(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("ab\n\ncd", encoding="utf-8")
+    for dataset in (path, str(path)):
+        assert token_stream(dataset, by_letter).tolist() == [0, *map(ord, "ab\n\ncd")]
+
+
+def test_jsonl_takes_objects_and_strings(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "ab", "id": 1}\n\n"c"\n{"text": ""}\n', encoding="utf-8")
+    assert token_stream(path, by_letter).tolist() == [0, 97, 98, 0, 99]
+
+
+def test_lists_and_tensors():
+    assert token_stream(["ab", " ", "c"], by_letter).tolist() == [0, 97, 98, 0, 99]
+    tokens = torch.arange(6, dtype=torch.int32).view(2, 3)
+    for dataset in (tokens, [tokens[0], tokens[1]]):
+        stream = token_stream(dataset, by_letter)
+        assert stream.dtype == torch.int64 and stream.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_max_tokens_stops_reading():
+    def texts():
+        yield "abc"
+        raise AssertionError("read too far")
+
+    class Lazy(list):
+        def __iter__(self):
+            return texts()
+
+    assert token_stream(Lazy(["abc", "d"]), by_letter, max_tokens=3).tolist() == [0, 97, 98]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ([], "no text"),
+        (["", " \n"], "no text"),
+        (torch.tensor([5]), "at least 2 tokens to evaluate on, got 1"),
+        (torch.tensor([]).long(), "got 0"),
+        (torch.rand(9), "integer dtype, got torch.float32"),
+        (["a", 3], "entry 1 is int"),
+        ([torch.tensor([1]), "a"], "got str"),
+        ("just some words", r"expected a \.txt or \.jsonl file, got 'just some words'"),
+    ],
+)
+def test_what_cannot_be_read(dataset, message):
+    with pytest.raises(ConfigError, match=message):
+        token_stream(dataset, by_letter)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("{", "line 2: not JSON"), ('{"body": "x"}', "line 2: expected a string"), ("3", "line 2")],
+)
+def test_damaged_jsonl_names_the_line(tmp_path, line, message):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps("ok") + "\n" + line)
+    with pytest.raises(ConfigError, match=message):
+        token_stream(path, by_letter)
+
+
+def test_files_that_are_not_there_or_not_text(tmp_path):
+    with pytest.raises(OSError, match=r"none\.txt"):
+        token_stream(tmp_path / "none.txt", by_letter)
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        token_stream(tmp_path / "bytes.txt", by_letter)
+
+
+@pytest.mark.parametrize(
+    ("count", "shapes"),
+    [
+        (12, [(2, 4), (1, 4)]),
+        (13, [(2, 4), (1, 4)]),
+        (14, [(2, 4), (1, 4), (1, 2)]),
+        (3, [(1, 3)]),
+    ],
+)
+def test_windows_do_not_overlap(count, shapes):
+    cut = list(windows(torch.arange(count), 4, 2))
+    assert [tuple(part.shape) for part in cut] == shapes
+    read = torch.cat([part.flatten() for part in cut])
+    assert torch.equal(read, torch.arange(read.numel()))

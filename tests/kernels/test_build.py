@@ -1,0 +1,111 @@
+"""The build: what is installed, with and without a compiler, and the rules that keep the sources portable."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import hfq
+from hfq.kernels import native
+
+ROOT = Path(__file__).parents[2]
+KERNELS = ROOT / "kernels"
+
+
+def _configure(build: Path, path: str, *options: str, **environment: str) -> dict[str, dict[str, object]]:
+    """Run cmake's configuration step with PATH=`path` and return build_info.json."""
+    cmake = shutil.which("cmake")
+    make = shutil.which("ninja") or shutil.which("make")
+    if cmake is None or make is None:
+        pytest.skip("needs cmake and ninja or make")
+    generator = "Ninja" if make.endswith("ninja") else "Unix Makefiles"
+    command = [cmake, "-S", str(KERNELS / "wheel"), "-B", str(build), "-G", generator]
+    unset = {"CC", "CXX", "CUDACXX", "HFQ_CPU", "HFQ_CUDA"}
+    run = subprocess.run(
+        [*command, f"-DCMAKE_MAKE_PROGRAM={make}", *options],
+        env={k: v for k, v in os.environ.items() if k not in unset} | {"PATH": path} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    info: dict[str, dict[str, object]] = json.loads((build / "build_info.json").read_text())
+    return info
+
+
+def test_without_a_compiler_the_wheel_is_still_built(tmp_path: Path) -> None:
+    info = _configure(tmp_path / "build", str(tmp_path))
+    assert info["cpu"]["built"] is False
+    assert info["cpu"]["reason"] == "no C++ compiler was found when hfq was installed"
+    assert info["cpu"]["isas"] == []
+    assert info["cuda"]["built"] is False
+    assert "needs a C++ compiler" in str(info["cuda"]["reason"])
+
+
+def test_native_code_can_be_switched_off(tmp_path: Path) -> None:
+    info = _configure(tmp_path / "build", os.environ["PATH"], HFQ_CPU="OFF")
+    assert (info["cpu"]["built"], info["cpu"]["reason"]) == (False, "HFQ_CPU=OFF")
+
+
+def test_cuda_can_be_switched_off(tmp_path: Path) -> None:
+    if shutil.which("c++") is None:
+        pytest.skip("needs a C++ compiler")
+    for options, environment in ((["-DHFQ_CUDA=OFF"], {}), ([], {"HFQ_CUDA": "OFF"})):
+        build = tmp_path / f"build{len(environment)}"
+        info = _configure(build, os.environ["PATH"], *options, **environment)
+        assert info["cpu"]["built"] is True
+        assert (info["cuda"]["built"], info["cuda"]["reason"]) == (False, "HFQ_CUDA=OFF")
+
+
+def test_exported_symbols_are_ours() -> None:
+    """An exported C++ symbol could be merged with one of another library."""
+    nm = shutil.which("nm")
+    if nm is None or not native.load().cpu:
+        pytest.skip("needs nm and the native library")
+    library = next(p for f in hfq.__path__ if (p := Path(f) / "lib" / "libhfq_cpu.so").is_file())
+    run = subprocess.run(
+        [nm, "-D", "--defined-only", str(library)], capture_output=True, text=True, check=True
+    )
+    exported = {line.split()[-1] for line in run.stdout.splitlines()}
+    ours = {"hfq_cpu_isa", "hfq_cpu_isas", "hfq_cpu_registered", "hfq_cpu_select_isa"}
+    assert {name for name in exported if "hfq" in name} == ours
+
+
+@pytest.mark.parametrize("source", sorted(KERNELS.glob("cpu/isa_*.cpp")), ids=lambda p: p.stem)
+def test_instruction_set_files_share_no_inline_code(source: Path) -> None:
+    """The linker keeps one copy of an inline function: it may be the AVX-512 one. See kernels/cpu/rows16.h."""
+    text = source.read_text()
+    outside = text.split("namespace {")[0]
+    includes = re.findall(r'#include ["<](.+)[">]', outside)
+    assert set(includes) <= {"immintrin.h", "rows16.h"}
+    anonymous = text.split("namespace {")[1].split("}  // namespace\n")[0]
+    assert '#include "rows16_body.h"' in anonymous
+    for inner in ("rows16_body.h", *re.findall(r'#include "(lanes_.+)"', anonymous)):
+        assert "#include" not in (KERNELS / "cpu" / inner).read_text()
+    shared = (KERNELS / "cpu/rows16.h").read_text()
+    assert not re.search(r"^(template|inline|static)\b", shared, re.MULTILINE)
+
+
+def test_kernel_builder_lists_every_source() -> None:
+    build = tomllib.loads((KERNELS / "build.toml").read_text())
+    listed = {*build["torch"]["src"], *(src for part in build["kernel"].values() for src in part["src"])}
+    on_disk = {
+        str(path.relative_to(KERNELS))
+        for folder in ("cpu", "cuda", "torch-ext")
+        for path in (KERNELS / folder).iterdir()
+        if path.suffix in {".cpp", ".cu", ".h"}
+    }
+    assert listed == on_disk
+
+
+def test_kernels_folder_is_no_package() -> None:
+    """From the root of a checkout it would hide the `kernels` package of Hugging Face."""
+    assert not (KERNELS / "__init__.py").exists()

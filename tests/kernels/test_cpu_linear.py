@@ -1,0 +1,403 @@
+"""The native CPU kernels against a float64 reference, on every instruction set that this machine runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from hfq.core import bits as bit_packing
+from hfq.kernels import native, ops, rows16
+
+assert ops.LIBRARY is not None  # defines torch.ops.hfq
+
+KINDS = ("int4", "int4_zeros", "table4", "int8", "int8_zeros")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# Rounding of the output dtype, relative to the largest output.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+# (N, K, group_size): blocks that are not full, last groups that are shorter, odd numbers of columns.
+SHAPES = (
+    (1, 8, 8),
+    (15, 24, 8),
+    (17, 130, 64),
+    (33, 72, 72),
+    (16, 256, 32),
+    (33, 130, 130),
+    (48, 520, 128),
+    (5, 7, 7),
+    (31, 100, 40),
+)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A random weight: `arguments` in layout rows16 for the operators, `dense` `[N, K]` in float64."""
+
+    arguments: tuple[Tensor | None, ...]
+    sizes: tuple[int, int, int, int]
+    dense: Tensor
+
+    def linear(self, x: Tensor, bias: Tensor | None = None, int8: bool = False) -> Tensor:
+        y: Tensor = torch.ops.hfq.cpu_linear(x, *self.arguments, bias, *self.sizes, int8)
+        return y
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        weight: Tensor = torch.ops.hfq.cpu_dequantize(*self.arguments, *self.sizes, dtype)
+        return weight
+
+
+MakeWeight = Callable[..., Weight]
+
+
+@pytest.fixture(autouse=True)
+def _native() -> None:
+    status = native.load()
+    if not status.cpu:
+        pytest.skip(f"no native CPU kernels: {status.cpu_reason}")
+
+
+@pytest.fixture(params=["avx512_vnni", "avx512", "avx2_vnni", "avx2", "generic"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param not in native.load().isas:
+        pytest.skip(f"this machine does not run {request.param}")
+    with native.use_isa(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def make_weight(generator: torch.Generator) -> MakeWeight:
+    def make(
+        rows: int,
+        columns: int,
+        group_size: int,
+        kind: str = "int4",
+        scale_dtype: torch.dtype = torch.float32,
+    ) -> Weight:
+        bits = 8 if kind.startswith("int8") else 4
+        groups = -(-columns // group_size)
+        codes = torch.randint(0, 1 << bits, (rows, columns), generator=generator, dtype=torch.uint8)
+        codes[0, 0], codes[-1, -1] = 0, (1 << bits) - 1
+        scales = (torch.rand(rows, groups, generator=generator) * 0.02 + 1e-3).to(scale_dtype)
+        zeros = codebook = None
+        if kind.endswith("zeros"):
+            zeros = (torch.rand(rows, groups, generator=generator) * ((1 << bits) - 1)).to(scale_dtype)
+        if kind == "table4":
+            codebook = torch.rand(16, generator=generator) * 2 - 1
+        by_column = torch.arange(columns) // group_size
+        if codebook is not None:
+            values = codebook.double()[codes.long()]
+        elif zeros is None:
+            values = codes.double() - (1 << (bits - 1))
+        else:
+            values = codes.double() - zeros.double()[:, by_column]
+        packed = bit_packing.pack(codes, bits).unsqueeze(-1)
+        arguments = (
+            rows16.to_rows16(packed),
+            rows16.to_rows16(scales),
+            None if zeros is None else rows16.to_rows16(zeros),
+            codebook,
+        )
+        dense = values * scales.double()[:, by_column]
+        return Weight(arguments, (bits, group_size, columns, rows), dense)
+
+    return make
+
+
+def _error(y: Tensor, expected: Tensor) -> float:
+    """Largest difference, in parts of the largest expected value."""
+    return ((y.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item()
+
+
+def _within_int8_bound(y: Tensor, x: Tensor, weight: Weight, offset: Tensor | float = 0.0) -> bool:
+    """Whether y differs from the exact product by no more than int8 activations may.
+
+    An activation is off by at most half a step, 1/254 of its block's maximum; a codebook entry likewise.
+    """
+    x = x.double()
+    expected = x @ weight.dense.T + offset
+    bound = (x.abs().amax(1, keepdim=True) / 254) * weight.dense.abs().sum(1)
+    if weight.arguments[3] is not None:
+        bound = 2 * bound + x.abs().sum(1, keepdim=True) * weight.dense.abs().max() / 100
+    rounding = TOLERANCE[y.dtype] * expected.abs().max()
+    return bool(((y.double() - expected).abs() <= 1.02 * bound + rounding).all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products(
+    isa: str, make_weight: MakeWeight, generator: torch.Generator, shape: tuple[int, int, int], kind: str
+) -> None:
+    weight = make_weight(*shape, kind=kind)
+    for tokens in (1, 2, 5, 17):
+        x = torch.randn(tokens, shape[1], generator=generator)
+        expected = x.double() @ weight.dense.T
+        assert _error(weight.linear(x), expected) < TOLERANCE[torch.float32]
+        assert _within_int8_bound(weight.linear(x, int8=True), x, weight)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 33, 64, 65, 130])
+@pytest.mark.parametrize("int8", [False, True])
+def test_every_number_of_tokens(
+    isa: str, make_weight: MakeWeight, generator: torch.Generator, tokens: int, int8: bool
+) -> None:
+    weight = make_weight(33, 136, 64, kind="int4_zeros")
+    x = torch.randn(tokens, 136, generator=generator)
+    y = weight.linear(x, int8=int8)
+    assert y.shape == (tokens, 33)
+    if int8:
+        assert not tokens or _within_int8_bound(y, x, weight)
+    else:
+        assert not tokens or _error(y, x.double() @ weight.dense.T) < TOLERANCE[torch.float32]
+    for token in range(tokens):
+        # A token's result does not depend on its neighbours, up to the order of summation.
+        alone = weight.linear(x[token : token + 1], int8=int8)
+        torch.testing.assert_close(y[token : token + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("x_dtype", FLOATS)
+@pytest.mark.parametrize("scale_dtype", FLOATS)
+def test_dtypes(
+    isa: str,
+    make_weight: MakeWeight,
+    generator: torch.Generator,
+    x_dtype: torch.dtype,
+    scale_dtype: torch.dtype,
+) -> None:
+    for kind in KINDS:
+        weight = make_weight(35, 200, 40, kind=kind, scale_dtype=scale_dtype)
+        x = torch.randn(3, 200, generator=generator).to(x_dtype)
+        for bias_dtype in FLOATS:
+            bias = torch.randn(35, generator=generator).to(bias_dtype)
+            expected = x.double() @ weight.dense.T + bias.double()
+            y = weight.linear(x, bias)
+            assert y.dtype == x_dtype
+            assert _error(y, expected) < TOLERANCE[x_dtype]
+            assert _within_int8_bound(weight.linear(x, bias, int8=True), x, weight, bias.double())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_dequantize(isa: str, make_weight: MakeWeight, shape: tuple[int, int, int], kind: str) -> None:
+    for scale_dtype in FLOATS:
+        weight = make_weight(*shape, kind=kind, scale_dtype=scale_dtype)
+        for dtype in FLOATS:
+            dense = weight.dequantize(dtype)
+            assert dense.shape == shape[:2]
+            assert dense.dtype == dtype
+            # The value is computed in float32 and rounded once.
+            torch.testing.assert_close(dense, weight.dense.float().to(dtype), rtol=1e-2 if dtype == torch.bfloat16 else 2e-3, atol=1e-6)
+
+
+def test_dequantize_agrees_with_the_reference_bit_for_bit(isa: str, make_weight: MakeWeight) -> None:
+    weight = make_weight(50, 256, 64, scale_dtype=torch.float16)
+    qweight, scales, _, _ = weight.arguments
+    assert qweight is not None
+    assert scales is not None
+    neutral = (rows16.from_rows16(qweight, 50, 128), rows16.from_rows16(scales, 50, 0))
+    for dtype in FLOATS:
+        expected = torch.ops.hfq.dequantize(*neutral, None, None, None, 4, 64, 256, dtype)
+        assert torch.equal(weight.dequantize(dtype), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_not_a_number_reaches_the_output(
+    isa: str, make_weight: MakeWeight, generator: torch.Generator, kind: str, int8: bool, bad: float
+) -> None:
+    weight = make_weight(20, 136, 64, kind=kind)
+    for dtype in FLOATS:
+        x = torch.randn(9, 136, generator=generator).to(dtype)
+        x[4, 133] = bad
+        finite = weight.linear(x, int8=int8).isfinite()
+        assert not finite[4].any()
+        assert finite[torch.arange(9) != 4].all()
+
+
+def test_extreme_activations(isa: str, make_weight: MakeWeight) -> None:
+    weight = make_weight(16, 64, 32, kind="int8")
+    for int8 in (False, True):
+        assert torch.equal(weight.linear(torch.zeros(2, 64), int8=int8), torch.zeros(2, 16))
+    tiny = torch.full((1, 64), 1e-40)  # subnormal: the reciprocal of its scale would overflow
+    assert weight.linear(tiny, int8=True).isfinite().all()
+    large = torch.full((1, 64), 1e30)
+    assert _within_int8_bound(weight.linear(large, int8=True), large, weight)
+
+
+@pytest.mark.parametrize("code", [0, 127, 128, 255])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_8_bit_codes_do_not_saturate(isa: str, code: int, sign: float) -> None:
+    """Two products of 255 * 127 exceed the 16 bits of AVX2's vpmaddubsw."""
+    codes = torch.full((16, 128), code, dtype=torch.uint8).unsqueeze(-1)
+    scales = torch.ones(16, 1)
+    x = torch.full((1, 128), sign)
+    y = torch.ops.hfq.cpu_linear(
+        x, rows16.to_rows16(codes), rows16.to_rows16(scales), None, None, None, 8, 128, 128, 16, True
+    )
+    torch.testing.assert_close(y, torch.full((1, 16), sign * (code - 128) * 128.0))
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_4_bit_codes_do_not_saturate(isa: str, sign: float, tokens: int) -> None:
+    codes = torch.full((16, 128), 15, dtype=torch.uint8)
+    packed = bit_packing.pack(codes, 4).unsqueeze(-1)
+    x = torch.full((tokens, 256), sign)
+    scales = torch.ones(16, 1)
+    zeros = torch.zeros(16, 1)
+    x = x[:, :128].contiguous()
+    y = torch.ops.hfq.cpu_linear(
+        x,
+        rows16.to_rows16(packed),
+        rows16.to_rows16(scales),
+        rows16.to_rows16(zeros),
+        None,
+        None,
+        4,
+        128,
+        128,
+        16,
+        True,
+    )
+    torch.testing.assert_close(y, torch.full((tokens, 16), sign * 15 * 128.0))
+
+
+def test_threads_give_the_same_result(make_weight: MakeWeight, generator: torch.Generator) -> None:
+    weight = make_weight(1000, 1024, 128)
+    x = torch.randn(20, 1024, generator=generator)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = [weight.linear(x, int8=int8) for int8 in (False, True)], weight.dequantize(torch.bfloat16)
+        torch.set_num_threads(2)
+        two = [weight.linear(x, int8=int8) for int8 in (False, True)], weight.dequantize(torch.bfloat16)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(one[0], two[0], strict=True))
+    assert torch.equal(one[1], two[1])
+
+
+def test_unaligned_tensors(isa: str, make_weight: MakeWeight, generator: torch.Generator) -> None:
+    """Contiguous tensors may begin at any element of their storage."""
+    weight = make_weight(32, 64, 32)
+    shifted = []
+    for tensor in weight.arguments:
+        if tensor is None:
+            shifted.append(None)
+            continue
+        storage = torch.zeros(tensor.numel() + 1, dtype=tensor.dtype)
+        shifted.append(storage[1:].view(tensor.shape).copy_(tensor))
+    x = torch.randn(2, 64, generator=generator)
+    y = torch.ops.hfq.cpu_linear(x, *shifted, None, *weight.sizes, False)
+    assert torch.equal(y, weight.linear(x))
+
+
+# ---- refusals: nothing is read before everything is checked
+
+
+def _arguments(make_weight: MakeWeight, **changes: object) -> list[object]:
+    weight = make_weight(20, 64, 32, kind="int4_zeros")
+    qweight, scales, zeros, _ = weight.arguments
+    arguments: dict[str, object] = {
+        "x": torch.zeros(3, 64),
+        "qweight": qweight,
+        "scales": scales,
+        "zeros": zeros,
+        "codebook": None,
+        "bias": None,
+        "bits": 4,
+        "group_size": 32,
+        "in_features": 64,
+        "out_features": 20,
+        "int8": False,
+    }
+    assert set(changes) <= set(arguments)
+    return list((arguments | changes).values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bits": 3}, "bits must be 4 or 8"),
+        ({"bits": 8}, "qweight must be of shape"),
+        ({"group_size": 12}, "group_size must be a multiple of 8"),
+        ({"group_size": 0}, "group_size"),
+        ({"group_size": -32}, "group_size"),
+        ({"group_size": 64}, "scales must be of shape"),
+        ({"in_features": -64}, "in_features"),
+        ({"in_features": 0}, "in_features"),
+        ({"in_features": 1 << 40}, "in_features"),
+        ({"in_features": 72}, "qweight must be of shape"),
+        ({"out_features": 0}, "out_features"),
+        ({"out_features": -1}, "out_features"),
+        ({"out_features": 33}, "qweight must be of shape"),
+        ({"x": torch.zeros(3, 63)}, r"x must be of shape \[M, in_features=64\]"),
+        ({"x": torch.zeros(64)}, "x must be of shape"),
+        ({"x": torch.zeros(1, 3, 64)}, "x must be of shape"),
+        ({"x": torch.zeros(3, 128)[:, ::2]}, "x must be contiguous"),
+        ({"x": torch.zeros(3, 64, dtype=torch.float64)}, "x must be float32, float16 or bfloat16"),
+        ({"x": torch.zeros(3, 64, dtype=torch.int32)}, "x must be float32"),
+        ({"qweight": torch.zeros(2, 8, 16, 4, dtype=torch.int8)}, "qweight must be uint8"),
+        ({"qweight": torch.zeros(2, 7, 16, 4, dtype=torch.uint8)}, "qweight must be of shape"),
+        ({"qweight": torch.zeros(1, 8, 16, 4, dtype=torch.uint8)}, "qweight must be of shape"),
+        ({"qweight": torch.zeros(20, 32, 1, dtype=torch.uint8)}, "qweight must be of shape"),
+        ({"qweight": torch.zeros(2, 8, 4, 16, dtype=torch.uint8).mT}, "qweight must be contiguous"),
+        ({"scales": torch.zeros(2, 2, 15)}, "scales must be of shape"),
+        ({"scales": torch.zeros(20, 2)}, "scales must be of shape"),
+        ({"scales": torch.zeros(2, 2, 16, dtype=torch.float64)}, "scales must be float32"),
+        ({"zeros": torch.zeros(2, 1, 16)}, "zeros must be of shape"),
+        ({"zeros": torch.zeros(2, 2, 16, dtype=torch.float16)}, "zeros must be of the same dtype"),
+        ({"codebook": torch.zeros(16)}, "a codebook takes no zeros"),
+        ({"codebook": torch.zeros(15), "zeros": None}, "codebook must be of shape"),
+        ({"codebook": torch.zeros(16, dtype=torch.float16), "zeros": None}, "codebook must be float32"),
+        ({"bias": torch.zeros(19)}, "bias must be of shape"),
+        ({"bias": torch.zeros(20, dtype=torch.int32)}, "bias must be float32"),
+        ({"bias": torch.zeros(40)[::2]}, "bias must be contiguous"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_refused(
+    make_weight: MakeWeight, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.hfq.cpu_linear(*_arguments(make_weight, **changes))
+    del changes  # and the kernels work afterwards
+    torch.ops.hfq.cpu_linear(*_arguments(make_weight))
+
+
+def test_truncated_storage_is_refused(make_weight: MakeWeight) -> None:
+    weight = make_weight(20, 64, 32)
+    qweight = weight.arguments[0]
+    assert qweight is not None
+    cut = qweight.clone()
+    cut.untyped_storage().resize_(100)
+    with pytest.raises(RuntimeError, match="qweight must be backed by enough storage"):
+        torch.ops.hfq.cpu_dequantize(cut, *weight.arguments[1:], *weight.sizes, torch.float32)
+    x = torch.zeros(2, 64)
+    x.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="x must be backed by"):
+        weight.linear(x)
+
+
+def test_dequantize_refuses_other_dtypes(make_weight: MakeWeight) -> None:
+    weight = make_weight(20, 64, 32)
+    for dtype in (torch.int8, torch.float64):
+        with pytest.raises(RuntimeError, match="dtype must be float32, float16 or bfloat16"):
+            weight.dequantize(dtype)
+
+
+# ---- PyTorch's own checks
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_opcheck(make_weight: MakeWeight, generator: torch.Generator, kind: str) -> None:
+    weight = make_weight(20, 64, 32, kind=kind)
+    x = torch.randn(3, 64, generator=generator, requires_grad=True)
+    linear = (x, *weight.arguments, torch.randn(20, generator=generator), *weight.sizes, False)
+    torch.library.opcheck(torch.ops.hfq.cpu_linear.default, linear)
+    torch.library.opcheck(
+        torch.ops.hfq.cpu_dequantize.default, (*weight.arguments, *weight.sizes, torch.bfloat16)
+    )

@@ -1,0 +1,207 @@
+"""Loading the native libraries, choosing instruction sets, huge pages and the layout rows16."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import hfq
+from hfq.core.errors import KernelError
+from hfq.kernels import huge_pages, native, rows16
+
+TORCH_LIBRARIES = Path(torch.__file__).parent / "lib"
+
+
+def _run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.fixture
+def library() -> Path:
+    status = native.load()
+    if not status.cpu:
+        pytest.skip(f"no native CPU kernels: {status.cpu_reason}")
+    return next(p for f in hfq.__path__ if (p := Path(f) / "lib" / "libhfq_cpu.so").is_file())
+
+
+def test_status_is_complete() -> None:
+    status = native.load()
+    assert native.load() is status
+    assert status.cpu == (not status.cpu_reason)
+    assert status.cuda == (not status.cuda_reason)
+    if status.cpu:
+        assert status.isa in status.isas
+        assert status.isas[-1] == "generic"
+        assert set(status.isas) <= set(status.build["cpu"]["isas"])
+
+
+def test_every_symbol_exists_in_this_pytorch(library: Path) -> None:
+    """Our header declares PyTorch's C ABI by itself; a symbol that is gone would fail only when it is called."""
+    header = Path(__file__).parents[2] / "kernels/torch-ext/torch_shim.h"
+    text = re.sub(r"//.*", "", header.read_text())
+    symbols = set(re.findall(r"\b((?:aoti_torch|torch)_\w+)\s*\(", text))
+    assert len(symbols) > 15
+    torch_cpu = ctypes.CDLL(str(TORCH_LIBRARIES / "libtorch_cpu.so"))
+    since_213 = {"torch_delete_stable_ivalue"}
+    missing = {s for s in symbols if "cuda" not in s or "device_type" in s if not hasattr(torch_cpu, s)}
+    assert missing <= since_213
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    assert version < (2, 13) or not missing
+
+
+def test_library_needs_pytorch_and_not_python(library: Path) -> None:
+    content = library.read_bytes()
+    assert b"libtorch_cpu.so" in content
+    assert b"libpython" not in content
+    assert b"libc10" not in content  # no C++ interface of PyTorch
+
+
+def test_use_isa_selects_and_restores(library: Path) -> None:
+    for name in native.load().isas:
+        with native.use_isa(name):
+            assert ctypes.CDLL(str(library)).hfq_cpu_registered()
+    with pytest.raises(KernelError, match="'sse9'; this build and processor support auto, "), native.use_isa("sse9"):
+        pass
+
+
+@pytest.mark.parametrize("name", ["generic", "auto", ""])
+def test_environment_variable_forces_an_isa(library: Path, name: str) -> None:
+    code = "from hfq.kernels import native; print(native.load().isa)"
+    run = _run(code, HFQ_CPU_ISA=name)
+    assert run.stdout.strip() == ("generic" if name == "generic" else native.load().isas[0]), run.stderr
+
+
+def test_unknown_isa_in_the_environment_is_refused(library: Path) -> None:
+    run = _run("from hfq.kernels import native; native.load()", HFQ_CPU_ISA="avx1024")
+    assert run.returncode != 0
+    assert "KernelError: the environment variable HFQ_CPU_ISA asks for the instruction set 'avx1024'" in run.stderr
+
+
+def test_import_loads_no_library() -> None:
+    run = _run("import hfq; from hfq.kernels import native; print('libhfq' in open('/proc/self/maps').read())")
+    assert run.stdout.strip() == "False", run.stderr
+
+
+def test_missing_libraries_warn_once_and_say_why() -> None:
+    code = """
+import warnings
+from hfq.kernels import native
+native._library_folder = lambda: None
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    status = native.load(), native.load()
+assert status[0] is status[1] and not status[0].cpu and not status[0].cuda
+print(len(caught), caught[0].category.__name__, caught[0].message)
+try:
+    with native.use_isa("generic"):
+        pass
+except native.KernelError as error:
+    print(error)
+"""
+    run = _run(code)
+    assert run.returncode == 0, run.stderr
+    assert "1 RuntimeWarning hfq runs without its native CPU kernels" in run.stdout
+    assert "install a C++ compiler" in run.stdout
+    assert "cannot select the instruction set 'generic'" in run.stdout
+
+
+def test_first_load_is_thread_safe(library: Path) -> None:
+    code = """
+import threading
+from hfq.kernels import native
+found = []
+threads = [threading.Thread(target=lambda: found.append(native.load())) for _ in range(8)]
+[t.start() for t in threads], [t.join() for t in threads]
+print(len(found), len(set(map(id, found))))
+"""
+    assert _run(code).stdout.split() == ["8", "1"]
+
+
+# ---- huge pages
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float32])
+def test_huge_page_tensors(dtype: torch.dtype) -> None:
+    large = huge_pages.empty((3, huge_pages.HUGE_PAGE), dtype)
+    assert large.shape == (3, huge_pages.HUGE_PAGE)
+    assert large.dtype == dtype
+    assert large.is_contiguous()
+    if huge_pages.available()[0]:
+        assert large.data_ptr() % huge_pages.HUGE_PAGE == 0
+    large.fill_(1)
+    assert large.sum(dtype=torch.float64) == large.numel()
+
+
+def test_small_and_empty_tensors_are_ordinary() -> None:
+    assert huge_pages.empty((0, 4), torch.uint8).shape == (0, 4)
+    assert huge_pages.empty((), torch.float32).shape == ()
+    assert huge_pages.empty((5, 7), torch.float16).shape == (5, 7)
+
+
+def test_memory_is_returned_with_the_tensor() -> None:
+    available, reason = huge_pages.available()
+    if not available:
+        pytest.skip(reason)
+    maps = Path("/proc/self/maps")
+    tensor = huge_pages.empty((64 << 20,), torch.uint8)
+    view, address = tensor[10:20], f"{tensor.data_ptr():x}"
+    start = next(line for line in maps.read_text().splitlines() if _inside(line, tensor.data_ptr()))
+    del tensor
+    view.fill_(3)  # a view keeps the memory alive
+    assert view.sum() == 30
+    del view
+    assert start.split()[0] not in maps.read_text(), address
+
+
+def _inside(line: str, address: int) -> bool:
+    low, high = (int(part, 16) for part in line.split()[0].split("-"))
+    return low <= address < high
+
+
+# ---- layout rows16
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3)], ids=str)
+@pytest.mark.parametrize(("rows", "size", "groups"), [(1, 1, 1), (16, 8, 2), (17, 9, 3), (33, 130, 5)])
+def test_rows16_round_trip(
+    generator: torch.Generator, lead: tuple[int, ...], rows: int, size: int, groups: int
+) -> None:
+    codes = torch.randint(0, 256, (*lead, rows, size, 1), generator=generator, dtype=torch.uint8)
+    lines = rows16.to_rows16(codes)
+    blocks, words = -(-rows // 16), -(-size // 4)
+    assert lines.shape == (*lead, blocks, words, 16, 4)
+    assert lines.is_contiguous()
+    assert torch.equal(rows16.from_rows16(lines, rows, size), codes)
+    assert lines.sum(dtype=torch.int64) == codes.sum(dtype=torch.int64)  # padding is zero
+    n, byte = rows - 1, size - 1
+    assert torch.equal(lines[..., n // 16, byte // 4, n % 16, byte % 4], codes[..., n, byte, 0])
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        scales = torch.randn(*lead, rows, groups, generator=generator).to(dtype)
+        lanes = rows16.to_rows16(scales)
+        assert lanes.shape == (*lead, blocks, groups, 16)
+        assert lanes.is_contiguous()
+        assert torch.equal(rows16.from_rows16(lanes, rows, 0), scales)
+
+
+def test_rows16_of_unaligned_codes(generator: torch.Generator) -> None:
+    storage = torch.randint(0, 256, (32 * 8 + 1,), generator=generator, dtype=torch.uint8)
+    codes = storage[1:].view(32, 8, 1)
+    assert torch.equal(rows16.from_rows16(rows16.to_rows16(codes), 32, 8), codes)
+
+
+def test_rows16_on_the_meta_device() -> None:
+    assert rows16.to_rows16(torch.empty(17, 9, 1, dtype=torch.uint8, device="meta")).shape == (2, 3, 16, 4)
