@@ -124,6 +124,16 @@ def test_an_override_changes_what_it_names(
     assert (found.method, found.format, found.spec) == expected
 
 
+def test_an_override_keeps_a_choice_against_the_preference_of_the_method(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    preferred = {"format": "int", "sym": False}
+    monkeypatch.setattr(type(ALGORITHMS.get("rtn")), "defaults", preferred)
+    config = HfqConfig(sym=True, overrides={"down_proj": {"bits": 8}})
+    assert recipe(config).spec == IntSpec() and recipe(HfqConfig()).spec == IntSpec(sym=False)
+    assert recipe(config, "down_proj").spec == IntSpec(bits=8)
+
+
 def test_options_are_inherited_by_the_same_method_only() -> None:
     config = HfqConfig(
         "hqq",

@@ -48,7 +48,9 @@ class CpuRows16:
     def restore(self, tensor: Tensor, out_features: int, row_bytes: int) -> Tensor:
         return rows16.from_rows16(tensor, out_features, row_bytes)
 
-    def linear(self, x: Tensor, grid: PackedGrid, bias: Tensor | None, int8_activations: bool) -> Tensor:
+    def linear(
+        self, x: Tensor, grid: PackedGrid, bias: Tensor | None, int8_activations: bool
+    ) -> Tensor:
         tokens = x.reshape(-1, grid.in_features)
         operands = (grid.qweight, grid.scales, grid.zeros, grid.codebook, bias)
         sizes = (grid.bits, grid.group_size, grid.in_features, grid.out_features)
@@ -57,7 +59,8 @@ class CpuRows16:
             y = torch.ops.hfq.cpu_linear(tokens.contiguous(), *operands, *sizes, int8_activations)
         else:
             y = torch.ops.hfq.cpu_linear_dequantized(tokens, *operands, *sizes)
-        return y.view(*x.shape[:-1], grid.out_features)
+        out: Tensor = y.view(*x.shape[:-1], grid.out_features)
+        return out
 
     def rows(self, grid: PackedGrid, index: Tensor) -> PackedGrid:
         block, lane = index // rows16.ROWS, index % rows16.ROWS

@@ -57,7 +57,9 @@ class KernelRow(Protocol):
     def restore(self, tensor: Tensor, out_features: int, row_bytes: int) -> Tensor:
         """The inverse of `prepare`, bit-exact. `row_bytes`: packed bytes of a row of codes."""
 
-    def linear(self, x: Tensor, grid: PackedGrid, bias: Tensor | None, int8_activations: bool) -> Tensor:
+    def linear(
+        self, x: Tensor, grid: PackedGrid, bias: Tensor | None, int8_activations: bool
+    ) -> Tensor:
         """``x W^T + bias``: x `[..., K]` -> `[..., N]` in x.dtype. `grid` is in the kernel's layout."""
 
     def rows(self, grid: PackedGrid, index: Tensor) -> PackedGrid:

@@ -98,11 +98,16 @@ def rows16_weight(operands: tuple[Any, ...], sizes: tuple[int, ...], dtype: torc
 
 def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     bias = None if bias is None else bias.to(x.dtype)
-    if not torch.is_autocast_enabled(x.device.type):
-        return torch.nn.functional.linear(x, weight, bias)
-    # Autocast would choose the dtype of the product; the schema's fake promises that of x.
-    with torch.autocast(x.device.type, enabled=False):
-        return torch.nn.functional.linear(x, weight, bias)
+    tokens = x.reshape(-1, x.shape[-1])
+    if torch.is_autocast_enabled(x.device.type):
+        # Autocast would choose the dtype of the product; the schema's fake promises that of x.
+        with torch.autocast(x.device.type, enabled=False):
+            y = torch.nn.functional.linear(tokens, weight, bias)
+    else:
+        y = torch.nn.functional.linear(tokens, weight, bias)
+    # No view: autograd refuses to change one in place that an operator returned, and adapters do that.
+    out: Tensor = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
+    return out
 
 
 LIBRARY.impl("dequantize", reference.dequantize, "CompositeExplicitAutograd")

@@ -37,7 +37,9 @@ def to_rows16(neutral: Tensor) -> Tensor:
     if lines.device.type != "cpu":
         return lines.contiguous()
     out = huge_pages.empty(lines.shape, lines.dtype)
-    unit = torch.int32 if _in_words(lines) else lines.dtype  # copying words is 10 times faster than bytes
+    unit = (
+        torch.int32 if _in_words(lines) else lines.dtype
+    )  # copying words is 10 times faster than bytes
     out.view(unit).copy_(lines.view(unit))
     return out
 

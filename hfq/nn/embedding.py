@@ -40,10 +40,23 @@ class QuantEmbedding(PackedModule, nn.Embedding):
         device: torch.device | str | None = None,
     ) -> None:
         nn.Module.__init__(self)
-        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
-        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
+        self.num_embeddings, self.embedding_dim, self.padding_idx = (
+            num_embeddings,
+            embedding_dim,
+            padding_idx,
+        )
+        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = (
+            None,
+            2.0,
+            False,
+            False,
+        )
         slot = PackedSlot(
-            base="weight", format=format, spec=spec, out_features=num_embeddings, in_features=embedding_dim
+            base="weight",
+            format=format,
+            spec=spec,
+            out_features=num_embeddings,
+            in_features=embedding_dim,
         )
         self._init_packed({"weight": slot}, dtype, device)
 
@@ -93,7 +106,9 @@ class QuantEmbedding(PackedModule, nn.Embedding):
     def _check(self, ids: Tensor) -> None:
         """Negative ids would count from the end, and a kernel's layout has more rows than the table."""
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_embeddings:
-            raise IndexError(f"expected ids from 0 to {self.num_embeddings - 1}, got {int(ids.min())} to {int(ids.max())}")
+            raise IndexError(
+                f"expected ids from 0 to {self.num_embeddings - 1}, got {int(ids.min())} to {int(ids.max())}"
+            )
 
     def reset_parameters(self) -> None:
         """Nothing to initialise: codes come from a weight."""

@@ -34,7 +34,9 @@ def as_bits(tensor: Tensor) -> Tensor:
 
 def as_float(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The inverse of `as_bits`, for a tensor whose dtype in the layout is `dtype`."""
-    return tensor.view(dtype) if dtype.is_floating_point and not tensor.is_floating_point() else tensor
+    return (
+        tensor.view(dtype) if dtype.is_floating_point and not tensor.is_floating_point() else tensor
+    )
 
 
 def in_kernel_layout(slot: PackedSlot, held: Mapping[str, Tensor]) -> bool:
@@ -78,11 +80,15 @@ def to_kernel(
     return replace(grid, **frozen), prepared
 
 
-def to_neutral(slot: PackedSlot, held: Mapping[str, Tensor], row: dispatch.KernelRow) -> dict[str, Tensor]:
+def to_neutral(
+    slot: PackedSlot, held: Mapping[str, Tensor], row: dispatch.KernelRow
+) -> dict[str, Tensor]:
     """The inverse of `to_kernel`, bit-exact; tensors that are neutral already are handed through."""
     layout = slot.layout()
     row_bytes = packed_bytes(slot.in_features, slot.spec.bits)
     return {
-        key: tensor if tensor.dim() == len(layout[key].shape) else row.restore(tensor, slot.out_features, row_bytes)
+        key: tensor
+        if tensor.dim() == len(layout[key].shape)
+        else row.restore(tensor, slot.out_features, row_bytes)
         for key, tensor in held.items()
     }

@@ -55,10 +55,14 @@ class QuantLinear(PackedModule, nn.Linear):
         )
         self._init_packed({"weight": slot}, dtype, device)
         empty = torch.empty(out_features, dtype=dtype, device=device) if bias else None
-        self.register_parameter("bias", None if empty is None else nn.Parameter(empty, requires_grad=False))
+        self.register_parameter(
+            "bias", None if empty is None else nn.Parameter(empty, requires_grad=False)
+        )
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, *, format: str, spec: QuantSpec, encode: Encode | None = None) -> QuantLinear:
+    def from_linear(
+        cls, linear: nn.Linear, *, format: str, spec: QuantSpec, encode: Encode | None = None
+    ) -> QuantLinear:
         """Quantize a float Linear; by rounding to nearest unless `encode` says otherwise."""
         weight = linear.weight
         new = cls(
@@ -121,6 +125,10 @@ class QuantLinear(PackedModule, nn.Linear):
 def _autocast(x: Tensor) -> Tensor:
     """x in the dtype that `nn.functional.linear` would compute in under autocast."""
     device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if not torch.is_autocast_enabled(device) or x.dtype not in (
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+    ):
         return x
     return x.to(torch.get_autocast_dtype(device))

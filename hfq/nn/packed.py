@@ -87,7 +87,9 @@ class PackedModule(nn.Module):
     # The module whose tensors this one uses (tied weights), in a tuple so that it is no submodule.
     _owner: tuple[PackedModule, ...] = ()
 
-    def _init_packed(self, slots: Mapping[str, PackedSlot], dtype: torch.dtype, device: Any) -> None:
+    def _init_packed(
+        self, slots: Mapping[str, PackedSlot], dtype: torch.dtype, device: Any
+    ) -> None:
         """Register the packed parameters, uninitialised, in the neutral layout."""
         self.slots = dict(slots)
         self.kernel_mode = "auto"
@@ -97,7 +99,9 @@ class PackedModule(nn.Module):
             for key, entry in slot.layout().items():
                 empty = torch.empty(entry.shape, dtype=entry.dtype, device=device)
                 # On meta the floats stay floats: a loader compares and casts by the dtype of the checkpoint.
-                self._parameters[slot.attribute(key)] = _frozen(empty if empty.is_meta else as_bits(empty))
+                self._parameters[slot.attribute(key)] = _frozen(
+                    empty if empty.is_meta else as_bits(empty)
+                )
 
     # ---- the packed tensors
 
@@ -113,7 +117,9 @@ class PackedModule(nn.Module):
         In a stack of experts the codes go by the same name; they have one dimension more.
         """
         held = self._parameters.get(base)
-        return held if held is not None and held.dim() == len(self.slots[base].float_shape) else None
+        return (
+            held if held is not None and held.dim() == len(self.slots[base].float_shape) else None
+        )
 
     def hold_place(self, base: str, parameter: nn.Parameter) -> None:
         """Register the float parameter of a skeleton as `placeholder`."""
@@ -127,7 +133,9 @@ class PackedModule(nn.Module):
         slot = self.slots[base]
         if slot.attribute("weight") == base:
             entry = slot.layout()["weight"]
-            self._parameters[base] = _frozen(torch.empty(entry.shape, dtype=entry.dtype, device="meta"))
+            self._parameters[base] = _frozen(
+                torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+            )
 
     def neutral_tensors(self, base: str) -> dict[str, Tensor]:
         """The tensors of one slot as a checkpoint stores them; copies where the kernel layout differs.
@@ -175,6 +183,7 @@ class PackedModule(nn.Module):
         if was_prepared:
             self.prepare()
 
+    @torch.inference_mode(False)
     def requantize(self, base: str, weight: Tensor, encode: Encode | None = None) -> None:
         """Quantize a float weight into the slot, by rounding to nearest unless `encode` says otherwise.
 
@@ -268,15 +277,18 @@ class PackedModule(nn.Module):
             return True
         return any(p.is_meta for base in self.slots for p in self.packed_parameters(base).values())
 
-    # A compiler calls this while it traces and compiles what comes after.
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def prepare(self) -> None:
         """Choose a kernel for each slot and bring its tensors into that kernel's layout, in place."""
         holder = self._owner[0] if self._owner else self
-        with _PREPARING:
+        # A tensor made in inference mode could never be saved for a backward.
+        with _PREPARING, torch.inference_mode(False):
             if not holder.is_offloaded:
                 for base in holder.slots:
                     holder._prepare(base)
+
+    # What `torch.compiler.assume_constant_result` sets: a compiler calls `prepare` while it traces and compiles what
+    # comes after. The decorator itself would import the compiler, which takes longer than all of hfq.
+    prepare._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _prepare(self, base: str) -> None:
         if self._is_prepared(base):
@@ -292,7 +304,9 @@ class PackedModule(nn.Module):
             shared: bool = parameter.is_shared()  # type: ignore[no-untyped-call]
             parameter.data = held[key].share_memory_() if shared else held[key]  # type: ignore[no-untyped-call]
         name = slot.attribute("weight")
-        self._prepared[base] = Operands(choice=choice, grid=grid, name=name, codes=parameters["weight"])
+        self._prepared[base] = Operands(
+            choice=choice, grid=grid, name=name, codes=parameters["weight"]
+        )
 
     def _is_prepared(self, base: str) -> bool:
         found = self._prepared.get(base)
@@ -303,14 +317,14 @@ class PackedModule(nn.Module):
 
     def restore(self) -> None:
         """Bring all tensors back into the neutral layout, in place."""
-        if self._owner:
-            return self._owner[0].restore()
-        for base in self.slots:
-            held = self._held_neutral(base)
-            for key, parameter in self.packed_parameters(base).items():
-                if parameter.dim() != held[key].dim():
-                    parameter.data = held[key]
-        self._prepared.clear()
+        holder = self._owner[0] if self._owner else self
+        with _PREPARING, torch.inference_mode(False):
+            for base in holder.slots:
+                held = holder._held_neutral(base)
+                for key, parameter in holder.packed_parameters(base).items():
+                    if parameter.dim() != held[key].dim():
+                        parameter.data = held[key]
+            holder._prepared.clear()
 
     def operands(self, base: str) -> Operands:
         """The kernel of a slot and what it reads: prepared, or as stored where that is not possible."""
@@ -387,7 +401,9 @@ class PackedModule(nn.Module):
 
     def _assign_weight(self, value: object) -> None:
         if not isinstance(value, Tensor):
-            raise WeightError(f"expected a float tensor for a packed weight, got {type(value).__name__}")
+            raise WeightError(
+                f"expected a float tensor for a packed weight, got {type(value).__name__}"
+            )
         weight = self._virtual_weight()
         if isinstance(weight, VirtualWeight):
             weight.assign(value)
@@ -432,7 +448,9 @@ class PackedModule(nn.Module):
                 if not parameter.is_meta:
                     parameter.data = as_bits(parameter.data)
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for base, slot in self.slots.items():
             for key, tensor in self.neutral_tensors(base).items():
@@ -457,7 +475,9 @@ class PackedModule(nn.Module):
                 if not isinstance(tensor, Tensor):
                     continue
                 if tensor.dtype != entry.dtype:
-                    error_msgs.append(f"{name}: expected a packed tensor of {entry.dtype}, got {tensor.dtype}")
+                    error_msgs.append(
+                        f"{name}: expected a packed tensor of {entry.dtype}, got {tensor.dtype}"
+                    )
                     del state_dict[name]
                 else:
                     state_dict[name] = as_bits(tensor)

@@ -37,7 +37,9 @@ def pack_weight(weight: Tensor, slot: PackedSlot, encode: Encode) -> dict[str, T
         WeightError: wrong shape, or what `encode` raises.
     """
     if tuple(weight.shape) != slot.float_shape:
-        raise WeightError(f"expected a weight of shape {slot.float_shape}, got {tuple(weight.shape)}")
+        raise WeightError(
+            f"expected a weight of shape {slot.float_shape}, got {tuple(weight.shape)}"
+        )
     out = {
         key: torch.empty(layout.shape, dtype=layout.dtype, device=weight.device)
         for key, layout in slot.layout().items()

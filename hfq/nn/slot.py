@@ -54,7 +54,10 @@ class PackedSlot:
         single = FORMATS.get(self.format).layout(self.spec, self.out_features, self.in_features)
         if self.experts is None:
             return single
-        return {key: TensorLayout((self.experts, *entry.shape), entry.dtype) for key, entry in single.items()}
+        return {
+            key: TensorLayout((self.experts, *entry.shape), entry.dtype)
+            for key, entry in single.items()
+        }
 
     def attribute(self, key: str) -> str:
         """Name of the module's parameter that holds the tensor `key`."""

@@ -73,7 +73,9 @@ class VirtualWeight(torch.Tensor):
         write: Callable[[Tensor], None],
         description: str,
     ) -> VirtualWeight:
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=codes.device, requires_grad=False)
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, shape, dtype=dtype, device=codes.device, requires_grad=False
+        )
         assert isinstance(self, VirtualWeight)
         self._codes, self._read, self._write, self._description = codes, read, write, description
         return self
@@ -144,7 +146,9 @@ class VirtualWeight(torch.Tensor):
         return self
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"VirtualWeight({tuple(self.shape)}, {self.dtype}, {self.device}, {self._description})"
+        return (
+            f"VirtualWeight({tuple(self.shape)}, {self.dtype}, {self.device}, {self._description})"
+        )
 
     def __deepcopy__(self, memo: Any) -> Tensor:
         return self.materialize()

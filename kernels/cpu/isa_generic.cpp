@@ -179,6 +179,12 @@ inline I small_end(SmallSum sum, int32_t) { return sum; }
 
 // ---- dequantization ----
 
+inline F f_from_bytes(const uint8_t* p) {
+  F f;
+  for (int i = 0; i < 16; ++i) f.v[i] = static_cast<float>(static_cast<int32_t>(p[i]));
+  return f;
+}
+
 inline void transpose_words(uint32_t* out, const uint8_t* lines, int64_t words) {
   for (int64_t w = 0; w < words; ++w)
     for (int64_t r = 0; r < 16; ++r) __builtin_memcpy(out + 16 * r + w, lines + 64 * w + 4 * r, 4);

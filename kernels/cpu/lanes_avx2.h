@@ -115,6 +115,11 @@ inline F byte_value(Line words) {
 
 // ---- dequantization ----
 
+inline F f_from_bytes(const uint8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8)))};
+}
+
 inline void transpose_words(uint32_t* out, const uint8_t* lines, int64_t words) {
   for (int64_t w = 0; w < words; ++w)
     for (int64_t r = 0; r < 16; ++r) __builtin_memcpy(out + 16 * r + w, lines + 64 * w + 4 * r, 4);
@@ -123,11 +128,11 @@ inline void transpose_words(uint32_t* out, const uint8_t* lines, int64_t words) 
 // 8 values of each of `count` words: y[8*w + i] = values[code i of word w]. 16-bit values are looked up as two halves with vpshufb.
 inline void lookup_words(uint8_t* y, const uint32_t* words, int64_t count, F values, DType dtype) {
   if (dtype == kFloat32) {
-    alignas(32) float table[16];
-    f_store(table, values);
-    for (int64_t k = 0; k < 8 * count; ++k) {
-      const uint32_t code = (words[k / 8] >> (4 * (k % 8))) & 15u;
-      __builtin_memcpy(y + 4 * k, table + code, 4);
+    for (int64_t w = 0; w < count; ++w) {
+      const __m128i raw = _mm_cvtsi32_si128(static_cast<int>(words[w]));
+      const __m128i wide = _mm_cvtepu8_epi16(raw);
+      const __m256i codes = _mm256_cvtepu8_epi32(_mm_and_si128(_mm_or_si128(wide, _mm_slli_epi16(wide, 4)), _mm_set1_epi8(15)));
+      _mm256_storeu_ps(reinterpret_cast<float*>(y) + 8 * w, table_value<0>(codes, FloatTable{values.a, values.b}));
     }
     return;
   }

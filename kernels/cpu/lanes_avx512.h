@@ -84,9 +84,31 @@ inline F byte_value(Line words) {
 
 // ---- dequantization ----
 
+inline F f_from_bytes(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))); }
+
+// out[16 * r + w] = word r of line w: a 16 x 16 transposition in registers, by pairs, by fours, then by 128-bit lanes.
 inline void transpose_words(uint32_t* out, const uint8_t* lines, int64_t words) {
-  const I rows = _mm512_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240);
-  for (int64_t w = 0; w < words; ++w) _mm512_i32scatter_epi32(out + w, rows, line_load(lines + 64 * w), 4);
+  I line[16], a[16], b[16];
+  for (int w = 0; w < 16; ++w) line[w] = w < words ? line_load(lines + 64 * w) : _mm512_setzero_si512();
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_epi32(line[i], line[i + 1]);
+    a[i + 1] = _mm512_unpackhi_epi32(line[i], line[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+    b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+    b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+    b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+  }
+  // Lane L of b[i + j] now holds word 4 * L + j of lines i .. i + 3.
+  for (int j = 0; j < 4; ++j) {
+    const I even0 = _mm512_shuffle_i32x4(b[j], b[4 + j], 0x88), even1 = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0x88);
+    const I odd0 = _mm512_shuffle_i32x4(b[j], b[4 + j], 0xdd), odd1 = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0xdd);
+    _mm512_storeu_si512(out + 16 * j, _mm512_shuffle_i32x4(even0, even1, 0x88));
+    _mm512_storeu_si512(out + 16 * (4 + j), _mm512_shuffle_i32x4(odd0, odd1, 0x88));
+    _mm512_storeu_si512(out + 16 * (8 + j), _mm512_shuffle_i32x4(even0, even1, 0xdd));
+    _mm512_storeu_si512(out + 16 * (12 + j), _mm512_shuffle_i32x4(odd0, odd1, 0xdd));
+  }
 }
 
 // 8 values of each of `count` words: y[8*w + i] = values[code i of word w].

@@ -5,6 +5,10 @@
 #include <new>
 #include <stdexcept>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "../torch-ext/torch_shim.h"
 #include "isa.h"
 
@@ -91,6 +95,17 @@ struct Passes {
   int64_t size(int64_t pass) const { return first(pass + 1) - first(pass); }
 };
 
+// A new output of many MiB is fresh memory: the first write to each 4 KiB page is a fault, which takes longer than filling the page with
+// dequantized weights (measured: 33 MB in 17 ms, with huge pages 9). Huge pages fault 512 times less often.
+void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) & ~(kHuge - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) & ~(kHuge - 1);
+  if (end > begin) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: failure changes nothing
+#endif
+}
+
 int64_t element_size(DType dtype) { return dtype == kFloat32 ? 4 : 2; }
 
 // The codebook in int8 mode: codebook[i] ~ factor * (bytes[i] - 128). Not-a-number and infinity end up in the factor.
@@ -171,6 +186,7 @@ void launch_linear(const LinearCall& call) {
 void launch_dequantize(const DequantizeParams& params) {
   const Kernels& isa = kernels();
   const int64_t blocks = ceil_div(params.shape.out_features, kRows);
+  advise_huge_pages(params.y, params.shape.out_features * params.shape.in_features * element_size(params.y_dtype));
   const auto body = [&](int64_t first, int64_t last) { isa.dequantize(params, first, last); };
   parallel_for(blocks, at_least_one(kGrainBytes / (params.shape.words * kLineBytes)), body);
 }

@@ -7,6 +7,7 @@
 //   pack_codes<interleave>                                             32 int32 to bytes; columns 0 2 4 6 1 3 5 7 of each 8 if interleaved
 //   line_load low_nibbles high_nibbles table_load table_lookup         codes as bytes
 //   nibble_value<i> table_value<i> byte_value<i>                       code i of every word as float
+//   f_from_bytes transpose_words lookup_words                          dequantization
 //   small_begin small_dot small_end                                    int8 dot products of codes 0..15, at most kActBlock columns
 //   byte_dot                                                           int8 dot products of codes 0..255
 //   kMaxTokens                                                         tokens per pass that fit the register file
@@ -327,15 +328,14 @@ inline void dequantize_nibbles(uint8_t* y, const uint32_t* words, int64_t column
 
 inline void dequantize_bytes(uint8_t* y, const uint32_t* words, int64_t columns, float scale, float zero, DType dtype) {
   const uint8_t* codes = reinterpret_cast<const uint8_t*>(words);
-  alignas(64) float values[16];
-  alignas(64) uint8_t out[64];
   const int64_t size = element_size(dtype);
   for (int64_t k = 0; k < columns; k += 16) {
-    for (int j = 0; j < 16; ++j) values[j] = (static_cast<float>(codes[k + j]) - zero) * scale;
+    const F values = f_mul(f_add(f_from_bytes(codes + k), f_set1(-zero)), f_set1(scale));
     if (columns - k >= 16) {
-      f_store_as(y, k, dtype, f_load(values));
+      f_store_as(y, k, dtype, values);
     } else {
-      f_store_as(out, 0, dtype, f_load(values));
+      alignas(64) uint8_t out[64];
+      f_store_as(out, 0, dtype, values);
       __builtin_memcpy(y + k * size, out, static_cast<size_t>((columns - k) * size));
     }
   }

@@ -45,20 +45,23 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const DequantizePa
   const int64_t k = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kPerThread;
   if (k >= p.in_features) return;
   const uint64_t mask = (1u << p.bits) - 1u;
+  const unsigned group_size = static_cast<unsigned>(p.group_size);  // 32 bits: a 64-bit division costs several times more
   const float constant_zero = static_cast<float>(1 << (p.bits - 1));
   for (int64_t n = blockIdx.y; n < p.rows; n += gridDim.y) {
     uint64_t codes = load_codes(p.qweight + n * p.row_bytes, k / kPerThread * p.bits, p.row_bytes, p.bits);
     const S* scales = static_cast<const S*>(p.scales) + n * p.groups;
     const S* zeros = p.zeros ? static_cast<const S*>(p.zeros) + n * p.groups : nullptr;
     Values<Y> out;
-    int64_t group = -1;
+    int group = -1;
+    bool first = true;
     float scale = 0.0f, zero = constant_zero;
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
       if (k + i < p.in_features) {
-        const int64_t g = p.g_idx ? p.g_idx[k + i] : (k + i) / p.group_size;
-        if (g != group) {
+        const int g = p.g_idx ? p.g_idx[k + i] : static_cast<int>((static_cast<unsigned>(k) + i) / group_size);
+        if (first || g != group) {
           group = g;
+          first = false;
           // A group number outside the weight must not become a wild read: it gives NaN, as a damaged file should.
           const bool valid = g >= 0 && g < p.groups;
           scale = valid ? to_float(scales[g]) : __int_as_float(0x7fc00000);

@@ -263,16 +263,17 @@ def test_the_largest_floats_fit_float32_scales() -> None:
 
 def test_double_quantized_scales_are_within_half_a_step(random_weight: MakeWeight) -> None:
     weight = random_weight(67, 40)
-    plain = quantize(weight, CodebookSpec(group_size=8))
-    double = quantize(weight, CodebookSpec(group_size=8, double_quant=True))
+    spec = CodebookSpec(group_size=8, double_quant=True)
+    scales, _ = affine.range_grid(weight, spec)
+    double = quantize(weight, spec)
     stored = double.scale_codes
     assert stored is not None
     assert stored.codes.shape == (67, 5) and stored.codes.dtype == torch.uint8
     assert stored.step.shape == stored.offset.shape == (-(-67 * 5 // SCALE_BLOCK),)
     step = stored.step.repeat_interleave(SCALE_BLOCK)[: 67 * 5].view(67, 5)
-    rounding = plain.scales.float() * 2**-10
-    difference = (double.scales.float() - plain.scales.float()).abs()
-    assert bool((difference <= step / 2 + rounding).all())
+    rounding = double.scales.float() * 2**-11  # to float16
+    difference = (double.scales.float() - scales).abs()
+    assert bool((difference <= (step / 2 + rounding) * (1 + 1e-5)).all())
 
 
 def test_double_quantized_scales_of_one_value() -> None:

@@ -65,3 +65,10 @@ def test_a_failed_import_is_seen_and_tried_again(colours: Registry[int], tmp_pat
             colours.names()
     broken.unlink()
     assert colours.names() == ("blue", "red")
+
+
+def test_the_package_is_searched_once(colours: Registry[int], tmp_path: Path) -> None:
+    """Look-ups happen for every weight of a model."""
+    assert colours.names() == ("blue", "red")
+    (tmp_path / PACKAGE / "late.py").write_text("raise AssertionError('imported')\n")
+    assert colours.names() == ("blue", "red") and colours.get("red") == 1

@@ -27,6 +27,8 @@ pytestmark = [
     # PEFT's remarks on its own methods.
     pytest.mark.filterwarnings("ignore:Adapter 'default'.*LoRA tensor.*invalid shape"),
     pytest.mark.filterwarnings("ignore:Unmerge result can be inaccurate for .IA.:UserWarning"),
+    # PEFT uses names that Transformers 5.23 renames.
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),
     # SHiRA uses sparse tensors, and torch warns about not checking them.
     pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning"),
 ]
@@ -42,12 +44,13 @@ METHODS: dict[str, Callable[[], peft.PeftConfig]] = {
     "rsLoRA": lambda: peft.LoraConfig(r=4, use_rslora=True, **LINEARS),
     "DoRA": lambda: peft.LoraConfig(r=4, use_dora=True, **LINEARS),
     "PiSSA": lambda: peft.LoraConfig(r=4, init_lora_weights="pissa", **LINEARS),
-    "PiSSA, fast": lambda: peft.LoraConfig(r=4, init_lora_weights="pissa_niter_16", **LINEARS),
     "OLoRA": lambda: peft.LoraConfig(r=4, init_lora_weights="olora", **LINEARS),
     "MiCA": lambda: peft.LoraConfig(r=4, init_lora_weights="mica", **LINEARS),
     "AdaLoRA": lambda: peft.AdaLoraConfig(init_r=4, target_r=2, total_step=10, **LINEARS),
     "IA3": lambda: peft.IA3Config(
-        target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
+        target_modules=["k_proj", "v_proj", "down_proj"],
+        feedforward_modules=["down_proj"],
+        task_type="CAUSAL_LM",
     ),
     "LoHa": lambda: peft.LoHaConfig(r=4, **LINEARS),
     "LoKr": lambda: peft.LoKrConfig(r=4, **LINEARS),
@@ -72,7 +75,7 @@ METHODS: dict[str, Callable[[], peft.PeftConfig]] = {
 }
 REFUSED = {"GLoRA": "PEFT asks for type(module) is nn.Linear and takes no subclass"}
 # These put what is left of the weight back into the base when they are injected.
-REPLACES_BASE = {"PiSSA", "PiSSA, fast", "OLoRA"}
+REPLACES_BASE = {"PiSSA", "OLoRA"}
 
 
 def llama() -> LlamaForCausalLM:
@@ -169,7 +172,10 @@ def test_train_save_and_reload(method: str, ids: Tensor, tmp_path: Path) -> None
     model = inject(packed_llama(FOUR_BITS), METHODS[method]())
     before = packed_state(model)
     if method not in REPLACES_BASE:
-        assert all(torch.equal(*pair) for pair in zip(before, packed_state(packed_llama(FOUR_BITS)), strict=True))
+        assert all(
+            torch.equal(*pair)
+            for pair in zip(before, packed_state(packed_llama(FOUR_BITS)), strict=True)
+        )
     # The same adapters on the dequantized weights: what the gradients must be.
     twin = copy.deepcopy(model)
     merge_to_float(twin)
@@ -184,7 +190,9 @@ def test_train_save_and_reload(method: str, ids: Tensor, tmp_path: Path) -> None
         losses = train(model, ids, 1)
         torch.manual_seed(2)
         assert losses == pytest.approx(train(twin, ids, 1), rel=1e-4)
-        twin.load_state_dict({k: v for k, v in model.state_dict().items() if k in twin.state_dict()}, strict=False)
+        twin.load_state_dict(
+            {k: v for k, v in model.state_dict().items() if k in twin.state_dict()}, strict=False
+        )
     losses = train(model, ids, 5)
     assert losses[-1] < losses[0]
     assert all(torch.equal(*pair) for pair in zip(before, packed_state(model), strict=True))
@@ -192,7 +200,6 @@ def test_train_save_and_reload(method: str, ids: Tensor, tmp_path: Path) -> None
     model.save_pretrained(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.manual_seed(1)  # what the fast SVD of PiSSA draws must be drawn again
         reloaded = peft.PeftModel.from_pretrained(packed_llama(FOUR_BITS), tmp_path).eval()
     close(reloaded(ids).logits, logits, 1e-5)
     merge_to_float(model)
@@ -218,4 +225,7 @@ def test_merging_without_loss(method: str, ids: Tensor) -> None:
     merged, wanted = (each.merge_and_unload(safe_merge=True).eval() for each in (model, twin))
     close(merged(ids).logits, wanted(ids).logits, 1e-4)
     assert isinstance(merged.model.layers[0].self_attn.q_proj, QuantLinear)
+    for name, module in merged.named_modules():
+        if isinstance(module, QuantLinear):
+            assert torch.equal(module.weight, wanted.get_submodule(name).weight)
     assert not any("lora" in name for name, _ in merged.named_modules())

@@ -19,7 +19,9 @@ ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "kernels"
 
 
-def _configure(build: Path, path: str, *options: str, **environment: str) -> dict[str, dict[str, object]]:
+def _configure(
+    build: Path, path: str, *options: str, **environment: str
+) -> dict[str, dict[str, object]]:
     """Run cmake's configuration step with PATH=`path` and return build_info.json."""
     cmake = shutil.which("cmake")
     make = shutil.which("ninja") or shutil.which("make")
@@ -96,7 +98,10 @@ def test_instruction_set_files_share_no_inline_code(source: Path) -> None:
 
 def test_kernel_builder_lists_every_source() -> None:
     build = tomllib.loads((KERNELS / "build.toml").read_text())
-    listed = {*build["torch"]["src"], *(src for part in build["kernel"].values() for src in part["src"])}
+    listed = {
+        *build["torch"]["src"],
+        *(src for part in build["kernel"].values() for src in part["src"]),
+    }
     on_disk = {
         str(path.relative_to(KERNELS))
         for folder in ("cpu", "cuda", "torch-ext")

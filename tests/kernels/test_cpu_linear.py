@@ -83,7 +83,9 @@ def make_weight(generator: torch.Generator) -> MakeWeight:
         scales = (torch.rand(rows, groups, generator=generator) * 0.02 + 1e-3).to(scale_dtype)
         zeros = codebook = None
         if kind.endswith("zeros"):
-            zeros = (torch.rand(rows, groups, generator=generator) * ((1 << bits) - 1)).to(scale_dtype)
+            zeros = (torch.rand(rows, groups, generator=generator) * ((1 << bits) - 1)).to(
+                scale_dtype
+            )
         if kind == "table4":
             codebook = torch.rand(16, generator=generator) * 2 - 1
         by_column = torch.arange(columns) // group_size
@@ -128,7 +130,11 @@ def _within_int8_bound(y: Tensor, x: Tensor, weight: Weight, offset: Tensor | fl
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_products(
-    isa: str, make_weight: MakeWeight, generator: torch.Generator, shape: tuple[int, int, int], kind: str
+    isa: str,
+    make_weight: MakeWeight,
+    generator: torch.Generator,
+    shape: tuple[int, int, int],
+    kind: str,
 ) -> None:
     weight = make_weight(*shape, kind=kind)
     for tokens in (1, 2, 5, 17):
@@ -180,7 +186,9 @@ def test_dtypes(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_dequantize(isa: str, make_weight: MakeWeight, shape: tuple[int, int, int], kind: str) -> None:
+def test_dequantize(
+    isa: str, make_weight: MakeWeight, shape: tuple[int, int, int], kind: str
+) -> None:
     for scale_dtype in FLOATS:
         weight = make_weight(*shape, kind=kind, scale_dtype=scale_dtype)
         for dtype in FLOATS:
@@ -188,10 +196,17 @@ def test_dequantize(isa: str, make_weight: MakeWeight, shape: tuple[int, int, in
             assert dense.shape == shape[:2]
             assert dense.dtype == dtype
             # The value is computed in float32 and rounded once.
-            torch.testing.assert_close(dense, weight.dense.float().to(dtype), rtol=1e-2 if dtype == torch.bfloat16 else 2e-3, atol=1e-6)
+            torch.testing.assert_close(
+                dense,
+                weight.dense.float().to(dtype),
+                rtol=1e-2 if dtype == torch.bfloat16 else 2e-3,
+                atol=1e-6,
+            )
 
 
-def test_dequantize_agrees_with_the_reference_bit_for_bit(isa: str, make_weight: MakeWeight) -> None:
+def test_dequantize_agrees_with_the_reference_bit_for_bit(
+    isa: str, make_weight: MakeWeight
+) -> None:
     weight = make_weight(50, 256, 64, scale_dtype=torch.float16)
     qweight, scales, _, _ = weight.arguments
     assert qweight is not None
@@ -235,7 +250,17 @@ def test_8_bit_codes_do_not_saturate(isa: str, code: int, sign: float) -> None:
     scales = torch.ones(16, 1)
     x = torch.full((1, 128), sign)
     y = torch.ops.hfq.cpu_linear(
-        x, rows16.to_rows16(codes), rows16.to_rows16(scales), None, None, None, 8, 128, 128, 16, True
+        x,
+        rows16.to_rows16(codes),
+        rows16.to_rows16(scales),
+        None,
+        None,
+        None,
+        8,
+        128,
+        128,
+        16,
+        True,
     )
     torch.testing.assert_close(y, torch.full((1, 16), sign * (code - 128) * 128.0))
 
@@ -271,9 +296,15 @@ def test_threads_give_the_same_result(make_weight: MakeWeight, generator: torch.
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = [weight.linear(x, int8=int8) for int8 in (False, True)], weight.dequantize(torch.bfloat16)
+        one = (
+            [weight.linear(x, int8=int8) for int8 in (False, True)],
+            weight.dequantize(torch.bfloat16),
+        )
         torch.set_num_threads(2)
-        two = [weight.linear(x, int8=int8) for int8 in (False, True)], weight.dequantize(torch.bfloat16)
+        two = (
+            [weight.linear(x, int8=int8) for int8 in (False, True)],
+            weight.dequantize(torch.bfloat16),
+        )
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(one[0], two[0], strict=True))
@@ -352,7 +383,10 @@ def _arguments(make_weight: MakeWeight, **changes: object) -> list[object]:
         ({"zeros": torch.zeros(2, 2, 16, dtype=torch.float16)}, "zeros must be of the same dtype"),
         ({"codebook": torch.zeros(16)}, "a codebook takes no zeros"),
         ({"codebook": torch.zeros(15), "zeros": None}, "codebook must be of shape"),
-        ({"codebook": torch.zeros(16, dtype=torch.float16), "zeros": None}, "codebook must be float32"),
+        (
+            {"codebook": torch.zeros(16, dtype=torch.float16), "zeros": None},
+            "codebook must be float32",
+        ),
         ({"bias": torch.zeros(19)}, "bias must be of shape"),
         ({"bias": torch.zeros(20, dtype=torch.int32)}, "bias must be float32"),
         ({"bias": torch.zeros(40)[::2]}, "bias must be contiguous"),

@@ -14,8 +14,9 @@ import torch
 
 import hfq
 from hfq.core.errors import KernelError
-from hfq.kernels import huge_pages, native, rows16
+from hfq.kernels import huge_pages, native, ops, rows16
 
+assert ops.LIBRARY is not None  # defines torch.ops.hfq
 TORCH_LIBRARIES = Path(torch.__file__).parent / "lib"
 
 
@@ -57,7 +58,9 @@ def test_every_symbol_exists_in_this_pytorch(library: Path) -> None:
     assert len(symbols) > 15
     torch_cpu = ctypes.CDLL(str(TORCH_LIBRARIES / "libtorch_cpu.so"))
     since_213 = {"torch_delete_stable_ivalue"}
-    missing = {s for s in symbols if "cuda" not in s or "device_type" in s if not hasattr(torch_cpu, s)}
+    missing = {
+        s for s in symbols if "cuda" not in s or "device_type" in s if not hasattr(torch_cpu, s)
+    }
     assert missing <= since_213
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     assert version < (2, 13) or not missing
@@ -74,7 +77,10 @@ def test_use_isa_selects_and_restores(library: Path) -> None:
     for name in native.load().isas:
         with native.use_isa(name):
             assert ctypes.CDLL(str(library)).hfq_cpu_registered()
-    with pytest.raises(KernelError, match="'sse9'; this build and processor support auto, "), native.use_isa("sse9"):
+    with (
+        pytest.raises(KernelError, match="'sse9'; this build and processor support auto, "),
+        native.use_isa("sse9"),
+    ):
         pass
 
 
@@ -82,17 +88,24 @@ def test_use_isa_selects_and_restores(library: Path) -> None:
 def test_environment_variable_forces_an_isa(library: Path, name: str) -> None:
     code = "from hfq.kernels import native; print(native.load().isa)"
     run = _run(code, HFQ_CPU_ISA=name)
-    assert run.stdout.strip() == ("generic" if name == "generic" else native.load().isas[0]), run.stderr
+    assert run.stdout.strip() == ("generic" if name == "generic" else native.load().isas[0]), (
+        run.stderr
+    )
 
 
 def test_unknown_isa_in_the_environment_is_refused(library: Path) -> None:
     run = _run("from hfq.kernels import native; native.load()", HFQ_CPU_ISA="avx1024")
     assert run.returncode != 0
-    assert "KernelError: the environment variable HFQ_CPU_ISA asks for the instruction set 'avx1024'" in run.stderr
+    assert (
+        "KernelError: the environment variable HFQ_CPU_ISA asks for the instruction set 'avx1024'"
+        in run.stderr
+    )
 
 
 def test_import_loads_no_library() -> None:
-    run = _run("import hfq; from hfq.kernels import native; print('libhfq' in open('/proc/self/maps').read())")
+    run = _run(
+        "import hfq; from hfq.kernels import native; print('libhfq' in open('/proc/self/maps').read())"
+    )
     assert run.stdout.strip() == "False", run.stderr
 
 
@@ -129,6 +142,62 @@ threads = [threading.Thread(target=lambda: found.append(native.load())) for _ in
 print(len(found), len(set(map(id, found))))
 """
     assert _run(code).stdout.split() == ["8", "1"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize(
+    "shape", [(1, 8, 8), (33, 130, 64), (3, 5, 257, 100), (64, 512, 128)], ids=str
+)
+def test_cuda_dequantize_agrees_with_the_reference(
+    cuda: torch.device, generator: torch.Generator, bits: int, shape: tuple[int, ...]
+) -> None:
+    status = native.load()
+    if not status.cuda:
+        pytest.skip(f"no native CUDA kernels: {status.cuda_reason}")
+    *lead, columns, group_size = shape
+    groups, size = -(-columns // group_size), -(-columns * bits // 8)
+    codes = torch.randint(0, 256, (*lead, size, 1), generator=generator, dtype=torch.uint8)
+    g_idx = (
+        torch.randperm(columns, generator=generator).div(group_size, rounding_mode="floor").int()
+    )
+    table = torch.randn(1 << bits, generator=generator)
+    for scale_dtype in (torch.float16, torch.bfloat16, torch.float32):
+        scales = torch.rand(*lead, groups, generator=generator).to(scale_dtype)
+        zeros = (torch.rand(*lead, groups, generator=generator) * ((1 << bits) - 1)).to(scale_dtype)
+        for extra in (
+            (None, None, None),
+            (zeros, None, None),
+            (None, table, None),
+            (zeros, None, g_idx),
+        ):
+            for dtype in (torch.float16, torch.bfloat16, torch.float32):
+                sizes = (bits, group_size, columns, dtype)
+                expected = torch.ops.hfq.dequantize(codes, scales, *extra, *sizes)
+                on_gpu = [None if t is None else t.to(cuda) for t in (codes, scales, *extra)]
+                y = torch.ops.hfq.dequantize(*on_gpu, *sizes)
+                torch.testing.assert_close(y.cpu(), expected, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+def test_cuda_dequantize_refuses_bad_arguments(cuda: torch.device) -> None:
+    if not native.load().cuda:
+        pytest.skip(f"no native CUDA kernels: {native.load().cuda_reason}")
+    codes = torch.zeros(4, 32, 1, dtype=torch.uint8, device=cuda)
+    scales = torch.ones(4, 2, device=cuda)
+
+    def run(codes: torch.Tensor, scales: torch.Tensor, *sizes: object) -> None:
+        torch.ops.hfq.dequantize(codes, scales, None, None, None, *sizes, torch.float16)
+
+    run(codes, scales, 4, 32, 64)
+    with pytest.raises(RuntimeError, match="bits must be 1 to 8"):
+        run(codes, scales, 9, 32, 64)
+    with pytest.raises(RuntimeError, match="qweight must be uint8 of shape"):
+        run(codes, scales, 4, 32, 66)
+    with pytest.raises(RuntimeError, match="groups per row"):
+        run(codes, scales, 4, 16, 64)
+    with pytest.raises(RuntimeError, match="scales must be on the device"):
+        run(codes, scales.cpu(), 4, 32, 64)
 
 
 # ---- huge pages
@@ -176,7 +245,9 @@ def _inside(line: str, address: int) -> bool:
 
 
 @pytest.mark.parametrize("lead", [(), (3,), (2, 3)], ids=str)
-@pytest.mark.parametrize(("rows", "size", "groups"), [(1, 1, 1), (16, 8, 2), (17, 9, 3), (33, 130, 5)])
+@pytest.mark.parametrize(
+    ("rows", "size", "groups"), [(1, 1, 1), (16, 8, 2), (17, 9, 3), (33, 130, 5)]
+)
 def test_rows16_round_trip(
     generator: torch.Generator, lead: tuple[int, ...], rows: int, size: int, groups: int
 ) -> None:
@@ -204,4 +275,9 @@ def test_rows16_of_unaligned_codes(generator: torch.Generator) -> None:
 
 
 def test_rows16_on_the_meta_device() -> None:
-    assert rows16.to_rows16(torch.empty(17, 9, 1, dtype=torch.uint8, device="meta")).shape == (2, 3, 16, 4)
+    assert rows16.to_rows16(torch.empty(17, 9, 1, dtype=torch.uint8, device="meta")).shape == (
+        2,
+        3,
+        16,
+        4,
+    )

@@ -198,8 +198,15 @@ def test_opcheck_dequantize(grid: PackedGrid) -> None:
         torch.library.opcheck(torch.ops.hfq.dequantize.default, arguments)
 
 
-@pytest.mark.parametrize("kind", ["2-D", "3-D", "empty", "transposed"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("2-D", torch.bfloat16),
+        ("3-D", torch.float32),
+        ("empty", torch.float32),
+        ("transposed", torch.float32),
+    ],
+)
 def test_opcheck_linear(
     kind: str, dtype: torch.dtype, grid: PackedGrid, generator: torch.Generator
 ) -> None:

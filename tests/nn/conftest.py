@@ -20,6 +20,7 @@ SPECS: dict[str, tuple[str, QuantSpec]] = {
     "nf4, double quantization": ("nf4", CodebookSpec(group_size=16, double_quant=True)),
 }
 
+
 @pytest.fixture(params=SPECS.values(), ids=SPECS.keys())
 def format_and_spec(request: pytest.FixtureRequest) -> tuple[str, QuantSpec]:
     found: tuple[str, QuantSpec] = request.param

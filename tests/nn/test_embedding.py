@@ -13,7 +13,11 @@ from hfq.nn.virtual_weight import VirtualWeight
 
 
 def table_of(
-    rows: int, columns: int, generator: torch.Generator, format: str = "int", spec: QuantSpec = IntSpec()  # noqa: B008
+    rows: int,
+    columns: int,
+    generator: torch.Generator,
+    format: str = "int",
+    spec: QuantSpec = IntSpec(),  # noqa: B008
 ) -> QuantEmbedding:
     table = QuantEmbedding(rows, columns, format=format, spec=spec)
     table.requantize("weight", torch.randn(rows, columns, generator=generator))
@@ -23,7 +27,11 @@ def table_of(
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (37, 13), (64, 96)])
 @pytest.mark.parametrize("with_head", [False, True])
 def test_rows_of_every_format(
-    rows: int, columns: int, with_head: bool, format_and_spec: tuple[str, QuantSpec], generator: torch.Generator
+    rows: int,
+    columns: int,
+    with_head: bool,
+    format_and_spec: tuple[str, QuantSpec],
+    generator: torch.Generator,
 ) -> None:
     format, spec = format_and_spec
     table = table_of(rows, columns, generator, format, spec)
@@ -50,7 +58,9 @@ def test_rows_have_the_dtype_of_the_module(dtype: torch.dtype, generator: torch.
 
 @pytest.mark.parametrize("ids", [[-1], [0, 37], [40], [1000]])
 @pytest.mark.parametrize("with_head", [False, True])
-def test_ids_outside_of_the_table_are_refused(ids: list[int], with_head: bool, generator: torch.Generator) -> None:
+def test_ids_outside_of_the_table_are_refused(
+    ids: list[int], with_head: bool, generator: torch.Generator
+) -> None:
     table = table_of(37, 32, generator)
     if with_head:
         head = QuantLinear(32, 37, bias=False, format="int", spec=IntSpec())
@@ -62,10 +72,17 @@ def test_ids_outside_of_the_table_are_refused(ids: list[int], with_head: bool, g
 
 def test_from_embedding(generator: torch.Generator) -> None:
     embedding = nn.Embedding(37, 32, padding_idx=3, dtype=torch.bfloat16).eval()
-    table = QuantEmbedding.from_embedding(embedding, format="int", spec=IntSpec(bits=8, group_size=32))
+    table = QuantEmbedding.from_embedding(
+        embedding, format="int", spec=IntSpec(bits=8, group_size=32)
+    )
     assert isinstance(table, nn.Embedding) and not table.training
     assert (table.num_embeddings, table.embedding_dim, table.padding_idx) == (37, 32, 3)
-    assert (table.max_norm, table.norm_type, table.scale_grad_by_freq, table.sparse) == (None, 2.0, False, False)
+    assert (table.max_norm, table.norm_type, table.scale_grad_by_freq, table.sparse) == (
+        None,
+        2.0,
+        False,
+        False,
+    )
     assert isinstance(table.weight, VirtualWeight) and table.weight.dtype == torch.bfloat16
     assert torch.equal(table(torch.tensor([3])), torch.zeros(1, 32, dtype=torch.bfloat16))
     error = (table.dequantize() - embedding.weight).abs().max()

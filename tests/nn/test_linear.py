@@ -111,7 +111,9 @@ def test_dtypes(
     bits: int, dtype: torch.dtype, weight_dtype: torch.dtype, generator: torch.Generator
 ) -> None:
     """The output has the dtype of x, whatever the dtype of the weight."""
-    packed = quantized(24, 32, generator, spec=IntSpec(bits=bits, group_size=16), dtype=weight_dtype)
+    packed = quantized(
+        24, 32, generator, spec=IntSpec(bits=bits, group_size=16), dtype=weight_dtype
+    )
     for tokens in (2, 33):
         x = torch.randn(tokens, 32, generator=generator).to(dtype).requires_grad_(True)
         y = packed(x)
@@ -139,7 +141,9 @@ def test_autocast_computes_and_answers_like_a_float_linear(
         assert packed(x).dtype == dtype
 
 
-def test_gradients_of_a_linear_without_bias_and_of_a_frozen_input(generator: torch.Generator) -> None:
+def test_gradients_of_a_linear_without_bias_and_of_a_frozen_input(
+    generator: torch.Generator,
+) -> None:
     packed = quantized(24, 32, generator, bias=False)
     x = torch.randn(3, 32, generator=generator)
     assert packed.bias is None and not packed(x).requires_grad
@@ -162,6 +166,11 @@ def test_first_and_second_derivatives(spec: IntSpec, generator: torch.Generator)
     assert torch.autograd.gradgradcheck(call, (x, packed.bias), atol=1e-3, eps=1e-2)
 
 
+def saved_into(found: list[Tensor]) -> torch.autograd.graph.saved_tensors_hooks:
+    """Collects what autograd saves inside the block."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda t: found.append(t) or t, lambda t: t)
+
+
 def test_only_packed_tensors_are_saved_for_backward(
     format_and_spec: tuple[str, QuantSpec], generator: torch.Generator
 ) -> None:
@@ -169,11 +178,15 @@ def test_only_packed_tensors_are_saved_for_backward(
     packed = quantized(64, 96, generator, format=format, spec=spec)
     packed.prepare()
     held = {p.untyped_storage().data_ptr() for p in packed.parameters()}
-    held |= {t.untyped_storage().data_ptr() for t in vars(packed.grid("weight")).values() if isinstance(t, Tensor)}
+    held |= {
+        t.untyped_storage().data_ptr()
+        for t in vars(packed.grid("weight")).values()
+        if isinstance(t, Tensor)
+    }
     for tokens in (3, 40):
         saved: list[Tensor] = []
         x = torch.randn(tokens, 96, generator=generator, requires_grad=True)
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        with saved_into(saved):
             y = packed(x)
         assert saved
         assert all(t.untyped_storage().data_ptr() in held for t in saved)
@@ -190,6 +203,20 @@ def test_new_codes_leave_a_pending_backward_alone(generator: torch.Generator) ->
     close(x.grad, torch.ones(3, 24) @ before)
 
 
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("shape", [(2, 32), (2, 3, 32), (1, 40, 32), (32,)])
+def test_outputs_may_be_changed_in_place(
+    shape: tuple[int, ...], bits: int, generator: torch.Generator
+) -> None:
+    """Adapters do that: `result += lora(x)`."""
+    packed = quantized(24, 32, generator, spec=IntSpec(bits=bits, group_size=16))
+    x = torch.randn(shape, generator=generator, requires_grad=True)
+    y = packed(x)
+    y += 2 * y.detach()
+    y *= 3
+    close(torch.autograd.grad(y.sum(), x)[0], (3 * packed.dequantize().sum(0)).expand(shape))
+
+
 # ---- kernel modes
 
 
@@ -197,7 +224,9 @@ def test_int8_activations_only_where_asked_or_harmless(generator: torch.Generato
     packed = quantized(24, 32, generator)
     packed.kernel_mode = "auto"
     x = torch.randn(2, 32, generator=generator)
-    cases = itertools.product((torch.float32, torch.bfloat16, torch.float16, torch.float64), (True, False), (True, False))
+    cases = itertools.product(
+        (torch.float32, torch.bfloat16, torch.float16, torch.float64), (True, False), (True, False)
+    )
     for dtype, training, needs_grad in cases:
         packed.train(training)
         token = x.to(dtype).requires_grad_(needs_grad)
@@ -205,7 +234,9 @@ def test_int8_activations_only_where_asked_or_harmless(generator: torch.Generato
         assert packed.int8_activations(token) == wanted
         with torch.no_grad():
             # Checkpointed blocks of a model in training run without gradients first.
-            assert packed.int8_activations(token) == (dtype in (torch.bfloat16, torch.float16) and not training)
+            assert packed.int8_activations(token) == (
+                dtype in (torch.bfloat16, torch.float16) and not training
+            )
     for mode in ("exact", "int8"):
         packed.kernel_mode = mode
         assert packed.int8_activations(x) == (mode == "int8")

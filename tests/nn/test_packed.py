@@ -21,7 +21,12 @@ FOUR_BITS = IntSpec(group_size=16)
 
 
 def quantized(
-    generator: torch.Generator, *, format: str = "int", spec: QuantSpec = FOUR_BITS, rows: int = 24, columns: int = 32
+    generator: torch.Generator,
+    *,
+    format: str = "int",
+    spec: QuantSpec = FOUR_BITS,
+    rows: int = 24,
+    columns: int = 32,
 ) -> QuantLinear:
     packed = QuantLinear(columns, rows, format=format, spec=spec)
     packed.requantize("weight", torch.randn(rows, columns, generator=generator))
@@ -44,7 +49,9 @@ def snapshot(module: nn.Module) -> dict[str, Tensor]:
 
 
 def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+    return a.keys() == b.keys() and all(
+        a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a
+    )
 
 
 # ---- preparation
@@ -86,19 +93,38 @@ def test_threads_may_meet_in_the_first_forward(generator: torch.Generator) -> No
     reference = quantized(generator)
     wanted = reference(x)
     for _ in range(20):
-        packed = copy.deepcopy(reference)
-        start, results = threading.Barrier(4), []
-
-        def call() -> None:
-            start.wait()
-            results.append(packed(x))  # noqa: B023
-
-        threads = [threading.Thread(target=call) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        results = from_threads(copy.deepcopy(reference), x, 4)
         assert len(results) == 4 and all(torch.equal(y, wanted) for y in results)
+
+
+def from_threads(module: nn.Module, x: Tensor, count: int) -> list[Tensor]:
+    """Outputs of `count` threads that call the module at the same moment."""
+    start, results = threading.Barrier(count), []
+
+    def call() -> None:
+        start.wait()
+        results.append(module(x))
+
+    threads = [threading.Thread(target=call) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_prepared_in_inference_mode_and_trained_later(generator: torch.Generator) -> None:
+    packed = quantized(generator)
+    x = torch.randn(3, 32, generator=generator)
+    with torch.inference_mode():
+        packed(x)
+        packed.restore()
+        packed(x)
+        packed.weight = packed.dequantize()
+        packed(x)
+    x.requires_grad_(True)
+    packed(x).sum().backward()
+    torch.testing.assert_close(x.grad, packed.dequantize().sum(0).expand(3, 32))
 
 
 def test_replaced_parameters_are_used(generator: torch.Generator) -> None:
@@ -109,12 +135,16 @@ def test_replaced_parameters_are_used(generator: torch.Generator) -> None:
     wanted = other(x) - other.bias + packed.bias
     other.restore()
     for name in ("qweight", "weight_scale"):
-        packed._parameters[name] = nn.Parameter(other._parameters[name].clone(), requires_grad=False)
+        packed._parameters[name] = nn.Parameter(
+            other._parameters[name].clone(), requires_grad=False
+        )
     torch.testing.assert_close(packed(x), wanted)
     packed = quantized(generator)
     packed(x)
     for name, tensor in other.neutral_tensors("weight").items():
-        setattr(packed, packed.slot.attribute(name), nn.Parameter(tensor.clone(), requires_grad=False))
+        setattr(
+            packed, packed.slot.attribute(name), nn.Parameter(tensor.clone(), requires_grad=False)
+        )
     torch.testing.assert_close(packed(x), other(x) - other.bias + packed.bias)
     assert not any(p.is_floating_point() for p in packed.packed_parameters("weight").values())
 
@@ -131,7 +161,9 @@ def test_functional_call(prepared: bool, generator: torch.Generator) -> None:
     for state in (other.state_dict(), dict(other.named_parameters())):
         out = torch.func.functional_call(packed, state, (x,))
         torch.testing.assert_close(out, other(x))
-        torch.testing.assert_close(torch.autograd.grad(out.sum(), x)[0], other.dequantize().sum(0).expand(2, 32))
+        torch.testing.assert_close(
+            torch.autograd.grad(out.sum(), x)[0], other.dequantize().sum(0).expand(2, 32)
+        )
     assert torch.equal(packed(x), y)
 
 
@@ -380,7 +412,9 @@ def test_tied_weights_are_saved_once(prepared: bool, generator: torch.Generator)
     model["head"].prepare() if prepared else model["head"].restore()
     state = model.state_dict()
     for name in ("qweight", "weight_scale"):
-        pointers = {state[f"{module}.{name}"].untyped_storage().data_ptr() for module in ("table", "head")}
+        pointers = {
+            state[f"{module}.{name}"].untyped_storage().data_ptr() for module in ("table", "head")
+        }
         assert len(pointers) == 1
     twin = tied(generator)
     twin.load_state_dict(torch.load(io.BytesIO(saved(state))))
@@ -388,7 +422,9 @@ def test_tied_weights_are_saved_once(prepared: bool, generator: torch.Generator)
 
 
 @pytest.mark.parametrize("name", ["table", "head"])
-def test_writing_to_either_of_tied_weights_writes_to_both(name: str, generator: torch.Generator) -> None:
+def test_writing_to_either_of_tied_weights_writes_to_both(
+    name: str, generator: torch.Generator
+) -> None:
     model = tied(generator, IntSpec(group_size=1, scale_dtype="float32"))
     value = torch.randn(40, 32, generator=generator)
     model[name].weight = value

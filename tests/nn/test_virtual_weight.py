@@ -46,12 +46,22 @@ def test_metadata_is_free(linear: Counted) -> None:
     weight = linear.weight
     assert isinstance(weight, nn.Parameter) and isinstance(weight, VirtualWeight)
     assert weight.shape == weight.size() == (6, 10) and weight.size(1) == 10
-    assert (weight.dtype, weight.device.type, weight.ndim, weight.dim()) == (torch.float32, "cpu", 2, 2)
+    assert (weight.dtype, weight.device.type, weight.ndim, weight.dim()) == (
+        torch.float32,
+        "cpu",
+        2,
+        2,
+    )
     assert weight.numel() == torch.numel(weight) == weight.nelement() == 60
     assert weight.nbytes == 240 and weight.element_size() == 4 and len(weight) == 6
     assert weight.stride() == (10, 1) and weight.is_contiguous() and weight.storage_offset() == 0
     assert weight.is_floating_point() and not torch.is_complex(weight)
-    assert weight.is_leaf and not weight.requires_grad and weight.grad is None and weight.grad_fn is None
+    assert (
+        weight.is_leaf
+        and not weight.requires_grad
+        and weight.grad is None
+        and weight.grad_fn is None
+    )
     assert not (weight.is_cuda or weight.is_meta or weight.is_sparse or weight.is_quantized)
     assert weight.get_device() == -1 and isinstance(hash(weight), int)
     assert weight.data.shape == weight.detach().shape == (6, 10)
@@ -93,7 +103,9 @@ READS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("read", READS.values(), ids=READS.keys())
-def test_operations_see_the_dequantized_values(linear: Counted, read: Callable[[Tensor], Tensor]) -> None:
+def test_operations_see_the_dequantized_values(
+    linear: Counted, read: Callable[[Tensor], Tensor]
+) -> None:
     wanted = read(linear.dequantize())
     linear.reads = 0
     actual = read(linear.weight)
@@ -154,11 +166,16 @@ def test_a_chain_on_the_result_of_a_write(linear: Counted) -> None:
     assert torch.equal(linear.weight, torch.ones(6, 10))
 
 
-@pytest.mark.parametrize("wrap", [nn.Parameter, lambda w: w, lambda w: w.double(), lambda w: w.T.contiguous().T])
+@pytest.mark.parametrize(
+    "wrap", [nn.Parameter, lambda w: w, lambda w: w.double(), lambda w: w.T.contiguous().T]
+)
 def test_assignment_of_a_tensor(
     linear: Counted, wrap: Callable[[Tensor], Tensor], generator: torch.Generator
 ) -> None:
-    for assign in (lambda w: setattr(linear, "weight", w), lambda w: setattr(linear.weight, "data", w)):
+    for assign in (
+        lambda w: setattr(linear, "weight", w),
+        lambda w: setattr(linear.weight, "data", w),
+    ):
         value = torch.randn(6, 10, generator=generator)
         assign(wrap(value))
         assert torch.equal(linear.weight, value)
@@ -181,7 +198,9 @@ def test_assignment_to_itself_does_nothing(linear: Counted) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_values_that_are_not_finite_leave_the_module_as_it_was(linear: Counted, value: float) -> None:
+def test_values_that_are_not_finite_leave_the_module_as_it_was(
+    linear: Counted, value: float
+) -> None:
     before = {name: tensor.clone() for name, tensor in linear.state_dict().items()}
     bad = torch.zeros(6, 10)
     bad[5, 9] = value
