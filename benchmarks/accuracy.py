@@ -29,7 +29,12 @@ OURS: dict[str, dict[str, Any]] = {
     "hfq int8": {"format": "int8"},
     "hfq int4 g128 rtn": {"bits": 4, "group_size": 128},
     "hfq int4 g128 rtn, scale_search": {"bits": 4, "group_size": 128, "scale_search": True},
-    "hfq int4 g128 asym, scale_search": {"bits": 4, "group_size": 128, "sym": False, "scale_search": True},
+    "hfq int4 g128 asym, scale_search": {
+        "bits": 4,
+        "group_size": 128,
+        "sym": False,
+        "scale_search": True,
+    },
     "hfq int4 g128 hqq": {"method": "hqq", "group_size": 128},
     "hfq int4 g64 rtn, scale_search": {"bits": 4, "group_size": 64, "scale_search": True},
     "hfq int4 g64 hqq": {"method": "hqq", "group_size": 64},
@@ -59,7 +64,13 @@ def hqq_weight(bits: int, group_size: int) -> Callable[[Tensor], Tensor]:
 
     def through(weight: Tensor) -> Tensor:
         packed, meta = Quantizer.quantize(
-            weight, nbits=bits, group_size=group_size, axis=1, optimize=True, device="cpu", compute_dtype=torch.float32
+            weight,
+            nbits=bits,
+            group_size=group_size,
+            axis=1,
+            optimize=True,
+            device="cpu",
+            compute_dtype=torch.float32,
         )
         return Quantizer.dequantize(packed, meta).view_as(weight).float()
 
@@ -84,7 +95,12 @@ def main() -> None:
 
     def measure(model: nn.Module) -> hfq.Evaluation:
         return hfq.evaluate(
-            model, reference, dataset=MODEL / "heldout.txt", tokenizer=tokenizer, batch_size=4, speed=False
+            model,
+            reference,
+            dataset=MODEL / "heldout.txt",
+            tokenizer=tokenizer,
+            batch_size=4,
+            speed=False,
         )
 
     rows: list[dict[str, Any]] = []
@@ -106,7 +122,9 @@ def main() -> None:
 
     for name, settings in OURS.items():
         config = hfq.HfqConfig(kernel_mode="exact", **settings)
-        model = AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(
+            MODEL, quantization_config=config, dtype=torch.float32
+        )
         add(name, model, _packed_bits(model))
     names = set(hfq_weights(model))
     for name, through in peers().items():
@@ -124,7 +142,9 @@ def main() -> None:
             print(f"{package} is not installed: its rows are missing")
     reference_perplexity = rows[0]["perplexity"] / (1 + rows[0]["perplexity_loss_percent"] / 100)
     path = machine.write(
-        "accuracy", "python benchmarks/accuracy.py", {"reference_perplexity": reference_perplexity, "rows": rows}
+        "accuracy",
+        "python benchmarks/accuracy.py",
+        {"reference_perplexity": reference_perplexity, "rows": rows},
     )
     print(f"written: {path.name}")
 
@@ -139,7 +159,9 @@ def _packed_bits(model: nn.Module) -> float:
     bits = count = 0
     for name in hfq_weights(model):
         module = model.get_submodule(name)
-        bits += 8 * sum(t.numel() * t.element_size() for t in module.neutral_tensors("weight").values())
+        bits += 8 * sum(
+            t.numel() * t.element_size() for t in module.neutral_tensors("weight").values()
+        )
         count += module.in_features * module.out_features
     return bits / count
 

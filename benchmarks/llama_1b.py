@@ -37,7 +37,9 @@ def make(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE), dtype=torch.bfloat16).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE), dtype=torch.bfloat16).save_pretrained(
+        folder
+    )
 
 
 def quantize(source: Path, target: Path, packed_format: str) -> dict[str, Any]:
@@ -89,7 +91,9 @@ def decode(source: Path, target: Path) -> dict[str, Any]:
         "hfq": AutoModelForCausalLM.from_pretrained(target, dtype=torch.bfloat16),
         "bfloat16": AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16),
     }
-    ids = torch.randint(0, SHAPE["vocab_size"], (1, PROMPT), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        0, SHAPE["vocab_size"], (1, PROMPT), generator=torch.Generator().manual_seed(0)
+    )
     rates: dict[str, list[float]] = {name: [] for name in models}
     prefill: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(ROUNDS):
@@ -99,8 +103,12 @@ def decode(source: Path, target: Path) -> dict[str, Any]:
             rates[name].append(1 / step)
     ratios = [a / b for a, b in zip(rates["hfq"], rates["bfloat16"], strict=True)]
     return {
-        "decode_tokens_per_second": {name: statistics.median(values) for name, values in rates.items()},
-        "prefill_tokens_per_second": {name: statistics.median(values) for name, values in prefill.items()},
+        "decode_tokens_per_second": {
+            name: statistics.median(values) for name, values in rates.items()
+        },
+        "prefill_tokens_per_second": {
+            name: statistics.median(values) for name, values in prefill.items()
+        },
         "decode_ratio_to_bfloat16": statistics.median(ratios),
         "decode_ratios": ratios,
         "kernels": sorted({row.kernel for row in hfq.explain(models["hfq"]).weights}),
@@ -140,7 +148,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "hfq-llama-1b")
     parser.add_argument("--format", default="int")
-    parser.add_argument("--step", choices=("make", "quantize", "load", "decode"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--step", choices=("make", "quantize", "load", "decode"), help=argparse.SUPPRESS
+    )
     args = parser.parse_args()
     source, target = args.folder / "float", args.folder / f"packed-{args.format}"
     if args.step:
@@ -155,8 +165,21 @@ def main() -> None:
     import machine
 
     results = {}
-    for step in ("quantize", "load", "decode") if source.exists() else ("make", "quantize", "load", "decode"):
-        command = [sys.executable, __file__, "--folder", str(args.folder), "--format", args.format, "--step", step]
+    for step in (
+        ("quantize", "load", "decode")
+        if source.exists()
+        else ("make", "quantize", "load", "decode")
+    ):
+        command = [
+            sys.executable,
+            __file__,
+            "--folder",
+            str(args.folder),
+            "--format",
+            args.format,
+            "--step",
+            step,
+        ]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         results[step] = json.loads(output.splitlines()[-1])
         print(step, json.dumps(results[step], indent=2), flush=True)

@@ -34,7 +34,9 @@ def write(name: str, command: str, results: dict[str, Any]) -> Path:
     """``benchmarks/results/<name>.json``, with the command that made it."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"command": command, "machine": describe(), **results}, indent=2) + "\n")
+    path.write_text(
+        json.dumps({"command": command, "machine": describe(), **results}, indent=2) + "\n"
+    )
     return path
 
 

@@ -1,6 +1,6 @@
 """Quantize a trained model to 4 bits, save it, load it in a new process, compare. Runs offline on the CPU.
 
-    python examples/demo.py [--format int|nf4|int8] [--out FOLDER]
+python examples/demo.py [--format int|nf4|int8] [--out FOLDER]
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hfq
 from hfq import HfqConfig
-from hfq.table import format_table
+from hfq.table import format_bytes, format_table
 
 MODEL = Path(__file__).parent / "stdlib-llama"
 PROMPT = "def read(self, path):\n"
@@ -55,7 +55,9 @@ def run(packed_format: str, out: Path, max_tokens: int, scratch: Path) -> None:
     quantized = AutoModelForCausalLM.from_pretrained(
         MODEL, quantization_config=config, dtype=torch.bfloat16
     )
-    print(f"quantized in {time.perf_counter() - start:.1f} s: {quantized.hf_quantizer.selection.summary()}")
+    print(
+        f"quantized in {time.perf_counter() - start:.1f} s: {quantized.hf_quantizer.selection.summary()}"
+    )
     quantized.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
@@ -77,15 +79,26 @@ def run(packed_format: str, out: Path, max_tokens: int, scratch: Path) -> None:
     )
     print()
     print(result.table())
-    file_sizes = [sum(f.stat().st_size for f in d.glob("*.safetensors")) for d in (MODEL, out)]
+    on_disk = {"float": MODEL, "quantized": out}
+    rows = [
+        (name, format_bytes(sum(file.stat().st_size for file in folder.glob("*.safetensors"))))
+        for name, folder in on_disk.items()
+    ]
     print()
-    print(format_table(("on disk", "MB"), [(name, f"{size / 1e6:.2f}") for name, size in zip(("float", "quantized"), file_sizes)]))
+    print(format_table(("on disk", "size"), rows))
 
 
 def load_in_new_process(folder: Path, ids: torch.Tensor, scratch: Path) -> dict[str, torch.Tensor]:
     """Logits and generated tokens of the saved model, computed elsewhere."""
     torch.save(ids, scratch / "ids.pt")
-    command = [sys.executable, "-c", RELOAD, str(folder), str(scratch / "ids.pt"), str(scratch / "out.pt")]
+    command = [
+        sys.executable,
+        "-c",
+        RELOAD,
+        str(folder),
+        str(scratch / "ids.pt"),
+        str(scratch / "out.pt"),
+    ]
     subprocess.run([*command, str(NEW_TOKENS)], check=True)
     return torch.load(scratch / "out.pt", weights_only=True)
 
