@@ -275,10 +275,8 @@ class HfqQuantizer(HfQuantizer):
             if module.is_offloaded:
                 raise ConfigError(f"{name} is offloaded: load the model without offloading to dequantize it")
             module.compute_dtype = target or module.compute_dtype
-            if isinstance(module, QuantLinear):
-                model.set_submodule(name, _float_linear(module))
-            elif isinstance(module, QuantEmbedding):
-                model.set_submodule(name, _float_embedding(module))
+            if isinstance(module, (QuantLinear, QuantEmbedding)):
+                model.set_submodule(name, _float_twin(module))
             elif isinstance(module, QuantExperts):
                 unpack_experts_(module, module.compute_dtype)
         if "_tied_weights_keys" in model.__dict__:
@@ -357,21 +355,13 @@ def _packed_twin(module: nn.Module, recipe: Recipe) -> QuantLinear | QuantEmbedd
     )
 
 
-def _float_linear(module: QuantLinear) -> nn.Module:
-    weight = module.dequantize()
-    if module.slot.transposed:
-        new: nn.Module = Conv1D(module.out_features, module.in_features)  # type: ignore[no-untyped-call]
-        weight = weight.T.contiguous()
-    else:
-        has_bias = module.bias is not None
-        new = nn.Linear(module.in_features, module.out_features, has_bias, device="meta")
-    new.weight = nn.Parameter(weight)
-    if module.bias is not None:
-        new.bias = nn.Parameter(module.bias.data.to(weight.dtype))
-    return new
-
-
-def _float_embedding(module: QuantEmbedding) -> nn.Embedding:
-    new = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx, device="meta")
-    new.weight = nn.Parameter(module.dequantize())
-    return new
+def _float_twin(module: QuantLinear | QuantEmbedding) -> nn.Module:
+    """A trainable float module of the kind that was packed."""
+    new: nn.Module = module.to_float()
+    if isinstance(module, QuantLinear) and module.slot.transposed:
+        linear = new
+        new = Conv1D(module.out_features, module.in_features)  # type: ignore[no-untyped-call]
+        new.weight = nn.Parameter(cast(Tensor, linear.weight).T.contiguous())
+        if module.bias is not None:
+            new.bias = cast(nn.Parameter, linear.bias)
+    return new.requires_grad_(True)

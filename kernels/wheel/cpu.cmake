@@ -56,8 +56,8 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
 endif()
 
 if(HFQ_SANITIZE)
-  target_compile_options(hfq_cpu PRIVATE -O1 -g -fsanitize=address,undefined -fno-omit-frame-pointer)
-  target_link_options(hfq_cpu PRIVATE -fsanitize=address,undefined)
+  target_compile_options(hfq_cpu PRIVATE -O1 -g -fsanitize=address -fno-omit-frame-pointer)
+  target_link_options(hfq_cpu PRIVATE -fsanitize=address)
 endif()
 
 add_torch_stub(torch_cpu)
