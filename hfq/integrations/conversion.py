@@ -48,7 +48,9 @@ class PackedNames(WeightRenaming):
 
     __slots__ = ("modules", "source", "target")
 
-    def __init__(self, modules: Collection[str], source: str = "weight", target: str = "qweight") -> None:
+    def __init__(
+        self, modules: Collection[str], source: str = "weight", target: str = "qweight"
+    ) -> None:
         super().__init__(source_patterns=rf"\.{source}$", target_patterns=f".{target}")
         self.modules = frozenset(modules)
         self.source = source
@@ -71,4 +73,8 @@ def spellings(modules: Iterable[str], prefix: str) -> set[str]:
     """Module names with and without the base model's prefix."""
     dotted = f"{prefix}."
     names = set(modules)
-    return names | {n.removeprefix(dotted) for n in names} | {dotted + n for n in names if not n.startswith(dotted)}
+    return (
+        names
+        | {n.removeprefix(dotted) for n in names}
+        | {dotted + n for n in names if not n.startswith(dotted)}
+    )

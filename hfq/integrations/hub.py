@@ -104,7 +104,11 @@ class _Publishing:
 
 @cache
 def _publishing_class(stock: type[Any]) -> type[Any]:
-    fields = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
+    fields = {
+        "__module__": stock.__module__,
+        "__qualname__": stock.__qualname__,
+        "__doc__": stock.__doc__,
+    }
     return type(stock.__name__, (_Publishing, stock), {**fields, "stock_class": stock})
 
 

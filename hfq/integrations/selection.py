@@ -37,7 +37,9 @@ class Selection:
         packed = sum(len(bases) for bases in self.recipes.values())
         line = f"quantized {packed} of {packed + len(self.kept)} weights"
         if self.kept:
-            reasons = ", ".join(f"{why} ({count})" for why, count in Counter(self.kept.values()).most_common())
+            reasons = ", ".join(
+                f"{why} ({count})" for why, count in Counter(self.kept.values()).most_common()
+            )
             line += f"; kept {len(self.kept)}: {reasons}"
         return line
 
@@ -69,7 +71,9 @@ def select_modules(
             if available is not None and names.isdisjoint(available):
                 reason = "not in the checkpoint"
             elif packed is not None:
-                reason = (reason or _stored_float(config, owner)) if names.isdisjoint(packed) else None
+                reason = (
+                    (reason or _stored_float(config, owner)) if names.isdisjoint(packed) else None
+                )
             recipe = None if reason else config.recipe(owner)
             if recipe is None:
                 selection.kept[full_name] = reason or "overrides"
@@ -99,13 +103,19 @@ class _Roles:
             "inputs": model.get_input_embeddings(),
             "outputs": model.get_output_embeddings(),  # type: ignore[no-untyped-call]
         }
-        names = {role: frozenset(n for n, m in model.named_modules() if m is module) for role, module in heads.items()}
+        names = {
+            role: frozenset(n for n, m in model.named_modules() if m is module)
+            for role, module in heads.items()
+        }
         tied = {
             target.rpartition(".")[0]: source.rpartition(".")[0]
             for target, source in model.all_tied_weights_keys.items()
             if target.endswith(".weight") and source.endswith(".weight")
         }
-        keep = {*(model._keep_in_fp32_modules or ()), *(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
+        keep = {
+            *(model._keep_in_fp32_modules or ()),
+            *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
+        }
         return cls(names["inputs"], names["outputs"], tied, frozenset(keep))
 
 

@@ -90,7 +90,9 @@ class HfqQuantizer(HfQuantizer):
             packed = {name for name, key in available.items() if headers[key].dtype == torch.uint8}
         self.selection = select_modules(model, self.quantization_config, available, packed)
         if not self.selection.recipes:
-            logger.warning(f"hfq: no weight of {type(model).__name__} was quantized: {self.selection.summary()}")
+            logger.warning(
+                f"hfq: no weight of {type(model).__name__} was quantized: {self.selection.summary()}"
+            )
         tied = _tied_modules(model)
         for name, recipes in self.selection.recipes.items():
             self._swap(model, name, recipes, has_tensor=name not in tied)
@@ -102,13 +104,17 @@ class HfqQuantizer(HfQuantizer):
     def _headers(self, files: list[str]) -> dict[str, TensorLayout] | None:
         if not all(file.endswith(".safetensors") for file in files):
             if self.pre_quantized:
-                raise CheckpointError(f"expected safetensors files, got {files[0]}: packed checkpoints have no other")
+                raise CheckpointError(
+                    f"expected safetensors files, got {files[0]}: packed checkpoints have no other"
+                )
             return None
         # Memory maps are known by their real paths; the Hub's cache is made of links.
         self._files = tuple(os.path.realpath(file) for file in files)
         return read_headers(files)
 
-    def _swap(self, model: PreTrainedModel, name: str, recipes: dict[str, Recipe], has_tensor: bool) -> None:
+    def _swap(
+        self, model: PreTrainedModel, name: str, recipes: dict[str, Recipe], has_tensor: bool
+    ) -> None:
         """Replace one float module of the skeleton by its packed twin.
 
         `has_tensor`: the checkpoint has a tensor of this name (a tied head has none). On the fly a float
@@ -119,7 +125,9 @@ class HfqQuantizer(HfQuantizer):
         self._recipes.update({f"{name}.{base}": recipe for base, recipe in recipes.items()})
         if "weight" not in recipes:
             plan = {base: (recipe.format, recipe.spec) for base, recipe in recipes.items()}
-            pack_experts_(module, plan, dtype=torch.get_default_dtype(), keep_placeholders=placeholder)
+            pack_experts_(
+                module, plan, dtype=torch.get_default_dtype(), keep_placeholders=placeholder
+            )
             return
         new = _packed_twin(module, recipes["weight"])
         if placeholder:
@@ -131,11 +139,18 @@ class HfqQuantizer(HfQuantizer):
         """Express the ties of packed modules by their packed tensors."""
         if not any(target in self.selection.recipes for target in tied):
             return
-        keys = {t: s for t, s in model.all_tied_weights_keys.items() if t.rpartition(".")[0] not in self.selection.recipes}
+        keys = {
+            t: s
+            for t, s in model.all_tied_weights_keys.items()
+            if t.rpartition(".")[0] not in self.selection.recipes
+        }
         for target, source in tied.items():
             if target in self.selection.recipes:
                 slot = cast(PackedModule, model.get_submodule(target)).slots["weight"]
-                keys |= {f"{target}.{slot.attribute(k)}": f"{source}.{slot.attribute(k)}" for k in slot.layout()}
+                keys |= {
+                    f"{target}.{slot.attribute(k)}": f"{source}.{slot.attribute(k)}"
+                    for k in slot.layout()
+                }
         # On the instance: the class speaks for float models.
         vars(model).update(_tied_weights_keys=dict(keys), all_tied_weights_keys=keys)
 
@@ -158,7 +173,9 @@ class HfqQuantizer(HfQuantizer):
 
     # ---- tensors on their way in
 
-    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **unused: Any) -> bool:
+    def param_needs_quantization(
+        self, model: PreTrainedModel, param_name: str, **unused: Any
+    ) -> bool:
         if self.pre_quantized or param_name not in self._recipes:
             return False
         module, _, base = param_name.rpartition(".")
@@ -172,7 +189,9 @@ class HfqQuantizer(HfQuantizer):
     def get_quantize_ops(self) -> QuantizeOnArrival:
         return QuantizeOnArrival(self._quantize)
 
-    def _quantize(self, model: PreTrainedModel, name: str, weight: Tensor) -> dict[str, nn.Parameter]:
+    def _quantize(
+        self, model: PreTrainedModel, name: str, weight: Tensor
+    ) -> dict[str, nn.Parameter]:
         """Pack the float tensor of parameter `name`; full names of the packed Parameters.
 
         The loader would wrap an error of ours into a report of its own, so it is raised after loading.
@@ -186,7 +205,9 @@ class HfqQuantizer(HfQuantizer):
             return algorithm.quantize(rows, recipe.spec, recipe.options)
 
         try:
-            packed = pack_weight(weight.transpose(-2, -1) if slot.transposed else weight, slot, encode)
+            packed = pack_weight(
+                weight.transpose(-2, -1) if slot.transposed else weight, slot, encode
+            )
         except HfqError as err:
             self._failures[name] = err
             packed = {
@@ -203,7 +224,9 @@ class HfqQuantizer(HfQuantizer):
     def get_weight_conversions(self) -> list[WeightRenaming]:
         return [self._packed_names()] if self.pre_quantized else []
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: Any = None
+    ) -> list[Any]:
         # Transformers 5.17 passes no model.
         return [*weight_conversions, *self.get_weight_conversions()]
 
@@ -213,7 +236,9 @@ class HfqQuantizer(HfQuantizer):
 
     # ---- the loaded model
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **unused: Any) -> PreTrainedModel:
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **unused: Any
+    ) -> PreTrainedModel:
         self._raise_failures()
         self._keep_transforms(model)
         for name, module in _packed_modules(model):
@@ -238,7 +263,9 @@ class HfqQuantizer(HfQuantizer):
         if not self._failures:
             return
         name, first = next(iter(self._failures.items()))
-        more = f" ({len(self._failures) - 1} more weights failed)" if len(self._failures) > 1 else ""
+        more = (
+            f" ({len(self._failures) - 1} more weights failed)" if len(self._failures) > 1 else ""
+        )
         raise type(first)(f"{name}: {first}{more}") from first
 
     def _keep_transforms(self, model: PreTrainedModel) -> None:
@@ -254,7 +281,11 @@ class HfqQuantizer(HfQuantizer):
             if not isinstance(module, QuantEmbedding):
                 continue
             for _, other in _packed_modules(model):
-                if isinstance(other, QuantLinear) and other.qweight is module.qweight and not other.is_offloaded:
+                if (
+                    isinstance(other, QuantLinear)
+                    and other.qweight is module.qweight
+                    and not other.is_offloaded
+                ):
                     module.share_packed(other)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
@@ -267,13 +298,17 @@ class HfqQuantizer(HfQuantizer):
     # ---- back to float
 
     @torch.no_grad()
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+    def _dequantize(
+        self, model: PreTrainedModel, dtype: torch.dtype | str | None = None
+    ) -> PreTrainedModel:
         """Replace every packed module by a float one of the model's dtype."""
         # save_pretrained() leaves a string in config.dtype, and that is what arrives here.
         target = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for name, module in list(_packed_modules(model)):
             if module.is_offloaded:
-                raise ConfigError(f"{name} is offloaded: load the model without offloading to dequantize it")
+                raise ConfigError(
+                    f"{name} is offloaded: load the model without offloading to dequantize it"
+                )
             module.compute_dtype = target or module.compute_dtype
             if isinstance(module, (QuantLinear, QuantEmbedding)):
                 model.set_submodule(name, _float_twin(module))
@@ -303,7 +338,9 @@ def _parameter_names(model: PreTrainedModel, headers: dict[str, TensorLayout]) -
     expected = model.state_dict()
     names: dict[str, str] = {}
     for key in headers:
-        renamed, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, expected)
+        renamed, _ = rename_source_key(
+            key, renamings, converters, model.base_model_prefix, expected
+        )
         if renamed not in expected:
             # As in the loader: a key that no rule should have touched may only lack the prefix.
             renamed, _ = rename_source_key(key, [], [], model.base_model_prefix, expected)

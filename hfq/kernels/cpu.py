@@ -1,6 +1,6 @@
 """CPU kernels on the ``rows16`` layout: 4-bit integers and codebooks, 8-bit integers.
 
-Few tokens: one pass over the packed weight (`cpu_linear`). Many tokens: dequantize into the dtype of x and let
+Few tokens: the packed weight is read directly (`cpu_linear`). Many tokens: dequantize into the dtype of x and let
 the matrix library multiply, which costs one more pass over the weight and reuses it for all tokens.
 """
 
@@ -19,7 +19,9 @@ from .ops import rows16_weight
 
 __all__ = ["MAX_DIRECT_TOKENS", "CpuRows16"]
 
-MAX_DIRECT_TOKENS = 16
+# Up to here `cpu_linear` is faster than dequantizing (8192x2048 and 2048x8192 int4, 2 cores with AVX-512 VNNI and
+# AMX, benchmarks/NOTES.md), by whether activations are quantized to int8.
+MAX_DIRECT_TOKENS = {False: 32, True: 128}
 
 
 class CpuRows16:
@@ -55,7 +57,7 @@ class CpuRows16:
         operands = (grid.qweight, grid.scales, grid.zeros, grid.codebook, bias)
         sizes = (grid.bits, grid.group_size, grid.in_features, grid.out_features)
         # The direct kernel computes in float32: too little for float64, which nobody uses for speed.
-        if tokens.shape[0] <= MAX_DIRECT_TOKENS and x.dtype != torch.float64:
+        if tokens.shape[0] <= MAX_DIRECT_TOKENS[int8_activations] and x.dtype != torch.float64:
             y = torch.ops.hfq.cpu_linear(tokens.contiguous(), *operands, *sizes, int8_activations)
         else:
             y = torch.ops.hfq.cpu_linear_dequantized(tokens, *operands, *sizes)

@@ -31,7 +31,9 @@ class Neutral:
     def restore(self, tensor: Tensor, out_features: int, row_bytes: int) -> Tensor:
         return tensor
 
-    def linear(self, x: Tensor, grid: PackedGrid, bias: Tensor | None, int8_activations: bool) -> Tensor:
+    def linear(
+        self, x: Tensor, grid: PackedGrid, bias: Tensor | None, int8_activations: bool
+    ) -> Tensor:
         y: Tensor = torch.ops.hfq.linear(
             x,
             grid.qweight,

@@ -172,7 +172,9 @@ def test_gradients_are_those_of_the_dequantized_model(
     model = with_lora(load(checkpoint, dtype)).train()
     twin = copy.deepcopy(model)
     merge_to_float(twin)
-    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    # In bfloat16 both are some 5 % off the float32 gradients, in different directions: the kernel of few tokens
+    # accumulates in float32, the matrix product of the twin rounds elsewhere.
+    tolerance = 1e-5 if dtype == torch.float32 else 0.1
     close_gradients(gradients(model, ids), gradients(twin, ids), tolerance)
 
 

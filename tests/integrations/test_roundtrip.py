@@ -23,9 +23,20 @@ IDS = torch.arange(34).view(2, 17)
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((kind, {}) for kind in CONFIGS),
-    ("llama", {"format": "nf4", "double_quant": True, "quantize_lm_head": True, "quantize_embeddings": True}),
+    (
+        "llama",
+        {
+            "format": "nf4",
+            "double_quant": True,
+            "quantize_lm_head": True,
+            "quantize_embeddings": True,
+        },
+    ),
     ("llama", {"method": "hqq", "bits": 3, "group_size": 40}),
-    ("llama", {"format": "int8", "overrides": {r"q_proj": {"format": "fp4"}, r"layers\.0\.mlp": None}}),
+    (
+        "llama",
+        {"format": "int8", "overrides": {r"q_proj": {"format": "fp4"}, r"layers\.0\.mlp": None}},
+    ),
     ("llama_tied", {"quantize_embeddings": True}),
     ("llama_tied", {"quantize_embeddings": True, "bits": 3, "sym": False}),
     ("gpt2", {"quantize_embeddings": True, "group_size": -1}),
@@ -43,7 +54,9 @@ def logits(model: PreTrainedModel) -> Tensor:
 def load(folder: Path, **settings: Any) -> PreTrainedModel:
     """Load and insist that no tensor was missing, unexpected or of another shape."""
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **settings)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
+        info
+    )
     return model
 
 
@@ -52,7 +65,9 @@ def quantize(folder: Path, settings: dict[str, Any]) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize(("kind", "settings"), CASES, ids=lambda value: str(value).replace(" ", ""))
-def test_save_and_load_give_the_same_logits(kind: str, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_save_and_load_give_the_same_logits(
+    kind: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
     reference = build(kind)
     reference.save_pretrained(tmp_path / "float", max_shard_size="100KB")
     model = quantize(tmp_path / "float", settings)
@@ -65,7 +80,12 @@ def test_save_and_load_give_the_same_logits(kind: str, settings: dict[str, Any],
     again = load(tmp_path / "packed")
     assert torch.equal(logits(again), expected)
     assert again.dtype == torch.float32
-    assert not any(p.requires_grad for m in again.modules() if isinstance(m, PackedModule) for p in m.parameters())
+    assert not any(
+        p.requires_grad
+        for m in again.modules()
+        if isinstance(m, PackedModule)
+        for p in m.parameters()
+    )
 
     again.save_pretrained(tmp_path / "second")
     assert stored_names(tmp_path / "second") == stored_names(tmp_path / "packed")
@@ -114,7 +134,10 @@ def test_a_new_process_computes_the_same(tmp_path: Path) -> None:
         "expected = torch.load(sys.argv[2], weights_only=True)\n"
         "with torch.no_grad():\n    assert torch.equal(model(expected['ids']).logits, expected['logits'])\n"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "packed"), str(tmp_path / "expected.pt")], check=True)
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "packed"), str(tmp_path / "expected.pt")],
+        check=True,
+    )
 
 
 @pytest.mark.parametrize(
@@ -122,11 +145,15 @@ def test_a_new_process_computes_the_same(tmp_path: Path) -> None:
     [("llama", {}), ("llama", {"format": "int8"}), ("gpt2", {}), ("mixtral", {}), ("gpt_oss", {})],
     ids=str,
 )
-def test_without_hfq_a_packed_checkpoint_raises(kind: str, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_without_hfq_a_packed_checkpoint_raises(
+    kind: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
     build(kind).save_pretrained(tmp_path / "float")
     quantize(tmp_path / "float", settings).save_pretrained(tmp_path / "packed")
     code = "import sys\nfrom transformers import AutoModelForCausalLM\nAutoModelForCausalLM.from_pretrained(sys.argv[1])"
-    run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "packed")], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "packed")], capture_output=True, text=True
+    )
     assert run.returncode != 0
     assert "RuntimeError" in run.stderr and "mismatch" in run.stderr, run.stderr
 
@@ -141,7 +168,11 @@ def test_config_survives_json(tmp_path: Path) -> None:
 
 def test_generation_and_a_dict_as_config(tmp_path: Path) -> None:
     build("llama").save_pretrained(tmp_path / "float")
-    model = load(tmp_path / "float", quantization_config={"quant_method": "hfq", "bits": 8}, dtype=torch.bfloat16)
+    model = load(
+        tmp_path / "float",
+        quantization_config={"quant_method": "hfq", "bits": 8},
+        dtype=torch.bfloat16,
+    )
     tokens = model.generate(IDS, max_new_tokens=6, do_sample=False, pad_token_id=0)
     assert tokens.shape == (2, 23)
 
@@ -171,7 +202,10 @@ def test_the_base_model_loads_from_a_causal_checkpoint(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(base(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
     base.save_pretrained(tmp_path / "base")
-    assert torch.equal(AutoModel.from_pretrained(tmp_path / "base")(IDS).last_hidden_state, base(IDS).last_hidden_state)
+    assert torch.equal(
+        AutoModel.from_pretrained(tmp_path / "base")(IDS).last_hidden_state,
+        base(IDS).last_hidden_state,
+    )
 
 
 def test_compile_fullgraph(tmp_path: Path) -> None:
@@ -180,7 +214,9 @@ def test_compile_fullgraph(tmp_path: Path) -> None:
     expected = logits(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        torch.testing.assert_close(compiled(IDS, use_cache=False).logits, expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            compiled(IDS, use_cache=False).logits, expected, atol=1e-5, rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -360,7 +360,9 @@ def test_the_methods_do_not_keep_the_model_alive(base: Path) -> None:
 
 def test_calls_can_be_chained(base: Path, tmp_path: Path) -> None:
     config = hfq.HfqConfig()
-    LlamaForCausalLM.from_pretrained(base, quantization_config=config).save_pretrained(tmp_path / "out")
+    LlamaForCausalLM.from_pretrained(base, quantization_config=config).save_pretrained(
+        tmp_path / "out"
+    )
     assert "README.md" in names(tmp_path / "out")
 
 

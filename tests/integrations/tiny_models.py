@@ -33,7 +33,13 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**_SIZES, attention_bias=True),
     "llama_tied": lambda: LlamaConfig(**_SIZES, tie_word_embeddings=True),
     "gpt2": lambda: GPT2Config(
-        vocab_size=128, n_embd=64, n_layer=2, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2
+        vocab_size=128,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        n_positions=256,
+        bos_token_id=1,
+        eos_token_id=2,
     ),
     "mixtral": lambda: MixtralConfig(**_SIZES, **_ROUTED),
     "qwen3_moe": lambda: Qwen3MoeConfig(
