@@ -8,6 +8,7 @@ bitsandbytes and HQQ need those packages (in an environment of their own, beside
 
 from __future__ import annotations
 
+import argparse
 import copy
 import importlib.util
 from collections.abc import Callable
@@ -90,6 +91,9 @@ def peers() -> dict[str, Callable[[Tensor], Tensor]]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--max-tokens", type=int, help="read no more of the held-out text")
+    args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     reference = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
 
@@ -100,6 +104,7 @@ def main() -> None:
             dataset=MODEL / "heldout.txt",
             tokenizer=tokenizer,
             batch_size=4,
+            max_tokens=args.max_tokens,
             speed=False,
         )
 
@@ -141,10 +146,11 @@ def main() -> None:
         if not importlib.util.find_spec(package):
             print(f"{package} is not installed: its rows are missing")
     reference_perplexity = rows[0]["perplexity"] / (1 + rows[0]["perplexity_loss_percent"] / 100)
+    command = "python benchmarks/accuracy.py"
+    if args.max_tokens:
+        command += f" --max-tokens {args.max_tokens}"
     path = machine.write(
-        "accuracy",
-        "python benchmarks/accuracy.py",
-        {"reference_perplexity": reference_perplexity, "rows": rows},
+        "accuracy", command, {"reference_perplexity": reference_perplexity, "rows": rows}
     )
     print(f"written: {path.name}")
 

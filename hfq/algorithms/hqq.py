@@ -55,15 +55,16 @@ class HalfQuadratic:
         iterations = options["iterations"]
         assert isinstance(iterations, int)
         scales, zeros = affine.range_grid(weight, spec)
-        assert zeros is not None
-        zeros = _optimise_zeros(weight, scales, zeros, spec, iterations)
+        _, start = affine.range_grid(weight, spec, integer_zeros=False)
+        assert zeros is not None and start is not None
+        zeros = _optimise_zeros(weight, scales, zeros, start, spec, iterations)
         return affine.encode(weight, scales, zeros, spec)
 
 
 def _optimise_zeros(
-    weight: Tensor, scales: Tensor, zeros: Tensor, spec: QuantSpec, iterations: int
+    weight: Tensor, scales: Tensor, zeros: Tensor, start: Tensor, spec: QuantSpec, iterations: int
 ) -> Tensor:
-    """Half-quadratic iterations on `[N, G]` zero points; each group keeps the best that it met."""
+    """Half-quadratic iterations from `start`, `[N, G]`; each group keeps the best of them and of `zeros`."""
     groups, columns = affine.group_columns(weight, spec.group_size), weight.shape[1]
     scales = affine.stored_scales(scales, spec).float()
 
@@ -71,16 +72,20 @@ def _optimise_zeros(
         residual = affine.residual(groups, scales, zeros, spec)
         return residual, affine.group_mean(residual.abs().pow_(NORM), columns)
 
-    best = zeros
-    residual, best_error = judge(zeros)
-    for i in range(iterations):
-        shift = affine.group_mean(residual - _shrink(residual, BETA * KAPPA**i), columns)
-        # Rounded as they will be stored, so that the judgement holds.
-        zeros = (zeros - shift).to(spec.torch_scale_dtype).float()
+    best, (_, best_error) = zeros, judge(zeros)
+    zeros = _as_stored(start, spec)
+    for i in range(iterations + 1):
         residual, error = judge(zeros)
         better = error < best_error
         best, best_error = torch.where(better, zeros, best), torch.where(better, error, best_error)
+        shift = affine.group_mean(residual - _shrink(residual, BETA * KAPPA**i), columns)
+        zeros = _as_stored(zeros - shift, spec)
     return best
+
+
+def _as_stored(zeros: Tensor, spec: QuantSpec) -> Tensor:
+    """Rounded to what will be read back, so that a judgement holds."""
+    return zeros.to(spec.torch_scale_dtype).float()
 
 
 def _shrink(x: Tensor, beta: float) -> Tensor:

@@ -56,11 +56,14 @@ def group_mean(groups: Tensor, columns: int) -> Tensor:
     return mean
 
 
-def range_grid(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+def range_grid(
+    weight: Tensor, spec: QuantSpec, *, integer_zeros: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """Scales and zero points that just cover each group's range.
 
     Args:
         weight: float32 `[N, K]`.
+        integer_zeros: round zero points. Without, both ends of the range are exact, but 0 is not.
 
     Returns:
         (scales, zeros), float32 `[N, G]`; zeros is None for symmetric grids and codebooks.
@@ -69,7 +72,7 @@ def range_grid(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
         - symmetric: the codes reach one step further down than up (-8 to 7 at 4 bits), so the scale takes the
           sign that puts the group's extreme value on the longer side. A value of almost that size on the other
           side loses up to one step; a longer scale would cost all values of the group more.
-        - asymmetric: from min(w, 0) to max(w, 0), with an integer zero point, so that 0 stays exactly 0.
+        - asymmetric: from min(w, 0) to max(w, 0); with an integer zero point 0 stays exactly 0.
     """
     groups = group_columns(weight, spec.group_size)
     low, high = groups.amin(-1), groups.amax(-1)
@@ -81,8 +84,8 @@ def range_grid(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
     low, high = low.clamp(max=0), high.clamp(min=0)
     # The difference of the two could overflow where the scale does not.
     scales = high / (spec.levels - 1) - low / (spec.levels - 1)
-    zeros = torch.round(-low * _reciprocal(stored_scales(scales, spec).float()))
-    return scales, zeros
+    zeros = -low * _reciprocal(stored_scales(scales, spec).float())
+    return scales, zeros.round_() if integer_zeros else zeros
 
 
 def stored_scales(scales: Tensor, spec: QuantSpec) -> Tensor:
