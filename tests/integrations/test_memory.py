@@ -1,0 +1,70 @@
+"""Peak memory of quantizing while loading and of loading packed, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+MIB = 2**20
+
+# Peak above what the interpreter and its libraries take, in bytes.
+MEASURE = """
+import json, resource, sys, torch, hfq, transformers.models.llama.modeling_llama
+from transformers import AutoModelForCausalLM
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+torch.ones(64, 64) @ torch.ones(64, 64)
+before = peak()
+settings = {"quantization_config": hfq.HfqConfig()} if sys.argv[2] else {}
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16, **settings)
+used = peak() - before
+packed = sum(p.numel() * p.element_size() for p in model.parameters())
+if sys.argv[2]:
+    model.save_pretrained(sys.argv[2])
+print(json.dumps({"used": used, "packed": packed}))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bfloat16 checkpoint of 560 MB, of which 420 MB are quantized."""
+    config = LlamaConfig(
+        vocab_size=16384,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=4,
+        num_attention_heads=16,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("memory") / "float"
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.fill_(0.01)
+    model.save_pretrained(path)
+    return path
+
+
+def measure(source: Path, target: Path | None) -> tuple[int, int]:
+    command = [sys.executable, "-c", MEASURE, str(source), str(target or "")]
+    run = subprocess.run(command, check=True, capture_output=True, text=True)
+    found = json.loads(run.stdout.splitlines()[-1])
+    return found["used"], found["packed"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mapped pages are released on Linux only")
+def test_peak_is_the_packed_model_and_about_one_tensor(folder: Path, tmp_path: Path) -> None:
+    used, packed = measure(folder, tmp_path / "packed")
+    largest = 16384 * 2048 * 2
+    assert packed < 0.5 * sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    # 60 MiB: libraries that only a load touches.
+    assert used < 1.25 * (packed + largest) + 60 * MIB, (used / MIB, packed / MIB)
+    loaded, _ = measure(tmp_path / "packed", None)
+    assert loaded < 1.5 * packed + 60 * MIB, (loaded / MIB, packed / MIB)
