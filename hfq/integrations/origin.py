@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 from huggingface_hub import ModelCard, hf_hub_download, metadata_load
 from transformers import PreTrainedModel
 
