@@ -93,6 +93,7 @@ def load_in_new_process(folder: Path, ids: torch.Tensor, scratch: Path) -> dict[
     torch.save(ids, scratch / "ids.pt")
     command = [
         sys.executable,
+        "-P",  # the installed hfq, not a folder of that name here
         "-c",
         RELOAD,
         str(folder),

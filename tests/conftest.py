@@ -13,18 +13,26 @@ import itertools
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import hfq
 from hfq.algorithms import ALGORITHMS
 from hfq.core.errors import ConfigError
 from hfq.core.spec import QuantSpec
 from hfq.formats import FORMATS
 
 SEED = int(os.environ.get("HFQ_TEST_SEED", "0"))
+
+# Processes that tests start import the hfq under test, and not one that lies in the current folder.
+os.environ["PYTHONSAFEPATH"] = "1"
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, (str(Path(hfq.__file__).parents[1]), os.environ.get("PYTHONPATH")))
+)
 
 SETTINGS: dict[str, tuple[object, ...]] = {
     "bits": (None, 2, 3, 4, 5, 6, 7, 8),
