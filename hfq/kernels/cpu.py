@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..core.bits import packed_bytes
 from ..core.weight import PackedGrid
@@ -58,7 +59,7 @@ class CpuRows16:
         sizes = (grid.bits, grid.group_size, grid.in_features, grid.out_features)
         # The direct kernel computes in float32: too little for float64, which nobody uses for speed.
         if tokens.shape[0] <= MAX_DIRECT_TOKENS[int8_activations] and x.dtype != torch.float64:
-            y = torch.ops.hfq.cpu_linear(tokens.contiguous(), *operands, *sizes, int8_activations)
+            y = _direct(tokens.contiguous(), operands, (*sizes, int8_activations))
         else:
             y = torch.ops.hfq.cpu_linear_dequantized(tokens, *operands, *sizes)
         out: Tensor = y.view(*x.shape[:-1], grid.out_features)
@@ -79,3 +80,19 @@ class CpuRows16:
         operands = (grid.qweight, grid.scales, grid.zeros, grid.codebook)
         sizes = (grid.bits, grid.group_size, grid.in_features, grid.out_features)
         return rows16_weight(operands, sizes, dtype)
+
+
+def _direct(
+    tokens: Tensor, operands: tuple[Tensor | None, ...], sizes: tuple[int | bool, ...]
+) -> Tensor:
+    """`cpu_linear`; under `torch.no_grad` past the Python code of its gradient, half of the time of a small call."""
+    if (
+        torch.is_grad_enabled()
+        or forward_ad._current_level >= 0  # forward-mode differentiation goes on under no_grad
+        or torch.compiler.is_compiling()
+    ):
+        y: Tensor = torch.ops.hfq.cpu_linear(tokens, *operands, *sizes)
+        return y
+    with torch._C._AutoDispatchBelowAutograd():
+        y = torch.ops.hfq.cpu_linear.default(tokens, *operands, *sizes)
+    return y
