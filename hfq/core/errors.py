@@ -6,7 +6,10 @@ HfqError
 |-- WeightError        (ValueError)    a weight cannot be quantized: NaN, infinite, wrong shape
 |-- CheckpointError    (ValueError)    stored tensors or metadata are damaged or do not fit
 |   `-- VersionError                   the checkpoint was written in a newer format
-`-- KernelError        (RuntimeError)  no kernel can run this, or a kernel setting is refused
+|-- KernelError        (RuntimeError)  no kernel can run this, or a kernel setting is refused
+|-- EvaluationError    (RuntimeError)  logits that cannot be measured (hfq.evaluation.logits)
+|-- SaveError          (OSError)       a folder was not written (hfq.integrations.staging)
+`-- PushError          (RuntimeError)  an upload did not arrive (hfq.integrations.upload)
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from torch.autograd import forward_ad
 from ..core.bits import packed_bytes
 from ..core.weight import PackedGrid
 from . import native, rows16
-from .dispatch import Problem
 from .ops import rows16_weight
+from .row import Problem
 
 __all__ = ["MAX_DIRECT_TOKENS", "CpuRows16"]
 

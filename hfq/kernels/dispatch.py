@@ -8,65 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
 
-import torch
-from torch import Tensor
+from .cpu import CpuRows16
+from .neutral import Neutral
+from .row import KernelRow, Problem
 
-from ..core.weight import PackedGrid
-
-__all__ = ["Choice", "KernelRow", "Problem", "as_stored", "rows", "select"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """All that a kernel needs to know before it takes a weight."""
-
-    device: str
-    bits: int
-    group_size: int
-    in_features: int
-    out_features: int
-    has_codebook: bool
-    has_g_idx: bool
-
-    @classmethod
-    def of(cls, grid: PackedGrid) -> Problem:
-        return cls(
-            device=grid.qweight.device.type,
-            bits=grid.bits,
-            group_size=grid.group_size,
-            in_features=grid.in_features,
-            out_features=grid.out_features,
-            has_codebook=grid.codebook is not None,
-            has_g_idx=grid.g_idx is not None,
-        )
-
-
-class KernelRow(Protocol):
-    """One way to multiply with a packed weight."""
-
-    name: str
-
-    def reject(self, problem: Problem) -> str | None:
-        """Why this kernel cannot take the problem, or None."""
-
-    def prepare(self, tensor: Tensor) -> Tensor:
-        """Turn one neutral tensor (codes, scales or zero points) into the kernel's layout."""
-
-    def restore(self, tensor: Tensor, out_features: int, row_bytes: int) -> Tensor:
-        """The inverse of `prepare`, bit-exact. `row_bytes`: packed bytes of a row of codes."""
-
-    def linear(
-        self, x: Tensor, grid: PackedGrid, bias: Tensor | None, int8_activations: bool
-    ) -> Tensor:
-        """``x W^T + bias``: x `[..., K]` -> `[..., N]` in x.dtype. `grid` is in the kernel's layout."""
-
-    def rows(self, grid: PackedGrid, index: Tensor) -> PackedGrid:
-        """The rows `index` (int64 `[T]`) of a grid in the kernel's layout, as a neutral grid `[T, ...]`."""
-
-    def dequantize(self, grid: PackedGrid, dtype: torch.dtype) -> Tensor:
-        """The weight `[N, K]` behind a grid in the kernel's layout."""
+__all__ = ["Choice", "as_stored", "rows", "select"]
 
 
 @dataclass(frozen=True)
@@ -80,9 +27,6 @@ class Choice:
 @cache
 def rows() -> tuple[KernelRow, ...]:
     """All kernel rows, best first."""
-    from .cpu import CpuRows16
-    from .neutral import Neutral
-
     return (CpuRows16(), Neutral())
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..core.weight import PackedGrid
 from . import ops  # noqa: F401  (defines torch.ops.hfq)
-from .dispatch import Problem
+from .row import Problem
 
 __all__ = ["Neutral"]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..core.bits import packed_bytes
 from ..core.weight import PackedGrid
 from ..formats import FORMATS
-from ..kernels import dispatch
+from ..kernels.row import KernelRow
 from .slot import PackedSlot
 
 __all__ = ["as_bits", "as_float", "in_kernel_layout", "neutral_grid", "to_kernel", "to_neutral"]
@@ -53,7 +53,7 @@ def neutral_grid(slot: PackedSlot, held: Mapping[str, Tensor]) -> PackedGrid:
 
 
 def to_kernel(
-    grid: PackedGrid, held: Mapping[str, Tensor], row: dispatch.KernelRow
+    grid: PackedGrid, held: Mapping[str, Tensor], row: KernelRow
 ) -> tuple[PackedGrid, dict[str, Tensor]]:
     """Operands in the layout of `row`, and the tensors to hold from now on: one copy in memory.
 
@@ -80,9 +80,7 @@ def to_kernel(
     return replace(grid, **frozen), prepared
 
 
-def to_neutral(
-    slot: PackedSlot, held: Mapping[str, Tensor], row: dispatch.KernelRow
-) -> dict[str, Tensor]:
+def to_neutral(slot: PackedSlot, held: Mapping[str, Tensor], row: KernelRow) -> dict[str, Tensor]:
     """The inverse of `to_kernel`, bit-exact; tensors that are neutral already are handed through."""
     layout = slot.layout()
     row_bytes = packed_bytes(slot.in_features, slot.spec.bits)

@@ -27,6 +27,7 @@ from ..core.errors import WeightError
 from ..core.weight import PackedGrid, QuantizedWeight
 from ..formats import check_tensors
 from ..kernels import dispatch
+from ..kernels.row import KernelRow, Problem
 from .layout import as_bits, as_float, in_kernel_layout, neutral_grid, to_kernel, to_neutral
 from .packing import Encode, pack_weight
 from .slot import PackedSlot
@@ -350,7 +351,7 @@ class PackedModule(nn.Module):
         """What the slot's kernel reads."""
         return self.operands(base).grid
 
-    def kernel(self, base: str) -> dispatch.KernelRow:
+    def kernel(self, base: str) -> KernelRow:
         """The kernel that reads `grid(base)`."""
         return self.operands(base).choice.row
 
@@ -368,7 +369,7 @@ class PackedModule(nn.Module):
         return not (x.requires_grad and torch.is_grad_enabled())
 
     def _choose(self, grid: PackedGrid) -> dispatch.Choice:
-        return dispatch.select(dispatch.Problem.of(grid))
+        return dispatch.select(Problem.of(grid))
 
     def _as_stored(self, base: str, reason: str) -> Operands:
         """Operands that are not kept, for the kernel that reads the neutral layout."""
