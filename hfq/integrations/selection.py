@@ -120,11 +120,13 @@ class _Roles:
 
 
 def _weights(module: nn.Module) -> tuple[str, ...]:
-    """Names of the float parameters of `module` that could be packed."""
+    """Names of the float parameters of `module` that could be packed; empty ones hold nothing to pack."""
     if isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):
-        return ("weight",)
+        return ("weight",) if module.weight.numel() else ()
     if is_fused_experts(module):
-        return tuple(n for n, p in module.named_parameters(recurse=False) if p.dim() == 3)
+        return tuple(
+            n for n, p in module.named_parameters(recurse=False) if p.dim() == 3 and p.numel()
+        )
     return ()
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..core.errors import WeightError
 from ..core.spec import QuantSpec
 from .packed import PackedModule
+from .parameters import PackedParameters
 from .slot import PackedSlot
 
 __all__ = ["QuantExperts", "expert_weights", "is_fused_experts", "pack_experts_", "unpack_experts_"]
@@ -203,7 +204,7 @@ def unpack_experts_(module: QuantExperts, dtype: torch.dtype | None = None) -> n
         parameter.requires_grad_(True)
     plain: nn.Module = module
     plain.__class__ = module.float_class
-    for name in PackedModule.__annotations__:
+    for name in (*PackedParameters.__annotations__, *PackedModule.__annotations__):
         plain.__dict__.pop(name, None)
     return plain
 

@@ -1,0 +1,306 @@
+"""The packed tensors of a module: Parameters that rest in the neutral layout or in that of a kernel.
+
+They are Parameters without gradient, so that offloading, tying and sharding treat them like any weight. Scales and
+zero points are held as the integers of the same bits (float16 as int16): a cast of the whole model, an upcast
+before training or a question for the model's dtype must not reach them. State dicts and checkpoints have them as
+floats.
+
+They are in the neutral layout of their format until `prepare` turns them into the layout of the kernel that was
+chosen for their device; the same Parameters hold either, so there is one copy in memory. Everything that leaves
+the module (state dict, copies, `.to`) sees the neutral layout.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ..core.errors import WeightError
+from ..core.weight import PackedGrid
+from ..formats import check_tensors
+from ..kernels import dispatch
+from ..kernels.row import KernelRow, Problem
+from .layout import as_bits, as_float, in_kernel_layout, neutral_grid, to_kernel, to_neutral
+from .slot import PackedSlot
+
+__all__ = ["Operands", "PackedParameters", "frozen"]
+
+# Two threads may meet in the first forward of a module.
+_PREPARING = threading.RLock()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operands:
+    """A slot as a kernel reads it.
+
+    Attributes:
+        choice: the kernel, and why others were refused.
+        grid: in the kernel's layout.
+        name, codes: the Parameter that holds the codes. Where another one has taken its place in the module, the
+            operands are outdated.
+        copies: neutral tensors that were handed out and are still in use somewhere.
+    """
+
+    choice: dispatch.Choice
+    grid: PackedGrid
+    name: str
+    codes: Tensor
+    copies: MutableMapping[str, Tensor] = field(default_factory=WeakValueDictionary)
+
+
+class PackedParameters(nn.Module):
+    """Mixin: the packed Parameters of one or more slots, and the kernel that reads them.
+
+    Attributes:
+        slots: the packed weights by the name of the float parameter they replace.
+    """
+
+    slots: dict[str, PackedSlot]
+    # Operands of the slots whose tensors are in a kernel's layout.
+    _prepared: dict[str, Operands]
+    # The module whose tensors this one uses (tied weights), in a tuple so that it is no submodule.
+    _owner: tuple[PackedParameters, ...] = ()
+
+    def _init_slots(self, slots: Mapping[str, PackedSlot], device: Any) -> None:
+        """Register the packed parameters, uninitialised, in the neutral layout."""
+        self.slots = dict(slots)
+        self._prepared = {}
+        for slot in self.slots.values():
+            for key, entry in slot.layout().items():
+                empty = torch.empty(entry.shape, dtype=entry.dtype, device=device)
+                # On meta the floats stay floats: a loader compares and casts by the dtype of the checkpoint.
+                self._parameters[slot.attribute(key)] = frozen(
+                    empty if empty.is_meta else as_bits(empty)
+                )
+
+    # ---- the packed tensors
+
+    def packed_parameters(self, base: str) -> dict[str, nn.Parameter]:
+        """The Parameters of one slot by key, in whatever layout they are now, floats as bits."""
+        slot, placeholder = self.slots[base], self.placeholder(base)
+        found = {key: self._parameters.get(slot.attribute(key)) for key in slot.layout()}
+        return {key: p for key, p in found.items() if p is not None and p is not placeholder}
+
+    def placeholder(self, base: str) -> nn.Parameter | None:
+        """The float parameter on meta that keeps a checkpoint tensor's name until it is quantized on the fly.
+
+        In a stack of experts the codes go by the same name; they have one dimension more.
+        """
+        held = self._parameters.get(base)
+        return (
+            held if held is not None and held.dim() == len(self.slots[base].float_shape) else None
+        )
+
+    def hold_place(self, base: str, parameter: nn.Parameter) -> None:
+        """Register the float parameter of a skeleton as `placeholder`."""
+        self._parameters[base] = frozen(parameter.data)
+
+    def drop_placeholder(self, base: str) -> None:
+        """The float tensor has arrived: only packed Parameters remain, on meta where they are not set yet."""
+        if self.placeholder(base) is None:
+            return
+        del self._parameters[base]
+        slot = self.slots[base]
+        if slot.attribute("weight") == base:
+            entry = slot.layout()["weight"]
+            self._parameters[base] = frozen(
+                torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+            )
+
+    def neutral_tensors(self, base: str) -> dict[str, Tensor]:
+        """The tensors of one slot as a checkpoint stores them; copies where the kernel layout differs.
+
+        As long as somebody holds a copy it is handed out again, also by a module that shares the weight: so both
+        names of a tied weight show one storage, and savers write it once.
+        """
+        if self._owner:
+            return self._owner[0].neutral_tensors(base)
+        layout = self.slots[base].layout()
+        copies = self._prepared[base].copies if base in self._prepared else {}
+        tensors = dict(copies)
+        if tensors.keys() != self.packed_parameters(base).keys():
+            held = self._held_neutral(base)
+            tensors = {key: as_float(tensor, layout[key].dtype) for key, tensor in held.items()}
+            copies.update(tensors)
+        return tensors
+
+    def check_packed(self, name: str) -> None:
+        """Compare all packed tensors with their layouts; `CheckpointError` naming the module where they differ."""
+        for base in self.slots:
+            check_tensors(name, self.neutral_tensors(base), self.slots[base].layout())
+
+    @torch.no_grad()
+    def set_packed(self, base: str, tensors: Mapping[str, Tensor]) -> None:
+        """Put the neutral tensors of a slot in place. Tensors saved for a pending backward stay valid: storage is
+        replaced.
+
+        Raises:
+            CheckpointError: a tensor is missing, or its shape or dtype is not the slot's.
+        """
+        if self._owner:
+            self._owner[0].set_packed(base, tensors)
+            return self._follow_owner()
+        slot = self.slots[base]
+        check_tensors(base, tensors, slot.layout())
+        was_prepared = self._prepared.pop(base, None) is not None
+        for key, tensor in tensors.items():
+            name = slot.attribute(key)
+            parameter = self._parameters[name]
+            if parameter is None or parameter.is_meta or parameter.device != tensor.device:
+                self._parameters[name] = frozen(as_bits(tensor))
+            else:
+                parameter.data = as_bits(tensor)
+        if was_prepared:
+            self.prepare()
+
+    def share_packed(self, other: PackedParameters, base: str = "weight") -> None:
+        """Use the very tensors of another module's slot, in that module's kernel layout (tied weights).
+
+        The kernel is that of `other`: an embedding should share the table of the output head, not the reverse.
+
+        Raises:
+            WeightError: the slots differ.
+        """
+        if self.slots[base] != other.slots[base]:
+            raise WeightError(
+                f"expected equal slots for a shared weight, got {self.slots[base]} and {other.slots[base]}"
+            )
+        self._prepared.clear()
+        self._owner = other._owner or (other,)
+        self._follow_owner()
+
+    def _follow_owner(self) -> None:
+        """Show the owner's Parameters as our own; `load_state_dict(assign=True)` and the like replace them there."""
+        for base, slot in self.slots.items():
+            for key, parameter in self._owner[0].packed_parameters(base).items():
+                self._parameters[slot.attribute(key)] = parameter
+
+    def _held_neutral(self, base: str) -> dict[str, Tensor]:
+        """What the Parameters of a slot hold, brought into the neutral layout."""
+        slot = self.slots[base]
+        held = {key: parameter.detach() for key, parameter in self.packed_parameters(base).items()}
+        if not in_kernel_layout(slot, held):
+            return held
+        known = self._prepared.get(base)
+        choice = self._choose(neutral_grid(slot, held)) if known is None else known.choice
+        return to_neutral(slot, held, choice.row)
+
+    # ---- kernel layout
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Weights that a hook fetches for each call are used as they are stored."""
+        hook = getattr(self, "_hf_hook", None)
+        hooks = getattr(hook, "hooks", (hook,))
+        if any(getattr(one, "offload", False) for one in hooks):
+            return True
+        return any(p.is_meta for base in self.slots for p in self.packed_parameters(base).values())
+
+    def prepare(self) -> None:
+        """Choose a kernel for each slot and bring its tensors into that kernel's layout, in place."""
+        holder = self._owner[0] if self._owner else self
+        # A tensor made in inference mode could never be saved for a backward.
+        with _PREPARING, torch.inference_mode(False):
+            if not holder.is_offloaded:
+                for base in holder.slots:
+                    holder._prepare(base)
+
+    # What `torch.compiler.assume_constant_result` sets: a compiler calls `prepare` while it traces and compiles what
+    # comes after. The decorator itself would import the compiler, which takes longer than all of hfq.
+    prepare._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    def _prepare(self, base: str) -> None:
+        if self._is_prepared(base):
+            return
+        slot, parameters = self.slots[base], self.packed_parameters(base)
+        if not all(isinstance(parameter, nn.Parameter) for parameter in parameters.values()):
+            return  # lent for one call by `torch.func.functional_call`
+        held = self._held_neutral(base)
+        grid = neutral_grid(slot, held)
+        choice = self._choose(grid)
+        grid, held = to_kernel(grid, held, choice.row)
+        for key, parameter in parameters.items():
+            shared: bool = parameter.is_shared()  # type: ignore[no-untyped-call]
+            parameter.data = held[key].share_memory_() if shared else held[key]  # type: ignore[no-untyped-call]
+        name = slot.attribute("weight")
+        self._prepared[base] = Operands(
+            choice=choice, grid=grid, name=name, codes=parameters["weight"]
+        )
+
+    def _is_prepared(self, base: str) -> bool:
+        found = self._prepared.get(base)
+        return found is not None and found.codes is self._parameters[found.name]
+
+    def _is_prepared_at_all(self) -> bool:
+        return bool((self._owner[0] if self._owner else self)._prepared)
+
+    def restore(self) -> None:
+        """Bring all tensors back into the neutral layout, in place."""
+        holder = self._owner[0] if self._owner else self
+        with _PREPARING, torch.inference_mode(False):
+            for base in holder.slots:
+                held = holder._held_neutral(base)
+                for key, parameter in holder.packed_parameters(base).items():
+                    if parameter.dim() != held[key].dim():
+                        parameter.data = held[key]
+            holder._prepared.clear()
+
+    def operands(self, base: str) -> Operands:
+        """The kernel of a slot and what it reads: prepared, or as stored where that is not possible."""
+        if torch.compiler.is_compiling():
+            if torch.compiler.is_exporting():
+                return self._as_stored(base, "an exported program runs anywhere")
+            self.prepare()
+        if self._owner:
+            shared = self._owner[0].operands(base)
+            if shared.codes is not self._parameters[shared.name]:
+                self._follow_owner()
+            return shared
+        found = self._prepared.get(base)
+        # The question of `_is_prepared` without its call: this runs in every forward.
+        if found is not None and found.codes is self._parameters[found.name]:
+            return found
+        self.prepare()
+        if self._is_prepared(base):
+            return self._prepared[base]
+        return self._as_stored(base, "the weights are offloaded and fetched for each call")
+
+    def grid(self, base: str) -> PackedGrid:
+        """What the slot's kernel reads."""
+        return self.operands(base).grid
+
+    def kernel(self, base: str) -> KernelRow:
+        """The kernel that reads `grid(base)`."""
+        return self.operands(base).choice.row
+
+    def kernel_choice(self, base: str) -> dispatch.Choice:
+        """The kernel of a slot and why others were refused."""
+        return self.operands(base).choice
+
+    def _choose(self, grid: PackedGrid) -> dispatch.Choice:
+        return dispatch.select(Problem.of(grid))
+
+    def _as_stored(self, base: str, reason: str) -> Operands:
+        """Operands that are not kept, for the kernel that reads the neutral layout."""
+        slot = self.slots[base]
+        grid = neutral_grid(slot, self._held_neutral(base))
+        return Operands(
+            choice=dispatch.as_stored(reason),
+            grid=grid,
+            name=slot.attribute("weight"),
+            codes=grid.qweight,
+            copies={},
+        )
+
+
+def frozen(tensor: Tensor, like: nn.Parameter | None = None) -> nn.Parameter:
+    """A Parameter without gradient, with the Python attributes of `like` (loaders leave marks there)."""
+    parameter = nn.Parameter(tensor, requires_grad=False)
+    parameter.__dict__.update({} if like is None else like.__dict__)
+    return parameter
