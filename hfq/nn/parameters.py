@@ -254,7 +254,7 @@ class PackedParameters(nn.Module):
     def operands(self, base: str) -> Operands:
         """The kernel of a slot and what it reads: prepared, or as stored where that is not possible."""
         if torch.compiler.is_compiling():
-            if torch.compiler.is_exporting():
+            if _is_exporting():
                 return self._as_stored(base, "an exported program runs anywhere")
             self.prepare()
         if self._owner:
@@ -297,6 +297,14 @@ class PackedParameters(nn.Module):
             codes=grid.qweight,
             copies={},
         )
+
+
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting()
+
+
+# Really called while a compiler traces: torch 2.11 would take the answer for True under `torch.compile`, too.
+_is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def frozen(tensor: Tensor, like: nn.Parameter | None = None) -> nn.Parameter:
