@@ -19,6 +19,7 @@ from .weight import QuantizedWeight, ScaleCodes
 __all__ = [
     "decode_scales",
     "encode",
+    "grid_points",
     "group_columns",
     "group_mean",
     "range_grid",
@@ -147,11 +148,15 @@ def residual(groups: Tensor, scales: Tensor, zeros: Tensor | None, spec: QuantSp
         groups: float32 `[N, G, S]`, see `group_columns`.
         scales, zeros: float32 `[N, G]`, as they would be stored.
     """
-    scaled = _in_steps(groups, scales)
-    nearest = _nearest(scaled, zeros, spec)
+    return _in_steps(groups, scales).sub_(grid_points(groups, scales, zeros, spec))
+
+
+def grid_points(groups: Tensor, scales: Tensor, zeros: Tensor | None, spec: QuantSpec) -> Tensor:
+    """The rounded weight in units of the scale: `[N, G, S]`, float32. Arguments as for `residual`."""
+    nearest = _nearest(_in_steps(groups, scales), zeros, spec)
     if isinstance(spec, CodebookSpec):
-        return scaled.sub_(codebook(spec.codebook, groups.device)[nearest.int()])
-    return scaled.sub_(nearest.sub_(_zero(zeros, spec)))
+        return codebook(spec.codebook, groups.device)[nearest.int()]
+    return nearest.sub_(_zero(zeros, spec))
 
 
 def _in_steps(groups: Tensor, scales: Tensor) -> Tensor:

