@@ -13,6 +13,7 @@ from .integrations import registration
 
 if TYPE_CHECKING:
     from .config import HfqConfig as HfqConfig
+    from .core.errors import CalibrationError as CalibrationError
     from .core.errors import CheckpointError as CheckpointError
     from .core.errors import ConfigError as ConfigError
     from .core.errors import HfqError as HfqError
@@ -43,6 +44,7 @@ _LAZY = {
     "PushError": "integrations.upload",
     "merge_to_float": "training.merge",
     "HfqError": "core.errors",
+    "CalibrationError": "core.errors",
     "CheckpointError": "core.errors",
     "ConfigError": "core.errors",
     "KernelError": "core.errors",

@@ -23,7 +23,7 @@ __all__ = ["HfqConfig", "Recipe"]
 _SPEC_SETTINGS = ("bits", "group_size", "sym", "scale_dtype", "double_quant")
 
 # Keys that `to_dict` writes beside the settings.
-_METADATA = ("quant_method", "format_version", "hfq_version")
+_METADATA = ("quant_method", "format_version", "hfq_version", "calibration")
 
 # Regex -> changed settings, or None to keep what matches in float.
 Overrides = Mapping[str, Mapping[str, Any] | None]
@@ -48,7 +48,7 @@ class HfqConfig(QuantizationConfigMixin):
     """Settings for ``from_pretrained(..., quantization_config=HfqConfig(...))``.
 
     Args:
-        method: a registered algorithm: "rtn", "hqq".
+        method: a registered algorithm: "rtn", "hqq" without data, "gptq" with.
         format: a registered layout: "int", "nf4", "fp4", "int8". Default: the method's ("int").
         bits: 2 to 8 for "int"; the other formats fix it. Default 4 (8 for "int8").
         group_size: columns that share a scale, -1 for whole rows. Default 128 ("int"), 64 ("nf4", "fp4").
@@ -62,9 +62,19 @@ class HfqConfig(QuantizationConfigMixin):
             dots ("lm_head", "mlp.gate", "layers.1").
         quantize_embeddings: pack the input embedding, and with it a tied head.
         quantize_lm_head: pack an untied output head.
+        dataset: what methods with data calibrate on: a .txt, .jsonl or .parquet file, a list of texts, token tensors,
+            or "self" (default): sequences sampled from the model. Not stored in checkpoints.
+        tokenizer: for text: a tokenizer or its path. Default: the one beside the model. Not stored in checkpoints.
+        num_samples, seqlen: how many sequences of how many tokens, at most. Default 128 of 2048, cut to the longest
+            that the model takes.
+        seed: of the choice among them, and of "self".
         kernel_mode: "auto", "exact" or "int8"; see `hfq.nn.packed.KERNEL_MODES`. Not stored in checkpoints.
         dequantize: load a packed checkpoint as a float model. Not stored in checkpoints.
-        options: the method's own settings ("rtn": scale_search; "hqq": iterations).
+        options: the method's own settings ("rtn": scale_search; "hqq": iterations; "gptq": damp_percent, desc_act,
+            scale_search, gptaq). They are explained in the method's file.
+
+    Attributes:
+        calibration: what a checkpoint tells about the data that it was calibrated with, else None.
 
     Raises:
         UnknownNameError: no such method or format.
@@ -86,11 +96,18 @@ class HfqConfig(QuantizationConfigMixin):
         modules_to_not_convert: Sequence[str] | None = None,
         quantize_embeddings: bool = False,
         quantize_lm_head: bool = False,
+        dataset: Any = None,
+        tokenizer: Any = None,
+        num_samples: int = 128,
+        seqlen: int = 2048,
+        seed: int = 0,
         kernel_mode: str = "auto",
         dequantize: bool = False,
         **options: Any,
     ) -> None:
-        _check_metadata({key: options.pop(key) for key in _METADATA if key in options})
+        metadata = {key: options.pop(key) for key in _METADATA if key in options}
+        _check_metadata(metadata)
+        self.calibration: dict[str, Any] | None = metadata.get("calibration")
         # mypy: Transformers declares an enum of its own methods; it takes any string.
         self.quant_method = "hfq"  # type: ignore[assignment]
         self.method = method
@@ -115,14 +132,29 @@ class HfqConfig(QuantizationConfigMixin):
         self.modules_to_not_convert = _names(modules_to_not_convert)
         self.quantize_embeddings = _flag("quantize_embeddings", quantize_embeddings)
         self.quantize_lm_head = _flag("quantize_lm_head", quantize_lm_head)
+        self.dataset, self.tokenizer = dataset, tokenizer
+        self.num_samples = _integer("num_samples", num_samples, 1)
+        self.seqlen = _integer("seqlen", seqlen, 2)
+        self.seed = _integer("seed", seed, 0)
         self.kernel_mode = _choice("kernel_mode", kernel_mode, KERNEL_MODES)
         self.dequantize = _flag("dequantize", dequantize)
         self._patterns = [
             (_compiled(pattern), self._override(pattern, changed))
             for pattern, changed in self.overrides.items()
         ]
+        if dataset is not None and not self.calibrated:
+            raise ConfigError(
+                f"dataset is given, but method {method!r} uses no data: leave it out, or choose a calibrated method "
+                f"({', '.join(name for name in ALGORITHMS.names() if ALGORITHMS.get(name).calibrated)})"
+            )
 
     # ---- what happens to a module
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether any weight could be quantized by a method that needs data."""
+        recipes = [self._changed({}), *(recipe for _, recipe in self._patterns)]
+        return any(ALGORITHMS.get(each.method).calibrated for each in recipes if each is not None)
 
     def recipe(self, name: str) -> Recipe | None:
         """The recipe of the module `name`, or None where it stays in float."""
@@ -192,6 +224,10 @@ class HfqConfig(QuantizationConfigMixin):
         }
         if self.double_quant:
             written["double_quant"] = True
+        if self.calibrated:
+            written |= {"num_samples": self.num_samples, "seqlen": self.seqlen, "seed": self.seed}
+        if self.calibration is not None:
+            written["calibration"] = dict(self.calibration)
         return written
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -216,7 +252,8 @@ class HfqConfig(QuantizationConfigMixin):
 
         Nothing has changed if that raises.
         """
-        settings = {**self.to_dict(), **self.get_loading_attributes()}
+        unwritten = {"dataset": self.dataset, "tokenizer": self.tokenizer}
+        settings = {**self.to_dict(), **unwritten, **self.get_loading_attributes()}
         known = {
             key: value
             for key, value in kwargs.items()
@@ -337,6 +374,12 @@ def _names(names: Sequence[str] | None) -> list[str] | None:
 def _flag(key: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise ConfigError(f"{key} must be True or False, got {value!r}")
+    return value
+
+
+def _integer(key: str, value: object, least: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{key} must be an integer of at least {least}, got {value!r}")
     return value
 
 

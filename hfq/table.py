@@ -21,7 +21,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], width: in
     columns = list(zip(header, *rows, strict=True))
     widths = [max(map(len, column)) for column in columns]
     used = sum(widths[:-1]) + len(_GAP) * (len(widths) - 1)
-    widths[-1] = min(widths[-1], max(_NARROWEST, width - used))
+    widths[-1] = max(1, min(widths[-1], max(_NARROWEST, width - used)))
     right = [bool(rows) and all(_is_number(cell) for cell in column[1:]) for column in columns]
     rule = ["-" * size for size in widths]
     lines = [line for row in (header, rule, *rows) for line in _lines(row, widths, right)]

@@ -19,17 +19,18 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # Package or module of hfq -> those that it may import beside itself.
 _BELOW_NN = {"core", "formats", "kernels"}
-_BELOW_INTEGRATIONS = {*_BELOW_NN, "algorithms", "nn", "config", "table"}
+_BELOW_INTEGRATIONS = {*_BELOW_NN, "algorithms", "nn", "config", "table", "tokens"}
 ALLOWED: dict[str, set[str]] = {
     "_version": set(),
     "core": set(),
     "table": set(),
+    "tokens": {"core"},
     "formats": {"core"},
     "algorithms": {"core"},
     "kernels": {"core", "formats"},
     "nn": _BELOW_NN,
     "config": {*_BELOW_NN, "algorithms", "nn"},
-    "calibration": {*_BELOW_NN, "algorithms", "nn", "config"},
+    "calibration": {*_BELOW_NN, "algorithms", "nn", "config", "table"},
     "kv": {"core", "kernels"},
     "training": {*_BELOW_NN, "algorithms", "nn", "config"},
     "evaluation": _BELOW_INTEGRATIONS,

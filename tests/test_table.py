@@ -26,6 +26,10 @@ def test_the_last_column_wraps():
     assert all(line.startswith(" " * 32) for line in lines[3:])
 
 
+def test_a_last_column_of_nothing():
+    assert format_table(["a", ""], [["b", ""]]).splitlines() == ["a", "-  -", "b"]
+
+
 def test_a_table_without_rows():
     assert format_table(["a", "b"], []).splitlines() == ["a  b", "-  -"]
 

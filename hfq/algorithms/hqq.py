@@ -23,6 +23,7 @@ from torch import Tensor
 from ..core import affine
 from ..core.errors import ConfigError
 from ..core.spec import IntSpec, QuantSpec
+from ..core.statistics import InputStatistics
 from ..core.weight import QuantizedWeight
 from . import ALGORITHMS
 
@@ -36,6 +37,7 @@ KAPPA = 1.1
 class HalfQuadratic:
     """Range scales with zero points that minimise the l_0.7 norm of the error."""
 
+    calibrated = False
     defaults: Mapping[str, object] = {"format": "int", "sym": False}
     options: Mapping[str, object] = {"iterations": 20}
 
@@ -50,7 +52,11 @@ class HalfQuadratic:
             )
 
     def quantize(
-        self, weight: Tensor, spec: QuantSpec, options: Mapping[str, object]
+        self,
+        weight: Tensor,
+        spec: QuantSpec,
+        options: Mapping[str, object],
+        statistics: InputStatistics | None = None,
     ) -> QuantizedWeight:
         iterations = options["iterations"]
         assert isinstance(iterations, int)

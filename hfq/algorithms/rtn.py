@@ -1,7 +1,8 @@
-"""``rtn``: round to nearest. No data, no iterations.
+"""``rtn``: round to nearest. Needs no data.
 
 With ``scale_search`` each group gets the grid with the least squared error instead of the one that covers its range
-(`hfq.core.fit`); zero points become fractional then. With ``double_quant`` the scales found are rounded once more, to
+(`hfq.core.fit`); zero points become fractional then. Errors count by the mean squared activation of their column where
+statistics are at hand. With ``double_quant`` the scales found are rounded once more, to
 8 bits, after the search.
 """
 
@@ -15,6 +16,7 @@ from ..core import affine
 from ..core.errors import ConfigError
 from ..core.fit import fit_grid
 from ..core.spec import QuantSpec
+from ..core.statistics import InputStatistics
 from ..core.weight import QuantizedWeight
 from . import ALGORITHMS
 
@@ -22,6 +24,7 @@ from . import ALGORITHMS
 class RoundToNearest:
     """Round every weight to the nearest point of a grid that covers (or nearly covers) its group."""
 
+    calibrated = False
     defaults: Mapping[str, object] = {"format": "int"}
     options: Mapping[str, object] = {"scale_search": False}
 
@@ -32,10 +35,16 @@ class RoundToNearest:
             )
 
     def quantize(
-        self, weight: Tensor, spec: QuantSpec, options: Mapping[str, object]
+        self,
+        weight: Tensor,
+        spec: QuantSpec,
+        options: Mapping[str, object],
+        statistics: InputStatistics | None = None,
     ) -> QuantizedWeight:
-        find = fit_grid if options["scale_search"] else affine.range_grid
-        return affine.encode(weight, *find(weight, spec), spec)
+        if options["scale_search"]:
+            importance = None if statistics is None else statistics.importance
+            return affine.encode(weight, *fit_grid(weight, spec, importance), spec)
+        return affine.encode(weight, *affine.range_grid(weight, spec), spec)
 
 
 ALGORITHMS.register("rtn", RoundToNearest())

@@ -33,7 +33,7 @@ _GATE_TOLERANCE = 1e-3
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder or Hub name of a float model")
     parser.add_argument("-o", "--output", metavar="OUT", required=True, help="folder to save into")
-    parser.add_argument("--method", default="rtn", help="rtn, hqq (default: rtn)")
+    parser.add_argument("--method", default="rtn", help="rtn, hqq, gptq (default: rtn)")
     parser.add_argument("--format", help="int, nf4, fp4, int8 (default: the method's)")
     parser.add_argument("--bits", type=int, help="2 to 8 (default: the format's)")
     parser.add_argument("--group-size", type=int, help="columns that share a scale; -1: whole rows")
@@ -45,7 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--double-quant", action="store_true", default=None, help="8-bit scales (nf4, fp4)"
     )
     parser.add_argument(
-        "--scale-search", action="store_true", default=None, help="least squares scales (rtn)"
+        "--scale-search",
+        action=argparse.BooleanOptionalAction,
+        help="least squares grids (rtn: off by default, gptq: on)",
     )
     parser.add_argument("--iterations", type=int, help="optimisation steps (hqq)")
     parser.add_argument(
@@ -66,7 +68,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep modules of that name in float; repeatable",
     )
     parser.add_argument("--push-to-hub", metavar="REPO", help="then upload to this repository")
+    _add_calibration(parser.add_argument_group("calibration (gptq)"))
     add_loading(parser)
+
+
+def _add_calibration(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--dataset",
+        metavar="FILE",
+        help=".txt, .jsonl or .parquet file (default: text that the model writes itself)",
+    )
+    group.add_argument("--tokenizer", metavar="PATH", help="(default: the model's)")
+    group.add_argument("--num-samples", type=int, default=128, help="sequences (default: 128)")
+    group.add_argument("--seqlen", type=int, default=2048, help="tokens in each (default: 2048)")
+    group.add_argument("--seed", type=int, default=0, help="of their choice (default: 0)")
+    group.add_argument(
+        "--desc-act",
+        action=argparse.BooleanOptionalAction,
+        help="round columns with large activations first (default: on)",
+    )
+    group.add_argument("--damp-percent", type=float, help="share of the diagonal (default: 0.01)")
+    group.add_argument("--gptaq", type=float, help="share of input drift made good (default: 0)")
 
 
 def run(args: argparse.Namespace) -> Result:
@@ -95,7 +117,8 @@ def run(args: argparse.Namespace) -> Result:
 def _config(args: argparse.Namespace) -> HfqConfig:
     from ..config import HfqConfig
 
-    options = {"scale_search": args.scale_search, "iterations": args.iterations}
+    names = ("scale_search", "iterations", "desc_act", "damp_percent", "gptaq")
+    options = {name: getattr(args, name) for name in names}
     try:
         return HfqConfig(
             method=args.method,
@@ -109,6 +132,11 @@ def _config(args: argparse.Namespace) -> HfqConfig:
             modules_to_not_convert=args.skip,
             quantize_embeddings=args.quantize_embeddings,
             quantize_lm_head=args.quantize_lm_head,
+            dataset=args.dataset,
+            tokenizer=args.tokenizer,
+            num_samples=args.num_samples,
+            seqlen=args.seqlen,
+            seed=args.seed,
             **{key: value for key, value in options.items() if value is not None},
         )
     except (ConfigError, UnknownNameError) as error:
@@ -220,7 +248,8 @@ def _report(model: PreTrainedModel, config: HfqConfig, args: argparse.Namespace)
     from ..evaluation import weight_size
 
     size = weight_size(model)
-    selection = cast("HfqQuantizer", model.hf_quantizer).selection
+    quantizer = cast("HfqQuantizer", model.hf_quantizer)
+    selection, calibration = quantizer.selection, quantizer.calibration
     return {
         "model": args.model,
         "output": args.output,
@@ -230,6 +259,7 @@ def _report(model: PreTrainedModel, config: HfqConfig, args: argparse.Namespace)
         "bits_per_weight": size.bits_per_weight,
         "quantized": sum(len(weights) for weights in selection.recipes.values()),
         "kept": selection.kept,
+        "calibration": None if calibration is None else calibration.to_dict(),
     }
 
 

@@ -7,6 +7,8 @@ their dtype" and "round to the nearest code of the *stored* grid" are here, once
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,14 +19,19 @@ from .spec import SCALE_BLOCK, CodebookSpec, IntSpec, QuantSpec, group_count
 from .weight import QuantizedWeight, ScaleCodes
 
 __all__ = [
+    "StoredGrid",
+    "check_finite",
+    "column_rounder",
     "decode_scales",
     "encode",
     "grid_points",
     "group_columns",
     "group_mean",
+    "join_grids",
     "range_grid",
     "residual",
     "round_to_grid",
+    "store_grid",
     "stored_scales",
 ]
 
@@ -116,19 +123,59 @@ def encode(
         WeightError: the weight holds NaN or infinite values.
         ConfigError: a scale does not fit ``spec.scale_dtype``.
     """
+    check_finite(weight)
+    grid = store_grid(scales, zeros, spec)
+    codes = round_to_grid(weight, grid.scales.float(), grid.float_zeros, spec)
+    return grid.weight(codes, spec)
+
+
+def check_finite(weight: Tensor) -> None:
+    """`WeightError` where a weight holds NaN or infinite values."""
     if not _is_finite(weight):
         raise WeightError(
             "expected finite weights, got NaN or infinity: the checkpoint is damaged or was saved from a "
             "diverged run; repair it, or keep this module in float with overrides={r'<its name>': None}"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredGrid:
+    """The grid of a weight as it will be read back.
+
+    Attributes:
+        scales: `[N, G]` in ``spec.scale_dtype``.
+        zeros: likewise, or None.
+        scale_codes: see `QuantizedWeight`.
+    """
+
+    scales: Tensor
+    zeros: Tensor | None
+    scale_codes: ScaleCodes | None
+
+    @property
+    def float_zeros(self) -> Tensor | None:
+        return None if self.zeros is None else self.zeros.float()
+
+    def weight(self, codes: Tensor, spec: QuantSpec) -> QuantizedWeight:
+        """The codes uint8 `[N, K]` on this grid."""
+        return QuantizedWeight(
+            spec=spec,
+            codes=codes,
+            scales=self.scales,
+            zeros=self.zeros,
+            scale_codes=self.scale_codes,
+        )
+
+
+def store_grid(scales: Tensor, zeros: Tensor | None, spec: QuantSpec) -> StoredGrid:
+    """Round a grid, float32 `[N, G]`, to what will be stored.
+
+    Raises:
+        ConfigError: a scale does not fit ``spec.scale_dtype``.
+    """
     stored, scale_codes = _store(scales, spec)
     stored_zeros = None if zeros is None else zeros.to(spec.torch_scale_dtype)
-    codes = round_to_grid(
-        weight, stored.float(), None if stored_zeros is None else stored_zeros.float(), spec
-    )
-    return QuantizedWeight(
-        spec=spec, codes=codes, scales=stored, zeros=stored_zeros, scale_codes=scale_codes
-    )
+    return StoredGrid(scales=stored, zeros=stored_zeros, scale_codes=scale_codes)
 
 
 def round_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor | None, spec: QuantSpec) -> Tensor:
@@ -139,6 +186,47 @@ def round_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor | None, spec: Qu
     scaled = _in_steps(group_columns(weight, spec.group_size), scales)
     codes = _nearest(scaled, zeros, spec).to(torch.uint8)
     return codes.flatten(1)[:, : weight.shape[1]].contiguous()
+
+
+def join_grids(grids: Sequence[StoredGrid]) -> StoredGrid:
+    """The grids of neighbouring groups of columns as one. None of them is quantized itself."""
+    zeros = [grid.zeros for grid in grids if grid.zeros is not None]
+    return StoredGrid(
+        scales=torch.cat([grid.scales for grid in grids], dim=1),
+        zeros=torch.cat(zeros, dim=1) if zeros else None,
+        scale_codes=None,
+    )
+
+
+def column_rounder(
+    scales: Tensor, zeros: Tensor | None, spec: QuantSpec
+) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Rounds one column of a weight after the other, for methods that correct what is still to be rounded.
+
+    Args:
+        scales, zeros: of the column's group as stored, float32 `[N]`.
+
+    Returns:
+        A function from float32 `[N]` to (codes, rounded values): whole float32 or uint8, and float32, both `[N]`.
+    """
+    inverse = _reciprocal(scales)
+    if isinstance(spec, CodebookSpec):
+        values = codebook(spec.codebook, scales.device)
+        boundaries = (values[1:] + values[:-1]) / 2
+
+        def round_to_codebook(column: Tensor) -> tuple[Tensor, Tensor]:
+            codes = torch.bucketize(column * inverse, boundaries)
+            return codes, values[codes] * scales
+
+        return round_to_codebook
+    zero = spec.implied_zero if zeros is None else zeros
+    most = spec.levels - 1
+
+    def round_to_integers(column: Tensor) -> tuple[Tensor, Tensor]:
+        codes = (column * inverse).add_(zero).round_().clamp_(0, most)
+        return codes, (codes - zero) * scales
+
+    return round_to_integers
 
 
 def residual(groups: Tensor, scales: Tensor, zeros: Tensor | None, spec: QuantSpec) -> Tensor:

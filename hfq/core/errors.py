@@ -6,6 +6,7 @@ HfqError
 |-- WeightError        (ValueError)    a weight cannot be quantized: NaN, infinite, wrong shape
 |-- CheckpointError    (ValueError)    stored tensors or metadata are damaged or do not fit
 |   `-- VersionError                   the checkpoint was written in a newer format
+|-- CalibrationError   (ValueError)    activations or calibration data that no statistics can be taken from
 |-- KernelError        (RuntimeError)  no kernel can run this, or a kernel setting is refused
 |-- EvaluationError    (RuntimeError)  logits that cannot be measured (hfq.evaluation.logits)
 |-- SaveError          (OSError)       a folder was not written (hfq.integrations.staging)
@@ -18,6 +19,7 @@ import difflib
 from collections.abc import Iterable
 
 __all__ = [
+    "CalibrationError",
     "CheckpointError",
     "ConfigError",
     "HfqError",
@@ -51,6 +53,10 @@ class CheckpointError(HfqError, ValueError):
 
 class VersionError(CheckpointError):
     """The checkpoint was written by a newer hfq in a format that this one cannot read."""
+
+
+class CalibrationError(HfqError, ValueError):
+    """Calibration data, or the activations that it causes, allow no statistics (NaN, infinite, nothing at all)."""
 
 
 class KernelError(HfqError, RuntimeError):

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import ConfigError
+from ..tokens import Dataset, token_stream, windows
 from .divergence import Totals, compare, score
 from .logits import EvaluationError, evaluating, input_device, position_limit, window_logits
 from .report import Evaluation, Measurement
 from .size import weight_size
 from .speed import DECODED, Speed, measure_speed
-from .tokens import Dataset, Tokenize, token_stream, windows
+from .tokenizer import tokenize_with
 
 __all__ = ["evaluate"]
 
@@ -57,7 +58,7 @@ def evaluate(
     _check_at_least("seqlen", seqlen, 2)
     _check_at_least("batch_size", batch_size, 1)
     subject = _loaded(model)
-    stream = token_stream(dataset, lambda: _tokenizer(tokenizer, subject), max_tokens)
+    stream = token_stream(dataset, lambda: tokenize_with(tokenizer, subject), max_tokens)
     other = None if reference is None else _loaded(reference)
     seqlen = min(
         seqlen, *(position_limit(each) or seqlen for each in (subject, other) if each is not None)
@@ -134,31 +135,6 @@ def _loaded(model: ModelOrPath) -> nn.Module:
 
     loaded: nn.Module = AutoModelForCausalLM.from_pretrained(model)
     return loaded
-
-
-def _tokenizer(tokenizer: Any, model: nn.Module) -> Tokenize:
-    if tokenizer is None:
-        tokenizer = getattr(getattr(model, "config", None), "_name_or_path", "")
-        if not tokenizer:
-            raise ConfigError(
-                "the model names no folder to load a tokenizer from: pass tokenizer=, or token ids"
-            )
-    if isinstance(tokenizer, (str, os.PathLike)):
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"no tokenizer in {str(tokenizer)!r} ({error}): pass tokenizer="
-            ) from error
-
-    def tokenize(text: str) -> list[int]:
-        # verbose=False: a text longer than the model's context is cut into windows later.
-        ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
-        return ids
-
-    return tokenize
 
 
 def _check_at_least(name: str, value: int, least: int) -> None:

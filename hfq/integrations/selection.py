@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..algorithms import ALGORITHMS
 from ..config import HfqConfig, Recipe
 from ..core.errors import ConfigError
 from ..nn.experts import is_fused_experts
@@ -74,7 +75,7 @@ def select_modules(
                 reason = (
                     (reason or _stored_float(config, owner)) if names.isdisjoint(packed) else None
                 )
-            recipe = None if reason else config.recipe(owner)
+            recipe = None if reason else _without_data(config.recipe(owner), name, roles, module)
             if recipe is None:
                 selection.kept[full_name] = reason or "overrides"
             else:
@@ -128,6 +129,16 @@ def _weights(module: nn.Module) -> tuple[str, ...]:
             n for n, p in module.named_parameters(recurse=False) if p.dim() == 3 and p.numel()
         )
     return ()
+
+
+def _without_data(
+    recipe: Recipe | None, name: str, roles: _Roles, module: nn.Module
+) -> Recipe | None:
+    """Tables are looked up and not multiplied: nothing is read to calibrate with, so the best grid has to do."""
+    table = isinstance(module, nn.Embedding) or name in roles.tied or name in roles.tied.values()
+    if recipe is None or not table or not ALGORITHMS.get(recipe.method).calibrated:
+        return recipe
+    return replace(recipe, method="rtn", options={"scale_search": True})
 
 
 def _stored_float(config: HfqConfig, owner: str) -> str:

@@ -8,7 +8,7 @@ read, then the packed tensors go straight into place.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     # This module is imported while Transformers is (see `registration`): modeling code is out of reach then.
     from transformers import PreTrainedModel
 
+    from ..calibration.report import CalibrationReport
+
 __all__ = ["HfqQuantizer"]
 
 logger = logging.get_logger(__name__)
@@ -50,6 +52,7 @@ class HfqQuantizer(HfQuantizer):
     Attributes:
         selection: what was packed and why the rest was not.
         checkpoint_files: the files that the model was loaded from; in the Hub's cache their paths name the commit.
+        calibration: what a calibrated method did to each weight; None without one.
     """
 
     requires_calibration = False
@@ -58,9 +61,12 @@ class HfqQuantizer(HfQuantizer):
     def __init__(self, quantization_config: HfqConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.selection = Selection()
+        self.calibration: CalibrationReport | None = None
         self.checkpoint_files: tuple[str, ...] = ()
         self._prefix = ""
         self._recipes: dict[str, Recipe] = {}
+        # What is quantized after loading, with data: module -> parameter -> recipe.
+        self._calibrated: dict[str, dict[str, Recipe]] = {}
         self._files: tuple[str, ...] = ()
         self._failures: dict[str, HfqError] = {}
         self._transforms: list[Any] | None = None
@@ -95,7 +101,10 @@ class HfqQuantizer(HfQuantizer):
             )
         tied = _tied_modules(model)
         for name, recipes in self.selection.recipes.items():
-            self._swap(model, name, recipes, has_tensor=name not in tied)
+            if not self.pre_quantized and _needs_data(recipes):
+                self._calibrated[name] = recipes
+            else:
+                self._swap(model, name, recipes, has_tensor=name not in tied)
         self._retie(model, tied)
         if packed is not None and headers is not None and available is not None:
             self._check_headers(model, headers, available)
@@ -240,6 +249,8 @@ class HfqQuantizer(HfQuantizer):
         self, model: PreTrainedModel, **unused: Any
     ) -> PreTrainedModel:
         self._raise_failures()
+        if self._calibrated:
+            self._calibrate(model)
         self._keep_transforms(model)
         for name, module in _packed_modules(model):
             if any(module.placeholder(base) is not None for base in module.slots):
@@ -258,6 +269,21 @@ class HfqQuantizer(HfQuantizer):
         _saving().attach(model)
         logger.info(f"hfq: {self.selection.summary()}")
         return model
+
+    def _calibrate(self, model: PreTrainedModel) -> None:
+        """Quantize with data what arrived as float."""
+        from .calibrated import (
+            calibrate_loaded,
+        )  # modeling code is out of reach when this module is imported
+
+        config = self.quantization_config
+        model.eval()  # type: ignore[no-untyped-call]
+        self.calibration = calibrate_loaded(model, config, self._calibrated, _filled_twin)
+        config.calibration = {
+            "sequences": self.calibration.sequences,
+            "tokens": self.calibration.tokens,
+            "sha256": self.calibration.sha256,
+        }
 
     def _raise_failures(self) -> None:
         if not self._failures:
@@ -390,6 +416,25 @@ def _packed_twin(module: nn.Module, recipe: Recipe) -> QuantLinear | QuantEmbedd
         device=weight.device,
         transposed=transposed,
     )
+
+
+def _needs_data(recipes: Mapping[str, Recipe]) -> bool:
+    return any(ALGORITHMS.get(recipe.method).calibrated for recipe in recipes.values())
+
+
+def _filled_twin(module: nn.Module, recipe: Recipe) -> QuantLinear | QuantEmbedding:
+    """`_packed_twin` of a module whose weights have arrived: with its bias and its hooks; codes are still to be set."""
+    twin = _packed_twin(module, recipe)
+    bias = getattr(module, "bias", None)
+    if bias is not None:
+        twin.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    twin._is_hf_initialized = True
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None:
+        from accelerate.hooks import add_hook_to_module  # type: ignore[import-untyped]
+
+        add_hook_to_module(twin, hook)
+    return twin.train(module.training)
 
 
 def _float_twin(module: QuantLinear | QuantEmbedding) -> nn.Module:

@@ -15,6 +15,7 @@ from hfq.core import errors
         (errors.WeightError, ValueError),
         (errors.CheckpointError, ValueError),
         (errors.VersionError, errors.CheckpointError),
+        (errors.CalibrationError, ValueError),
         (errors.KernelError, RuntimeError),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hfq.core.errors import ConfigError
-from hfq.evaluation.tokens import token_stream, windows
+from hfq.tokens import sequences, token_stream, windows
 
 
 def by_letter():
@@ -59,7 +59,7 @@ def test_max_tokens_stops_reading():
         (torch.rand(9), "integer dtype, got torch.float32"),
         (["a", 3], "entry 1 is int"),
         ([torch.tensor([1]), "a"], "got str"),
-        ("just some words", r"expected a \.txt or \.jsonl file, got 'just some words'"),
+        ("just some words", r"expected a \.txt, \.jsonl or \.parquet file, got 'just some words'"),
     ],
 )
 def test_what_cannot_be_read(dataset, message):
@@ -100,3 +100,59 @@ def test_windows_do_not_overlap(count, shapes):
     assert [tuple(part.shape) for part in cut] == shapes
     read = torch.cat([part.flatten() for part in cut])
     assert torch.equal(read, torch.arange(read.numel()))
+
+
+def test_text_becomes_equal_windows():
+    found = sequences(["abcde", "fgh"], by_letter, count=9, seqlen=3, seed=0)
+    assert [row.tolist() for row in found] == [[0, 97, 98], [99, 100, 101], [0, 102, 103]]
+    (short,) = sequences(["abcde"], by_letter, count=9, seqlen=100, seed=0)
+    assert short.tolist() == [0, *map(ord, "abcde")]
+
+
+def test_tokens_keep_their_sequences():
+    rows = [torch.arange(5), torch.arange(3), torch.tensor([1])]
+    found = sequences(rows, by_letter, count=9, seqlen=4, seed=0)
+    assert [row.tolist() for row in found] == [[0, 1, 2, 3], [0, 1, 2]]
+    (again,) = sequences(torch.arange(3), by_letter, count=9, seqlen=4, seed=0)
+    assert again.tolist() == [0, 1, 2]
+
+
+def test_masked_positions_are_left_out():
+    entry = {
+        "input_ids": torch.tensor([[7, 7, 1, 2, 3], [4, 5, 6, 7, 7]]),
+        "attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]]),
+    }
+    found = sequences([entry, {"input_ids": [8, 9]}], by_letter, count=9, seqlen=9, seed=0)
+    assert [row.tolist() for row in found] == [[1, 2, 3], [4, 5, 6], [8, 9]]
+
+
+def test_the_choice_follows_the_seed():
+    rows = torch.arange(200).view(100, 2)
+    chosen = [sequences(rows, by_letter, count=10, seqlen=2, seed=seed) for seed in (0, 0, 1)]
+    numbers = [[int(row[0]) for row in found] for found in chosen]
+    assert numbers[0] == numbers[1] != numbers[2]
+    assert numbers[0] == sorted(numbers[0]) and len(set(numbers[0])) == 10
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"count": 0, "seqlen": 4}, "num_samples must be at least 1, got 0"),
+        ({"count": 1, "seqlen": 1}, "seqlen must be at least 2, got 1"),
+    ],
+)
+def test_impossible_requests(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        sequences(["abc"], by_letter, seed=0, **settings)
+
+
+def test_parquet_needs_a_column_of_text(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": ["ab", "c"], "id": [1, 2]}), path)
+    assert token_stream(path, by_letter).tolist() == [0, 97, 98, 0, 99]
+    parquet.write_table(pyarrow.table({"words": ["ab"]}), path)
+    with pytest.raises(ConfigError, match="expected a column 'text', got words"):
+        token_stream(path, by_letter)

@@ -1,0 +1,162 @@
+"""What weights read: second moments of the inputs of modules, taken while a block runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+from ..core.errors import CalibrationError
+from ..core.statistics import InputStatistics
+
+__all__ = ["Capture", "SecondMoment", "recording"]
+
+# Columns per product: only the upper triangle of the sum is computed, in pieces of this width, so that a moment of
+# many columns takes little more than half of the operations.
+_WIDTH = 1024
+
+
+class SecondMoment:
+    """A running sum of x y^T over tokens, float32 `[K, K]`.
+
+    Args:
+        columns: K.
+        symmetric: y is always x, so that one triangle is enough.
+    """
+
+    def __init__(self, columns: int, device: torch.device, symmetric: bool = True) -> None:
+        self.total = torch.zeros(columns, columns, device=device)
+        self.symmetric = symmetric
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add tokens `[T, K]`, float32."""
+        columns = self.total.shape[0]
+        for start in range(0, columns, _WIDTH):
+            stop = min(start + _WIDTH, columns)
+            first = start if self.symmetric else 0
+            self.total[start:stop, first:].addmm_(x[:, start:stop].T, y[:, first:])
+
+    def mean(self, tokens: int) -> Tensor:
+        """The mean `[K, K]`; nothing can be added afterwards."""
+        self.total /= max(tokens, 1)
+        if self.symmetric:
+            # The lower triangle of each piece on the diagonal is there; all others are mirrored.
+            upper = self.total.triu()
+            self.total = upper + upper.triu(1).T
+        return self.total
+
+
+class Capture:
+    """Context in which the inputs of some modules are summed up; modules that read the same tensor share one sum.
+
+    Which modules those are is found in the first pass, by the identity of the tensors: q, k and v of an attention,
+    gate and up of an MLP.
+
+    Args:
+        modules: name -> module `[..., K] -> [..., N]`.
+
+    Attributes:
+        enabled: False while a pass is not to be counted.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self.modules = dict(modules)
+        self.enabled = True
+        self.leader: dict[str, str] = {}
+        self.tokens: dict[str, int] = {}
+        self._beside: Mapping[str, Tensor] | None = None
+        self._moments: dict[str, SecondMoment] = {}
+        self._drifts: dict[str, SecondMoment] = {}
+        self._seen: dict[int, tuple[str, Tensor]] = {}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> Capture:
+        for name, module in self.modules.items():
+            self._handles.append(module.register_forward_pre_hook(self._hook(name)))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def next_batch(self, beside: Mapping[str, Tensor] | None = None) -> None:
+        """To be called before each forward.
+
+        Args:
+            beside: what the same modules read in the float model over the same tokens (see `recording`).
+        """
+        self._seen.clear()
+        self._beside = beside
+
+    def statistics(self) -> dict[str, InputStatistics | None]:
+        """By name of the module; the very same object for modules that share. None: it never ran."""
+        made = {
+            name: InputStatistics(
+                tokens=self.tokens[name],
+                hessian=moment.mean(self.tokens[name]),
+                drift=self._drifts[name].mean(self.tokens[name]) if name in self._drifts else None,
+            )
+            for name, moment in self._moments.items()
+        }
+        return {
+            name: made[self.leader[name]] if name in self.leader else None for name in self.modules
+        }
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if self.enabled:
+                # Detached tensors are new objects; the one that was handed over tells who reads the same.
+                self._read(name, args[0])
+
+        return hook
+
+    def _read(self, name: str, x: Tensor) -> None:
+        same = self._seen.get(id(x))
+        leader = self.leader.setdefault(name, same[0] if same else name)
+        if leader != name:
+            if same is None or same[0] != leader:
+                raise CalibrationError(
+                    f"{name}: it read the same activations as {leader} in one pass, and others in another"
+                )
+            return
+        # Holding the tensor keeps its id from being given to another one within this pass.
+        self._seen[id(x)] = name, x
+        tokens = x.detach().reshape(-1, x.shape[-1]).float()
+        if name not in self._moments:
+            self._moments[name] = SecondMoment(tokens.shape[1], tokens.device)
+            self.tokens[name] = 0
+        self._moments[name].add(tokens, tokens)
+        self.tokens[name] += len(tokens)
+        if self._beside is not None:
+            if name not in self._drifts:
+                self._drifts[name] = SecondMoment(tokens.shape[1], tokens.device, symmetric=False)
+            wanted = self._beside[name].reshape(-1, x.shape[-1]).float()
+            self._drifts[name].add(wanted - tokens, tokens)
+
+
+@contextmanager
+def recording(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Within, the last input of each module by its name."""
+    inputs: dict[str, Tensor] = {}
+
+    def watch(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            inputs[name] = args[0].detach()
+
+        return module.register_forward_pre_hook(hook)
+
+    handles = [watch(name, module) for name, module in modules.items()]
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,106 @@
+"""What the experts of a fused mixture-of-experts module read, expert by expert."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.statistics import InputStatistics
+from ..nn.experts import expert_weights
+from .capture import SecondMoment
+
+__all__ = ["ExpertsCapture"]
+
+
+class ExpertsCapture:
+    """Context in which the inputs of both stacks of a float experts module are summed up for each expert.
+
+    An expert that the router hardly chooses has seen too little to be rounded by: it also gets tokens that were sent to
+    others, until it has seen as many as its first stack has columns.
+
+    Args:
+        module: a fused experts module, see `hfq.nn.experts`.
+
+    Attributes:
+        enabled: False while a pass is not to be counted.
+        routed: tokens that the router sent to each expert.
+        topped_up: index of an expert -> tokens of others that it was given.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module: Any = module
+        self.enabled = True
+        shapes = expert_weights(module)
+        self.first, self.second = shapes
+        experts, _, self.least = shapes[self.first]
+        self.routed = [0] * experts
+        self.topped_up: dict[int, int] = {}
+        device = next(module.parameters()).device
+        self._moments = {
+            base: [SecondMoment(columns, device) for _ in range(experts)]
+            for base, (_, _, columns) in shapes.items()
+        }
+        self._spare: list[Tensor] = []
+
+    def __enter__(self) -> ExpertsCapture:
+        self._handle = self.module.register_forward_pre_hook(self._hook())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+    def _hook(self) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if self.enabled:
+                self._read(args[0].detach(), args[1])
+
+        return hook
+
+    def _read(self, hidden: Tensor, chosen: Tensor) -> None:
+        """Add tokens `[T, H]` that were sent to experts `[T, top_k]`."""
+        for expert in range(len(self.routed)):
+            rows = (chosen == expert).any(-1).nonzero()[:, 0]
+            if len(rows):
+                self.routed[expert] += len(rows)
+                self._add(expert, hidden[rows])
+        kept = sum(map(len, self._spare))
+        if kept < self.least:
+            self._spare.append(hidden[: self.least - kept].clone())
+
+    def _add(self, expert: int, x: Tensor) -> None:
+        self._moments[self.first][expert].add(x.float(), x.float())
+        inner = self._inner(expert, x).float()
+        self._moments[self.second][expert].add(inner, inner)
+
+    def _inner(self, expert: int, x: Tensor) -> Tensor:
+        """What the second stack reads, `[T, I]`."""
+        weight = getattr(self.module, self.first)[expert]
+        bias = getattr(self.module, f"{self.first}_bias")[expert] if self.module.has_bias else None
+        y = nn.functional.linear(x, weight.T if self.module.is_transposed else weight, bias)
+        inner: Tensor = (
+            self.module._apply_gate(y) if self.module.has_gate else self.module.act_fn(y)
+        )
+        return inner
+
+    @torch.no_grad()
+    def statistics(self) -> dict[str, list[InputStatistics] | None]:
+        """By stack, one for each expert; None where the module never ran."""
+        if not self._spare:
+            return dict.fromkeys(self._moments)
+        spare = torch.cat(self._spare)
+        for expert, seen in enumerate(self.routed):
+            missing = min(self.least - seen, len(spare))
+            if missing > 0:
+                self.topped_up[expert] = missing
+                self._add(expert, spare[:missing])
+        tokens = [seen + self.topped_up.get(expert, 0) for expert, seen in enumerate(self.routed)]
+        return {
+            base: [
+                InputStatistics(tokens=count, hessian=moment.mean(count))
+                for moment, count in zip(moments, tokens, strict=True)
+            ]
+            for base, moments in self._moments.items()
+        }

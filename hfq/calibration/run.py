@@ -1,0 +1,291 @@
+"""Quantize a model block by block: what comes out of a quantized block is what the next one is calibrated with."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..algorithms import ALGORITHMS
+from ..config import Recipe
+from ..core.errors import HfqError
+from ..core.statistics import InputStatistics
+from ..core.weight import QuantizedWeight
+from ..formats import FORMATS
+from ..nn.experts import is_fused_experts, pack_experts_
+from ..nn.packed import PackedModule
+from .blocks import BlockCall, find_blocks, record_calls, run_after_blocks, run_block
+from .capture import Capture, recording
+from .experts import ExpertsCapture
+from .report import CalibrationReport, WeightReport
+
+__all__ = ["Progress", "calibrate"]
+
+# Tokens that run through a block at a time.
+_BATCH_TOKENS = 8192
+
+# Rows of a weight that its error is measured on.
+_ERROR_ROWS = 256
+
+# Module name -> stack or "weight" -> recipe.
+Recipes = Mapping[str, Mapping[str, Recipe]]
+
+# Makes the packed twin of a float module, values still to be set.
+MakeTwin = Callable[[nn.Module, Recipe], PackedModule]
+
+# Told about each weight when it is done: its report, how many are done, how many there are.
+Progress = Callable[[WeightReport, int, int], None]
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    recipes: Recipes,
+    sequences: Sequence[Tensor],
+    make_twin: MakeTwin,
+    progress: Progress | None = None,
+) -> CalibrationReport:
+    """Replace modules of a float model by packed ones, with data.
+
+    Args:
+        model: a causal language model in evaluation mode, with its weights in memory.
+        recipes: what to do with which weight.
+        sequences: token ids int64 `[T]`.
+
+    Raises:
+        CalibrationError: the model does not run block by block, or what a weight reads is NaN or infinite; the model is
+            half quantized then.
+    """
+    run = _Run(model, recipes, make_twin, progress)
+    batches = _batches(sequences, next(model.parameters()).device)
+    blocks = find_blocks(model)
+    streams = [_Stream.start(model, list(blocks.values()), batch) for batch in batches]
+    for index, (name, block) in enumerate(blocks.items()):
+        run.block(name, block, streams, index)
+    run.rest(blocks, batches, streams)
+    return CalibrationReport(
+        weights=run.reports,
+        sequences=len(sequences),
+        tokens=sum(map(len, sequences)),
+        sha256=_fingerprint(sequences),
+    )
+
+
+@dataclass
+class _Stream:
+    """One batch on its way through the blocks.
+
+    Attributes:
+        hidden: what enters the next block.
+        wanted: what enters it in the float model, where the two are compared.
+        calls: the other arguments of each block.
+    """
+
+    hidden: Tensor
+    wanted: Tensor
+    calls: list[BlockCall]
+
+    @classmethod
+    def start(cls, model: nn.Module, blocks: Sequence[nn.Module], batch: Tensor) -> _Stream:
+        hidden, calls = record_calls(model, blocks, batch)
+        return cls(hidden, hidden, calls)
+
+
+@dataclass
+class _Run:
+    """The state of one calibration."""
+
+    model: nn.Module
+    recipes: Recipes
+    make_twin: MakeTwin
+    progress: Progress | None
+    reports: list[WeightReport] = field(default_factory=list)
+
+    def block(self, name: str, block: nn.Module, streams: Sequence[_Stream], index: int) -> None:
+        """Calibrate and replace what is inside a block, then move all streams past it."""
+        names = [each for each in self.recipes if each.startswith(f"{name}.")]
+        drift = self._follows_drift()
+        linear, experts = self._split(names)
+        with ExitStack() as stack:
+            capture = stack.enter_context(Capture(linear))
+            routed = {each: stack.enter_context(ExpertsCapture(m)) for each, m in experts.items()}
+            for stream in streams:
+                call = stream.calls[index]
+                if not drift:
+                    capture.next_batch()
+                    run_block(block, stream.hidden, call)
+                    continue
+                with _paused(capture, *routed.values()), recording(linear) as beside:
+                    wanted = run_block(block, stream.wanted, call)
+                capture.next_batch(beside)
+                run_block(block, stream.hidden, call)
+                stream.wanted = wanted
+        self._quantize(capture, routed)
+        for stream in streams:
+            stream.hidden = run_block(block, stream.hidden, stream.calls[index])
+
+    def rest(
+        self, blocks: Mapping[str, nn.Module], batches: Sequence[Tensor], streams: Sequence[_Stream]
+    ) -> None:
+        """What stands outside of the blocks: an output head."""
+        inside = tuple(f"{name}." for name in blocks)
+        linear, experts = self._split(
+            [each for each in self.recipes if not each.startswith(inside)]
+        )
+        if not linear and not experts:
+            return
+        with ExitStack() as stack:
+            capture = stack.enter_context(Capture(linear))
+            routed = {each: stack.enter_context(ExpertsCapture(m)) for each, m in experts.items()}
+            for batch, stream in zip(batches, streams, strict=True):
+                capture.next_batch()
+                run_after_blocks(self.model, list(blocks.values()), batch, stream.hidden)
+        self._quantize(capture, routed)
+
+    def _follows_drift(self) -> bool:
+        return any(
+            recipe.options.get("gptaq")
+            for each in self.recipes.values()
+            for recipe in each.values()
+        )
+
+    def _split(self, names: Sequence[str]) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+        """Modules with one weight, and fused experts."""
+        modules = {name: self.model.get_submodule(name) for name in names}
+        experts = {name: module for name, module in modules.items() if is_fused_experts(module)}
+        return {name: m for name, m in modules.items() if name not in experts}, experts
+
+    # ---- choosing codes
+
+    def _quantize(self, capture: Capture, routed: Mapping[str, ExpertsCapture]) -> None:
+        for name, statistics in capture.statistics().items():
+            self._linear(name, statistics)
+        for name, experts in routed.items():
+            self._experts(name, experts)
+
+    def _linear(self, name: str, statistics: InputStatistics | None) -> None:
+        recipe = self.recipes[name]["weight"]
+        module = self.model.get_submodule(name)
+        twin = self.make_twin(module, recipe)
+        slot = twin.slots["weight"]
+        weight = module.get_parameter("weight").detach()
+        weight = (weight.T if slot.transposed else weight).float()
+        start = time.perf_counter()
+        quantized, method = _choose(name, weight, recipe, statistics)
+        twin.set_packed("weight", FORMATS.get(slot.format).pack(quantized))
+        self._report(name, method, [statistics], [_error(weight, quantized, statistics)], start)
+        self.model.set_submodule(name, twin)
+
+    def _experts(self, name: str, capture: ExpertsCapture) -> None:
+        module = self.model.get_submodule(name)
+        recipes, statistics = self.recipes[name], capture.statistics()
+        note = f"{len(capture.topped_up)} experts topped up" if capture.topped_up else ""
+        floats = {base: module.get_parameter(base).detach() for base in recipes}
+        packed: dict[str, dict[str, Tensor]] = {}
+        plan = {base: (recipe.format, recipe.spec) for base, recipe in recipes.items()}
+        for base, recipe in recipes.items():
+            start = time.perf_counter()
+            known = statistics[base]
+            tensors, errors = [], []
+            for expert, stored in enumerate(floats[base]):
+                weight = (stored.T if module.is_transposed else stored).float()
+                seen = None if known is None else known[expert]
+                quantized, method = _choose(f"{name}.{base}[{expert}]", weight, recipe, seen)
+                tensors.append(FORMATS.get(recipe.format).pack(quantized))
+                errors.append(_error(weight, quantized, seen))
+            packed[base] = {key: torch.stack([each[key] for each in tensors]) for key in tensors[0]}
+            self._report(f"{name}.{base}", method, known or [None], errors, start, note)
+        twin = pack_experts_(module, plan, dtype=next(iter(floats.values())).dtype)
+        for base, stacks in packed.items():
+            twin.set_packed(base, stacks)
+
+    def _report(
+        self,
+        name: str,
+        method: str,
+        statistics: Sequence[InputStatistics | None],
+        errors: Sequence[float | None],
+        start: float,
+        note: str = "",
+    ) -> None:
+        known = [each for each in statistics if each is not None]
+        measured = [error for error in errors if error is not None]
+        report = WeightReport(
+            name=name,
+            method=method,
+            tokens=sum(each.tokens for each in known) // max(len(known), 1),
+            error=sum(measured) / len(measured) if measured else None,
+            damping=max((each.damping for each in known), default=0.0),
+            seconds=time.perf_counter() - start,
+            note=note if known else "never ran on the calibration data",
+        )
+        self.reports.append(report)
+        if self.progress is not None:
+            total = sum(len(each) for each in self.recipes.values())
+            self.progress(report, len(self.reports), total)
+
+
+def _choose(
+    name: str, weight: Tensor, recipe: Recipe, statistics: InputStatistics | None
+) -> tuple[QuantizedWeight, str]:
+    """Codes for float32 `[N, K]`, and the method that chose them.
+
+    A weight that has seen nothing (a layer that never ran) is rounded to nearest on the best grid.
+    """
+    method, options = recipe.method, recipe.options
+    if statistics is None and ALGORITHMS.get(method).calibrated:
+        method, options = "rtn", {"scale_search": True}
+    try:
+        return ALGORITHMS.get(method).quantize(weight, recipe.spec, options, statistics), method
+    except HfqError as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
+@contextmanager
+def _paused(*captures: Capture | ExpertsCapture) -> Iterator[None]:
+    for capture in captures:
+        capture.enabled = False
+    yield
+    for capture in captures:
+        capture.enabled = True
+
+
+def _error(
+    weight: Tensor, quantized: QuantizedWeight, statistics: InputStatistics | None
+) -> float | None:
+    """Squared error of the output over the squared output, on some of the rows."""
+    if statistics is None or not weight.numel():
+        return None
+    step = max(1, len(weight) // _ERROR_ROWS)
+    rows = weight[::step]
+    whole = statistics.error(rows)
+    wrong = statistics.error(quantized.dequantize()[::step] - rows)
+    return wrong / whole if whole else 0.0
+
+
+def _batches(sequences: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Sequences of one length together, so that nothing has to be padded: int64 `[B, T]`."""
+    by_length: dict[int, list[Tensor]] = {}
+    for sequence in sequences:
+        by_length.setdefault(len(sequence), []).append(sequence)
+    batches = []
+    for length, equal in by_length.items():
+        size = max(1, _BATCH_TOKENS // length)
+        batches += [
+            torch.stack(equal[start : start + size]).to(device)
+            for start in range(0, len(equal), size)
+        ]
+    return batches
+
+
+def _fingerprint(sequences: Sequence[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for sequence in sequences:
+        digest.update(len(sequence).to_bytes(8, "little"))
+        digest.update(sequence.cpu().numpy().tobytes())
+    return digest.hexdigest()

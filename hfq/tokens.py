@@ -1,0 +1,219 @@
+"""From a data set to windows of tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .core.errors import ConfigError
+
+__all__ = ["Dataset", "Tokenize", "sequences", "token_stream", "windows"]
+
+# A .txt, .jsonl or .parquet file, texts, or tokens of any shape (read in row order).
+Dataset = str | Path | Sequence[str] | Sequence[Tensor] | Sequence[Mapping[str, Tensor]] | Tensor
+
+# One text to its token ids, with the special tokens of its tokenizer.
+Tokenize = Callable[[str], list[int]]
+
+
+def token_stream(
+    dataset: Dataset, tokenize: Callable[[], Tokenize], max_tokens: int | None = None
+) -> Tensor:
+    """All tokens of a data set in one row.
+
+    Args:
+        dataset: the path of a .txt file (one text), of a .jsonl file (a text per line: a string, or an object with
+            the key "text") or of a .parquet file (with a column "text"), a list of texts, or a tensor of token ids or a
+            list of them. Texts are tokenized one by one and joined.
+        tokenize: gives the tokenizer; called only where there is text.
+        max_tokens: stop after this many.
+
+    Returns:
+        int64 `[T]`, T at least 2.
+
+    Raises:
+        ConfigError: no text, fewer than 2 tokens, an unreadable format.
+        OSError: the file cannot be read.
+    """
+    if max_tokens is not None and max_tokens < 2:
+        raise ConfigError(
+            f"max_tokens must be at least 2 (one token predicts the next), got {max_tokens}"
+        )
+    if isinstance(dataset, Tensor):
+        stream = _token_ids(dataset)[:max_tokens]
+    elif not isinstance(dataset, (str, Path)) and dataset and isinstance(dataset[0], Tensor):
+        stream = torch.cat([_token_ids(part) for part in dataset])[:max_tokens]
+    else:
+        stream = _tokenized(_texts(dataset), tokenize, max_tokens)
+    if stream.numel() < 2:
+        raise ConfigError(
+            f"expected at least 2 tokens to evaluate on, got {stream.numel()}: give a longer text"
+        )
+    return stream
+
+
+def sequences(
+    dataset: Dataset, tokenize: Callable[[], Tokenize], count: int, seqlen: int, seed: int
+) -> list[Tensor]:
+    """Sequences of tokens to calibrate with, chosen at random where there are more than asked for.
+
+    Args:
+        dataset: as for `token_stream`. Text is joined and cut into windows of exactly `seqlen` tokens (one shorter
+            one if there is not enough text). Of tokens every entry, or every row of a 2-D tensor, is a sequence of
+            its own, cut where it is longer; entries may be mappings with "input_ids" and "attention_mask" as
+            tokenizers give them: masked positions are left out.
+        count: how many sequences, at most.
+        seqlen: tokens per sequence, at most.
+        seed: of the choice.
+
+    Returns:
+        int64 tensors `[T]`, T from 2 to `seqlen`, in the order of the data set.
+
+    Raises:
+        ConfigError: as `token_stream`; a setting out of range; no sequence of two tokens.
+    """
+    for name, value, least in (("num_samples", count, 1), ("seqlen", seqlen, 2)):
+        if value < least:
+            raise ConfigError(f"{name} must be at least {least}, got {value}")
+    rows = _token_rows(dataset)
+    if rows is None:
+        stream = token_stream(dataset, tokenize)
+        found = [batch[0] for batch in windows(stream, seqlen, 1)]
+        # A rest that is shorter than the others only counts where there is nothing else.
+        found = [window for window in found if len(window) == seqlen] or found
+    else:
+        found = [part for row in rows for part in torch.split(row, seqlen) if len(part) > 1]
+    if not found:
+        raise ConfigError("the dataset has no sequence of at least 2 tokens")
+    if len(found) <= count:
+        return found
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(found), generator=generator)[:count].sort().values
+    return [found[index] for index in chosen.tolist()]
+
+
+def _token_rows(dataset: Dataset) -> list[Tensor] | None:
+    """The sequences of a data set that is tokens already, without masked positions; None for text."""
+    if isinstance(dataset, Tensor):
+        ids = dataset if dataset.dim() > 1 else dataset.unsqueeze(0)
+        return [_token_ids(row) for row in ids.flatten(0, -2)]
+    if isinstance(dataset, (str, Path)) or not dataset or isinstance(dataset[0], str):
+        return None
+    rows: list[Tensor] = []
+    for entry in dataset:
+        if isinstance(entry, Mapping):
+            ids = torch.as_tensor(entry["input_ids"])
+            mask = torch.as_tensor(entry.get("attention_mask", torch.ones_like(ids))).bool()
+        else:
+            ids = torch.as_tensor(entry)
+            mask = torch.ones_like(ids, dtype=torch.bool)
+        ids, mask = (ids, mask) if ids.dim() > 1 else (ids.unsqueeze(0), mask.unsqueeze(0))
+        for row, kept in zip(ids.flatten(0, -2), mask.flatten(0, -2), strict=True):
+            rows.append(_token_ids(row[kept]))
+    return rows
+
+
+def windows(stream: Tensor, seqlen: int, batch_size: int) -> Iterator[Tensor]:
+    """Cut `[T]` into non-overlapping windows `[B, seqlen]`; what is left over makes a last, shorter one.
+
+    A single left-over token predicts nothing and is dropped.
+    """
+    whole = stream.numel() // seqlen
+    if whole:
+        yield from torch.split(stream[: whole * seqlen].view(whole, seqlen), batch_size)
+    rest = stream[whole * seqlen :]
+    if rest.numel() > 1:
+        yield rest.unsqueeze(0)
+
+
+def _token_ids(dataset: object) -> Tensor:
+    if not isinstance(dataset, Tensor):
+        raise ConfigError(
+            f"expected a tensor of token ids like the entries before it, got {type(dataset).__name__}"
+        )
+    if dataset.dtype.is_floating_point or dataset.dtype.is_complex or dataset.dtype == torch.bool:
+        raise ConfigError(f"expected token ids of an integer dtype, got {dataset.dtype}")
+    return dataset.detach().cpu().flatten().long()
+
+
+def _tokenized(
+    texts: Iterator[str], load: Callable[[], Tokenize], max_tokens: int | None
+) -> Tensor:
+    ids: list[int] = []
+    tokenize: Tokenize | None = None
+    for text in texts:
+        if not text.strip():
+            continue
+        tokenize = tokenize or load()
+        ids.extend(tokenize(text))
+        if max_tokens is not None and len(ids) >= max_tokens:
+            break
+    if tokenize is None:
+        raise ConfigError("the dataset has no text: every entry is empty")
+    return torch.tensor(ids[:max_tokens], dtype=torch.int64)
+
+
+def _texts(dataset: str | Path | Sequence[object]) -> Iterator[str]:
+    if isinstance(dataset, (str, Path)):
+        yield from _file_texts(Path(dataset))
+        return
+    for index, text in enumerate(dataset):
+        if not isinstance(text, str):
+            raise ConfigError(
+                f"dataset must be a path, a list of texts or a tensor of token ids; entry {index} is "
+                f"{type(text).__name__}"
+            )
+        yield text
+
+
+def _file_texts(path: Path) -> Iterator[str]:
+    if path.suffix not in (".txt", ".jsonl", ".parquet"):
+        raise ConfigError(
+            f"expected a .txt, .jsonl or .parquet file, got {str(path)!r}; pass a single text as a list: [text]"
+        )
+    if path.suffix == ".parquet":
+        yield from _parquet_texts(path)
+        return
+    try:
+        if path.suffix == ".txt":
+            yield path.read_text(encoding="utf-8")
+            return
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield _json_text(line, f"{path}, line {number}")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def _parquet_texts(path: Path) -> Iterator[str]:
+    try:
+        # It comes with the package "datasets"; hfq does not ask for it.
+        from pyarrow import parquet  # type: ignore[import-not-found, unused-ignore]
+    except ImportError as error:
+        raise ConfigError(f"{path}: reading .parquet needs pyarrow: pip install pyarrow") from error
+    table = parquet.ParquetFile(path)
+    if "text" not in table.schema_arrow.names:
+        raise ConfigError(
+            f"{path}: expected a column 'text', got {', '.join(table.schema_arrow.names)}"
+        )
+    for batch in table.iter_batches(columns=["text"]):
+        for text in batch.column(0).to_pylist():
+            if not isinstance(text, str):
+                raise ConfigError(f"{path}: expected strings in column 'text', got {text!r}")
+            yield text
+
+
+def _json_text(line: str, where: str) -> str:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{where}: not JSON ({error})") from error
+    text = entry.get("text") if isinstance(entry, dict) else entry
+    if not isinstance(text, str):
+        raise ConfigError(f"{where}: expected a string, or an object with a string under 'text'")
+    return text
