@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from .evaluation import evaluate as evaluate
     from .inspection import inspect_checkpoint as inspect_checkpoint
     from .integrations.hub import push_to_hub as push_to_hub
+    from .integrations.report import Report as Report
+    from .integrations.resume import ResumeError as ResumeError
     from .integrations.staging import SaveError as SaveError
+    from .integrations.streaming import quantize as quantize
     from .integrations.upload import PushError as PushError
     from .training.merge import merge_to_float as merge_to_float
 
@@ -39,6 +42,9 @@ _LAZY = {
     "explain": "diagnose",
     "doctor": "diagnose",
     "inspect_checkpoint": "inspection",
+    "quantize": "integrations.streaming",
+    "Report": "integrations.report",
+    "ResumeError": "integrations.resume",
     "push_to_hub": "integrations.hub",
     "SaveError": "integrations.staging",
     "PushError": "integrations.upload",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .core.errors import ConfigError
 
-__all__ = ["Dataset", "Tokenize", "sequences", "token_stream", "windows"]
+__all__ = ["Dataset", "Tokenize", "choose", "sequences", "token_stream", "windows"]
 
 # A .txt, .jsonl or .parquet file, texts, or tokens of any shape (read in row order).
 Dataset = str | Path | Sequence[str] | Sequence[Tensor] | Sequence[Mapping[str, Tensor]] | Tensor
@@ -56,29 +56,22 @@ def token_stream(
     return stream
 
 
-def sequences(
-    dataset: Dataset, tokenize: Callable[[], Tokenize], count: int, seqlen: int, seed: int
-) -> list[Tensor]:
-    """Sequences of tokens to calibrate with, chosen at random where there are more than asked for.
+def sequences(dataset: Dataset, tokenize: Callable[[], Tokenize], seqlen: int) -> list[Tensor]:
+    """A data set as sequences of tokens to calibrate with.
 
     Args:
         dataset: as for `token_stream`. Text is joined and cut into windows of exactly `seqlen` tokens (one shorter
             one if there is not enough text). Of tokens every entry, or every row of a 2-D tensor, is a sequence of
             its own, cut where it is longer; entries may be mappings with "input_ids" and "attention_mask" as
             tokenizers give them: masked positions are left out.
-        count: how many sequences, at most.
         seqlen: tokens per sequence, at most.
-        seed: of the choice.
 
     Returns:
         int64 tensors `[T]`, T from 2 to `seqlen`, in the order of the data set.
 
     Raises:
-        ConfigError: as `token_stream`; a setting out of range; no sequence of two tokens.
+        ConfigError: as `token_stream`; no sequence of two tokens.
     """
-    for name, value, least in (("num_samples", count, 1), ("seqlen", seqlen, 2)):
-        if value < least:
-            raise ConfigError(f"{name} must be at least {least}, got {value}")
     rows = _token_rows(dataset)
     if rows is None:
         stream = token_stream(dataset, tokenize)
@@ -89,11 +82,13 @@ def sequences(
         found = [part for row in rows for part in torch.split(row, seqlen) if len(part) > 1]
     if not found:
         raise ConfigError("the dataset has no sequence of at least 2 tokens")
-    if len(found) <= count:
-        return found
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(found), generator=generator)[:count].sort().values
-    return [found[index] for index in chosen.tolist()]
+    return found
+
+
+def choose(found: Sequence[Tensor], count: int, seed: int) -> tuple[list[Tensor], list[Tensor]]:
+    """`count` sequences at random, in their order, and the others in random order."""
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [found[i] for i in sorted(order[:count])], [found[i] for i in order[count:]]
 
 
 def _token_rows(dataset: Dataset) -> list[Tensor] | None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hfq.core.errors import ConfigError
-from hfq.tokens import sequences, token_stream, windows
+from hfq.tokens import choose, sequences, token_stream, windows
 
 
 def by_letter():
@@ -103,17 +103,17 @@ def test_windows_do_not_overlap(count, shapes):
 
 
 def test_text_becomes_equal_windows():
-    found = sequences(["abcde", "fgh"], by_letter, count=9, seqlen=3, seed=0)
+    found = sequences(["abcde", "fgh"], by_letter, seqlen=3)
     assert [row.tolist() for row in found] == [[0, 97, 98], [99, 100, 101], [0, 102, 103]]
-    (short,) = sequences(["abcde"], by_letter, count=9, seqlen=100, seed=0)
+    (short,) = sequences(["abcde"], by_letter, seqlen=100)
     assert short.tolist() == [0, *map(ord, "abcde")]
 
 
 def test_tokens_keep_their_sequences():
     rows = [torch.arange(5), torch.arange(3), torch.tensor([1])]
-    found = sequences(rows, by_letter, count=9, seqlen=4, seed=0)
+    found = sequences(rows, by_letter, seqlen=4)
     assert [row.tolist() for row in found] == [[0, 1, 2, 3], [0, 1, 2]]
-    (again,) = sequences(torch.arange(3), by_letter, count=9, seqlen=4, seed=0)
+    (again,) = sequences(torch.arange(3), by_letter, seqlen=4)
     assert again.tolist() == [0, 1, 2]
 
 
@@ -122,28 +122,18 @@ def test_masked_positions_are_left_out():
         "input_ids": torch.tensor([[7, 7, 1, 2, 3], [4, 5, 6, 7, 7]]),
         "attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]]),
     }
-    found = sequences([entry, {"input_ids": [8, 9]}], by_letter, count=9, seqlen=9, seed=0)
+    found = sequences([entry, {"input_ids": [8, 9]}], by_letter, seqlen=9)
     assert [row.tolist() for row in found] == [[1, 2, 3], [4, 5, 6], [8, 9]]
 
 
 def test_the_choice_follows_the_seed():
-    rows = torch.arange(200).view(100, 2)
-    chosen = [sequences(rows, by_letter, count=10, seqlen=2, seed=seed) for seed in (0, 0, 1)]
-    numbers = [[int(row[0]) for row in found] for found in chosen]
+    found = [torch.tensor([i, i]) for i in range(100)]
+    picks = [choose(found, 10, seed) for seed in (0, 0, 1)]
+    numbers = [[int(row[0]) for row in chosen] for chosen, _ in picks]
     assert numbers[0] == numbers[1] != numbers[2]
     assert numbers[0] == sorted(numbers[0]) and len(set(numbers[0])) == 10
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"count": 0, "seqlen": 4}, "num_samples must be at least 1, got 0"),
-        ({"count": 1, "seqlen": 1}, "seqlen must be at least 2, got 1"),
-    ],
-)
-def test_impossible_requests(settings, message):
-    with pytest.raises(ConfigError, match=message):
-        sequences(["abc"], by_letter, seed=0, **settings)
+    others = [int(row[0]) for row in picks[0][1]]
+    assert sorted(numbers[0] + others) == list(range(100)) and others != sorted(others)
 
 
 def test_parquet_needs_a_column_of_text(tmp_path):

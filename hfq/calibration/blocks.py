@@ -142,7 +142,9 @@ def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
 @torch.no_grad()
 def run_after_blocks(
     model: nn.Module, blocks: Sequence[nn.Module], batch: Tensor, hidden: Tensor
-) -> None:
-    """What the model does after its blocks, given what came out of the last of them."""
+) -> Tensor:
+    """The model's logits `[B, T, V]`, given what came out of the last of its blocks."""
     with _acting(blocks, lambda index, _, call: hidden):
-        model(input_ids=batch, use_cache=False)
+        logits = model(input_ids=batch, use_cache=False).logits
+    assert isinstance(logits, Tensor)
+    return logits

@@ -53,6 +53,10 @@ class CalibrationReport:
         """Plain JSON values."""
         return asdict(self)
 
+    def provenance(self) -> dict[str, Any]:
+        """What a checkpoint tells about the data: no text, no path."""
+        return {"sequences": self.sequences, "tokens": self.tokens, "sha256": self.sha256}
+
     def table(self) -> str:
         """The weights as text, and what to know about some of them."""
         rows = [

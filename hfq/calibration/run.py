@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from .capture import Capture, recording
 from .experts import ExpertsCapture
 from .report import CalibrationReport, WeightReport
 
-__all__ = ["Progress", "calibrate"]
+__all__ = ["Calibration", "Progress", "Stream", "calibrate", "fingerprint"]
 
 # Tokens that run through a block at a time.
 _BATCH_TOKENS = 8192
@@ -61,79 +61,109 @@ def calibrate(
         CalibrationError: the model does not run block by block, or what a weight reads is NaN or infinite; the model is
             half quantized then.
     """
-    run = _Run(model, recipes, make_twin, progress)
-    batches = _batches(sequences, next(model.parameters()).device)
-    blocks = find_blocks(model)
-    streams = [_Stream.start(model, list(blocks.values()), batch) for batch in batches]
-    for index, (name, block) in enumerate(blocks.items()):
-        run.block(name, block, streams, index)
-    run.rest(blocks, batches, streams)
-    return CalibrationReport(
-        weights=run.reports,
-        sequences=len(sequences),
-        tokens=sum(map(len, sequences)),
-        sha256=_fingerprint(sequences),
-    )
+    run = Calibration(model, recipes, make_twin, progress)
+    streams = run.start(sequences)
+    for index in range(len(run.blocks)):
+        run.block(index, streams)
+    run.rest(streams)
+    return run.report(sequences)
 
 
 @dataclass
-class _Stream:
+class Stream:
     """One batch on its way through the blocks.
 
     Attributes:
-        hidden: what enters the next block.
-        wanted: what enters it in the float model, where the two are compared.
-        calls: the other arguments of each block.
+        batch: token ids int64 `[B, T]`.
+        calls: what each block is called with beside the hidden states.
+        hidden: what enters the next block, `[B, T, H]`.
+        wanted: what enters it in the float model, where the two are compared; else the same as `hidden`.
     """
 
+    batch: Tensor
+    calls: list[BlockCall]
     hidden: Tensor
     wanted: Tensor
-    calls: list[BlockCall]
-
-    @classmethod
-    def start(cls, model: nn.Module, blocks: Sequence[nn.Module], batch: Tensor) -> _Stream:
-        hidden, calls = record_calls(model, blocks, batch)
-        return cls(hidden, hidden, calls)
 
 
-@dataclass
-class _Run:
-    """The state of one calibration."""
+class Calibration:
+    """One model that is calibrated block by block.
 
-    model: nn.Module
-    recipes: Recipes
-    make_twin: MakeTwin
-    progress: Progress | None
-    reports: list[WeightReport] = field(default_factory=list)
+    Attributes:
+        blocks: full name -> block; weights need to be in memory only while `block` works on them.
+        reports: of the weights that are done.
+    """
 
-    def block(self, name: str, block: nn.Module, streams: Sequence[_Stream], index: int) -> None:
-        """Calibrate and replace what is inside a block, then move all streams past it."""
-        names = [each for each in self.recipes if each.startswith(f"{name}.")]
-        drift = self._follows_drift()
-        linear, experts = self._split(names)
+    def __init__(
+        self, model: nn.Module, recipes: Recipes, make_twin: MakeTwin, progress: Progress | None
+    ) -> None:
+        self.model, self.recipes, self.make_twin, self.progress = (
+            model,
+            recipes,
+            make_twin,
+            progress,
+        )
+        self.blocks = find_blocks(model)
+        self.reports: list[WeightReport] = []
+
+    def start(self, sequences: Sequence[Tensor]) -> list[Stream]:
+        """All batches in front of the first block. Needs the weights before it only."""
+        device = next(p.device for p in self.model.parameters() if not p.is_meta)
+        blocks = list(self.blocks.values())
+        streams = []
+        for batch in _batches(sequences, device):
+            hidden, calls = record_calls(self.model, blocks, batch)
+            streams.append(Stream(batch, calls, hidden, hidden))
+        return streams
+
+    @torch.no_grad()
+    def block(
+        self, index: int, streams: Sequence[Stream], followers: Sequence[Stream] = ()
+    ) -> None:
+        """Calibrate and replace what is inside a block, then move all streams past it.
+
+        Args:
+            followers: streams that nothing is calibrated with; they run through the float model as well.
+        """
+        name, block = list(self.blocks.items())[index]
+        linear, experts = self._split(
+            [each for each in self.recipes if each.startswith(f"{name}.")]
+        )
         with ExitStack() as stack:
             capture = stack.enter_context(Capture(linear))
             routed = {each: stack.enter_context(ExpertsCapture(m)) for each, m in experts.items()}
-            for stream in streams:
-                call = stream.calls[index]
-                if not drift:
-                    capture.next_batch()
-                    run_block(block, stream.hidden, call)
-                    continue
-                with _paused(capture, *routed.values()), recording(linear) as beside:
-                    wanted = run_block(block, stream.wanted, call)
+            for stream in streams if linear or experts else ():
+                call, beside = stream.calls[index], None
+                if self.follows_drift:
+                    with _paused(capture, *routed.values()), recording(linear) as beside:
+                        stream.wanted = run_block(block, stream.wanted, call)
                 capture.next_batch(beside)
                 run_block(block, stream.hidden, call)
-                stream.wanted = wanted
+        for stream in followers:
+            stream.wanted = run_block(block, stream.wanted, stream.calls[index])
         self._quantize(capture, routed)
-        for stream in streams:
+        for stream in (*streams, *followers):
             stream.hidden = run_block(block, stream.hidden, stream.calls[index])
 
-    def rest(
-        self, blocks: Mapping[str, nn.Module], batches: Sequence[Tensor], streams: Sequence[_Stream]
-    ) -> None:
-        """What stands outside of the blocks: an output head."""
-        inside = tuple(f"{name}." for name in blocks)
+    def skip(self, index: int) -> None:
+        """Replace what is inside a block on meta, without values: it was done in another run."""
+        name, block = list(self.blocks.items())[index]
+        for each in (each for each in self.recipes if each.startswith(f"{name}.")):
+            module, recipes = self.model.get_submodule(each), self.recipes[each]
+            if is_fused_experts(module):
+                plan = {base: (recipe.format, recipe.spec) for base, recipe in recipes.items()}
+                pack_experts_(module, plan, dtype=next(module.parameters()).dtype)
+            else:
+                self.model.set_submodule(each, self.make_twin(module, recipes["weight"]))
+        for module in block.modules():
+            if isinstance(module, PackedModule):
+                for base in module.slots:
+                    module.drop_placeholder(base)
+
+    @torch.no_grad()
+    def rest(self, streams: Sequence[Stream]) -> None:
+        """Calibrate and replace what stands outside of the blocks: an output head."""
+        inside = tuple(f"{name}." for name in self.blocks)
         linear, experts = self._split(
             [each for each in self.recipes if not each.startswith(inside)]
         )
@@ -142,12 +172,25 @@ class _Run:
         with ExitStack() as stack:
             capture = stack.enter_context(Capture(linear))
             routed = {each: stack.enter_context(ExpertsCapture(m)) for each, m in experts.items()}
-            for batch, stream in zip(batches, streams, strict=True):
+            for stream in streams:
                 capture.next_batch()
-                run_after_blocks(self.model, list(blocks.values()), batch, stream.hidden)
+                run_after_blocks(
+                    self.model, list(self.blocks.values()), stream.batch, stream.hidden
+                )
         self._quantize(capture, routed)
 
-    def _follows_drift(self) -> bool:
+    def report(self, sequences: Sequence[Tensor]) -> CalibrationReport:
+        """What was done so far."""
+        return CalibrationReport(
+            weights=self.reports,
+            sequences=len(sequences),
+            tokens=sum(map(len, sequences)),
+            sha256=fingerprint(sequences),
+        )
+
+    @property
+    def follows_drift(self) -> bool:
+        """Whether the float model runs beside the quantized one."""
         return any(
             recipe.options.get("gptaq")
             for each in self.recipes.values()
@@ -283,7 +326,8 @@ def _batches(sequences: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     return batches
 
 
-def _fingerprint(sequences: Sequence[Tensor]) -> str:
+def fingerprint(sequences: Sequence[Tensor]) -> str:
+    """SHA-256 of token sequences."""
     digest = hashlib.sha256()
     for sequence in sequences:
         digest.update(len(sequence).to_bytes(8, "little"))

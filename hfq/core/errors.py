@@ -10,6 +10,7 @@ HfqError
 |-- KernelError        (RuntimeError)  no kernel can run this, or a kernel setting is refused
 |-- EvaluationError    (RuntimeError)  logits that cannot be measured (hfq.evaluation.logits)
 |-- SaveError          (OSError)       a folder was not written (hfq.integrations.staging)
+|-- ResumeError        (ValueError)    an unfinished run of other inputs is in the way (hfq.integrations.resume)
 `-- PushError          (RuntimeError)  an upload did not arrive (hfq.integrations.upload)
 """
 

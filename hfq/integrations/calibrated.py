@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,19 +11,19 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from ..calibration.report import CalibrationReport, WeightReport
-from ..calibration.run import calibrate
+from ..calibration.run import Progress, calibrate
 from ..calibration.sample import sample_sequences
 from ..config import HfqConfig, Recipe
 from ..core.errors import ConfigError
 from ..evaluation.logits import position_limit
 from ..evaluation.tokenizer import tokenize_with
 from ..nn.packed import PackedModule
-from ..tokens import sequences
+from ..tokens import choose, sequences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["calibrate_loaded"]
+__all__ = ["calibrate_loaded", "calibration_sequences", "progress_bar"]
 
 
 def calibrate_loaded(
@@ -42,43 +43,45 @@ def calibrate_loaded(
             raise ConfigError(
                 f"{name} is offloaded, and a calibrated method needs all weights in memory: give a device_map that fits"
             )
-    data = _data(model, config)
-    with tqdm(total=sum(map(len, recipes.values())), unit="weight", disable=None) as bar:
+    data, _ = calibration_sequences(model, config)
+    with progress_bar(sum(map(len, recipes.values()))) as show:
+        return calibrate(model, recipes, data, make_twin, show)
 
-        def show(report: WeightReport, done: int, total: int) -> None:
+
+@contextmanager
+def progress_bar(total: int) -> Iterator[Progress]:
+    """A bar on a terminal: weights that are done, what was found about the last one, time left."""
+    with tqdm(total=total, unit="weight", disable=None) as bar:
+
+        def show(report: WeightReport, done: int, _: int) -> None:
             bar.set_description(report.name)
             error = "-" if report.error is None else f"{report.error:.2e}"
             bar.set_postfix(error=error, damping=report.damping, tokens=report.tokens)
             bar.update(done - bar.n)
 
-        return calibrate(model, recipes, data, make_twin, show)
+        yield show
 
 
-def _data(model: PreTrainedModel, config: HfqConfig) -> list[Tensor]:
+def calibration_sequences(
+    model: PreTrainedModel, config: HfqConfig
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What to calibrate with, and what is left of the data set, in random order.
+
+    Raises:
+        ConfigError: the data set cannot be used.
+    """
+    text = model.config.get_text_config()
     seqlen = min(config.seqlen, position_limit(model) or config.seqlen)
     if config.dataset is None or (isinstance(config.dataset, str) and config.dataset == "self"):
-        text = model.config.get_text_config()
         first = text.bos_token_id
-        return sample_sequences(
-            model,
-            config.num_samples,
-            seqlen,
-            config.seed,
-            first[0] if isinstance(first, list) else first,
-            text.vocab_size,
-        )
-    found = sequences(
-        config.dataset,
-        lambda: tokenize_with(config.tokenizer, model),
-        config.num_samples,
-        seqlen,
-        config.seed,
-    )
-    vocabulary = model.config.get_text_config().vocab_size
+        first = first[0] if isinstance(first, list) else first
+        count, seed = config.num_samples, config.seed
+        return sample_sequences(model, count, seqlen, seed, first, text.vocab_size), []
+    found = sequences(config.dataset, lambda: tokenize_with(config.tokenizer, model), seqlen)
     largest = max(int(torch.max(sequence)) for sequence in found)
-    if largest >= vocabulary:
+    if largest >= text.vocab_size:
         raise ConfigError(
-            f"expected token ids below {vocabulary}, got {largest}: the dataset's tokens come from another model's "
+            f"expected token ids below {text.vocab_size}, got {largest}: the dataset's tokens come from another model's "
             "tokenizer"
         )
-    return found
+    return choose(found, config.num_samples, config.seed)

@@ -8,14 +8,19 @@ read, then the packed tensors go straight into place.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
@@ -253,13 +258,7 @@ class HfqQuantizer(HfQuantizer):
             self._calibrate(model)
         self._keep_transforms(model)
         for name, module in _packed_modules(model):
-            if any(module.placeholder(base) is not None for base in module.slots):
-                raise CheckpointError(f"{name}: the checkpoint has no tensor for this weight")
-            if not module.is_offloaded:
-                module.check_packed(name)
-            module.kernel_mode = self.quantization_config.kernel_mode
-            for parameter in module.parameters(recurse=False):
-                parameter.requires_grad_(False)
+            self._make_ready(name, module)
         self._share_tied(model)
         if self.quantization_config.dequantize:
             return self._dequantize(model)
@@ -270,6 +269,45 @@ class HfqQuantizer(HfQuantizer):
         logger.info(f"hfq: {self.selection.summary()}")
         return model
 
+    def finish_loading(self, model: PreTrainedModel, names: Collection[str]) -> None:
+        """What has to follow where only some modules were loaded (see `source.FloatCheckpoint`)."""
+        self._raise_failures()
+        for name, module in _packed_modules(model):
+            if name in names:
+                self._make_ready(name, module)
+        self._share_tied(model)
+        for name, module in _packed_modules(model):
+            if name in names:
+                module.prepare()
+
+    def _make_ready(self, name: str, module: PackedModule) -> None:
+        if any(module.placeholder(base) is not None for base in module.slots):
+            raise CheckpointError(f"{name}: the checkpoint has no tensor for this weight")
+        if not module.is_offloaded:
+            module.check_packed(name)
+        module.kernel_mode = self.quantization_config.kernel_mode
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(False)
+
+    @property
+    def calibrated(self) -> dict[str, dict[str, Recipe]]:
+        """What waits for data: module -> parameter -> recipe."""
+        return self._calibrated
+
+    def make_twin(self, module: nn.Module, recipe: Recipe) -> PackedModule:
+        """The packed module that a calibrated one is replaced with; its codes are still to be set."""
+        twin = _filled_twin(module, recipe)
+        twin.kernel_mode = self.quantization_config.kernel_mode
+        return twin
+
+    def names_for_saving(
+        self, model: PreTrainedModel, tensors: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Tensors of the model under the names that a checkpoint has them by."""
+        self._keep_transforms(model)
+        renamed: dict[str, Tensor] = revert_weight_conversion(model, tensors)
+        return renamed
+
     def _calibrate(self, model: PreTrainedModel) -> None:
         """Quantize with data what arrived as float."""
         from .calibrated import (
@@ -278,12 +316,8 @@ class HfqQuantizer(HfQuantizer):
 
         config = self.quantization_config
         model.eval()  # type: ignore[no-untyped-call]
-        self.calibration = calibrate_loaded(model, config, self._calibrated, _filled_twin)
-        config.calibration = {
-            "sequences": self.calibration.sequences,
-            "tokens": self.calibration.tokens,
-            "sha256": self.calibration.sha256,
-        }
+        self.calibration = calibrate_loaded(model, config, self._calibrated, self.make_twin)
+        config.calibration = self.calibration.provenance()
 
     def _raise_failures(self) -> None:
         if not self._failures:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hfq.integrations import gate
 
 WORDS = [
     "the",
@@ -27,6 +30,14 @@ WORDS = [
     "reads",
     "writes",
 ]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def gate_in_this_process() -> Iterator[None]:
+    """A new process takes seconds to import everything; tests of `hfq.quantize` start some."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gate, "_from_new_process", gate.logits_of)
+        yield
 
 
 @pytest.fixture(scope="session")

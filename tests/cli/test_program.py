@@ -77,7 +77,7 @@ def test_eval(packed_model, float_model, text, capsys):
     ("flags", "message"),
     [
         (["--text", "nowhere.txt"], "nowhere.txt"),
-        (["--text", "words.csv"], "expected a .txt or .jsonl file"),
+        (["--text", "words.csv"], "expected a .txt, .jsonl or .parquet file"),
         (["--seqlen", "1"], "seqlen must be at least 2"),
         (["--reference", "./no/where"], "cannot load ./no/where"),
     ],

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hfq import HfqConfig
 from hfq.cli import main
-from hfq.cli import quantize as command
 from hfq.inspection import inspect_checkpoint
+from hfq.integrations import gate, streaming
 
 
 def tree(folder):
@@ -170,30 +170,32 @@ def test_weights_with_nan_are_named(quantize, float_model, tmp_path):
 def test_a_save_that_does_not_reload_is_withdrawn(quantize, tmp_path, monkeypatch):
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "config.json").write_text("{}")
-    load = command.load_model
-
-    def damaged(path, args, **settings):
-        model = load(path, args, **settings)
-        if "quantization_config" not in settings:
-            module = model.model.layers[0].mlp.up_proj
-            module.weight = -module.dequantize()
-        return model
-
-    monkeypatch.setattr(command, "load_model", damaged)
+    monkeypatch.setattr(gate, "_from_new_process", lambda *args: -gate.logits_of(*args))
     assert "does not reproduce" in one_line(quantize(), tmp_path)
     code, _, _ = quantize(output=tmp_path / "old")
     assert code == 1 and tree(tmp_path / "old").keys() == {"config.json"}
     assert (tmp_path / "old" / "config.json").read_text() == "{}"
 
 
-def test_an_interrupt_leaves_nothing(quantize, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on(quantize, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "_gate", interrupted)
-    code, out, err = quantize()
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "check_reloaded", interrupted)
+        code, out, err = quantize()
     assert (code, out, err) == (130, "", "hfq: interrupted\n")
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".hfq-resume"]
+    code, out, _ = quantize()
+    assert code == 0 and "2 finished blocks" in out
+    assert not any(name.startswith(".") for name in tree(tmp_path / "out"))
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "check_reloaded", interrupted)
+        quantize(output=tmp_path / "other")
+    code, _, err = quantize("--bits", "3", output=tmp_path / "other")
+    assert code == 1 and "--no-resume" in err
+    code, out, _ = quantize("--bits", "3", "--no-resume", output=tmp_path / "other")
+    assert code == 0 and "finished blocks" not in out
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -1,0 +1,248 @@
+"""A float checkpoint that is read block by block into a skeleton on meta."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging
+
+from ..config import HfqConfig
+from ..core.errors import CheckpointError
+from .checkpoint import read_headers
+from .mapped_files import release_pages, return_free_memory
+from .transformers import HfqQuantizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["FloatCheckpoint", "save_tokenizer"]
+
+logger = logging.get_logger(__name__)
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+)
+
+
+class FloatCheckpoint:
+    """Files of a float model, and its skeleton with packed modules where no data is needed.
+
+    Args:
+        path: a folder, or a repository of the Hub (downloaded as a whole).
+        config: how to quantize.
+        dtype: of float weights and activations; "auto": the checkpoint's.
+        device: where blocks are loaded to.
+
+    Attributes:
+        folder: where the files lie.
+        files: the safetensors files.
+        model: the skeleton; ``model.hf_quantizer`` knows what to do with which weight.
+
+    Raises:
+        CheckpointError: no complete safetensors checkpoint of a float model.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], config: HfqConfig, dtype: str, device: torch.device
+    ) -> None:
+        self.folder = _folder(path)
+        self.files = _files(self.folder)
+        self.device = device
+        # Memory maps are known by their real paths; the Hub's cache is made of links.
+        self._real_files = tuple(os.path.realpath(file) for file in self.files)
+        settings = _model_config(self.folder)
+        settings._name_or_path = str(path)
+        self.dtype = _dtype(dtype, settings)
+        headers = read_headers(self.files)
+        with torch.device("meta"):
+            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                settings, dtype=self.dtype
+            ).eval()
+        # Names in the files -> parameters of the float model, before modules are swapped.
+        self._parameters = _targets(self.model, list(headers))
+        missing = self.model.state_dict().keys() - set(self._parameters.values())
+        missing -= self.model.all_tied_weights_keys.keys()
+        if missing:
+            raise CheckpointError(
+                f"{self.folder} has no tensor for {len(missing)} parameters of {type(self.model).__name__}, such as "
+                f"{min(missing)}: the checkpoint is incomplete or of another kind of model"
+            )
+        self.quantizer = HfqQuantizer(config, pre_quantized=False)
+        self.model.hf_quantizer = self.quantizer
+        vars(settings)["quantization_config"] = config
+        with _default_dtype(self.dtype):
+            self.quantizer.preprocess_model(
+                model=self.model, device_map={"": device}, checkpoint_files=self.files
+            )
+        self._materialize_buffers()
+
+    def load(self, wanted: Callable[[str], bool]) -> None:
+        """Read the parameters whose names are wanted; weights that need no data are quantized as they arrive."""
+        keys = {key for key, name in self._parameters.items() if wanted(name)}
+        settings = LoadStateDictConfig(
+            device_map={"": self.device},
+            dtype=self.dtype,
+            weight_mapping=self.quantizer.update_weight_conversions(
+                get_model_conversion_mapping(self.model), self.model
+            ),
+            hf_quantizer=self.quantizer,
+        )
+        with _open(self.files) as slices, _without_bars(), _default_dtype(self.dtype):
+            found = {key: tensor for key, tensor in slices.items() if key in keys}
+            info, _ = convert_and_load_state_dict_in_model(self.model, found, settings)
+        if info.conversion_errors or info.mismatched_keys:
+            first: Any = next(iter([*info.conversion_errors.values(), *info.mismatched_keys]))
+            raise CheckpointError(f"{self.folder}: a tensor does not fit the model: {first}")
+        self.model.tie_weights()
+        loaded = {self._parameters[key].rpartition(".")[0] for key in keys}
+        self.quantizer.finish_loading(self.model, loaded)
+        release_pages(self._real_files)
+
+    def free(self, name: str) -> None:
+        """Forget the weights of a block; what it consists of stays known."""
+        self.model.get_submodule(name).to("meta")
+        return_free_memory()
+
+    def _materialize_buffers(self) -> None:
+        """Buffers that no file has (rotary tables) get their values from the model's own initialisation."""
+        self.model._move_missing_keys_from_meta_to_device(set(), {"": self.device}, None, None)  # type: ignore[arg-type]
+        self.model.initialize_weights()  # type: ignore[no-untyped-call]
+
+
+def save_tokenizer(source: Path, target: Path) -> None:
+    """Write the tokenizer of one folder into another; a model without one is left without one."""
+    # For some architectures Transformers makes up an empty tokenizer.
+    if not any((source / name).is_file() for name in _TOKENIZER_FILES):
+        return
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        logger.warning(
+            f"hfq: the tokenizer in {source} cannot be loaded and was not copied: {error}"
+        )
+        return
+    tokenizer.save_pretrained(target)
+
+
+def _folder(path: str | os.PathLike[str]) -> Path:
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        return Path(
+            snapshot_download(
+                str(path),
+                allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md"],
+            )
+        )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is no folder and cannot be had from the Hub: {error}"
+        ) from error
+
+
+def _files(folder: Path) -> list[str]:
+    index = folder / _INDEX
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    elif (folder / _SINGLE).is_file():
+        names = [_SINGLE]
+    else:
+        raise CheckpointError(
+            f"expected {_SINGLE} or {_INDEX} in {folder}: hfq reads safetensors only, because other formats can run code"
+        )
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{folder} lacks {', '.join(missing)}: download it again")
+    return [str(folder / name) for name in names]
+
+
+def _model_config(folder: Path) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"cannot load {folder}: {error}") from error
+    settings = getattr(config, "quantization_config", None)
+    if settings is not None:
+        method = settings.get("quant_method") if isinstance(settings, dict) else settings
+        raise CheckpointError(
+            f"{folder} is quantized already (by {method}): start from the float model"
+        )
+    return config
+
+
+def _dtype(name: str, config: Any) -> torch.dtype:
+    found = getattr(config, "dtype", None) if name == "auto" else getattr(torch, name, None)
+    if isinstance(found, str):
+        found = getattr(torch, found, None)
+    return found if isinstance(found, torch.dtype) else torch.float32
+
+
+def _targets(model: PreTrainedModel, keys: list[str]) -> dict[str, str]:
+    """Name in the checkpoint -> the parameter of the skeleton that it becomes, or becomes a part of."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    expected, prefix = model.state_dict(), model.base_model_prefix
+    targets: dict[str, str] = {}
+    for key in keys:
+        renamed, _ = rename_source_key(key, renamings, converters, prefix, expected)
+        if renamed not in expected:
+            renamed, _ = rename_source_key(key, [], [], prefix, expected)
+        if renamed in expected:
+            targets[key] = renamed
+    return targets
+
+
+@contextmanager
+def _open(files: list[str]) -> Iterator[dict[str, Any]]:
+    """Every tensor of the files by name, still on disk."""
+    handles: list[Any] = [safe_open(file, framework="pt") for file in files]
+    yield {key: handle.get_slice(key) for handle in handles for key in handle.keys()}  # noqa: SIM118
+    handles.clear()
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """One bar for each block would say nothing."""
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
