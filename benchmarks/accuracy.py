@@ -38,12 +38,24 @@ OURS: dict[str, dict[str, Any]] = {
     },
     "hfq int4 g128 hqq": {"method": "hqq", "group_size": 128},
     "hfq int4 g64 rtn, scale_search": {"bits": 4, "group_size": 64, "scale_search": True},
+    "hfq int4 g64 asym, scale_search": {
+        "bits": 4,
+        "group_size": 64,
+        "sym": False,
+        "scale_search": True,
+    },
     "hfq int4 g64 hqq": {"method": "hqq", "group_size": 64},
     "hfq nf4 g64": {"format": "nf4"},
     "hfq nf4 g64, scale_search": {"format": "nf4", "scale_search": True},
     "hfq nf4 g64, double_quant": {"format": "nf4", "double_quant": True},
     "hfq fp4 g64": {"format": "fp4"},
     "hfq int3 g128 rtn, scale_search": {"bits": 3, "scale_search": True},
+    "hfq int3 g64 asym, scale_search": {
+        "bits": 3,
+        "group_size": 64,
+        "sym": False,
+        "scale_search": True,
+    },
     "hfq int3 g64 hqq": {"method": "hqq", "bits": 3, "group_size": 64},
 }
 

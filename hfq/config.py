@@ -11,7 +11,7 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ._version import __version__
-from .algorithms import ALGORITHMS
+from .algorithms import find_method, method_names
 from .core.errors import ConfigError, HfqError, VersionError, nearest
 from .core.spec import QuantSpec
 from .formats import FORMAT_VERSION, FORMATS
@@ -34,7 +34,7 @@ class Recipe:
     """How one weight is quantized and stored.
 
     Attributes:
-        method, options: a registered algorithm and its own settings.
+        method, options: a method (see `hfq.algorithms.find_method`) and its own settings.
         format, spec: a registered packed layout and what it stores.
     """
 
@@ -48,7 +48,7 @@ class HfqConfig(QuantizationConfigMixin):
     """Settings for ``from_pretrained(..., quantization_config=HfqConfig(...))``.
 
     Args:
-        method: a registered algorithm: "rtn", "hqq" without data, "gptq" with.
+        method: "rtn", "hqq" without data; "gptq", "awq", "awq+gptq" with.
         format: a registered layout: "int", "nf4", "fp4", "int8". Default: the method's ("int").
         bits: 2 to 8 for "int"; the other formats fix it. Default 4 (8 for "int8").
         group_size: columns that share a scale, -1 for whole rows. Default 128 ("int"), 64 ("nf4", "fp4").
@@ -71,7 +71,7 @@ class HfqConfig(QuantizationConfigMixin):
         kernel_mode: "auto", "exact" or "int8"; see `hfq.nn.packed.KERNEL_MODES`. Not stored in checkpoints.
         dequantize: load a packed checkpoint as a float model. Not stored in checkpoints.
         options: the method's own settings ("rtn": scale_search; "hqq": iterations; "gptq": damp_percent, desc_act,
-            scale_search, gptaq). They are explained in the method's file.
+            scale_search, gptaq; "awq": awq_steps, and those of what follows). They are explained in the method's file.
 
     Attributes:
         calibration: what a checkpoint tells about the data that it was calibrated with, else None.
@@ -145,7 +145,7 @@ class HfqConfig(QuantizationConfigMixin):
         if dataset is not None and not self.calibrated:
             raise ConfigError(
                 f"dataset is given, but method {method!r} uses no data: leave it out, or choose a calibrated method "
-                f"({', '.join(name for name in ALGORITHMS.names() if ALGORITHMS.get(name).calibrated)})"
+                f"({', '.join(name for name in method_names() if find_method(name).calibrated)})"
             )
 
     # ---- what happens to a module
@@ -154,7 +154,7 @@ class HfqConfig(QuantizationConfigMixin):
     def calibrated(self) -> bool:
         """Whether any weight could be quantized by a method that needs data."""
         recipes = [self._changed({}), *(recipe for _, recipe in self._patterns)]
-        return any(ALGORITHMS.get(each.method).calibrated for each in recipes if each is not None)
+        return any(find_method(each.method).calibrated for each in recipes if each is not None)
 
     def recipe(self, name: str) -> Recipe | None:
         """The recipe of the module `name`, or None where it stays in float."""
@@ -288,7 +288,7 @@ class HfqConfig(QuantizationConfigMixin):
 
 def _preferred(method: str, format: str | None) -> dict[str, Any]:
     """A format and the settings that the method prefers with it."""
-    defaults = ALGORITHMS.get(method).defaults
+    defaults = find_method(method).defaults
     return dict(defaults) if format in (None, defaults["format"]) else {"format": format}
 
 
@@ -301,10 +301,10 @@ def _recipe(
         settings: "format" and what it stores.
         known: names to suggest for an unknown option, beside the method's own.
     """
-    algorithm = ALGORITHMS.get(method)
+    found = find_method(method)
     for key in options:
-        if key not in algorithm.options:
-            names = [*known, *algorithm.options]
+        if key not in found.options:
+            names = [*known, *found.options]
             raise ConfigError(
                 f"unknown setting {key!r} for method {method!r}: expected one of {', '.join(names)}."
                 f"{nearest(key, names)}"
@@ -314,8 +314,8 @@ def _recipe(
         # What a format without it does anyway.
         del stored["double_quant"]
     spec = FORMATS.get(settings["format"]).spec(stored)
-    merged = {**algorithm.options, **options}
-    algorithm.check(spec, merged)
+    merged = {**found.options, **options}
+    found.check(spec, merged)
     return Recipe(method=method, options=merged, format=settings["format"], spec=spec)
 
 

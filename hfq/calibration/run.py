@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..algorithms import ALGORITHMS
+from ..algorithms import ALGORITHMS, find_method
 from ..config import Recipe
 from ..core.errors import HfqError
 from ..core.statistics import InputStatistics
@@ -22,12 +22,17 @@ from ..nn.packed import PackedModule
 from .blocks import BlockCall, find_blocks, record_calls, run_after_blocks, run_block
 from .capture import Capture, recording
 from .experts import ExpertsCapture
+from .fold import Folds
 from .report import CalibrationReport, WeightReport
+from .rescale import rescale_block
 
 __all__ = ["Calibration", "Progress", "Stream", "calibrate", "fingerprint"]
 
 # Tokens that run through a block at a time.
 _BATCH_TOKENS = 8192
+
+# Tokens that experiments with a block are made on.
+_PROBE_TOKENS = 16
 
 # Rows of a weight that its error is measured on.
 _ERROR_ROWS = 256
@@ -105,6 +110,8 @@ class Calibration:
         )
         self.blocks = find_blocks(model)
         self.reports: list[WeightReport] = []
+        # A few tokens on their way through the blocks, for experiments with a block; made by `start`.
+        self._probe: Stream | None = None
 
     def start(self, sequences: Sequence[Tensor]) -> list[Stream]:
         """All batches in front of the first block. Needs the weights before it only."""
@@ -114,6 +121,10 @@ class Calibration:
         for batch in _batches(sequences, device):
             hidden, calls = record_calls(self.model, blocks, batch)
             streams.append(Stream(batch, calls, hidden, hidden))
+        if streams and self._probe is None:
+            few = streams[0].batch[:1, :_PROBE_TOKENS]
+            hidden, calls = record_calls(self.model, blocks, few)
+            self._probe = Stream(few, calls, hidden, hidden)
         return streams
 
     @torch.no_grad()
@@ -141,7 +152,7 @@ class Calibration:
                 run_block(block, stream.hidden, call)
         for stream in followers:
             stream.wanted = run_block(block, stream.wanted, stream.calls[index])
-        self._quantize(capture, routed)
+        self._quantize(capture, routed, index)
         for stream in (*streams, *followers):
             stream.hidden = run_block(block, stream.hidden, stream.calls[index])
 
@@ -205,23 +216,55 @@ class Calibration:
 
     # ---- choosing codes
 
-    def _quantize(self, capture: Capture, routed: Mapping[str, ExpertsCapture]) -> None:
-        for name, statistics in capture.statistics().items():
-            self._linear(name, statistics)
+    def _quantize(
+        self, capture: Capture, routed: Mapping[str, ExpertsCapture], index: int | None = None
+    ) -> None:
+        """Choose codes for what was captured in block `index`, or outside of the blocks."""
+        statistics, folds = capture.statistics(), Folds()
+        notes: dict[str, str] = {}
+        if index is not None and self._probe is not None:
+            folds, notes = self._rescale(index, statistics)
+        for name, known in statistics.items():
+            self._linear(name, known, folds, notes.get(name, ""))
         for name, experts in routed.items():
             self._experts(name, experts)
 
-    def _linear(self, name: str, statistics: InputStatistics | None) -> None:
+    def _rescale(
+        self, index: int, statistics: dict[str, InputStatistics | None]
+    ) -> tuple[Folds, dict[str, str]]:
+        """Transforms of a block; what was folded, and a note for each weight. Replaces its entries of `statistics`."""
+        assert self._probe is not None
+        prefix, block = list(self.blocks.items())[index]
+        start = len(prefix) + 1
+        inside = {name[start:]: known for name, known in statistics.items()}
+        recipes = {name: self.recipes[f"{prefix}.{name}"]["weight"] for name in inside}
+        folds, producers = rescale_block(
+            block,
+            recipes,
+            inside,
+            _orientations(block),
+            self._probe.calls[index],
+            self._probe.hidden,
+        )
+        statistics.update({f"{prefix}.{name}": known for name, known in inside.items()})
+        notes = {f"{prefix}.{name}": f"scaled with {by}" for name, by in producers.items()}
+        return folds.within(prefix), notes
+
+    def _linear(
+        self, name: str, statistics: InputStatistics | None, folds: Folds, note: str
+    ) -> None:
         recipe = self.recipes[name]["weight"]
         module = self.model.get_submodule(name)
         twin = self.make_twin(module, recipe)
         slot = twin.slots["weight"]
-        weight = module.get_parameter("weight").detach()
-        weight = (weight.T if slot.transposed else weight).float()
+        stored = module.get_parameter("weight").detach()
+        weight = folds.weight(name, stored, slot.transposed)
         start = time.perf_counter()
         quantized, method = _choose(name, weight, recipe, statistics)
         twin.set_packed("weight", FORMATS.get(slot.format).pack(quantized))
-        self._report(name, method, [statistics], [_error(weight, quantized, statistics)], start)
+        self._report(
+            name, method, [statistics], [_error(weight, quantized, statistics)], start, note
+        )
         self.model.set_submodule(name, twin)
 
     def _experts(self, name: str, capture: ExpertsCapture) -> None:
@@ -280,13 +323,29 @@ def _choose(
 
     A weight that has seen nothing (a layer that never ran) is rounded to nearest on the best grid.
     """
-    method, options = recipe.method, recipe.options
-    if statistics is None and ALGORITHMS.get(method).calibrated:
-        method, options = "rtn", {"scale_search": True}
+    method, algorithm, options = (
+        recipe.method,
+        find_method(recipe.method).algorithm,
+        recipe.options,
+    )
+    if statistics is None and ALGORITHMS.get(algorithm).calibrated:
+        method = algorithm = "rtn"
+        options = {"scale_search": True}
     try:
-        return ALGORITHMS.get(method).quantize(weight, recipe.spec, options, statistics), method
+        return ALGORITHMS.get(algorithm).quantize(weight, recipe.spec, options, statistics), method
     except HfqError as error:
         raise type(error)(f"{name}: {error}") from error
+
+
+def _orientations(block: nn.Module) -> dict[str, bool]:
+    """Every linear layer of a block -> whether its weight is `[K, N]`."""
+    found = {}
+    for name, module in block.named_modules():
+        if isinstance(module, nn.Linear):
+            found[name] = False
+        elif type(module).__name__ == "Conv1D" and "weight" in module._parameters:
+            found[name] = True
+    return found
 
 
 @contextmanager

@@ -21,7 +21,9 @@ NAME = "quantize"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder or Hub name of a float model")
     parser.add_argument("-o", "--output", metavar="OUT", required=True, help="folder to save into")
-    parser.add_argument("--method", default="rtn", help="rtn, hqq, gptq (default: rtn)")
+    parser.add_argument(
+        "--method", default="rtn", help="rtn, hqq, gptq, awq, awq+gptq (default: rtn)"
+    )
     parser.add_argument("--format", help="int, nf4, fp4, int8 (default: the method's)")
     parser.add_argument("--bits", type=int, help="2 to 8 (default: the format's)")
     parser.add_argument("--group-size", type=int, help="columns that share a scale; -1: whole rows")
@@ -62,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="go on with an unfinished run in OUT (default), or delete it",
     )
-    _add_calibration(parser.add_argument_group("calibration (gptq)"))
+    _add_calibration(parser.add_argument_group("calibration (gptq, awq)"))
     add_loading(parser)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..algorithms import ALGORITHMS
+from ..algorithms import find_method
 from ..config import HfqConfig, Recipe
 from ..core.errors import ConfigError
 from ..nn.experts import is_fused_experts
@@ -136,7 +136,7 @@ def _without_data(
 ) -> Recipe | None:
     """Tables are looked up and not multiplied: nothing is read to calibrate with, so the best grid has to do."""
     table = isinstance(module, nn.Embedding) or name in roles.tied or name in roles.tied.values()
-    if recipe is None or not table or not ALGORITHMS.get(recipe.method).calibrated:
+    if recipe is None or not table or not find_method(recipe.method).calibrated:
         return recipe
     return replace(recipe, method="rtn", options={"scale_search": True})
 
