@@ -402,11 +402,11 @@ def parse_arguments() -> argparse.Namespace:
         default=Path(tempfile.gettempdir()) / "stdlib-llama",
         help="where the checkpoint is kept (default: %(default)s)",
     )
-    parser.add_argument("--tokens", type=int, default=6_500_000, help="training tokens")
+    parser.add_argument("--tokens", type=int, default=20_480_000, help="training tokens")
     parser.add_argument("--batch", type=int, default=8, help="windows of 512 tokens per step")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
-        "--evaluate-every", type=int, default=61, help="steps from evaluation to evaluation"
+        "--evaluate-every", type=int, default=250, help="steps from evaluation to evaluation"
     )
     parser.add_argument(
         "--export-only", action="store_true", help="export the checkpoint as it is, do not train"
