@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,12 +31,10 @@ WORDS = [
 ]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def gate_in_this_process() -> Iterator[None]:
+@pytest.fixture(autouse=True)
+def gate_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """A new process takes seconds to import everything; tests of `hfq.quantize` start some."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gate, "_from_new_process", gate.logits_of)
-        yield
+    monkeypatch.setattr(gate, "_from_new_process", gate.logits_of)
 
 
 @pytest.fixture(scope="session")
