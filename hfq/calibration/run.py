@@ -137,16 +137,12 @@ class Calibration:
             followers: streams that nothing is calibrated with; they run through the float model as well.
         """
         name, block = list(self.blocks.items())[index]
-        linear, experts = self._split(
-            [each for each in self.recipes if each.startswith(f"{name}.")]
-        )
-        with ExitStack() as stack:
-            capture = stack.enter_context(Capture(linear))
-            routed = {each: stack.enter_context(ExpertsCapture(m)) for each, m in experts.items()}
-            for stream in streams if linear or experts else ():
+        names = [each for each in self.recipes if each.startswith(f"{name}.")]
+        with self._capture(names) as (capture, routed):
+            for stream in streams if names else ():
                 call, beside = stream.calls[index], None
                 if self.follows_drift:
-                    with _paused(capture, *routed.values()), recording(linear) as beside:
+                    with _paused(capture, *routed.values()), recording(capture.modules) as beside:
                         stream.wanted = run_block(block, stream.wanted, call)
                 capture.next_batch(beside)
                 run_block(block, stream.hidden, call)
@@ -175,14 +171,10 @@ class Calibration:
     def rest(self, streams: Sequence[Stream]) -> None:
         """Calibrate and replace what stands outside of the blocks: an output head."""
         inside = tuple(f"{name}." for name in self.blocks)
-        linear, experts = self._split(
-            [each for each in self.recipes if not each.startswith(inside)]
-        )
-        if not linear and not experts:
+        names = [each for each in self.recipes if not each.startswith(inside)]
+        if not names:
             return
-        with ExitStack() as stack:
-            capture = stack.enter_context(Capture(linear))
-            routed = {each: stack.enter_context(ExpertsCapture(m)) for each, m in experts.items()}
+        with self._capture(names) as (capture, routed):
             for stream in streams:
                 capture.next_batch()
                 run_after_blocks(
@@ -208,11 +200,18 @@ class Calibration:
             for recipe in each.values()
         )
 
-    def _split(self, names: Sequence[str]) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
-        """Modules with one weight, and fused experts."""
+    @contextmanager
+    def _capture(self, names: Sequence[str]) -> Iterator[tuple[Capture, dict[str, ExpertsCapture]]]:
+        """Within, the inputs of these modules are summed up: those with one weight, and fused experts by name."""
         modules = {name: self.model.get_submodule(name) for name in names}
         experts = {name: module for name, module in modules.items() if is_fused_experts(module)}
-        return {name: m for name, m in modules.items() if name not in experts}, experts
+        linear = {name: module for name, module in modules.items() if name not in experts}
+        with ExitStack() as stack:
+            capture = stack.enter_context(Capture(linear))
+            yield (
+                capture,
+                {name: stack.enter_context(ExpertsCapture(m)) for name, m in experts.items()},
+            )
 
     # ---- choosing codes
 

@@ -72,7 +72,7 @@ def _add_calibration(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--dataset",
         metavar="FILE",
-        help=".txt, .jsonl or .parquet file (default: text that the model writes itself)",
+        help=".txt, .jsonl or .parquet file; calibrated methods need one",
     )
     group.add_argument("--tokenizer", metavar="PATH", help="(default: the model's)")
     group.add_argument("--num-samples", type=int, default=128, help="sequences (default: 128)")

@@ -72,9 +72,9 @@ def _costs(groups: Tensor, columns: int, importance: Tensor | None) -> Tensor | 
 
 
 def _weighted(values: Tensor, costs: Tensor | None) -> Tensor:
-    """Sum over the columns of each group, `[N, G, S]` -> `[N, G]`. Overwrites `values`."""
+    """Sum over the columns of each group, `[N, G, S]` -> `[N, G]`."""
     # A matrix product would be faster, but its rows would depend on how many there are.
-    return (values if costs is None else values.mul_(costs)).sum(-1)
+    return (values if costs is None else values * costs).sum(-1)
 
 
 def _as_stored(scales: Tensor, spec: QuantSpec) -> Tensor:
@@ -124,7 +124,7 @@ def _regress(
         slope = _weighted(groups * points, costs) / _weighted(points.square(), costs)
         return torch.where(slope.isfinite() & (slope != 0), slope, scales), None
     total = groups.shape[-1] if costs is None else costs.sum(-1)
-    x, y = _weighted(points.clone(), costs) / total, _weighted(groups.clone(), costs) / total
+    x, y = _weighted(points, costs) / total, _weighted(groups, costs) / total
     centred = points - x.unsqueeze(-1)
     slope = _weighted(groups * centred, costs) / _weighted(centred.square_(), costs)
     offset = (x - y / slope) + zeros

@@ -6,9 +6,15 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps, WeightRenaming
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    ConversionOps,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
 
-__all__ = ["PackedNames", "QuantizeOnArrival"]
+__all__ = ["PackedNames", "QuantizeOnArrival", "parameter_of_each", "spellings"]
 
 
 class QuantizeOnArrival(ConversionOps):
@@ -67,6 +73,26 @@ class PackedNames(WeightRenaming):
     def reverse_transform(self) -> PackedNames:
         """The renaming that saving applies."""
         return PackedNames(self.modules, self.target, self.source)
+
+
+def parameter_of_each(model: Any, keys: Iterable[str]) -> dict[str, str]:
+    """Name in a checkpoint -> the parameter of the float skeleton that it becomes, or becomes a part of.
+
+    By the model's own renaming; names that belong to nothing are left out.
+    """
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    expected, prefix = model.state_dict(), model.base_model_prefix
+    found: dict[str, str] = {}
+    for key in keys:
+        renamed, _ = rename_source_key(key, renamings, converters, prefix, expected)
+        if renamed not in expected:
+            # As in the loader: a key that no rule should have touched may only lack the prefix.
+            renamed, _ = rename_source_key(key, [], [], prefix, expected)
+        if renamed in expected:
+            found[key] = renamed
+    return found
 
 
 def spellings(modules: Iterable[str], prefix: str) -> set[str]:

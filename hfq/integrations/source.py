@@ -14,18 +14,14 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-)
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from ..config import HfqConfig
 from ..core.errors import CheckpointError
 from .checkpoint import read_headers
+from .conversion import parameter_of_each
 from .mapped_files import release_pages, return_free_memory
 from .transformers import HfqQuantizer
 
@@ -84,7 +80,7 @@ class FloatCheckpoint:
                 settings, dtype=self.dtype
             ).eval()
         # Names in the files -> parameters of the float model, before modules are swapped.
-        self._parameters = _targets(self.model, list(headers))
+        self._parameters = parameter_of_each(self.model, headers)
         missing = self.model.state_dict().keys() - set(self._parameters.values())
         missing -= self.model.all_tied_weights_keys.keys()
         if missing:
@@ -200,22 +196,6 @@ def _dtype(name: str, config: Any) -> torch.dtype:
     if isinstance(found, str):
         found = getattr(torch, found, None)
     return found if isinstance(found, torch.dtype) else torch.float32
-
-
-def _targets(model: PreTrainedModel, keys: list[str]) -> dict[str, str]:
-    """Name in the checkpoint -> the parameter of the skeleton that it becomes, or becomes a part of."""
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    expected, prefix = model.state_dict(), model.base_model_prefix
-    targets: dict[str, str] = {}
-    for key in keys:
-        renamed, _ = rename_source_key(key, renamings, converters, prefix, expected)
-        if renamed not in expected:
-            renamed, _ = rename_source_key(key, [], [], prefix, expected)
-        if renamed in expected:
-            targets[key] = renamed
-    return targets
 
 
 @contextmanager

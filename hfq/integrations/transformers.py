@@ -14,11 +14,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
-    rename_source_key,
     revert_weight_conversion,
 )
 from transformers.pytorch_utils import Conv1D
@@ -36,7 +34,7 @@ from ..nn.linear import QuantLinear
 from ..nn.packed import PackedModule
 from ..nn.packing import pack_weight
 from .checkpoint import read_headers
-from .conversion import PackedNames, QuantizeOnArrival, spellings
+from .conversion import PackedNames, QuantizeOnArrival, parameter_of_each, spellings
 from .mapped_files import release_pages, return_free_memory
 from .selection import Selection, select_modules
 
@@ -57,6 +55,7 @@ class HfqQuantizer(HfQuantizer):
     Attributes:
         selection: what was packed and why the rest was not.
         checkpoint_files: the files that the model was loaded from; in the Hub's cache their paths name the commit.
+        calibrated: what is quantized with data, after loading: module -> parameter -> recipe.
         calibration: what a calibrated method did to each weight; None without one.
     """
 
@@ -70,8 +69,7 @@ class HfqQuantizer(HfQuantizer):
         self.checkpoint_files: tuple[str, ...] = ()
         self._prefix = ""
         self._recipes: dict[str, Recipe] = {}
-        # What is quantized after loading, with data: module -> parameter -> recipe.
-        self._calibrated: dict[str, dict[str, Recipe]] = {}
+        self.calibrated: dict[str, dict[str, Recipe]] = {}
         self._files: tuple[str, ...] = ()
         self._failures: dict[str, HfqError] = {}
         self._transforms: list[Any] | None = None
@@ -95,7 +93,9 @@ class HfqQuantizer(HfQuantizer):
         self._prefix = model.base_model_prefix
         self.checkpoint_files = tuple(checkpoint_files or ())
         headers = None if not checkpoint_files else self._headers(checkpoint_files)
-        available = None if headers is None else _parameter_names(model, headers)
+        available = None
+        if headers is not None:
+            available = {name: key for key, name in parameter_of_each(model, headers).items()}
         packed = None
         if self.pre_quantized and available is not None and headers is not None:
             packed = {name for name, key in available.items() if headers[key].dtype == torch.uint8}
@@ -107,7 +107,7 @@ class HfqQuantizer(HfQuantizer):
         tied = _tied_modules(model)
         for name, recipes in self.selection.recipes.items():
             if not self.pre_quantized and _needs_data(recipes):
-                self._calibrated[name] = recipes
+                self.calibrated[name] = recipes
             else:
                 self._swap(model, name, recipes, has_tensor=name not in tied)
         self._retie(model, tied)
@@ -254,7 +254,7 @@ class HfqQuantizer(HfQuantizer):
         self, model: PreTrainedModel, **unused: Any
     ) -> PreTrainedModel:
         self._raise_failures()
-        if self._calibrated:
+        if self.calibrated:
             self._calibrate(model)
         self._keep_transforms(model)
         for name, module in _packed_modules(model):
@@ -289,11 +289,6 @@ class HfqQuantizer(HfQuantizer):
         for parameter in module.parameters(recurse=False):
             parameter.requires_grad_(False)
 
-    @property
-    def calibrated(self) -> dict[str, dict[str, Recipe]]:
-        """What waits for data: module -> parameter -> recipe."""
-        return self._calibrated
-
     def make_twin(self, module: nn.Module, recipe: Recipe) -> PackedModule:
         """The packed module that a calibrated one is replaced with; its codes are still to be set."""
         twin = _filled_twin(module, recipe)
@@ -316,7 +311,7 @@ class HfqQuantizer(HfQuantizer):
 
         config = self.quantization_config
         model.eval()  # type: ignore[no-untyped-call]
-        self.calibration = calibrate_loaded(model, config, self._calibrated, self.make_twin)
+        self.calibration = calibrate_loaded(model, config, self.calibrated, self.make_twin)
         config.calibration = self.calibration.provenance()
 
     def _raise_failures(self) -> None:
@@ -388,25 +383,6 @@ def _saving() -> ModuleType:
     from . import hub
 
     return hub
-
-
-def _parameter_names(model: PreTrainedModel, headers: dict[str, TensorLayout]) -> dict[str, str]:
-    """Parameter of the float skeleton -> a tensor of the checkpoint that belongs to it, by the model's own renaming."""
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    expected = model.state_dict()
-    names: dict[str, str] = {}
-    for key in headers:
-        renamed, _ = rename_source_key(
-            key, renamings, converters, model.base_model_prefix, expected
-        )
-        if renamed not in expected:
-            # As in the loader: a key that no rule should have touched may only lack the prefix.
-            renamed, _ = rename_source_key(key, [], [], model.base_model_prefix, expected)
-        if renamed in expected:
-            names[renamed] = key
-    return names
 
 
 def _packed_modules(model: nn.Module) -> Iterator[tuple[str, PackedModule]]:

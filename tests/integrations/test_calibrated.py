@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hfq import CalibrationError, ConfigError, HfqConfig
 from hfq.nn.packed import PackedModule
 
-from .tiny_models import CONFIGS, build
+from .tiny_models import CONFIGS, build, load
 
 HELD_OUT = torch.arange(34).view(2, 17)
 
@@ -28,14 +28,6 @@ def tokens(generator: torch.Generator) -> Tensor:
 def folder(tmp_path: Path) -> Path:
     build("llama").save_pretrained(tmp_path / "float")
     return tmp_path / "float"
-
-
-def load(folder: Path, **settings: Any) -> PreTrainedModel:
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **settings)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
-        info
-    )
-    return model
 
 
 def quantize(folder: Path, dataset: Any, **settings: Any) -> PreTrainedModel:

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from hfq import HfqConfig
 from hfq.nn.packed import PackedModule
 
-from .tiny_models import CONFIGS, build, stored_names
+from .tiny_models import CONFIGS, build, load, stored_names
 
 IDS = torch.arange(34).view(2, 17)
 
@@ -49,15 +49,6 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 def logits(model: PreTrainedModel) -> Tensor:
     with torch.no_grad():
         return model(IDS).logits
-
-
-def load(folder: Path, **settings: Any) -> PreTrainedModel:
-    """Load and insist that no tensor was missing, unexpected or of another shape."""
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **settings)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
-        info
-    )
-    return model
 
 
 def quantize(folder: Path, settings: dict[str, Any]) -> PreTrainedModel:

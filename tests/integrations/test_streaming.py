@@ -32,7 +32,7 @@ from hfq.calibration import run as run_module
 from hfq.integrations import gate, resume, streaming
 from hfq.integrations.report import PICTURE, REPORT
 
-from .tiny_models import CONFIGS, build, stored_names
+from .tiny_models import CONFIGS, build, load, stored_names
 
 HELD_OUT = torch.arange(34).view(2, 17)
 
@@ -62,14 +62,6 @@ def gptq(tokens: Tensor, **settings: Any) -> HfqConfig:
 
 def run(source: Path, output: Path, config: HfqConfig, **settings: Any) -> hfq.Report:
     return hfq.quantize(source, output, config, dtype="float32", **settings)
-
-
-def load(folder: Path, **settings: Any) -> PreTrainedModel:
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **settings)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
-        info
-    )
-    return model
 
 
 def logits(model: PreTrainedModel) -> Tensor:

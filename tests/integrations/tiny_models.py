@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -56,6 +57,15 @@ def build(kind: str) -> PreTrainedModel:
     for name, parameter in model.named_parameters():
         if "bias" in name or "sinks" in name:
             torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def load(folder: Path, **settings: Any) -> PreTrainedModel:
+    """Load and insist that no tensor was missing, unexpected or of another shape."""
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **settings)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
+        info
+    )
     return model
 
 
