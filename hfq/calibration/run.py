@@ -139,7 +139,7 @@ class Calibration:
         name, block = list(self.blocks.items())[index]
         names = [each for each in self.recipes if each.startswith(f"{name}.")]
         with self._capture(names) as (capture, routed):
-            for stream in streams if names else ():
+            for stream in streams if names or self.follows_drift else ():
                 call, beside = stream.calls[index], None
                 if self.follows_drift:
                     with _paused(capture, *routed.values()), recording(capture.modules) as beside:

@@ -12,6 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hfq import CalibrationError, ConfigError, HfqConfig
+from hfq.calibration.run import Calibration, calibrate
+from hfq.integrations.selection import select_modules
+from hfq.integrations.transformers import _filled_twin
 from hfq.nn.packed import PackedModule
 
 from .tiny_models import CONFIGS, build, load
@@ -162,15 +165,24 @@ def test_a_layer_that_never_runs_is_rounded_and_named(folder: Path, tokens: Tens
     """An MLP whose activation function is zero: its down projection reads nothing but zeros."""
     model = build("llama")
     model.model.layers[0].mlp.extra = torch.nn.Linear(64, 64)
-    from hfq.calibration.run import calibrate
-    from hfq.integrations.selection import select_modules
-    from hfq.integrations.transformers import _filled_twin
-
     recipes = select_modules(model, HfqConfig(method="gptq", group_size=32)).recipes
     report = calibrate(model, recipes, list(tokens), _filled_twin)
     (extra,) = [weight for weight in report.weights if weight.name.endswith("extra")]
     assert extra.method == "rtn" and extra.note == "never ran on the calibration data"
     assert extra.error is None and extra.tokens == 0
+
+
+def test_drift_is_followed_through_blocks_that_stay_float(tokens: Tensor) -> None:
+    """The float model's hidden states move past every block, also where nothing is quantized."""
+    model = build("llama")
+    config = HfqConfig("gptq", group_size=32, gptaq=1.0, overrides={r"layers\.0\.": None})
+    recipes = select_modules(model, config).recipes
+    run = Calibration(model, recipes, _filled_twin, None)
+    streams = run.start(list(tokens))
+    run.block(0, streams)
+    assert all(torch.equal(stream.wanted, stream.hidden) for stream in streams)
+    run.block(1, streams)
+    assert not any(torch.equal(stream.wanted, stream.hidden) for stream in streams)
 
 
 def test_activations_that_overflow_are_named(tokens: Tensor, tmp_path: Path) -> None:
