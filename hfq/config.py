@@ -71,7 +71,7 @@ class HfqConfig(QuantizationConfigMixin):
         kernel_mode: "auto", "exact" or "int8"; see `hfq.nn.packed.KERNEL_MODES`. Not stored in checkpoints.
         dequantize: load a packed checkpoint as a float model. Not stored in checkpoints.
         options: the method's own settings ("rtn": scale_search; "hqq": iterations; "gptq": damp_percent, desc_act,
-            scale_search, gptaq; "awq": awq_steps, and those of what follows). They are explained in the method's file.
+            scale_search, refine, gptaq; "awq": awq_steps, and those of what follows). They are explained in the method's file.
 
     Attributes:
         calibration: what a checkpoint tells about the data that it was calibrated with, else None.

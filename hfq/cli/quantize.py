@@ -84,6 +84,7 @@ def _add_calibration(group: argparse._ArgumentGroup) -> None:
         help="round columns with large activations first (default: on)",
     )
     group.add_argument("--damp-percent", type=float, help="share of the diagonal (default: 0.01)")
+    group.add_argument("--refine", type=int, help="second looks at grids and codes (gptq: 2)")
     group.add_argument("--gptaq", type=float, help="share of input drift made good (default: 0)")
 
 
@@ -118,7 +119,7 @@ def run(args: argparse.Namespace) -> Result:
 def _config(args: argparse.Namespace) -> HfqConfig:
     from ..config import HfqConfig
 
-    names = ("scale_search", "iterations", "desc_act", "damp_percent", "gptaq")
+    names = ("scale_search", "iterations", "desc_act", "damp_percent", "refine", "gptaq")
     options = {name: getattr(args, name) for name in names}
     try:
         return HfqConfig(

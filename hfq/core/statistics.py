@@ -90,6 +90,12 @@ class InputStatistics:
             self._factors[key] = _factorize(self.hessian, order, damp_percent)
         return self._factors[key]
 
+    def damped(self, damping: float) -> Tensor:
+        """H with that share of the mean of its diagonal added to it: positive definite after a factorisation with it."""
+        alive, mean = _without_zeros(self.hessian)
+        alive.diagonal().add_(damping * mean)
+        return alive
+
     @property
     def damping(self) -> float:
         """The most that a factorisation has added to the diagonal, as a share of its mean; 0 without any."""
@@ -100,20 +106,25 @@ class InputStatistics:
         return float(((difference @ self.hessian) * difference).sum())
 
 
+def _without_zeros(hessian: Tensor) -> tuple[Tensor, float]:
+    """A copy of H with the mean of its diagonal in place of zeros there, and that mean.
+
+    Columns that never carry anything must not be corrected by others, nor correct them.
+    """
+    diagonal = hessian.diagonal()
+    # Where nothing ever arrives all roundings are as good as each other.
+    mean = diagonal.mean().item() or 1.0
+    return hessian + torch.diag(torch.where(diagonal == 0, mean, 0.0)), mean
+
+
 def _factorize(hessian: Tensor, order: Tensor, damp_percent: float) -> Factor:
-    permuted = hessian[order][:, order]
-    diagonal = permuted.diagonal()
-    mean = diagonal.mean().item()
-    if not torch.isfinite(permuted).all():
+    if not torch.isfinite(hessian).all():
         raise CalibrationError(
             "the activations that this weight reads are NaN, infinite or too large to square in float32: check the "
             "model on the calibration text in bfloat16 or float32, or keep this module in float"
         )
-    if mean == 0.0:
-        # Nothing ever arrives here: all roundings are as good as each other.
-        mean = 1.0
-    # Columns that never carry anything must not be corrected by others, nor correct them.
-    permuted = permuted + torch.diag(torch.where(diagonal == 0, mean, 0.0))
+    alive, mean = _without_zeros(hessian)
+    permuted = alive[order][:, order]
     damping = max(damp_percent, torch.finfo(torch.float32).eps)
     while True:
         for dtype in (torch.float32, torch.float64):
