@@ -14,7 +14,7 @@ from ..algorithms import TRANSFORMS, find_method
 from ..config import Recipe
 from ..core.statistics import InputStatistics
 from .blocks import BlockCall, run_block
-from .fold import Folds, fold, rescaled
+from .fold import Folds, fold
 from .sites import Site, find_sites
 
 __all__ = ["rescale_block"]
@@ -75,10 +75,11 @@ def rescale_block(
 
         used = fold(block, site, factors, transposed, run, folds)
         if used is not None:
-            shared = rescaled(known, used)
-            for name in chosen:
-                statistics[name] = shared
-                producers[name] = site.producer
+            shared = known.rescaled(used)
+            for name in site.consumers:
+                if name in statistics:
+                    statistics[name] = shared
+                    producers[name] = site.producer
     return folds, producers
 
 

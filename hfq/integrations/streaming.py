@@ -152,12 +152,17 @@ class _Run:
             return [], [torch.randint(vocabulary, (_PROBE_TOKENS,), generator=generator)]
         if self.config.dataset is None or self.config.dataset == "self":
             raise ConfigError(
-                f"method {self.config.method!r} needs calibration text: give dataset=. Text of the model's own would "
+                f"{self._demand()} needs calibration text: give dataset=. Text of the model's own would "
                 "need all of it in memory; from_pretrained(..., quantization_config=...) does that where it fits"
             )
         chosen, others = calibration_sequences(self.model, self.config)
         self.has_held_out = bool(others)
         return chosen, others[:_HELD_OUT] or [chosen[0][:_PROBE_TOKENS]]
+
+    def _demand(self) -> str:
+        """What needs data, for a message."""
+        static = self.config.activation == "static"
+        return "activation='static'" if static else f"method {self.config.method!r}"
 
     @torch.no_grad()
     def blocks(self) -> None:
