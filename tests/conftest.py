@@ -40,7 +40,10 @@ SETTINGS: dict[str, tuple[object, ...]] = {
     "sym": (None, False),
     "scale_dtype": (None, "float32"),
     "double_quant": (None, True),
-    "activation": (None, "dynamic"),  # "static" stores a scale that no weight tells: tests/formats/test_int_grouped.py
+    "activation": (
+        None,
+        "dynamic",
+    ),  # "static" stores a scale that no weight tells: tests/formats/test_int_grouped.py
 }
 
 # Methods run longer than formats.

@@ -96,9 +96,7 @@ def test_shared_channels_get_equal_factors(x: Tensor, random_weight: MakeWeight)
         assert torch.equal(found[::2], found[1::2]) and found.max() > 5 * found.median()
 
 
-def test_channels_that_carry_nothing_stay_as_they_are(
-    x: Tensor, random_weight: MakeWeight
-) -> None:
+def test_channels_that_carry_nothing_stay_as_they_are(x: Tensor, random_weight: MakeWeight) -> None:
     weight = random_weight(64, 256)
     x[:, 7], weight[:, 9] = 0.0, 0.0
     for smoothing in ("search", 0, 0.5, 1):

@@ -58,7 +58,9 @@ def test_a_token_that_is_no_number_has_no_scale(value: float, scale: float | Non
 
 
 def test_static_scales_saturate_on_both_sides() -> None:
-    x = torch.tensor([[0.0, 0.24, 0.26, 63.4, 63.6, 1e30], [-0.24, -0.26, -0.75, -63.4, -80, -1e30]])
+    x = torch.tensor(
+        [[0.0, 0.24, 0.26, 63.4, 63.6, 1e30], [-0.24, -0.26, -0.75, -63.4, -80, -1e30]]
+    )
     codes, scales = quantize_tokens(x, torch.tensor([0.5]))
     assert codes.tolist() == [[0, 0, 1, 127, 127, 127], [0, -1, -2, -127, -127, -127]]
     assert scales.tolist() == [[0.5], [0.5]]
@@ -102,7 +104,9 @@ def test_where_nothing_arrives_any_scale_will_do(weight: Tensor) -> None:
     assert fit_input_scale(torch.zeros(4, 64), weight, weight).tolist() == [1.0]
 
 
-@pytest.mark.parametrize("x", [torch.full((2, 64), NAN), torch.full((2, 64), INF), torch.empty(0, 64)])
+@pytest.mark.parametrize(
+    "x", [torch.full((2, 64), NAN), torch.full((2, 64), INF), torch.empty(0, 64)]
+)
 def test_a_sample_of_no_numbers_is_refused(x: Tensor, weight: Tensor) -> None:
     with pytest.raises(CalibrationError, match="use activation='dynamic', or keep this module"):
         fit_input_scale(x, weight, weight)

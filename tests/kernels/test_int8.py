@@ -203,7 +203,9 @@ def test_cuda_products_are_exact(
 # ---- as operators of PyTorch
 
 
-def both(generator: torch.Generator) -> Iterator[tuple[object, tuple[Tensor, ...], tuple[int, ...]]]:
+def both(
+    generator: torch.Generator,
+) -> Iterator[tuple[object, tuple[Tensor, ...], tuple[int, ...]]]:
     codes, scales = operands(24, 37, generator)
     yield torch.ops.hfq.int8_linear, (codes, scales), (37,)
     if isas():
@@ -277,6 +279,8 @@ def test_int8_activations_have_a_kernel_of_their_own() -> None:
         }
     assert dispatch.select(problem(activation=None)).row.name == "cpu_rows16"
     elsewhere = dispatch.select(problem(device="cuda"))
-    assert elsewhere.row.name == "dequantize" and "runs on cpu" in dict(elsewhere.refused)["cpu_int8"]
+    assert (
+        elsewhere.row.name == "dequantize" and "runs on cpu" in dict(elsewhere.refused)["cpu_int8"]
+    )
     wide = dispatch.select(problem(in_features=MAX_COLUMNS + 1, group_size=MAX_COLUMNS + 1))
     assert wide.row.name == "dequantize" and "131072 columns" in dict(wide.refused)["cpu_int8"]
