@@ -26,6 +26,7 @@ from transformers import GenerationConfig
 from transformers.utils import logging
 
 from .._version import __version__
+from ..algorithms import find_method
 from ..calibration.blocks import run_after_blocks
 from ..calibration.report import WeightReport
 from ..calibration.run import Calibration, Stream, fingerprint
@@ -161,8 +162,9 @@ class _Run:
 
     def _demand(self) -> str:
         """What needs data, for a message."""
-        static = self.config.activation == "static"
-        return "activation='static'" if static else f"method {self.config.method!r}"
+        recipes = [each for bases in self.quantizer.calibrated.values() for each in bases.values()]
+        methods = [each.method for each in recipes if find_method(each.method).calibrated]
+        return f"method {methods[0]!r}" if methods else "activation='static'"
 
     @torch.no_grad()
     def blocks(self) -> None:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 import hfq
 from hfq import CalibrationError, CheckpointError, ConfigError, HfqConfig
 from hfq.inspection import inspect_checkpoint
+from hfq.integrations import gate
 from hfq.nn.experts import QuantExperts
 from hfq.nn.linear import QuantLinear
 
@@ -34,6 +35,12 @@ pytestmark = [
 HELD_OUT = torch.arange(34).view(2, 17)
 # A channel of the hidden states, of the values and of the MLP, and how much larger it becomes.
 OUTLIER, FACTOR = 5, 80.0
+
+
+@pytest.fixture(autouse=True)
+def gate_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new process takes seconds to import everything; one test starts one."""
+    monkeypatch.setattr(gate, "_from_new_process", gate.logits_of)
 
 
 @pytest.fixture
@@ -273,13 +280,13 @@ def test_a_layer_that_never_runs_needs_another_setting(tokens: Tensor, tmp_path:
 
 def test_static_scales_need_data(tmp_path: Path) -> None:
     build("llama").save_pretrained(tmp_path / "float")
-    config = HfqConfig(format="int8", activation="static")
+    config = HfqConfig(format="int8", activation="static", num_samples=4, seqlen=8)
     with pytest.raises(ConfigError, match="activation='static' needs calibration text"):
         hfq.quantize(tmp_path / "float", tmp_path / "packed", config)
     model = load(tmp_path / "float", quantization_config=config, dtype=torch.float32)
-    assert model.hf_quantizer.calibration.sequences == 128
+    assert model.hf_quantizer.calibration.sequences == 4
 
 
-def test_without_a_sample_of_its_own_text_data_is_refused_where_nothing_reads_it() -> None:
+def test_data_is_refused_where_nothing_reads_it() -> None:
     with pytest.raises(ConfigError, match=r"uses no data.*or activation='static'"):
         HfqConfig(format="int8", activation="dynamic", dataset=["text"])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hfq.kernels import dispatch, native, ops, rows16
-from hfq.kernels.int8 import MAX_COLUMNS, int8_linear, integer_product
+from hfq.kernels.int8 import MAX_COLUMNS, _cuda_product, int8_linear, integer_product
 from hfq.kernels.row import Problem
 
 assert ops.LIBRARY is not None  # defines torch.ops.hfq
@@ -182,6 +182,19 @@ def test_integer_products_are_exact(
     finally:
         torch.set_float32_matmul_precision(before)
     assert torch.equal(found.long(), a.long() @ b.long().T)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (17, 40, 64), (33, 9, 130)], ids=str)
+def test_padding_for_tensor_cores_changes_nothing(
+    shape: tuple[int, int, int], generator: torch.Generator
+) -> None:
+    """The same function of PyTorch runs on the CPU, where it takes all sizes."""
+    tokens, rows, columns = shape
+    a, b = (
+        torch.randint(-128, 128, (count, columns), generator=generator, dtype=torch.int8)
+        for count in (tokens, rows)
+    )
+    assert torch.equal(_cuda_product(a, b).long(), a.long() @ b.long().T)
 
 
 @pytest.mark.gpu
