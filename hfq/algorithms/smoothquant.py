@@ -47,7 +47,7 @@ class SmoothQuant:
     def check(self, spec: QuantSpec, options: Mapping[str, object]) -> None:
         smoothing = options["smoothing"]
         number = isinstance(smoothing, (int, float)) and not isinstance(smoothing, bool)
-        if smoothing != "search" and not (number and 0 <= float(str(smoothing)) <= 1):
+        if smoothing != "search" and not (number and 0 <= _number(smoothing) <= 1):
             raise ConfigError(
                 f"smoothing must be 'search' or a number from 0 to 1, got {smoothing!r}"
             )
@@ -68,11 +68,12 @@ class SmoothQuant:
             raise CalibrationError(
                 "method 'smoothquant' needs the activations' magnitudes: give calibration data (dataset=...)"
             )
+        statistics.check_finite()
         activations = _shared(statistics.largest, channels)
         columns = torch.stack([weight.abs().amax(0) for weight, _ in weights]).amax(0)
         columns = _shared(columns, channels)
         if options["smoothing"] != "search":
-            return smoothing_factors(activations, columns, float(str(options["smoothing"])))
+            return smoothing_factors(activations, columns, _number(options["smoothing"]))
         some = [(weight[:: max(1, len(weight) // _ROWS)], spec) for weight, spec in weights]
         best = torch.ones_like(activations)
         least = _error(some, best, statistics.sample)
@@ -93,6 +94,11 @@ def smoothing_factors(activations: Tensor, columns: Tensor, alpha: float) -> Ten
     factors = activations.pow(alpha) / columns.pow(1 - alpha)
     usable = factors.isfinite() & (activations > 0) & (columns > 0)
     return torch.where(usable, factors.clamp(1e-5, 1e5), 1.0)
+
+
+def _number(smoothing: object) -> float:
+    assert isinstance(smoothing, (int, float))
+    return float(smoothing)
 
 
 def _shared(largest: Tensor, channels: Tensor | None) -> Tensor:

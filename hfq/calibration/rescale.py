@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..algorithms import TRANSFORMS, find_method
 from ..config import Recipe
+from ..core.errors import HfqError
 from ..core.statistics import InputStatistics
 from .blocks import BlockCall, run_block
 from .fold import Folds, fold
@@ -66,7 +67,10 @@ def rescale_block(
             (_weight(block, name, transposed[name], folds), recipes[name].spec) for name in chosen
         ]
         options = recipes[chosen[0]].options
-        factors = transform.factors(weights, known, site.channels, options)
+        try:
+            factors = transform.factors(weights, known, site.channels, options)
+        except HfqError as error:
+            raise type(error)(f"{chosen[0]}: {error}") from error
         if bool((factors == 1).all()):
             continue
 

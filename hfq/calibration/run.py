@@ -342,6 +342,8 @@ def _choose(
         method = algorithm = "rtn"
         options = {"scale_search": True}
     try:
+        if statistics is not None:
+            statistics.check_finite()
         quantized = ALGORITHMS.get(algorithm).quantize(weight, recipe.spec, options, statistics)
         if recipe.spec.activation == "static":
             scale = _input_scale(weight, quantized, statistics)

@@ -100,6 +100,14 @@ class InputStatistics:
         """The most that a factorisation has added to the diagonal, as a share of its mean; 0 without any."""
         return max((factor.damping for factor in self._factors.values()), default=0.0)
 
+    def check_finite(self) -> None:
+        """`CalibrationError` where `largest` is known and tells of NaN or infinite activations."""
+        if self.largest is not None and not bool(self.largest.isfinite().all()):
+            raise CalibrationError(
+                "the activations that this weight reads are NaN or infinite: check the model on the calibration text "
+                "in bfloat16 or float32, or keep this module in float"
+            )
+
     def rescaled(self, factors: Tensor) -> InputStatistics:
         """Of the same activations divided by factors, float32 `[K]`."""
         both = factors.unsqueeze(0) * factors.unsqueeze(1)

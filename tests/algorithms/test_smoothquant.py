@@ -111,6 +111,15 @@ def test_statistics_without_a_sample_are_refused(random_weight: MakeWeight) -> N
         factors([(random_weight(8, 256), DYNAMIC)], bare)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_activations_that_are_no_numbers_are_refused(
+    value: float, x: Tensor, random_weight: MakeWeight
+) -> None:
+    x[3, 5] = value
+    with pytest.raises(CalibrationError, match="the activations that this weight reads are NaN or"):
+        factors([(random_weight(8, 256), DYNAMIC)], known(x))
+
+
 def test_names_combine() -> None:
     alone, both = find_method("smoothquant"), find_method("smoothquant+gptq")
     assert (alone.transform, alone.algorithm, alone.calibrated) == ("smoothquant", "rtn", True)

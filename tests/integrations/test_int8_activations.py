@@ -266,6 +266,19 @@ def test_a_damaged_scale_is_named(tokens: Tensor, tmp_path: Path) -> None:
         load(tmp_path / "packed")
 
 
+@pytest.mark.parametrize("activation", ["dynamic", "static"])
+def test_activations_that_overflow_are_named(
+    activation: str, tokens: Tensor, tmp_path: Path
+) -> None:
+    model = build("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = 1e38
+        model.model.layers[1].mlp.gate_proj.weight[0] *= 1e20
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CalibrationError, match=r"mlp\.down_proj: the activations .* NaN"):
+        quantize(tmp_path, tokens, activation=activation)
+
+
 def test_a_layer_that_never_runs_needs_another_setting(tokens: Tensor, tmp_path: Path) -> None:
     from hfq.calibration.run import calibrate
     from hfq.integrations.selection import select_modules
