@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from ..core.errors import CalibrationError
 from ..core.statistics import InputStatistics
 
-__all__ = ["Capture", "SecondMoment", "recording"]
+__all__ = ["Capture", "RowSample", "SecondMoment", "recording"]
 
 # Columns per product: only the upper triangle of the sum is computed, in pieces of this width, so that a moment of
 # many columns takes little more than half of the operations.
 _WIDTH = 1024
+
+# Tokens that are kept of what a module reads, where a method asks for them.
+_SAMPLE = 256
 
 
 class SecondMoment:
@@ -49,6 +52,54 @@ class SecondMoment:
         return self.total
 
 
+class RowSample:
+    """Tokens drawn evenly from all that were added, whatever their number; memory of `size` of them.
+
+    Each token gets a random number, and those with the least are kept. The token with the largest magnitude of all is
+    kept beside them: a range that was found without it would clip what a whole sequence may hang on.
+    """
+
+    def __init__(self, size: int = _SAMPLE) -> None:
+        self.size = size
+        self._generator = torch.Generator().manual_seed(0)
+        self._draws = torch.empty(0)
+        self._rows: Tensor | None = None
+        self._extreme: Tensor | None = None
+        self._largest: Tensor | None = None
+
+    def add(self, x: Tensor) -> None:
+        """Add tokens `[T, K]`."""
+        if not len(x):
+            return
+        columns = x.abs().amax(0).float()
+        if self._rows is None or self._largest is None or self._extreme is None:
+            self._rows, self._largest, self._extreme = (
+                x[:0],
+                torch.zeros_like(columns),
+                x[:1].clone(),
+            )
+        before = self._largest.max()
+        # Written so that NaN counts as the largest, and stays.
+        if bool(before.isfinite()) and not bool(columns.max() <= before):
+            self._extreme = x[x.abs().amax(-1).argmax()].unsqueeze(0).clone()
+        self._largest = torch.maximum(self._largest, columns)
+        draws = torch.rand(len(x), generator=self._generator)
+        both = torch.cat([self._draws, draws])
+        kept = both.argsort(stable=True)[: self.size].sort().values
+        self._rows = torch.cat([self._rows, x])[kept.to(x.device)]
+        self._draws = both[kept]
+
+    def rows(self) -> Tensor | None:
+        """The sample `[S, K]`, None if nothing was added."""
+        if self._rows is None or self._extreme is None:
+            return None
+        return torch.cat([self._rows, self._extreme])
+
+    def largest(self) -> Tensor | None:
+        """The largest magnitude of each column, over all that was added: float32 `[K]`."""
+        return self._largest
+
+
 class Capture:
     """Context in which the inputs of some modules are summed up; modules that read the same tensor share one sum.
 
@@ -57,19 +108,22 @@ class Capture:
 
     Args:
         modules: name -> module `[..., K] -> [..., N]`.
+        sampled: keep some of the activations, too.
 
     Attributes:
         enabled: False while a pass is not to be counted.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], sampled: bool = False) -> None:
         self.modules = dict(modules)
+        self.sampled = sampled
         self.enabled = True
         self.leader: dict[str, str] = {}
         self.tokens: dict[str, int] = {}
         self._beside: Mapping[str, Tensor] | None = None
         self._moments: dict[str, SecondMoment] = {}
         self._drifts: dict[str, SecondMoment] = {}
+        self._samples: dict[str, RowSample] = {}
         self._seen: dict[int, tuple[str, Tensor]] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -104,6 +158,8 @@ class Capture:
                 tokens=self.tokens[name],
                 hessian=moment.mean(self.tokens[name]),
                 drift=self._drifts[name].mean(self.tokens[name]) if name in self._drifts else None,
+                largest=self._samples[name].largest() if self.sampled else None,
+                sample=self._samples[name].rows() if self.sampled else None,
             )
             for name, moment in self._moments.items()
         }
@@ -130,6 +186,9 @@ class Capture:
             return
         # Holding the tensor keeps its id from being given to another one within this pass.
         self._seen[id(x)] = name, x
+        if self.sampled:
+            sample = self._samples.setdefault(name, RowSample())
+            sample.add(x.detach().reshape(-1, x.shape[-1]))
         tokens = x.detach().reshape(-1, x.shape[-1]).float()
         if name not in self._moments:
             self._moments[name] = SecondMoment(tokens.shape[1], tokens.device)

@@ -10,9 +10,13 @@ from torch import Tensor, nn
 
 from ..core.statistics import InputStatistics
 from ..nn.experts import expert_weights
-from .capture import SecondMoment
+from .capture import RowSample, SecondMoment
 
 __all__ = ["ExpertsCapture"]
+
+
+# Tokens that are kept for each expert, where a method asks for them.
+_SAMPLE = 64
 
 
 class ExpertsCapture:
@@ -23,6 +27,7 @@ class ExpertsCapture:
 
     Args:
         module: a fused experts module, see `hfq.nn.experts`.
+        sampled: keep some of the activations, too.
 
     Attributes:
         enabled: False while a pass is not to be counted.
@@ -30,8 +35,9 @@ class ExpertsCapture:
         topped_up: index of an expert -> tokens of others that it was given.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, sampled: bool = False) -> None:
         self.module: Any = module
+        self.sampled = sampled
         self.enabled = True
         shapes = expert_weights(module)
         self.first, self.second = shapes
@@ -43,6 +49,7 @@ class ExpertsCapture:
             base: [SecondMoment(columns, device) for _ in range(experts)]
             for base, (_, _, columns) in shapes.items()
         }
+        self._samples = {base: [RowSample(_SAMPLE) for _ in range(experts)] for base in shapes}
         self._spare: list[Tensor] = []
 
     def __enter__(self) -> ExpertsCapture:
@@ -71,9 +78,10 @@ class ExpertsCapture:
             self._spare.append(hidden[: self.least - kept].clone())
 
     def _add(self, expert: int, x: Tensor) -> None:
-        self._moments[self.first][expert].add(x.float(), x.float())
-        inner = self._inner(expert, x).float()
-        self._moments[self.second][expert].add(inner, inner)
+        for base, read in ((self.first, x), (self.second, self._inner(expert, x))):
+            self._moments[base][expert].add(read.float(), read.float())
+            if self.sampled:
+                self._samples[base][expert].add(read)
 
     def _inner(self, expert: int, x: Tensor) -> Tensor:
         """What the second stack reads, `[T, I]`."""
@@ -99,8 +107,13 @@ class ExpertsCapture:
         tokens = [seen + self.topped_up.get(expert, 0) for expert, seen in enumerate(self.routed)]
         return {
             base: [
-                InputStatistics(tokens=count, hessian=moment.mean(count))
-                for moment, count in zip(moments, tokens, strict=True)
+                InputStatistics(
+                    tokens=count,
+                    hessian=moment.mean(count),
+                    largest=sample.largest(),
+                    sample=sample.rows(),
+                )
+                for moment, sample, count in zip(moments, self._samples[base], tokens, strict=True)
             ]
             for base, moments in self._moments.items()
         }

@@ -6,14 +6,15 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from ..algorithms import ALGORITHMS, find_method
 from ..config import Recipe
-from ..core.errors import HfqError
+from ..core.activations import fit_input_scale, rounded_tokens
+from ..core.errors import CalibrationError, HfqError
 from ..core.statistics import InputStatistics
 from ..core.weight import QuantizedWeight
 from ..formats import FORMATS
@@ -204,13 +205,18 @@ class Calibration:
     def _capture(self, names: Sequence[str]) -> Iterator[tuple[Capture, dict[str, ExpertsCapture]]]:
         """Within, the inputs of these modules are summed up: those with one weight, and fused experts by name."""
         modules = {name: self.model.get_submodule(name) for name in names}
+        recipes = [recipe for name in names for recipe in self.recipes[name].values()]
+        sampled = any(recipe.sampled for recipe in recipes)
         experts = {name: module for name, module in modules.items() if is_fused_experts(module)}
         linear = {name: module for name, module in modules.items() if name not in experts}
         with ExitStack() as stack:
-            capture = stack.enter_context(Capture(linear))
+            capture = stack.enter_context(Capture(linear, sampled))
             yield (
                 capture,
-                {name: stack.enter_context(ExpertsCapture(m)) for name, m in experts.items()},
+                {
+                    name: stack.enter_context(ExpertsCapture(module, sampled))
+                    for name, module in experts.items()
+                },
             )
 
     # ---- choosing codes
@@ -226,7 +232,7 @@ class Calibration:
         for name, known in statistics.items():
             self._linear(name, known, folds, notes.get(name, ""))
         for name, experts in routed.items():
-            self._experts(name, experts)
+            self._experts(name, experts, folds)
 
     def _rescale(
         self, index: int, statistics: dict[str, InputStatistics | None]
@@ -266,9 +272,14 @@ class Calibration:
         )
         self.model.set_submodule(name, twin)
 
-    def _experts(self, name: str, capture: ExpertsCapture) -> None:
+    def _experts(self, name: str, capture: ExpertsCapture, folds: Folds) -> None:
         module = self.model.get_submodule(name)
         recipes, statistics = self.recipes[name], capture.statistics()
+        known = statistics[capture.first]
+        if known is not None and name in folds.columns:
+            # They read what a transform has rescaled for other layers.
+            factors = folds.columns[name]
+            statistics[capture.first] = [each.rescaled(factors) for each in known]
         note = f"{len(capture.topped_up)} experts topped up" if capture.topped_up else ""
         floats = {base: module.get_parameter(base).detach() for base in recipes}
         packed: dict[str, dict[str, Tensor]] = {}
@@ -331,9 +342,32 @@ def _choose(
         method = algorithm = "rtn"
         options = {"scale_search": True}
     try:
-        return ALGORITHMS.get(algorithm).quantize(weight, recipe.spec, options, statistics), method
+        if statistics is not None:
+            statistics.check_finite()
+        quantized = ALGORITHMS.get(algorithm).quantize(weight, recipe.spec, options, statistics)
+        if recipe.spec.activation == "static":
+            scale = _input_scale(weight, quantized, statistics)
+            quantized = replace(quantized, input_scale=scale)
     except HfqError as error:
         raise type(error)(f"{name}: {error}") from error
+    return quantized, method
+
+
+def _input_scale(
+    weight: Tensor, quantized: QuantizedWeight, statistics: InputStatistics | None
+) -> Tensor:
+    """The static scale of what a weight reads, float32 `[1]`.
+
+    Raises:
+        CalibrationError: it has seen nothing.
+    """
+    if statistics is None or statistics.sample is None:
+        raise CalibrationError(
+            "this weight never ran on the calibration data, so that no static scale of its activations can be found: "
+            "give data that it reads, or use activation='dynamic' for it (overrides)"
+        )
+    rows = slice(None, None, max(1, len(weight) // _ERROR_ROWS))
+    return fit_input_scale(statistics.sample, weight[rows], quantized.dequantize()[rows])
 
 
 def _orientations(block: nn.Module) -> dict[str, bool]:
@@ -359,13 +393,22 @@ def _paused(*captures: Capture | ExpertsCapture) -> Iterator[None]:
 def _error(
     weight: Tensor, quantized: QuantizedWeight, statistics: InputStatistics | None
 ) -> float | None:
-    """Squared error of the output over the squared output, on some of the rows."""
+    """Squared error of the output over the squared output, on some of the rows.
+
+    With quantized activations on some of the tokens, where those were kept; else it is that of the weight alone.
+    """
     if statistics is None or not weight.numel():
         return None
     step = max(1, len(weight) // _ERROR_ROWS)
-    rows = weight[::step]
-    whole = statistics.error(rows)
-    wrong = statistics.error(quantized.dequantize()[::step] - rows)
+    rows, rounded = weight[::step], quantized.dequantize()[::step]
+    if quantized.spec.activation is not None and statistics.sample is not None:
+        x = statistics.sample.float()
+        wanted = x @ rows.T
+        whole = float(wanted.square().sum())
+        found = rounded_tokens(x, quantized.input_scale) @ rounded.T
+        wrong = float((found - wanted).square().sum())
+    else:
+        whole, wrong = statistics.error(rows), statistics.error(rounded - rows)
     return wrong / whole if whole else 0.0
 
 

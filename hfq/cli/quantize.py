@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder or Hub name of a float model")
     parser.add_argument("-o", "--output", metavar="OUT", required=True, help="folder to save into")
     parser.add_argument(
-        "--method", default="rtn", help="rtn, hqq, gptq, awq, awq+gptq (default: rtn)"
+        "--method", default="rtn", help="rtn, hqq, gptq, awq, awq+gptq, smoothquant (default: rtn)"
     )
     parser.add_argument("--format", help="int, nf4, fp4, int8 (default: the method's)")
     parser.add_argument("--bits", type=int, help="2 to 8 (default: the format's)")
@@ -38,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scale-search",
         action=argparse.BooleanOptionalAction,
         help="least squares grids (rtn: off by default, gptq: on)",
+    )
+    parser.add_argument(
+        "--activation", help="dynamic, static: int8 activations, too (int8; default: float)"
     )
     parser.add_argument("--iterations", type=int, help="optimisation steps (hqq)")
     parser.add_argument(
@@ -64,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="go on with an unfinished run in OUT (default), or delete it",
     )
-    _add_calibration(parser.add_argument_group("calibration (gptq, awq)"))
+    _add_calibration(parser.add_argument_group("calibration (gptq, awq, smoothquant, static)"))
     add_loading(parser)
 
 
@@ -86,6 +89,11 @@ def _add_calibration(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--damp-percent", type=float, help="share of the diagonal (default: 0.01)")
     group.add_argument("--refine", type=int, help="second looks at grids and codes (gptq: 2)")
     group.add_argument("--gptaq", type=float, help="share of input drift made good (default: 0)")
+    group.add_argument(
+        "--smoothing",
+        type=_smoothing,
+        help="share of the activations' range that weights take over, 0 to 1, or search (default: search)",
+    )
 
 
 def run(args: argparse.Namespace) -> Result:
@@ -119,7 +127,15 @@ def run(args: argparse.Namespace) -> Result:
 def _config(args: argparse.Namespace) -> HfqConfig:
     from ..config import HfqConfig
 
-    names = ("scale_search", "iterations", "desc_act", "damp_percent", "refine", "gptaq")
+    names = (
+        "scale_search",
+        "iterations",
+        "desc_act",
+        "damp_percent",
+        "refine",
+        "gptaq",
+        "smoothing",
+    )
     options = {name: getattr(args, name) for name in names}
     try:
         return HfqConfig(
@@ -130,6 +146,7 @@ def _config(args: argparse.Namespace) -> HfqConfig:
             sym=args.sym,
             scale_dtype=args.scale_dtype,
             double_quant=args.double_quant,
+            activation=args.activation,
             overrides=dict(map(_override, args.override)),
             modules_to_not_convert=args.skip,
             quantize_embeddings=args.quantize_embeddings,
@@ -143,6 +160,14 @@ def _config(args: argparse.Namespace) -> HfqConfig:
         )
     except (ConfigError, UnknownNameError) as error:
         raise UsageError(str(error)) from error
+
+
+def _smoothing(text: str) -> float | str:
+    """A number, or a word for `HfqConfig` to judge."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _override(text: str) -> tuple[str, dict[str, Any] | None]:

@@ -26,6 +26,7 @@ from transformers import GenerationConfig
 from transformers.utils import logging
 
 from .._version import __version__
+from ..algorithms import find_method
 from ..calibration.blocks import run_after_blocks
 from ..calibration.report import WeightReport
 from ..calibration.run import Calibration, Stream, fingerprint
@@ -152,12 +153,18 @@ class _Run:
             return [], [torch.randint(vocabulary, (_PROBE_TOKENS,), generator=generator)]
         if self.config.dataset is None or self.config.dataset == "self":
             raise ConfigError(
-                f"method {self.config.method!r} needs calibration text: give dataset=. Text of the model's own would "
+                f"{self._demand()} needs calibration text: give dataset=. Text of the model's own would "
                 "need all of it in memory; from_pretrained(..., quantization_config=...) does that where it fits"
             )
         chosen, others = calibration_sequences(self.model, self.config)
         self.has_held_out = bool(others)
         return chosen, others[:_HELD_OUT] or [chosen[0][:_PROBE_TOKENS]]
+
+    def _demand(self) -> str:
+        """What needs data, for a message."""
+        recipes = [each for bases in self.quantizer.calibrated.values() for each in bases.values()]
+        methods = [each.method for each in recipes if find_method(each.method).calibrated]
+        return f"method {methods[0]!r}" if methods else "activation='static'"
 
     @torch.no_grad()
     def blocks(self) -> None:
