@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..core.errors import CalibrationError
 from ..core.statistics import InputStatistics
+from .ranks import Ranks
 
 __all__ = ["Capture", "SecondMoment", "recording"]
 
@@ -96,6 +97,38 @@ class Capture:
         """
         self._seen.clear()
         self._beside = beside
+
+    def sum_over(self, ranks: Ranks) -> None:
+        """Add what the other processes have seen; all of them come here, with the same modules.
+
+        Raises:
+            CalibrationError: they disagree on which modules read the same.
+        """
+        if ranks.size == 1:
+            return
+        columns = {name: len(moment.total) for name, moment in self._moments.items()}
+        others = ranks.gather((self.leader, self.tokens, columns, set(self._drifts)))
+        for leader, _, width, _ in others:
+            columns |= width
+            for name, first in leader.items():
+                if self.leader.setdefault(name, first) != first:
+                    raise CalibrationError(
+                        f"{name}: it reads the same activations as {first} in one process, and as {self.leader[name]} in "
+                        "another"
+                    )
+        self.tokens = {
+            name: sum(tokens.get(name, 0) for _, tokens, _, _ in others) for name in columns
+        }
+        drifting = set().union(*(drifts for _, _, _, drifts in others))
+        for name in (name for name in self.modules if name in columns):
+            device = next(self.modules[name].parameters()).device
+            if name not in self._moments:
+                self._moments[name] = SecondMoment(columns[name], device)
+            ranks.sum_(self._moments[name].total)
+            if name in drifting:
+                if name not in self._drifts:
+                    self._drifts[name] = SecondMoment(columns[name], device, symmetric=False)
+                ranks.sum_(self._drifts[name].total)
 
     def statistics(self) -> dict[str, InputStatistics | None]:
         """By name of the module; the very same object for modules that share. None: it never ran."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..core.statistics import InputStatistics
 from ..nn.experts import expert_weights
 from .capture import SecondMoment
+from .ranks import Ranks
 
 __all__ = ["ExpertsCapture"]
 
@@ -84,6 +85,20 @@ class ExpertsCapture:
             self.module._apply_gate(y) if self.module.has_gate else self.module.act_fn(y)
         )
         return inner
+
+    def sum_over(self, ranks: Ranks) -> None:
+        """Add what the other processes have seen; all of them come here."""
+        if ranks.size == 1:
+            return
+        device = next(self.module.parameters()).device
+        seen = ranks.gather((self.routed, [tokens.cpu() for tokens in self._spare]))
+        self.routed = [sum(counts) for counts in zip(*(routed for routed, _ in seen), strict=True)]
+        spare = [tokens for _, kept in seen for tokens in kept]
+        # Shares are neighbours: the first tokens of all are the first ones of the whole.
+        self._spare = [torch.cat(spare)[: self.least].to(device)] if spare else []
+        for moments in self._moments.values():
+            for moment in moments:
+                ranks.sum_(moment.total)
 
     @torch.no_grad()
     def statistics(self) -> dict[str, list[InputStatistics] | None]:

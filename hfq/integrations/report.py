@@ -50,6 +50,7 @@ class Report:
     logit_difference: between the written model, loaded in a new process, and the one in memory, as a share of the
         largest logit. None: the model does not run block by block, so the written one was only loaded and run.
     seconds: of this run; a run that went on counts what was left.
+    processes: that worked together.
     resumed_blocks: blocks that an earlier run had finished.
     calibration: what was done to each weight; None without data.
     held_out: None without data, or where all of it was used.
@@ -65,6 +66,7 @@ class Report:
     bits_per_weight: float
     logit_difference: float | None
     seconds: float
+    processes: int = 1
     resumed_blocks: int = 0
     calibration: CalibrationReport | None = None
     held_out: HeldOut | None = None
@@ -100,7 +102,8 @@ class Report:
             ]
         if self.resumed_blocks:
             rows.append(["gone on after", f"{self.resumed_blocks} finished blocks"])
-        rows += [["time", f"{self.seconds:.1f} s"], ["output", self.output]]
+        together = f" of {self.processes} processes" if self.processes > 1 else ""
+        rows += [["time", f"{self.seconds:.1f} s{together}"], ["output", self.output]]
         return format_table(["model", self.model], rows)
 
     def write(self, folder: Path) -> None:

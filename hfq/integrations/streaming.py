@@ -13,11 +13,10 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,6 +26,7 @@ from transformers.utils import logging
 
 from .._version import __version__
 from ..calibration.blocks import run_after_blocks
+from ..calibration.ranks import ProcessError, Ranks, process_group
 from ..calibration.report import WeightReport
 from ..calibration.run import Calibration, Stream, fingerprint
 from ..config import HfqConfig
@@ -75,6 +75,10 @@ def quantize(
     A run that was killed goes on at its first unfinished block when the same call is made again, and gives the same
     files bit for bit.
 
+    Where torch.distributed has been initialised all processes of the group make the same call: each runs its share of
+    the sequences and chooses codes for its share of the weights, and the first one writes. The codes are those of one
+    process, but for the order in which sums are rounded.
+
     Args:
         model: folder or Hub name of a float model (safetensors).
         output: folder to write into; its old files stay until all new ones are complete.
@@ -93,76 +97,111 @@ def quantize(
         ConfigError: settings or data cannot be used.
         ResumeError: an unfinished run of other inputs is in the way.
         CalibrationError: activations are NaN or infinite.
+        ProcessError: another process of the group ended, or never came.
         SaveError: the folder cannot be written.
     """
-    start = time.perf_counter()
-    target = Path(output)
-    if target.exists() and Path(model).exists() and target.samefile(model):
-        raise ConfigError(f"output {output} is the model itself: give another folder")
-    source = FloatCheckpoint(model, config, dtype, torch.device(device))
-    if not resume:
-        Resume.forget(target)
-    run = _Run(source, config, target)
-    resumed = run.resume.done
+    with process_group() as ranks:
+        return _quantize(
+            _Run(ranks, model, output, config, resume, dtype, torch.device(device)), command
+        )
+
+
+def _quantize(run: _Run, command: str | None) -> Report:
     try:
         run.blocks()
-        report = run.finish(
-            command, lambda: {"seconds": time.perf_counter() - start, "resumed_blocks": resumed}
-        )
-    except SaveError:
-        raise  # a disk can be cleared: what is done stays
+        report = run.finish(command)
+    except (SaveError, ProcessError):
+        raise  # a disk can be cleared, a process started again: what is done stays
     except HfqError:
         # The same call would fail again, and another one could not go on from here.
-        Resume.forget(target)
+        run.forget()
         raise
-    Resume.forget(target)
+    run.forget()
     return report
 
 
 class _Run:
     """One call of `quantize`."""
 
-    def __init__(self, source: FloatCheckpoint, config: HfqConfig, output: Path) -> None:
-        self.source, self.config, self.output = source, config, output
-        self.model, self.quantizer = source.model, source.quantizer
+    def __init__(
+        self,
+        ranks: Ranks,
+        model: str | os.PathLike[str],
+        output: str | os.PathLike[str],
+        config: HfqConfig,
+        resume: bool,
+        dtype: str,
+        device: torch.device,
+    ) -> None:
+        self.start = time.perf_counter()
+        self.ranks, self.config, self.output = ranks, config, Path(output)
+        with ranks.together():
+            if self.output.exists() and Path(model).exists() and self.output.samefile(model):
+                raise ConfigError(f"output {output} is the model itself: give another folder")
+            self.source = FloatCheckpoint(model, config, dtype, device)
+            if not resume:
+                self.forget()
+        self.model, self.quantizer = self.source.model, self.source.quantizer
         recipes = self.quantizer.calibrated
-        self.calibration = Calibration(self.model, recipes, self.quantizer.make_twin, None)
+        self.calibration = Calibration(
+            self.model, recipes, self.quantizer.make_twin, None, ranks=ranks
+        )
         self.names = list(self.calibration.blocks)
         self.inside = tuple(f"{name}." for name in self.names)
-        self.has_held_out = False
-        self.sequences, self.held_out = self._data(bool(recipes))
-        self.resume = Resume(
-            output,
-            {
-                "model": fingerprint_of_files(source.files),
-                "settings": json.dumps(config.to_dict(), sort_keys=True),
-                "calibration data": fingerprint([*self.sequences, *self.held_out]),
-                "dtype": str(source.dtype),
-                "device": source.device.type,
-                "hfq": f"{__version__}, format {FORMAT_VERSION}",
-                "torch": str(torch.__version__),
-            },
+        # Read by one process, so that all have the same.
+        self.sequences, self.held_out, self.has_held_out = ranks.from_first(
+            lambda: self._data(bool(recipes))
         )
+        self.resume = Resume(self.output, self._agreed(self._fingerprint()), ranks)
+        self.resumed = self.resume.done
 
-    def _data(self, calibrated: bool) -> tuple[list[Tensor], list[Tensor]]:
-        """Sequences to calibrate with, and others to compare the quantized with the float model on."""
+    def _fingerprint(self) -> dict[str, str]:
+        return {
+            "model": fingerprint_of_files(self.source.files),
+            "settings": json.dumps(self.config.to_dict(), sort_keys=True),
+            "calibration data": fingerprint([*self.sequences, *self.held_out]),
+            "dtype": str(self.source.dtype),
+            "device": self.source.device.type,
+            "hfq": f"{__version__}, format {FORMAT_VERSION}",
+            "torch": str(torch.__version__),
+            "number of processes": str(self.ranks.size),
+        }
+
+    def _agreed(self, fingerprint: dict[str, str]) -> dict[str, str]:
+        """The fingerprint, if all processes were called alike."""
+        for rank, other in enumerate(self.ranks.gather(fingerprint)):
+            changed = [name for name, value in fingerprint.items() if other[name] != value]
+            if changed:
+                raise ConfigError(
+                    f"the processes of a group quantize one model together, but in process {rank} {', '.join(changed)} was "
+                    f"another than in process {self.ranks.rank}: make the same call in all of them"
+                )
+        return fingerprint
+
+    def forget(self) -> None:
+        """Delete what the run needed to go on."""
+        if self.ranks.first:
+            Resume.forget(self.output)
+
+    def _data(self, calibrated: bool) -> tuple[list[Tensor], list[Tensor], bool]:
+        """Sequences to calibrate with; others for the quantized and the float model; whether these are held out."""
         if not calibrated:
             vocabulary = self.model.config.get_text_config().vocab_size
             generator = torch.Generator().manual_seed(self.config.seed)
-            return [], [torch.randint(vocabulary, (_PROBE_TOKENS,), generator=generator)]
+            return [], [torch.randint(vocabulary, (_PROBE_TOKENS,), generator=generator)], False
         if self.config.dataset is None or self.config.dataset == "self":
             raise ConfigError(
                 f"method {self.config.method!r} needs calibration text: give dataset=. Text of the model's own would "
                 "need all of it in memory; from_pretrained(..., quantization_config=...) does that where it fits"
             )
         chosen, others = calibration_sequences(self.model, self.config)
-        self.has_held_out = bool(others)
-        return chosen, others[:_HELD_OUT] or [chosen[0][:_PROBE_TOKENS]]
+        return chosen, others[:_HELD_OUT] or [chosen[0][:_PROBE_TOKENS]], bool(others)
 
     @torch.no_grad()
     def blocks(self) -> None:
         """All blocks that are not done."""
-        self.source.load(lambda name: not name.startswith(self.inside))
+        with self.ranks.together():
+            self.source.load(lambda name: not name.startswith(self.inside))
         streams = self.calibration.start(self.sequences)
         self.followers = self._followers()
         done = self.resume.done
@@ -175,7 +214,8 @@ class _Run:
             self.calibration.progress = progress
             for index in range(done, len(self.names)):
                 name = self.names[index]
-                self.source.load(partial(_begins_with, f"{name}."))
+                with self.ranks.together():
+                    self.source.load(partial(_begins_with, f"{name}."))
                 self.calibration.block(index, streams, self.followers)
                 self.resume.finish(
                     index,
@@ -184,9 +224,12 @@ class _Run:
                     [asdict(report) for report in self.calibration.reports],
                 )
                 self.source.free(name)
-            wanted = [self._logits(each.batch, each.wanted) for each in self.followers]
+            with self.ranks.together():
+                wanted = [self._logits(each.batch, each.wanted) for each in self.followers]
             self.calibration.rest(streams)
-        self.held_out_result = self._compare(wanted)
+        with self.ranks.together():
+            totals = self._compare(wanted)
+        self.held_out_result = self._held_out(totals)
 
     def _followers(self) -> list[Stream]:
         """Streams that the quantized model is compared on."""
@@ -200,12 +243,11 @@ class _Run:
             )
             return []
 
-    def finish(self, command: str | None, so_far: Callable[[], dict[str, Any]]) -> Report:
-        """Everything that is not in a block, the files around the weights, the check of it all.
+    def finish(self, command: str | None) -> Report:
+        """Everything that is not in a block, the files around the weights, the check of it all; by the first process."""
+        return self.ranks.from_first(lambda: self._finish(command))
 
-        Args:
-            so_far: figures of the whole call.
-        """
+    def _finish(self, command: str | None) -> Report:
         calibration = None
         if self.sequences:
             calibration = self.calibration.report(self.sequences)
@@ -229,9 +271,11 @@ class _Run:
                 bytes_after=size.total_bytes,
                 bits_per_weight=size.bits_per_weight,
                 logit_difference=difference,
+                seconds=time.perf_counter() - self.start,
+                processes=self.ranks.size,
+                resumed_blocks=self.resumed,
                 calibration=calibration,
                 held_out=self.held_out_result,
-                **so_far(),
             )
             report.write(new)
         return report
@@ -297,10 +341,8 @@ class _Run:
             generation.save_pretrained(folder)
         save_tokenizer(self.source.folder, folder)
 
-    def _compare(self, wanted: Sequence[Tensor]) -> HeldOut | None:
-        """The quantized model's predictions of the held-out text beside the float model's; None if there is none."""
-        if not self.has_held_out:
-            return None
+    def _compare(self, wanted: Sequence[Tensor]) -> tuple[Totals, Totals]:
+        """Sums of the quantized and of the float model over this process's share of the held-out text."""
         ours, theirs = Totals(), Totals()
         for stream, expected in zip(self.followers, wanted, strict=True):
             targets = stream.batch[:, 1:].flatten()
@@ -309,6 +351,15 @@ class _Run:
             score(logits, targets, ours)
             score(reference, targets, theirs)
             compare(logits, reference, ours)
+        return ours, theirs
+
+    def _held_out(self, totals: tuple[Totals, Totals]) -> HeldOut | None:
+        """The quantized model's predictions of the held-out text beside the float model's; None if there is none."""
+        if not self.has_held_out:
+            return None
+        shares = self.ranks.gather(totals)
+        ours = sum((share[0] for share in shares), Totals())
+        theirs = sum((share[1] for share in shares), Totals())
         return HeldOut(
             tokens=ours.count,
             perplexity=math.exp(ours.nll / ours.count),
