@@ -163,8 +163,10 @@ class Calibration:
                 for stream in streams if names or self.follows_drift else ():
                     call, beside = stream.calls[index], None
                     if self.follows_drift:
-                        captures = capture, *routed.values()
-                        with _paused(*captures), recording(capture.modules) as beside:
+                        with (
+                            _paused(capture, *routed.values()),
+                            recording(capture.modules) as beside,
+                        ):
                             stream.wanted = run_block(block, stream.wanted, call)
                     capture.next_batch(beside)
                     run_block(block, stream.hidden, call)

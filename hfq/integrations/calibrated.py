@@ -12,7 +12,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from ..calibration.report import CalibrationReport, WeightReport
 from ..calibration.run import Progress, calibrate
-from ..calibration.sample import sample_sequences
+from ..calibration.sample import TOGETHER, sample_sequences
 from ..config import HfqConfig, Recipe
 from ..core.errors import ConfigError
 from ..evaluation.logits import position_limit
@@ -23,7 +23,7 @@ from ..tokens import choose, sequences
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["calibrate_loaded", "calibration_sequences", "progress_bar"]
+__all__ = ["calibrate_loaded", "calibration_sequences", "of_its_own", "progress_bar", "sample"]
 
 
 def calibrate_loaded(
@@ -72,11 +72,8 @@ def calibration_sequences(
     """
     text = model.config.get_text_config()
     seqlen = min(config.seqlen, position_limit(model) or config.seqlen)
-    if config.dataset is None or (isinstance(config.dataset, str) and config.dataset == "self"):
-        first = text.bos_token_id
-        first = first[0] if isinstance(first, list) else first
-        count, seed = config.num_samples, config.seed
-        return sample_sequences(model, count, seqlen, seed, first, text.vocab_size), []
+    if of_its_own(config):
+        return sample(model, config, seqlen, TOGETHER), []
     found = sequences(config.dataset, lambda: tokenize_with(config.tokenizer, model), seqlen)
     largest = max(int(torch.max(sequence)) for sequence in found)
     if largest >= text.vocab_size:
@@ -85,3 +82,22 @@ def calibration_sequences(
             "tokenizer"
         )
     return choose(found, config.num_samples, config.seed)
+
+
+def of_its_own(config: HfqConfig) -> bool:
+    """Whether the model samples its own calibration text."""
+    return config.dataset is None or (isinstance(config.dataset, str) and config.dataset == "self")
+
+
+def sample(model: PreTrainedModel, config: HfqConfig, seqlen: int, together: int) -> list[Tensor]:
+    """Sequences of the model's own, int64 `[seqlen]`.
+
+    Args:
+        model: the float model.
+        together: sequences that are sampled side by side.
+    """
+    text = model.config.get_text_config()
+    first = text.bos_token_id
+    first = first[0] if isinstance(first, list) else first
+    count, seed = config.num_samples, config.seed
+    return sample_sequences(model, count, seqlen, seed, first, text.vocab_size, together)

@@ -2,6 +2,7 @@
 
     out/.hfq-resume/state.json             fingerprint, blocks that are done, what was found about them
     out/.hfq-resume/block-00003.safetensors   packed tensors of a block, as the checkpoint will have them
+    out/.hfq-resume/own_text.safetensors   calibration text, where the model sampled it
     out/.hfq-resume/streams-00003-00000.safetensors  hidden states behind that block, of each process its own
 
 A block counts as done when ``state.json`` says so; that file is replaced in one step, after all others are complete.
@@ -146,14 +147,15 @@ class Resume:
         return self.folder / f"streams-{index:05d}-{self.ranks.rank:05d}.safetensors"
 
     def _state(self) -> dict[str, Any] | None:
-        """What the state file says; without a usable one the folder is deleted."""
+        """What the state file says; without a usable one what it should tell about is deleted."""
         try:
             state = json.loads((self.folder / _STATE).read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):
             state = None
         if isinstance(state, dict) and "fingerprint" in state:
             return state
-        shutil.rmtree(self.folder, ignore_errors=True)
+        for file in (*self.folder.glob("block-*"), *self.folder.glob("streams-*")):
+            file.unlink()
         return None
 
 

@@ -34,12 +34,13 @@ from ..core.errors import CalibrationError, ConfigError, HfqError
 from ..evaluation.divergence import Totals, compare, score
 from ..evaluation.size import weight_size
 from ..formats import FORMAT_VERSION
-from .calibrated import calibration_sequences, progress_bar
+from .calibrated import calibration_sequences, of_its_own, progress_bar
 from .card import CARD, has_foreign_card, model_card
 from .checkpoint import read_headers
 from .gate import check_reloaded
+from .own_text import own_sequences
 from .report import HeldOut, Report
-from .resume import Resume, fingerprint_of_files
+from .resume import FOLDER, Resume, fingerprint_of_files
 from .source import FloatCheckpoint, save_tokenizer
 from .staging import SaveError, staged
 
@@ -82,8 +83,8 @@ def quantize(
     Args:
         model: folder or Hub name of a float model (safetensors).
         output: folder to write into; its old files stay until all new ones are complete.
-        config: what to do. Its `dataset` must be given where the method is calibrated: sampling text from the model
-            would need all of it in memory.
+        config: what to do. Without a `dataset` the model samples its own text; where the float model does not fit into
+            memory that text is short, and a warning says what it costs.
         resume: go on with an unfinished run; False deletes what it left.
         dtype: of float weights and activations; "auto": the checkpoint's.
         device: where blocks are worked on.
@@ -189,11 +190,10 @@ class _Run:
             vocabulary = self.model.config.get_text_config().vocab_size
             generator = torch.Generator().manual_seed(self.config.seed)
             return [], [torch.randint(vocabulary, (_PROBE_TOKENS,), generator=generator)], False
-        if self.config.dataset is None or self.config.dataset == "self":
-            raise ConfigError(
-                f"method {self.config.method!r} needs calibration text: give dataset=. Text of the model's own would "
-                "need all of it in memory; from_pretrained(..., quantization_config=...) does that where it fits"
-            )
+        if of_its_own(self.config):
+            kept = self.output / FOLDER / "own_text.safetensors"
+            chosen = own_sequences(self.source, self.config, kept)
+            return chosen, [chosen[0][:_PROBE_TOKENS]], False
         chosen, others = calibration_sequences(self.model, self.config)
         return chosen, others[:_HELD_OUT] or [chosen[0][:_PROBE_TOKENS]], bool(others)
 
