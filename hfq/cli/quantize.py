@@ -71,8 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_calibration(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--dataset",
-        metavar="FILE",
-        help=".txt, .jsonl or .parquet file; calibrated methods need one",
+        metavar="DATA",
+        help=".txt, .jsonl or .parquet file, or a name of the Hub as owner/name:config:split:column (default: text "
+        "sampled from the model)",
     )
     group.add_argument("--tokenizer", metavar="PATH", help="(default: the model's)")
     group.add_argument("--num-samples", type=int, default=128, help="sequences (default: 128)")

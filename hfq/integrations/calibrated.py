@@ -23,7 +23,17 @@ from ..tokens import choose, sequences
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["calibrate_loaded", "calibration_sequences", "of_its_own", "progress_bar", "sample"]
+__all__ = [
+    "HELD_OUT",
+    "calibrate_loaded",
+    "calibration_sequences",
+    "of_its_own",
+    "progress_bar",
+    "sample",
+]
+
+# Sequences of the data set, beside those calibrated with, that the quantized model is compared with the float one on.
+HELD_OUT = 8
 
 
 def calibrate_loaded(
@@ -74,7 +84,12 @@ def calibration_sequences(
     seqlen = min(config.seqlen, position_limit(model) or config.seqlen)
     if of_its_own(config):
         return sample(model, config, seqlen, TOGETHER), []
-    found = sequences(config.dataset, lambda: tokenize_with(config.tokenizer, model), seqlen)
+    found = sequences(
+        config.dataset,
+        lambda: tokenize_with(config.tokenizer, model),
+        seqlen,
+        enough=config.num_samples + HELD_OUT,
+    )
     largest = max(int(torch.max(sequence)) for sequence in found)
     if largest >= text.vocab_size:
         raise ConfigError(

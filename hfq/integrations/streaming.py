@@ -34,7 +34,7 @@ from ..core.errors import CalibrationError, ConfigError, HfqError
 from ..evaluation.divergence import Totals, compare, score
 from ..evaluation.size import weight_size
 from ..formats import FORMAT_VERSION
-from .calibrated import calibration_sequences, of_its_own, progress_bar
+from .calibrated import HELD_OUT, calibration_sequences, of_its_own, progress_bar
 from .card import CARD, has_foreign_card, model_card
 from .checkpoint import read_headers
 from .gate import check_reloaded
@@ -47,9 +47,6 @@ from .staging import SaveError, staged
 __all__ = ["quantize"]
 
 logger = logging.get_logger(__name__)
-
-# Sequences of the data set, beside those calibrated with, that the quantized model is compared with the float one on.
-_HELD_OUT = 8
 
 # Weights of up to this size become one file, which is put together in memory.
 _SINGLE_FILE_BYTES = 256 << 20
@@ -195,7 +192,7 @@ class _Run:
             chosen = own_sequences(self.source, self.config, kept)
             return chosen, [chosen[0][:_PROBE_TOKENS]], False
         chosen, others = calibration_sequences(self.model, self.config)
-        return chosen, others[:_HELD_OUT] or [chosen[0][:_PROBE_TOKENS]], bool(others)
+        return chosen, others[:HELD_OUT] or [chosen[0][:_PROBE_TOKENS]], bool(others)
 
     @torch.no_grad()
     def blocks(self) -> None:
