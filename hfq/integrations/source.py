@@ -24,6 +24,7 @@ from ..config import HfqConfig
 from ..core.errors import CheckpointError
 from .checkpoint import read_headers
 from .conversion import parameter_of_each
+from .manifest import check_sources
 from .mapped_files import release_pages, return_free_memory
 from .transformers import HfqQuantizer
 
@@ -61,6 +62,7 @@ class FloatCheckpoint:
         files: the safetensors files.
         dtype: of float weights and activations.
         float_bytes: of all float weights in that dtype.
+        parameters: names in the files -> parameters of the float model, as they are called before modules are swapped.
         model: the skeleton; ``model.hf_quantizer`` knows what to do with which weight.
 
     Raises:
@@ -80,15 +82,16 @@ class FloatCheckpoint:
         self.dtype = _dtype(dtype, settings)
         self.model: PreTrainedModel = self._skeleton(settings)
         self.float_bytes = sum(parameter.nbytes for parameter in self.model.parameters())
-        # Names in the files -> parameters of the float model, before modules are swapped.
-        self._parameters = parameter_of_each(self.model, read_headers(self.files))
-        missing = self.model.state_dict().keys() - set(self._parameters.values())
+        headers = read_headers(self.files)
+        self.parameters = parameter_of_each(self.model, headers)
+        missing = self.model.state_dict().keys() - set(self.parameters.values())
         missing -= self.model.all_tied_weights_keys.keys()
         if missing:
             raise CheckpointError(
                 f"{self.folder} has no tensor for {len(missing)} parameters of {type(self.model).__name__}, such as "
                 f"{min(missing)}: the checkpoint is incomplete or of another kind of model"
             )
+        check_sources(self.model, headers, self.parameters)
         self.quantizer = HfqQuantizer(config, pre_quantized=False)
         vars(self.model)["hf_quantizer"] = self.quantizer
         vars(settings)["quantization_config"] = config
@@ -155,7 +158,7 @@ class FloatCheckpoint:
     ) -> set[str]:
         """Read the parameters whose names are wanted into a skeleton; their names."""
         mapping: list[Any] = get_model_conversion_mapping(model)
-        keys = {key for key, name in self._parameters.items() if wanted(name)}
+        keys = {key for key, name in self.parameters.items() if wanted(name)}
         settings = LoadStateDictConfig(
             device_map={"": self.device},
             dtype=self.dtype,
@@ -171,7 +174,7 @@ class FloatCheckpoint:
             first: Any = next(iter([*info.conversion_errors.values(), *info.mismatched_keys]))
             raise CheckpointError(f"{self.folder}: a tensor does not fit the model: {first}")
         model.tie_weights()
-        return {self._parameters[key] for key in keys}
+        return {self.parameters[key] for key in keys}
 
     def _materialize_buffers(self, model: PreTrainedModel) -> None:
         """Buffers that no file has (rotary tables) get their values from the model's own initialisation."""

@@ -38,6 +38,7 @@ from .calibrated import HELD_OUT, calibration_sequences, of_its_own, progress_ba
 from .card import CARD, has_foreign_card, model_card
 from .checkpoint import read_headers
 from .gate import check_reloaded
+from .manifest import manifest
 from .own_text import own_sequences
 from .report import HeldOut, Report
 from .resume import FOLDER, Resume, fingerprint_of_files
@@ -88,10 +89,12 @@ def quantize(
         command: for the card.
 
     Returns:
-        What was done; also written as ``hfq_report.json``, with a picture of the errors.
+        What was done; also written as ``hfq_report.json``, with a picture of the errors. ``hfq_manifest.json`` tells what
+        became of each tensor.
 
     Raises:
-        CheckpointError: the model is missing, incomplete, quantized already, or was not reproduced by what was written.
+        CheckpointError: the model is missing, incomplete, has tensors without a use, is quantized already, or was not
+            reproduced by what was written.
         ConfigError: settings or data cannot be used.
         ResumeError: an unfinished run of other inputs is in the way.
         CalibrationError: activations are NaN or infinite.
@@ -257,6 +260,13 @@ class _Run:
             if not has_foreign_card(self.output):
                 card = model_card(self.model, name=self.output.absolute().name, command=command)
                 (new / CARD).write_text(str(card), encoding="utf-8")
+            manifest(
+                self.model,
+                self.source.files,
+                self.source.parameters,
+                self.quantizer.names_for_saving,
+                sorted(new.glob("*.safetensors")),
+            ).write(new)
             difference = self._check(new)
             report = Report(
                 model=str(self.model.config._name_or_path),
