@@ -18,7 +18,7 @@ from ..core.errors import HfqError
 from ..core.statistics import InputStatistics
 from ..core.weight import QuantizedWeight
 from ..formats import FORMATS
-from ..nn.experts import is_fused_experts, pack_experts_
+from ..nn.experts import expert_weights, is_fused_experts, pack_experts_
 from ..nn.packed import PackedModule
 from .blocks import BlockCall, find_blocks, record_calls, run_after_blocks, run_block
 from .capture import Capture, recording
@@ -28,7 +28,7 @@ from .ranks import ALONE, ProcessError, Ranks
 from .report import CalibrationReport, WeightReport
 from .rescale import rescale_block
 
-__all__ = ["Calibration", "Progress", "Stream", "calibrate", "fingerprint"]
+__all__ = ["Calibration", "Progress", "Stream", "calibrate", "fingerprint", "weight_names"]
 
 # Tokens that run through a block at a time.
 _BATCH_TOKENS = 8192
@@ -45,8 +45,8 @@ Recipes = Mapping[str, Mapping[str, Recipe]]
 # Makes the packed twin of a float module, values still to be set.
 MakeTwin = Callable[[nn.Module, Recipe], PackedModule]
 
-# Told about each weight when it is done: its report, how many are done, how many there are.
-Progress = Callable[[WeightReport, int, int], None]
+# Told about each weight when it is done: its report, the cost of what this run has done and of what is left (`_cost`).
+Progress = Callable[[WeightReport, float, float], None]
 
 
 @torch.no_grad()
@@ -126,6 +126,8 @@ class Calibration:
         self.progress, self.ranks = progress, ranks
         self.blocks = find_blocks(model)
         self.reports: list[WeightReport] = []
+        self._costs = _costs(model, recipes)
+        self._spent = 0.0
         # A few tokens on their way through the blocks, for experiments with a block; made by `start`.
         self._probe: Stream | None = None
 
@@ -383,9 +385,34 @@ class Calibration:
             note=note if known else "never ran on the calibration data",
         )
         self.reports.append(report)
+        self._spent += self._costs[name]
         if self.progress is not None:
-            total = sum(len(each) for each in self.recipes.values())
-            self.progress(report, len(self.reports), total)
+            done = sum(self._costs[each.name] for each in self.reports)
+            self.progress(report, self._spent, sum(self._costs.values()) - done)
+
+
+def weight_names(recipes: Recipes) -> list[str]:
+    """As reports call them: the module, for a stack of experts with the stack's name."""
+    return [
+        name if base == "weight" else f"{name}.{base}"
+        for name, each in recipes.items()
+        for base in each
+    ]
+
+
+def _costs(model: nn.Module, recipes: Recipes) -> dict[str, float]:
+    """By the names of `weight_names`."""
+    found: dict[str, float] = {}
+    for name in recipes:
+        module = model.get_submodule(name)
+        if is_fused_experts(module):
+            for base, (experts, rows, columns) in expert_weights(module).items():
+                found[f"{name}.{base}"] = experts * _cost(rows, columns)
+        else:
+            rows, columns = module.get_parameter("weight").shape
+            transposed = not isinstance(module, (nn.Linear, nn.Embedding))
+            found[name] = _cost(columns, rows) if transposed else _cost(rows, columns)
+    return found
 
 
 def _cost(rows: int, columns: int) -> float:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from ..calibration.report import CalibrationReport, WeightReport
-from ..calibration.run import Progress, calibrate
+from ..calibration.report import CalibrationReport
+from ..calibration.run import calibrate, weight_names
 from ..calibration.sample import TOGETHER, sample_sequences
 from ..config import HfqConfig, Recipe
 from ..core.errors import ConfigError
@@ -19,6 +17,7 @@ from ..evaluation.logits import position_limit
 from ..evaluation.tokenizer import tokenize_with
 from ..nn.packed import PackedModule
 from ..tokens import choose, sequences
+from .live import live_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,7 +27,6 @@ __all__ = [
     "calibrate_loaded",
     "calibration_sequences",
     "of_its_own",
-    "progress_bar",
     "sample",
 ]
 
@@ -54,22 +52,8 @@ def calibrate_loaded(
                 f"{name} is offloaded, and a calibrated method needs all weights in memory: give a device_map that fits"
             )
     data, _ = calibration_sequences(model, config)
-    with progress_bar(sum(map(len, recipes.values()))) as show:
+    with live_table(weight_names(recipes)) as show:
         return calibrate(model, recipes, data, make_twin, show)
-
-
-@contextmanager
-def progress_bar(total: int) -> Iterator[Progress]:
-    """A bar on a terminal: weights that are done, what was found about the last one, time left."""
-    with tqdm(total=total, unit="weight", disable=None) as bar:
-
-        def show(report: WeightReport, done: int, _: int) -> None:
-            bar.set_description(report.name)
-            error = "-" if report.error is None else f"{report.error:.2e}"
-            bar.set_postfix(error=error, damping=report.damping, tokens=report.tokens)
-            bar.update(done - bar.n)
-
-        yield show
 
 
 def calibration_sequences(

@@ -28,16 +28,17 @@ from .._version import __version__
 from ..calibration.blocks import run_after_blocks
 from ..calibration.ranks import ProcessError, Ranks, process_group
 from ..calibration.report import WeightReport
-from ..calibration.run import Calibration, Stream, fingerprint
+from ..calibration.run import Calibration, Stream, fingerprint, weight_names
 from ..config import HfqConfig
 from ..core.errors import CalibrationError, ConfigError, HfqError
 from ..evaluation.divergence import Totals, compare, score
 from ..evaluation.size import weight_size
 from ..formats import FORMAT_VERSION
-from .calibrated import HELD_OUT, calibration_sequences, of_its_own, progress_bar
+from .calibrated import HELD_OUT, calibration_sequences, of_its_own
 from .card import CARD, has_foreign_card, model_card
 from .checkpoint import read_headers
 from .gate import check_reloaded
+from .live import live_table
 from .manifest import manifest
 from .own_text import own_sequences
 from .report import HeldOut, Report
@@ -210,7 +211,8 @@ class _Run:
             self.calibration.reports = [WeightReport(**report) for report in self.resume.reports]
         for index in range(done):
             self.calibration.skip(index)
-        with progress_bar(sum(map(len, self.calibration.recipes.values()))) as progress:
+        names = weight_names(self.calibration.recipes)
+        with live_table(names, enabled=self.ranks.first) as progress:
             self.calibration.progress = progress
             for index in range(done, len(self.names)):
                 name = self.names[index]
