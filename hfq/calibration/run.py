@@ -28,10 +28,18 @@ from .ranks import ALONE, ProcessError, Ranks
 from .report import CalibrationReport, WeightReport
 from .rescale import rescale_block
 
-__all__ = ["Calibration", "Progress", "Stream", "calibrate", "fingerprint", "weight_names"]
+__all__ = [
+    "MOST_TOKENS",
+    "Calibration",
+    "Progress",
+    "Stream",
+    "calibrate",
+    "fingerprint",
+    "weight_names",
+]
 
-# Tokens that run through a block at a time.
-_BATCH_TOKENS = 8192
+# Tokens that run through a block at a time, at most: more of them are not faster.
+MOST_TOKENS = 8192
 
 # Tokens that experiments with a block are made on.
 _PROBE_TOKENS = 16
@@ -56,6 +64,7 @@ def calibrate(
     sequences: Sequence[Tensor],
     make_twin: MakeTwin,
     progress: Progress | None = None,
+    batch_tokens: int = MOST_TOKENS,
 ) -> CalibrationReport:
     """Replace modules of a float model by packed ones, with data.
 
@@ -63,13 +72,14 @@ def calibrate(
         model: a causal language model in evaluation mode, with its weights in memory.
         recipes: what to do with which weight.
         sequences: token ids int64 `[T]`.
+        batch_tokens: how many run through a block at a time, at least one sequence.
 
     Raises:
         CalibrationError: the model does not run block by block, or what a weight reads is NaN or infinite; the model is
             half quantized then.
     """
     run = Calibration(model, recipes, make_twin, progress)
-    streams = run.start(sequences)
+    streams = run.start(sequences, batch_tokens)
     for index in range(len(run.blocks)):
         run.block(index, streams)
     run.rest(streams)
@@ -111,6 +121,7 @@ class Calibration:
 
     Attributes:
         blocks: full name -> block; weights need to be in memory only while `block` works on them.
+        outside: modules to be quantized that stand in no block.
         reports: of the weights that are done.
     """
 
@@ -125,22 +136,26 @@ class Calibration:
         self.model, self.recipes, self.make_twin = model, recipes, make_twin
         self.progress, self.ranks = progress, ranks
         self.blocks = find_blocks(model)
+        inside = tuple(f"{name}." for name in self.blocks)
+        self.outside = [name for name in recipes if not name.startswith(inside)]
         self.reports: list[WeightReport] = []
         self._costs = _costs(model, recipes)
         self._spent = 0.0
         # A few tokens on their way through the blocks, for experiments with a block; made by `start`.
         self._probe: Stream | None = None
 
-    def start(self, sequences: Sequence[Tensor]) -> list[Stream]:
+    def start(self, sequences: Sequence[Tensor], batch_tokens: int = MOST_TOKENS) -> list[Stream]:
         """This process's batches in front of the first block. Needs the weights before it only.
 
         Args:
             sequences: of all processes.
+            batch_tokens: how many run through a block at a time, at least one sequence. Sums are rounded in another
+                order with another number.
         """
         with self.ranks.together():
             device = next(p.device for p in self.model.parameters() if not p.is_meta)
             share = self.ranks.part(_by_length(sequences))
-            streams = [self._stream(batch.to(device)) for batch in _batches(share)]
+            streams = [self._stream(batch.to(device)) for batch in _batches(share, batch_tokens)]
             if sequences and self._probe is None:
                 self._probe = self._stream(sequences[0][None, :_PROBE_TOKENS].to(device))
         return streams
@@ -197,11 +212,9 @@ class Calibration:
     @torch.no_grad()
     def rest(self, streams: Sequence[Stream]) -> None:
         """Calibrate and replace what stands outside of the blocks: an output head."""
-        inside = tuple(f"{name}." for name in self.blocks)
-        names = [each for each in self.recipes if not each.startswith(inside)]
-        if not names:
+        if not self.outside:
             return
-        with self.ranks.together(), self._capture(names) as (capture, routed):
+        with self.ranks.together(), self._capture(self.outside) as (capture, routed):
             for stream in streams:
                 capture.next_batch()
                 run_after_blocks(
@@ -482,10 +495,10 @@ def _by_length(sequences: Sequence[Tensor]) -> list[Tensor]:
     return sorted(sequences, key=lambda sequence: place[len(sequence)])
 
 
-def _batches(sequences: Sequence[Tensor]) -> Iterator[Tensor]:
+def _batches(sequences: Sequence[Tensor], tokens: int) -> Iterator[Tensor]:
     """Neighbours of one length together, so that nothing has to be padded: int64 `[B, T]`."""
     for length, equal in itertools.groupby(sequences, len):
-        yield from torch.split(torch.stack(list(equal)), max(1, _BATCH_TOKENS // length))
+        yield from torch.split(torch.stack(list(equal)), max(1, tokens // length))
 
 
 def fingerprint(sequences: Sequence[Tensor]) -> str:

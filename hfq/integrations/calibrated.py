@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..calibration.blocks import find_blocks
 from ..calibration.report import CalibrationReport
 from ..calibration.run import calibrate, weight_names
 from ..calibration.sample import TOGETHER, sample_sequences
 from ..config import HfqConfig, Recipe
 from ..core.errors import ConfigError
-from ..evaluation.logits import position_limit
+from ..evaluation.logits import input_device, position_limit
 from ..evaluation.tokenizer import tokenize_with
 from ..nn.packed import PackedModule
 from ..tokens import choose, sequences
+from .batching import batch_tokens
 from .live import live_table
 
 if TYPE_CHECKING:
@@ -53,7 +55,11 @@ def calibrate_loaded(
             )
     data, _ = calibration_sequences(model, config)
     with live_table(weight_names(recipes)) as show:
-        return calibrate(model, recipes, data, make_twin, show)
+        inside = tuple(find_blocks(model))
+        tokens = batch_tokens(
+            model, input_device(model), logits=not all(name.startswith(inside) for name in recipes)
+        )
+        return calibrate(model, recipes, data, make_twin, show, tokens)
 
 
 def calibration_sequences(

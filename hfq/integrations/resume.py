@@ -46,9 +46,11 @@ class Resume:
     Args:
         output: the folder that will hold the model.
         fingerprint: of all that determines the result, by name.
+        batches: tokens that run through a block at a time, by kind of data.
         ranks: the processes of the run; each comes to each method. The first one writes all but the streams.
 
     Attributes:
+        batches: those of the unfinished run, where there is one: others would give other roundings.
         done: blocks that are finished.
         reports: what was found about their weights.
 
@@ -56,9 +58,15 @@ class Resume:
         ResumeError: there is a state of another fingerprint.
     """
 
-    def __init__(self, output: Path, fingerprint: Mapping[str, str], ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self,
+        output: Path,
+        fingerprint: Mapping[str, str],
+        batches: Mapping[str, int],
+        ranks: Ranks = ALONE,
+    ) -> None:
         self.folder, self.ranks = output / FOLDER, ranks
-        self.fingerprint = dict(fingerprint)
+        self.fingerprint, self.batches = dict(fingerprint), dict(batches)
         self.done = 0
         self.reports: list[dict[str, Any]] = []
         state = ranks.from_first(self._state)
@@ -75,6 +83,7 @@ class Resume:
                 "again to go on, or start anew with resume=False (--no-resume), which deletes it"
             )
         self.done, self.reports = state["done"], state["reports"]
+        self.batches = state["batches"]
 
     @staticmethod
     def forget(output: Path) -> None:
@@ -106,7 +115,12 @@ class Resume:
             SaveError: they cannot be written, by any of the processes.
         """
         self.done, self.reports = index + 1, [dict(report) for report in reports]
-        state = {"fingerprint": self.fingerprint, "done": self.done, "reports": self.reports}
+        state = {
+            "fingerprint": self.fingerprint,
+            "batches": self.batches,
+            "done": self.done,
+            "reports": self.reports,
+        }
         with self._writing(index):
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.ranks.first:

@@ -22,6 +22,7 @@ from transformers.utils import logging
 from ..calibration.blocks import find_blocks
 from ..config import HfqConfig
 from ..core.errors import CheckpointError
+from ..formats import TensorLayout
 from .checkpoint import read_headers
 from .conversion import parameter_of_each
 from .manifest import check_sources
@@ -82,7 +83,12 @@ class FloatCheckpoint:
         self.dtype = _dtype(dtype, settings)
         self.model: PreTrainedModel = self._skeleton(settings)
         self.float_bytes = sum(parameter.nbytes for parameter in self.model.parameters())
-        headers = read_headers(self.files)
+        headers: dict[str, TensorLayout] = {}
+        self._file_of: dict[str, str] = {}
+        for file in self.files:
+            found = read_headers([file])
+            headers |= found
+            self._file_of |= dict.fromkeys(found, file)
         self.parameters = parameter_of_each(self.model, headers)
         missing = self.model.state_dict().keys() - set(self.parameters.values())
         missing -= self.model.all_tied_weights_keys.keys()
@@ -167,7 +173,9 @@ class FloatCheckpoint:
             else mapping,
             hf_quantizer=quantizer,
         )
-        with _open(self.files) as slices, _without_bars(), _default_dtype(self.dtype):
+        # Maps of files count towards limits of a process's memory, whether or not they are read.
+        files = sorted({self._file_of[key] for key in keys})
+        with _open(files) as slices, _without_bars(), _default_dtype(self.dtype):
             found = {key: tensor for key, tensor in slices.items() if key in keys}
             info, _ = convert_and_load_state_dict_in_model(model, found, settings)
         if info.conversion_errors or info.mismatched_keys:

@@ -13,14 +13,15 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.utils import logging
 
@@ -33,7 +34,9 @@ from ..config import HfqConfig
 from ..core.errors import CalibrationError, ConfigError, HfqError
 from ..evaluation.divergence import Totals, compare, score
 from ..evaluation.size import weight_size
+from ..evaluation.speed import Speed
 from ..formats import FORMAT_VERSION
+from .batching import batch_tokens
 from .calibrated import HELD_OUT, calibration_sequences, of_its_own
 from .card import CARD, has_foreign_card, model_card
 from .checkpoint import read_headers
@@ -56,6 +59,9 @@ _SINGLE_FILE_BYTES = 256 << 20
 # Transformers asks for it.
 _METADATA = {"format": "pt"}
 
+# What a card calls it: data sets may be private.
+_HELD_OUT_TEXT = "calibration text that was held out"
+
 # Where there are none: tokens that the written model must answer to as the one in memory did.
 _PROBE_TOKENS = 16
 
@@ -73,7 +79,7 @@ def quantize(
     """Quantize a float checkpoint into a folder, with the memory of about one block and the calibration activations.
 
     A run that was killed goes on at its first unfinished block when the same call is made again, and gives the same
-    files bit for bit.
+    files bit for bit, but for the times in report and card.
 
     Where torch.distributed has been initialised all processes of the group make the same call: each runs its share of
     the sequences and chooses codes for its share of the weights, and the first one writes. The codes are those of one
@@ -154,7 +160,9 @@ class _Run:
         self.sequences, self.held_out, self.has_held_out = ranks.from_first(
             lambda: self._data(bool(recipes))
         )
-        self.resume = Resume(self.output, self._agreed(self._fingerprint()), ranks)
+        self.resume = Resume(
+            self.output, self._agreed(self._fingerprint()), self._batches(device), ranks
+        )
         self.resumed = self.resume.done
 
     def _fingerprint(self) -> dict[str, str]:
@@ -168,6 +176,19 @@ class _Run:
             "torch": str(torch.__version__),
             "number of processes": str(self.ranks.size),
         }
+
+    def _batches(self, device: torch.device) -> dict[str, int]:
+        """Tokens at a time, in the process that has the least memory."""
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks.size))
+        own = {
+            kind: batch_tokens(self.model, device, logits=logits, processes=processes)
+            for kind, logits in (
+                ("calibration", bool(self.calibration.outside)),
+                ("held out", True),
+            )
+        }
+        everybody = self.ranks.gather(own)
+        return {kind: min(each[kind] for each in everybody) for kind in own}
 
     def _agreed(self, fingerprint: dict[str, str]) -> dict[str, str]:
         """The fingerprint, if all processes were called alike."""
@@ -203,7 +224,7 @@ class _Run:
         """All blocks that are not done."""
         with self.ranks.together():
             self.source.load(lambda name: not name.startswith(self.inside))
-        streams = self.calibration.start(self.sequences)
+        streams = self.calibration.start(self.sequences, self.resume.batches["calibration"])
         self.followers = self._followers()
         done = self.resume.done
         if done:
@@ -226,17 +247,16 @@ class _Run:
                     [asdict(report) for report in self.calibration.reports],
                 )
                 self.source.free(name)
-            with self.ranks.together():
-                wanted = [self._logits(each.batch, each.wanted) for each in self.followers]
+            floats = {name: self.model.get_submodule(name) for name in self.calibration.outside}
             self.calibration.rest(streams)
         with self.ranks.together():
-            totals = self._compare(wanted)
+            totals = self._compare(floats)
         self.held_out_result = self._held_out(totals)
 
     def _followers(self) -> list[Stream]:
         """Streams that the quantized model is compared on."""
         try:
-            return self.calibration.start(self.held_out)
+            return self.calibration.start(self.held_out, self.resume.batches["held out"])
         except CalibrationError as error:
             if self.sequences:
                 raise
@@ -259,9 +279,6 @@ class _Run:
         with staged(self.output) as new:
             self._write_weights(new)
             self._write_settings(new)
-            if not has_foreign_card(self.output):
-                card = model_card(self.model, name=self.output.absolute().name, command=command)
-                (new / CARD).write_text(str(card), encoding="utf-8")
             manifest(
                 self.model,
                 self.source.files,
@@ -269,7 +286,7 @@ class _Run:
                 self.quantizer.names_for_saving,
                 sorted(new.glob("*.safetensors")),
             ).write(new)
-            difference = self._check(new)
+            difference, speed = self._check(new)
             report = Report(
                 model=str(self.model.config._name_or_path),
                 output=str(self.output),
@@ -283,13 +300,28 @@ class _Run:
                 seconds=time.perf_counter() - self.start,
                 processes=self.ranks.size,
                 resumed_blocks=self.resumed,
+                batch_tokens=self.resume.batches["calibration"] if self.sequences else None,
                 calibration=calibration,
                 held_out=self.held_out_result,
+                speed=speed,
             )
             report.write(new)
+            self._write_card(new, report, command)
         return report
 
-    def _check(self, folder: Path) -> float | None:
+    def _write_card(self, folder: Path, report: Report, command: str | None) -> None:
+        if has_foreign_card(self.output):
+            return
+        card = model_card(
+            self.model,
+            name=self.output.absolute().name,
+            results=report.results(),
+            dataset=_HELD_OUT_TEXT if report.held_out else None,
+            command=command,
+        )
+        (folder / CARD).write_text(str(card), encoding="utf-8")
+
+    def _check(self, folder: Path) -> tuple[float | None, Speed | None]:
         if not self.followers:
             return check_reloaded(folder, self.held_out[0].unsqueeze(0), None, self.source.device)
         first = self.followers[0]
@@ -350,13 +382,18 @@ class _Run:
             generation.save_pretrained(folder)
         save_tokenizer(self.source.folder, folder)
 
-    def _compare(self, wanted: Sequence[Tensor]) -> tuple[Totals, Totals]:
-        """Sums of the quantized and of the float model over this process's share of the held-out text."""
+    def _compare(self, floats: Mapping[str, nn.Module]) -> tuple[Totals, Totals]:
+        """Sums of the quantized and of the float model over this process's share of the held-out text.
+
+        Args:
+            floats: what stood outside of the blocks before it was quantized.
+        """
         ours, theirs = Totals(), Totals()
-        for stream, expected in zip(self.followers, wanted, strict=True):
+        for stream in self.followers if self.has_held_out else ():
             targets = stream.batch[:, 1:].flatten()
+            with _instead(self.model, floats):
+                reference = self._logits(stream.batch, stream.wanted)[:, :-1].flatten(0, 1)
             logits = self._logits(stream.batch, stream.hidden)[:, :-1].flatten(0, 1)
-            reference = expected[:, :-1].flatten(0, 1)
             score(logits, targets, ours)
             score(reference, targets, theirs)
             compare(logits, reference, ours)
@@ -380,6 +417,17 @@ class _Run:
 
 def _begins_with(prefix: str, name: str) -> bool:
     return name.startswith(prefix)
+
+
+@contextmanager
+def _instead(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Within, the model has these modules."""
+    before = {name: model.get_submodule(name) for name in modules}
+    for name, module in modules.items():
+        model.set_submodule(name, module)
+    yield
+    for name, module in before.items():
+        model.set_submodule(name, module)
 
 
 def _hidden(streams: Sequence[Stream]) -> dict[str, Tensor]:
