@@ -147,7 +147,9 @@ def process_group() -> Iterator[Ranks]:
         return
     # Of their own: the caller's backend may move GPU memory only, and may give up after minutes.
     try:
-        distributed.barrier(group=distributed.new_group(backend="gloo", timeout=_ARRIVAL))
+        arrival = distributed.new_group(backend="gloo", timeout=_ARRIVAL)
+        distributed.barrier(group=arrival)
+        distributed.destroy_process_group(arrival)
     except RuntimeError as error:
         raise ProcessError(
             f"hfq.quantize must be called by all {distributed.get_world_size()} processes of the initialised process "

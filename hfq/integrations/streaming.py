@@ -160,9 +160,11 @@ class _Run:
         self.sequences, self.held_out, self.has_held_out = ranks.from_first(
             lambda: self._data(bool(recipes))
         )
-        self.resume = Resume(
-            self.output, self._agreed(self._fingerprint()), self._batches(device), ranks
-        )
+        with ranks.together():
+            fingerprint = self._fingerprint()
+            batches = self._batches(device)
+        self._agree(fingerprint)
+        self.resume = Resume(self.output, fingerprint, self._least(batches), ranks)
         self.resumed = self.resume.done
 
     def _fingerprint(self) -> dict[str, str]:
@@ -178,20 +180,20 @@ class _Run:
         }
 
     def _batches(self, device: torch.device) -> dict[str, int]:
-        """Tokens at a time, in the process that has the least memory."""
+        """Tokens at a time, by kind of data."""
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks.size))
-        own = {
+        through_head = {"calibration": bool(self.calibration.outside), "held out": True}
+        return {
             kind: batch_tokens(self.model, device, logits=logits, processes=processes)
-            for kind, logits in (
-                ("calibration", bool(self.calibration.outside)),
-                ("held out", True),
-            )
+            for kind, logits in through_head.items()
         }
+
+    def _least(self, own: Mapping[str, int]) -> dict[str, int]:
         everybody = self.ranks.gather(own)
         return {kind: min(each[kind] for each in everybody) for kind in own}
 
-    def _agreed(self, fingerprint: dict[str, str]) -> dict[str, str]:
-        """The fingerprint, if all processes were called alike."""
+    def _agree(self, fingerprint: Mapping[str, str]) -> None:
+        """Whether all processes were called alike."""
         for rank, other in enumerate(self.ranks.gather(fingerprint)):
             changed = [name for name, value in fingerprint.items() if other[name] != value]
             if changed:
@@ -199,7 +201,6 @@ class _Run:
                     f"the processes of a group quantize one model together, but in process {rank} {', '.join(changed)} was "
                     f"another than in process {self.ranks.rank}: make the same call in all of them"
                 )
-        return fingerprint
 
     def forget(self) -> None:
         """Delete what the run needed to go on."""

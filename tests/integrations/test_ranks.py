@@ -22,20 +22,29 @@ from .tiny_models import build, load
 # Libraries are imported once; each scenario forks its processes. They leave one line: the error, or how many blocks
 # were found finished.
 _PROGRAM = """
-import json, multiprocessing, os, sys, warnings
+import contextlib, io, json, multiprocessing, os, sys
 import torch, transformers, hfq
 from datetime import timedelta
 from torch import distributed
 from transformers import AutoModelForCausalLM
 from hfq.calibration import ranks, run
+from hfq.cli import main
 from hfq.integrations import gate, streaming
 
 def work(scenario, rank, size, port):
     torch.set_num_threads(1)
     gate._from_new_process = lambda *args: (gate.logits_of(*args), None)
     name, source, output, tokens, settings = scenario
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if name == "cli":
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            code = main(["quantize", source, "-o", output, "--group-size", "32", "--json"])
+        with open(f"{output}-{rank}.txt", "w") as file:
+            file.write(f"{code} {printed.getvalue()}")
+        os._exit(0)
     if size > 1:
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         distributed.init_process_group("gloo", rank=rank, world_size=size)
     report = None
     if name == "absent":
@@ -95,6 +104,7 @@ SCENARIOS: list[tuple[str, str, int, str, dict[str, object]]] = [
     ("breaks-2", "llama", 2, "breaks", GPTQ),
     ("differs-2", "llama", 2, "differs", GPTQ),
     ("absent-2", "llama", 2, "absent", GPTQ),
+    ("cli-2", "llama", 2, "cli", {}),
     ("resumed-2", "llama", 2, "dies", {**GPTQ, "gptaq": 0.5}),
     ("resumed-2", "llama", 2, "again", {**GPTQ, "gptaq": 0.5}),
 ]
@@ -184,6 +194,14 @@ def test_all_processes_have_the_report_and_one_writes(results: Path) -> None:
     assert said(results, "experts-3") == ["resumed 0 processes 3"] * 3
     assert not list((results / "experts-3").glob(".*"))
     assert json.loads((results / "experts-3" / REPORT).read_text())["processes"] == 3
+
+
+def test_a_launcher_s_processes_join_and_the_first_one_talks(results: Path) -> None:
+    """``torchrun -m hfq quantize`` sets variables of the environment, nothing else."""
+    first, second = said(results, "cli-2")
+    code, _, printed = first.partition(" ")
+    assert code == "0" and json.loads(printed)["processes"] == 2
+    assert second == "0 "
 
 
 def test_an_error_in_one_process_is_told_by_all(results: Path) -> None:
