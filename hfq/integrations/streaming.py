@@ -82,8 +82,8 @@ def quantize(
     files bit for bit, but for the times in report and card.
 
     Where torch.distributed has been initialised all processes of the group make the same call: each runs its share of
-    the sequences and chooses codes for its share of the weights, and the first one writes. The codes are those of one
-    process, but for the order in which sums are rounded.
+    the sequences and chooses codes for its share of the weights, and the first one writes. Sums are rounded in another
+    order than in one process, which turns some codes over.
 
     Args:
         model: folder or Hub name of a float model (safetensors).
