@@ -99,8 +99,7 @@ def _sampled(source: FloatCheckpoint, config: HfqConfig) -> list[Tensor]:
         f"it is read {short - 1} times from disk. Sequences of {seqlen} tokens of real text (dataset=...) calibrate better "
         "and cost nothing"
     )
-    with source.float_model() as streamed:
-        return sample(streamed, config, short, config.num_samples)
+    return sample(source.float_model(), config, short, config.num_samples)
 
 
 def _bytes_per_token(source: FloatCheckpoint) -> int:

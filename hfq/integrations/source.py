@@ -120,8 +120,7 @@ class FloatCheckpoint:
         self.model.get_submodule(name).to("meta")
         return_free_memory()
 
-    @contextmanager
-    def float_model(self) -> Iterator[PreTrainedModel]:
+    def float_model(self) -> PreTrainedModel:
         """The float model with the memory of one block: each is read when it runs, and forgotten afterwards."""
         model = self._skeleton(self.model.config)
         self._materialize_buffers(model)
@@ -147,7 +146,7 @@ class FloatCheckpoint:
         for name, block in blocks.items():
             block.register_forward_pre_hook(read(name))
             block.register_forward_hook(forget)
-        yield model
+        return model
 
     def _skeleton(self, settings: Any) -> PreTrainedModel:
         with torch.device("meta"):

@@ -64,16 +64,17 @@ def test_one_block_of_a_streamed_model_is_in_memory(tmp_path: Path) -> None:
     build("llama").save_pretrained(tmp_path)
     source = FloatCheckpoint(tmp_path, config(), "float32", torch.device("cpu"))
     seen: list[list[bool]] = []
-    with source.float_model() as model, torch.no_grad():
-        layers = model.model.layers
+    model = source.float_model()
+    layers = model.model.layers
 
-        def look(*_: Any) -> None:
-            seen.append([all(not p.is_meta for p in layer.parameters()) for layer in layers])
+    def look(*_: Any) -> None:
+        seen.append([all(not p.is_meta for p in layer.parameters()) for layer in layers])
 
-        for layer in layers:
-            layer.mlp.register_forward_pre_hook(look)
+    for layer in layers:
+        layer.mlp.register_forward_pre_hook(look)
+    with torch.no_grad():
         model(torch.arange(9)[None])
-        assert all(p.is_meta for layer in layers for p in layer.parameters())
+    assert all(p.is_meta for layer in layers for p in layer.parameters())
     assert seen == [[True, False], [False, True]]
 
 
