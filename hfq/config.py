@@ -74,8 +74,9 @@ class HfqConfig(QuantizationConfigMixin):
             dots ("lm_head", "mlp.gate", "layers.1").
         quantize_embeddings: pack the input embedding, and with it a tied head.
         quantize_lm_head: pack an untied output head.
-        dataset: what methods with data calibrate on: a .txt, .jsonl or .parquet file, a list of texts, token tensors,
-            or "self" (default): sequences sampled from the model. Not stored in checkpoints.
+        dataset: what methods with data calibrate on: a .txt, .jsonl or .parquet file, a name that the package "datasets"
+            knows ("owner/name:config:split:column"), a list of texts, token tensors, or "self" (default): sequences
+            sampled from the model. Not stored in checkpoints.
         tokenizer: for text: a tokenizer or its path. Default: the one beside the model. Not stored in checkpoints.
         num_samples, seqlen: how many sequences of how many tokens, at most. Default 128 of 2048, cut to the longest
             that the model takes.

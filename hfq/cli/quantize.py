@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import ConfigError, UnknownNameError
-from .command import Result, UsageError, add_loading, quiet_libraries
+from .command import Result, UsageError, add_loading, launched, quiet_libraries
 
 if TYPE_CHECKING:
     from ..config import HfqConfig
@@ -74,8 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_calibration(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--dataset",
-        metavar="FILE",
-        help=".txt, .jsonl or .parquet file; calibrated methods need one",
+        metavar="DATA",
+        help=".txt, .jsonl or .parquet file, or a name of the Hub as owner/name:config:split:column (default: text "
+        "sampled from the model)",
     )
     group.add_argument("--tokenizer", metavar="PATH", help="(default: the model's)")
     group.add_argument("--num-samples", type=int, default=128, help="sequences (default: 128)")
@@ -105,20 +106,28 @@ def run(args: argparse.Namespace) -> Result:
     if all(folder.exists() for folder in folders) and os.path.samefile(*folders):
         raise UsageError(f"--output {args.output} is the model itself: give another folder")
     quiet_libraries()
-    report = quantize(
-        args.model,
-        args.output,
-        config,
-        resume=args.resume,
-        dtype=args.dtype,
-        device=args.device or "cpu",
-        command=shlex.join(["hfq", *args.words]),
-    )
+    with launched() as rank:
+        report = quantize(
+            args.model,
+            args.output,
+            config,
+            resume=args.resume,
+            dtype=args.dtype,
+            device=_device(args.device),
+            command=shlex.join(["hfq", *args.words]),
+        )
+    if rank:
+        return Result(data={}, text="", silent=True)
     data, text = report.to_dict(), report.table()
     if args.push_to_hub:
         data["pushed_to"] = push_to_hub(args.output, args.push_to_hub).commit_url
         text += f"\npushed to {data['pushed_to']}"
     return Result(data=data, text=text)
+
+
+def _device(name: str | None) -> str:
+    """Of several processes on a machine each takes a GPU of its own."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name or "cpu"
 
 
 # ---- settings

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from hfq.calibration.capture import Capture, RowSample, SecondMoment, recording
+from hfq.calibration.ranks import Ranks
 from hfq.core.errors import CalibrationError
 
 
@@ -148,3 +151,30 @@ def test_samples_are_kept_on_request_only(generator: torch.Generator) -> None:
     assert scaled.sample is not None and scaled.largest is not None
     torch.testing.assert_close(scaled.sample, found[True].sample / factors)
     torch.testing.assert_close(scaled.largest, x.flatten(0, 1).abs().amax(0) / factors)
+
+
+class Pair(Ranks):
+    """Two processes, of which the other one's values are known."""
+
+    def __init__(self, others: list[Any]) -> None:
+        super().__init__(0, 2)
+        self.others = others
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, self.others.pop(0)]
+
+
+@pytest.mark.parametrize("cut", [0, 1, 300, 1000])
+def test_samples_of_two_processes_are_that_of_one(cut: int, generator: torch.Generator) -> None:
+    x, draws = (
+        torch.randn(1000, 7, generator=generator),
+        torch.rand(1000, generator=generator),
+    )
+    alone, first, second = RowSample(64), RowSample(64), RowSample(64)
+    for start in range(0, 1000, 50):
+        alone.add(x[start : start + 50], draws[start : start + 50])
+    first.add(x[:cut], draws[:cut])
+    second.add(x[cut:], draws[cut:])
+    first.sum_over(Pair([second._kept]), x.device)
+    for ours, theirs in ((first.rows(), alone.rows()), (first.largest(), alone.largest())):
+        assert ours is not None and theirs is not None and torch.equal(ours, theirs)

@@ -185,7 +185,7 @@ def test_weights_with_nan_are_named(quantize, float_model, tmp_path):
 def test_a_save_that_does_not_reload_is_withdrawn(quantize, tmp_path, monkeypatch):
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "config.json").write_text("{}")
-    monkeypatch.setattr(gate, "_from_new_process", lambda *args: -gate.logits_of(*args))
+    monkeypatch.setattr(gate, "_from_new_process", lambda *args: (-gate.logits_of(*args), None))
     assert "does not reproduce" in one_line(quantize(), tmp_path)
     code, _, _ = quantize(output=tmp_path / "old")
     assert code == 1 and tree(tmp_path / "old").keys() == {"config.json"}
