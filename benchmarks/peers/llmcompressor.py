@@ -35,8 +35,6 @@ def main() -> None:
         strategy="group",
         group_size=chosen.get("group_size", 128),
         symmetric=chosen.get("sym", True),
-        actorder=chosen.get("actorder"),
-        observer=chosen.get("observer", "minmax"),
     )
     scheme = QuantizationScheme(targets=["Linear"], weights=arguments)
     method = AWQModifier if chosen["method"] == "awq" else GPTQModifier
