@@ -135,6 +135,7 @@ def main() -> None:
     reference = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     tokens = calibration_tokens()
     rows: list[dict[str, Any]] = []
+    versions: dict[str, str] = {}
 
     def add(package: str, settings: dict[str, Any], model: nn.Module, seconds: float) -> None:
         result = hfq.evaluate(
@@ -177,8 +178,9 @@ def main() -> None:
                 missing, unexpected = model.load_state_dict(load_file(made), strict=False)
                 assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
                 with safe_open(made, "pt") as opened:
-                    seconds = float(opened.metadata()["seconds"])
-                add(package, settings, model, seconds)
+                    made_by = opened.metadata()
+                versions[package] = made_by.get("version", "?")
+                add(package, settings, model, float(made_by["seconds"]))
     rows.sort(key=lambda row: (-row["bits_per_weight"], row["kl_nats_per_token"]))
     header = ("package", "method", "grid", "bits", "perplexity", "KL, nats", "top-1", "seconds")
     print(format_table(header, [_cells(row) for row in rows]))
@@ -187,7 +189,7 @@ def main() -> None:
     )
     if args.max_tokens:
         command += f" --max-tokens {args.max_tokens}"
-    path = machine.write("calibrated", command, {"rows": rows})
+    path = machine.write("calibrated", command, {"peers": versions, "rows": rows})
     print(f"written: {path.name}")
 
 

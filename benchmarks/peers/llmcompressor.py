@@ -11,6 +11,7 @@ import json
 import resource
 import sys
 import time
+from importlib.metadata import version
 
 # This file has the name of the package: its folder must not be searched first.
 sys.path.pop(0)
@@ -57,7 +58,15 @@ def main() -> None:
             with torch.no_grad():
                 identity = torch.eye(module.in_features)
                 found[f"{name}.weight"] = module(identity).T.float().contiguous()
-    save_file(found, out, metadata={"seconds": str(seconds), "peak_bytes": str(peak)})
+    save_file(
+        found,
+        out,
+        metadata={
+            "seconds": str(seconds),
+            "peak_bytes": str(peak),
+            "version": version("llmcompressor"),
+        },
+    )
 
 
 if __name__ == "__main__":
