@@ -10,6 +10,7 @@ error at 3 bits, up to a quarter at 2. (Behdin et al., "QuantEase", 2023, for th
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,6 +27,9 @@ _BLOCK = 128
 
 # Of the linear systems of a slice of rows.
 _SYSTEM_BYTES = 64 << 20
+
+# Weights of such a slice: products of theirs stay in the cache.
+_SLICE = 1 << 20
 
 # Added to the diagonal of a system, as a share of its mean: codes of a group may all be the same.
 _RIDGE = 1e-6
@@ -109,7 +113,7 @@ class _State:
         """What to add to the scales, and to the values at code 0 where there are zero points: `[G, N]` each."""
         groups, rows = self.scales.shape
         unknowns = groups if self.zeros is None else 2 * groups
-        step = max(1, _SYSTEM_BYTES // (4 * unknowns**2))
+        step = max(1, min(_SYSTEM_BYTES // (4 * unknowns**2), _SLICE // len(self.columns)))
         found = torch.cat(
             [self._solve_rows(slice(first, first + step)) for first in range(0, rows, step)], dim=1
         )
@@ -120,14 +124,14 @@ class _State:
 
         The columns of B are the points of each group and, with zero points, ones in each group.
         """
-        points, groups = self.points[:, rows], len(self.scales)
-        right = [self._group_sums(self.pull[:, rows] * points)]
+        points, pull = self.points[:, rows].contiguous(), self.pull[:, rows]
+        groups = len(self.scales)
+        right = [self._group_sums(pull * points)]
         systems = [self._products(points)]
         if self.zeros is not None:
-            right.append(self._group_sums(self.pull[:, rows]))
-            among = self._group_sums(self.hessian)  # [G, K]: ones against columns
-            crossed = torch.stack([self._group_sums(row.unsqueeze(1) * points) for row in among])
-            ones = self._group_sums(among.T).unsqueeze(-1).expand(-1, -1, points.shape[1])
+            right.append(self._group_sums(pull))
+            crossed = self._products_with_ones(points)
+            ones = self._group_sums(self._hessian_sums.T).unsqueeze(-1).expand_as(crossed)
             systems = [
                 torch.cat([systems[0], crossed.transpose(0, 1)], dim=1),
                 torch.cat([crossed, ones], dim=1),
@@ -144,17 +148,27 @@ class _State:
 
     def _products(self, points: Tensor) -> Tensor:
         """``p_g H p_h`` for the points p of each two groups: `[G, G, rows]`."""
+        size, groups = self._group_size, len(self.scales)
+        found = points.new_empty(groups, groups, points.shape[1])
+        for group in range(groups):
+            first = group * size
+            behind = self.hessian[first:, first : first + size] @ points[first : first + size]
+            sums = self._group_sums(behind.mul_(points[first:]))
+            found[group, group:], found[group:, group] = sums, sums
+        return found
+
+    def _products_with_ones(self, points: Tensor) -> Tensor:
+        """``1_g H p_h`` for ones in each group g and the points p of each group h: `[G, G, rows]`."""
         size = self._group_size
-        return torch.stack(
-            [
-                self._group_sums(
-                    (self.hessian[:, first : first + size] @ points[first : first + size]).mul_(
-                        points
-                    )
-                )
-                for first in range(0, len(points), size)
-            ]
+        parts = zip(
+            torch.split(self._hessian_sums, size, dim=1), torch.split(points, size), strict=True
         )
+        return torch.stack([sums @ part for sums, part in parts], dim=1)
+
+    @cached_property
+    def _hessian_sums(self) -> Tensor:
+        """Sums of H's rows over each group: `[G, K]`."""
+        return self._group_sums(self.hessian)
 
     # ---- the codes
 
@@ -172,7 +186,7 @@ class _State:
                 error = self.columns[column] - rounded
                 torch.sub(error, self.errors[column], out=changes[index])
                 self.errors[column] = error
-                pull.addr_(among[index], changes[index])
+                pull[index + 1 :].addr_(among[index, index + 1 :], changes[index])
             self.pull.addmm_(self.hessian[:, block], changes)
         self.points = self._points(self.zeros)
 
