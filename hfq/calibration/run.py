@@ -26,7 +26,15 @@ from .fold import Folds
 from .report import CalibrationReport, WeightReport
 from .rescale import rescale_block
 
-__all__ = ["Calibration", "Progress", "Stream", "calibrate", "fingerprint"]
+__all__ = [
+    "Calibration",
+    "Progress",
+    "Stream",
+    "calibrate",
+    "choose_codes",
+    "fingerprint",
+    "orientations",
+]
 
 # Tokens that run through a block at a time.
 _BATCH_TOKENS = 8192
@@ -113,12 +121,12 @@ class Calibration:
         # A few tokens on their way through the blocks, for experiments with a block; made by `start`.
         self._probe: Stream | None = None
 
-    def start(self, sequences: Sequence[Tensor]) -> list[Stream]:
-        """All batches in front of the first block. Needs the weights before it only."""
+    def start(self, sequences: Sequence[Tensor], tokens: int = _BATCH_TOKENS) -> list[Stream]:
+        """All batches of at most so many tokens in front of the first block. Needs the weights before it only."""
         device = next(p.device for p in self.model.parameters() if not p.is_meta)
         blocks = list(self.blocks.values())
         streams = []
-        for batch in _batches(sequences, device):
+        for batch in _batches(sequences, device, tokens):
             hidden, calls = record_calls(self.model, blocks, batch)
             streams.append(Stream(batch, calls, hidden, hidden))
         if streams and self._probe is None:
@@ -138,7 +146,7 @@ class Calibration:
         """
         name, block = list(self.blocks.items())[index]
         names = [each for each in self.recipes if each.startswith(f"{name}.")]
-        with self._capture(names) as (capture, routed):
+        with self.captured(names) as (capture, routed):
             for stream in streams if names or self.follows_drift else ():
                 call, beside = stream.calls[index], None
                 if self.follows_drift:
@@ -174,7 +182,7 @@ class Calibration:
         names = [each for each in self.recipes if not each.startswith(inside)]
         if not names:
             return
-        with self._capture(names) as (capture, routed):
+        with self.captured(names) as (capture, routed):
             for stream in streams:
                 capture.next_batch()
                 run_after_blocks(
@@ -201,7 +209,7 @@ class Calibration:
         )
 
     @contextmanager
-    def _capture(self, names: Sequence[str]) -> Iterator[tuple[Capture, dict[str, ExpertsCapture]]]:
+    def captured(self, names: Sequence[str]) -> Iterator[tuple[Capture, dict[str, ExpertsCapture]]]:
         """Within, the inputs of these modules are summed up: those with one weight, and fused experts by name."""
         modules = {name: self.model.get_submodule(name) for name in names}
         experts = {name: module for name, module in modules.items() if is_fused_experts(module)}
@@ -241,7 +249,7 @@ class Calibration:
             block,
             recipes,
             inside,
-            _orientations(block),
+            orientations(block),
             self._probe.calls[index],
             self._probe.hidden,
         )
@@ -259,7 +267,7 @@ class Calibration:
         stored = module.get_parameter("weight").detach()
         weight = folds.weight(name, stored, slot.transposed)
         start = time.perf_counter()
-        quantized, method = _choose(name, weight, recipe, statistics)
+        quantized, method = choose_codes(name, weight, recipe, statistics)
         twin.set_packed("weight", FORMATS.get(slot.format).pack(quantized))
         self._report(
             name, method, [statistics], [_error(weight, quantized, statistics)], start, note
@@ -280,7 +288,7 @@ class Calibration:
             for expert, stored in enumerate(floats[base]):
                 weight = (stored.T if module.is_transposed else stored).float()
                 seen = None if known is None else known[expert]
-                quantized, method = _choose(f"{name}.{base}[{expert}]", weight, recipe, seen)
+                quantized, method = choose_codes(f"{name}.{base}[{expert}]", weight, recipe, seen)
                 tensors.append(FORMATS.get(recipe.format).pack(quantized))
                 errors.append(_error(weight, quantized, seen))
             packed[base] = {key: torch.stack([each[key] for each in tensors]) for key in tensors[0]}
@@ -315,7 +323,7 @@ class Calibration:
             self.progress(report, len(self.reports), total)
 
 
-def _choose(
+def choose_codes(
     name: str, weight: Tensor, recipe: Recipe, statistics: InputStatistics | None
 ) -> tuple[QuantizedWeight, str]:
     """Codes for float32 `[N, K]`, and the method that chose them.
@@ -336,7 +344,7 @@ def _choose(
         raise type(error)(f"{name}: {error}") from error
 
 
-def _orientations(block: nn.Module) -> dict[str, bool]:
+def orientations(block: nn.Module) -> dict[str, bool]:
     """Every linear layer of a block -> whether its weight is `[K, N]`."""
     found = {}
     for name, module in block.named_modules():
@@ -369,14 +377,14 @@ def _error(
     return wrong / whole if whole else 0.0
 
 
-def _batches(sequences: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+def _batches(sequences: Sequence[Tensor], device: torch.device, tokens: int) -> list[Tensor]:
     """Sequences of one length together, so that nothing has to be padded: int64 `[B, T]`."""
     by_length: dict[int, list[Tensor]] = {}
     for sequence in sequences:
         by_length.setdefault(len(sequence), []).append(sequence)
     batches = []
     for length, equal in by_length.items():
-        size = max(1, _BATCH_TOKENS // length)
+        size = max(1, tokens // length)
         batches += [
             torch.stack(equal[start : start + size]).to(device)
             for start in range(0, len(equal), size)

@@ -26,6 +26,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--format", help="int, nf4, fp4, int8 (default: the method's)")
     parser.add_argument("--bits", type=int, help="2 to 8 (default: the format's)")
+    parser.add_argument(
+        "--target-bits",
+        type=float,
+        metavar="BITS",
+        help="average bits per weight, scales included; shared out by what rounding costs (needs --dataset)",
+    )
+    parser.add_argument(
+        "--candidate-bits",
+        type=int,
+        nargs="+",
+        metavar="BITS",
+        help="what --target-bits chooses among (default: 2 3 4 8)",
+    )
     parser.add_argument("--group-size", type=int, help="columns that share a scale; -1: whole rows")
     grid = parser.add_mutually_exclusive_group()
     grid.add_argument("--sym", action="store_true", default=None, help="no zero points")
@@ -138,6 +151,8 @@ def _config(args: argparse.Namespace) -> HfqConfig:
             num_samples=args.num_samples,
             seqlen=args.seqlen,
             seed=args.seed,
+            target_bits=args.target_bits,
+            candidate_bits=args.candidate_bits,
             **{key: value for key, value in options.items() if value is not None},
         )
     except (ConfigError, UnknownNameError) as error:

@@ -2,50 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from ..calibration.report import CalibrationReport, WeightReport
-from ..calibration.run import Progress, calibrate
+from ..calibration.run import Calibration, Progress, calibrate
 from ..calibration.sample import sample_sequences
-from ..config import HfqConfig, Recipe
+from ..config import HfqConfig
 from ..core.errors import ConfigError
 from ..evaluation.logits import position_limit
 from ..evaluation.tokenizer import tokenize_with
-from ..nn.packed import PackedModule
 from ..tokens import choose, sequences
+from .bit_allocation import apply_allocation, measure, share_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from .transformers import HfqQuantizer
+
 __all__ = ["calibrate_loaded", "calibration_sequences", "progress_bar"]
 
 
-def calibrate_loaded(
-    model: PreTrainedModel,
-    config: HfqConfig,
-    recipes: Mapping[str, Mapping[str, Recipe]],
-    make_twin: Callable[[nn.Module, Recipe], PackedModule],
-) -> CalibrationReport:
-    """Replace the modules named in `recipes` by packed ones, with the data that `config` names.
+def calibrate_loaded(model: PreTrainedModel, quantizer: HfqQuantizer) -> CalibrationReport:
+    """Replace the modules in ``quantizer.calibrated`` by packed ones, with the data that its config names.
 
     Raises:
-        ConfigError: the data set cannot be used; a module is offloaded.
+        ConfigError: the data set cannot be used; a module is offloaded; the budget of `target_bits` is too small.
         CalibrationError: as `hfq.calibration.run.calibrate`.
     """
+    config, recipes = quantizer.quantization_config, quantizer.calibrated
     for name in recipes:
         if any(parameter.is_meta for parameter in model.get_submodule(name).parameters()):
             raise ConfigError(
                 f"{name} is offloaded, and a calibrated method needs all weights in memory: give a device_map that fits"
             )
     data, _ = calibration_sequences(model, config)
+    if config.target_bits is not None:
+        run = Calibration(model, recipes, quantizer.make_twin, None)
+        groups = measure(run, data, config, lambda index: nullcontext(), {})
+        apply_allocation(model, quantizer, share_out(model, quantizer.selection, groups, config))
     with progress_bar(sum(map(len, recipes.values()))) as show:
-        return calibrate(model, recipes, data, make_twin, show)
+        return calibrate(model, recipes, data, quantizer.make_twin, show)
 
 
 @contextmanager

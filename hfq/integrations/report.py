@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..calibration.allocation import Allocation
 from ..calibration.report import CalibrationReport
 from ..plot import Series, log_plot
 from ..table import format_bytes, format_table
@@ -52,6 +53,7 @@ class Report:
     seconds: of this run; a run that went on counts what was left.
     resumed_blocks: blocks that an earlier run had finished.
     calibration: what was done to each weight; None without data.
+    allocation: what `target_bits` came to; None without it.
     held_out: None without data, or where all of it was used.
     """
 
@@ -67,11 +69,13 @@ class Report:
     seconds: float
     resumed_blocks: int = 0
     calibration: CalibrationReport | None = None
+    allocation: Allocation | None = None
     held_out: HeldOut | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return asdict(self)
+        allocation = None if self.allocation is None else self.allocation.to_dict()
+        return {**asdict(self), "allocation": allocation}
 
     def table(self) -> str:
         """The report as text."""
@@ -101,7 +105,8 @@ class Report:
         if self.resumed_blocks:
             rows.append(["gone on after", f"{self.resumed_blocks} finished blocks"])
         rows += [["time", f"{self.seconds:.1f} s"], ["output", self.output]]
-        return format_table(["model", self.model], rows)
+        table = format_table(["model", self.model], rows)
+        return table if self.allocation is None else f"{table}\n\n{self.allocation.table()}"
 
     def write(self, folder: Path) -> None:
         """`REPORT`, and `PICTURE` where there are errors to show."""

@@ -3,7 +3,8 @@
     out/.hfq-resume/state.json             fingerprint, blocks that are done, what was found about them
     out/.hfq-resume/block-00003.safetensors   packed tensors of a block, as the checkpoint will have them
     out/.hfq-resume/streams-00003.safetensors  hidden states behind that block
-    out/.hfq-resume/tokens.safetensors     the calibration data
+    out/.hfq-resume-bits/                  the same while costs of bits are measured (`target_bits`), and
+    out/.hfq-resume-bits/gradients-00003.safetensors  what an error behind that block costs
 
 A block counts as done when ``state.json`` says so; that file is replaced in one step, after all others are complete.
 """
@@ -25,9 +26,9 @@ from torch import Tensor
 from ..core.errors import HfqError
 from .staging import SaveError
 
-__all__ = ["FOLDER", "Resume", "ResumeError", "fingerprint_of_files"]
+__all__ = ["FOLDER", "MEASURED", "Resume", "ResumeError", "TensorFiles", "fingerprint_of_files"]
 
-FOLDER = ".hfq-resume"
+FOLDER, MEASURED = ".hfq-resume", ".hfq-resume-bits"
 _STATE = "state.json"
 
 # Of each file, for its fingerprint.
@@ -44,6 +45,7 @@ class Resume:
     Args:
         output: the folder that will hold the model.
         fingerprint: of all that determines the result, by name.
+        folder: name of the folder in `output`.
 
     Attributes:
         done: blocks that are finished.
@@ -53,8 +55,10 @@ class Resume:
         ResumeError: there is a state of another fingerprint.
     """
 
-    def __init__(self, output: Path, fingerprint: Mapping[str, str]) -> None:
-        self.folder = output / FOLDER
+    def __init__(
+        self, output: Path, fingerprint: Mapping[str, str], folder: str = FOLDER
+    ) -> None:
+        self.folder = output / folder
         self.fingerprint = dict(fingerprint)
         self.done = 0
         self.reports: list[dict[str, Any]] = []
@@ -77,10 +81,11 @@ class Resume:
     @staticmethod
     def forget(output: Path) -> None:
         """Delete what a run left, and the output folder if there is nothing else in it."""
-        if (output / FOLDER).exists():
-            shutil.rmtree(output / FOLDER, ignore_errors=True)
-            if not any(output.iterdir()):
-                output.rmdir()
+        left = [output / name for name in (FOLDER, MEASURED) if (output / name).exists()]
+        for folder in left:
+            shutil.rmtree(folder, ignore_errors=True)
+        if left and not any(output.iterdir()):
+            output.rmdir()
 
     def block_file(self, index: int) -> Path:
         """Where the packed tensors of a block are."""
@@ -107,7 +112,8 @@ class Resume:
         state = {"fingerprint": self.fingerprint, "done": self.done, "reports": self.reports}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write_tensors(self.block_file(index), tensors)
+            if tensors:
+                _write_tensors(self.block_file(index), tensors)
             _write_tensors(self._stream_file(index), streams)
             _replace(self.folder / _STATE, json.dumps(state).encode())
         except (OSError, SafetensorError) as error:
@@ -130,6 +136,33 @@ class Resume:
         except (OSError, json.JSONDecodeError):
             return None
         return state if isinstance(state, dict) and "fingerprint" in state else None
+
+
+class TensorFiles:
+    """Tensors by number, one file for each; see `hfq.calibration.sensitivity.Kept`.
+
+    Raises:
+        SaveError: they cannot be written.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.name = folder, name
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return load_file(self._file(index))
+
+    def __setitem__(self, index: int, tensors: dict[str, Tensor]) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write_tensors(self._file(index), tensors)
+        except (OSError, SafetensorError) as error:
+            raise SaveError(
+                f"could not write to {self.folder}: {error}. Free space or change the folder's permissions and make the "
+                "same call again"
+            ) from error
+
+    def _file(self, index: int) -> Path:
+        return self.folder / f"{self.name}-{index:05d}.safetensors"
 
 
 def fingerprint_of_files(files: Sequence[str]) -> str:

@@ -124,6 +124,19 @@ class FloatCheckpoint:
         self.model.get_submodule(name).to("meta")
         return_free_memory()
 
+    @contextmanager
+    def visit(self, name: str) -> Iterator[None]:
+        """Within, the weights of a block are in memory; it may be loaded again afterwards."""
+        self.load(lambda each: each.startswith(f"{name}."))
+        yield
+        # Not its buffers: no file has them, so they would be lost.
+        for module in self.model.get_submodule(name).modules():
+            for base, parameter in module._parameters.items():
+                if parameter is not None:
+                    empty = torch.empty_like(parameter, device="meta")
+                    module._parameters[base] = torch.nn.Parameter(empty, parameter.requires_grad)
+        return_free_memory()
+
     def _materialize_buffers(self) -> None:
         """Buffers that no file has (rotary tables) get their values from the model's own initialisation."""
         self.model._move_missing_keys_from_meta_to_device(set(), {"": self.device}, None, None)  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 """`hfq.quantize`: a checkpoint of any size, with the memory of about one block.
 
 skeleton on meta -> everything outside of the blocks is loaded -> calibration text enters the first block
+with `target_bits`: the float model forward and backward, block by block, to measure what bits cost
 block by block: loaded, calibrated, packed, written, freed; what comes out of it enters the next
 the rest is written -> index, config, tokenizer, card -> loaded again in a new process, logits compared
 only then do the files move into the output folder
@@ -14,6 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -34,12 +36,13 @@ from ..core.errors import CalibrationError, ConfigError, HfqError
 from ..evaluation.divergence import Totals, compare, score
 from ..evaluation.size import weight_size
 from ..formats import FORMAT_VERSION
+from .bit_allocation import apply_allocation, measure, share_out
 from .calibrated import calibration_sequences, progress_bar
 from .card import CARD, has_foreign_card, model_card
 from .checkpoint import read_headers
 from .gate import check_reloaded
 from .report import HeldOut, Report
-from .resume import Resume, fingerprint_of_files
+from .resume import MEASURED, Resume, TensorFiles, fingerprint_of_files
 from .source import FloatCheckpoint, save_tokenizer
 from .staging import SaveError, staged
 
@@ -131,18 +134,17 @@ class _Run:
         self.inside = tuple(f"{name}." for name in self.names)
         self.has_held_out = False
         self.sequences, self.held_out = self._data(bool(recipes))
-        self.resume = Resume(
-            output,
-            {
-                "model": fingerprint_of_files(source.files),
-                "settings": json.dumps(config.to_dict(), sort_keys=True),
-                "calibration data": fingerprint([*self.sequences, *self.held_out]),
-                "dtype": str(source.dtype),
-                "device": source.device.type,
-                "hfq": f"{__version__}, format {FORMAT_VERSION}",
-                "torch": str(torch.__version__),
-            },
-        )
+        inputs = {
+            "model": fingerprint_of_files(source.files),
+            "settings": json.dumps(config.to_dict(), sort_keys=True),
+            "calibration data": fingerprint([*self.sequences, *self.held_out]),
+            "dtype": str(source.dtype),
+            "device": source.device.type,
+            "hfq": f"{__version__}, format {FORMAT_VERSION}",
+            "torch": str(torch.__version__),
+        }
+        self.resume = Resume(output, inputs)
+        self.measured = Resume(output, inputs, MEASURED) if config.target_bits else None
 
     def _data(self, calibrated: bool) -> tuple[list[Tensor], list[Tensor]]:
         """Sequences to calibrate with, and others to compare the quantized with the float model on."""
@@ -163,6 +165,8 @@ class _Run:
     def blocks(self) -> None:
         """All blocks that are not done."""
         self.source.load(lambda name: not name.startswith(self.inside))
+        if self.measured is not None:
+            self._allocate(self.measured)
         streams = self.calibration.start(self.sequences)
         self.followers = self._followers()
         done = self.resume.done
@@ -188,6 +192,21 @@ class _Run:
             self.calibration.rest(streams)
         self.held_out_result = self._compare(wanted)
 
+    def _allocate(self, measured: Resume) -> None:
+        """Choose bits; that is all on disk already where it was finished before."""
+
+        def visit(index: int) -> AbstractContextManager[None]:
+            return self.source.visit(self.names[index])
+
+        kept = TensorFiles(measured.folder, "gradients")
+        groups = measure(
+            self.calibration, self.sequences, self.config, visit, kept, resume=measured
+        )
+        selection = self.quantizer.selection
+        allocation = share_out(self.model, selection, groups, self.config)
+        apply_allocation(self.model, self.quantizer, allocation)
+        self.config = self.quantizer.quantization_config
+
     def _followers(self) -> list[Stream]:
         """Streams that the quantized model is compared on."""
         try:
@@ -209,8 +228,7 @@ class _Run:
         calibration = None
         if self.sequences:
             calibration = self.calibration.report(self.sequences)
-            self.quantizer.calibration = calibration
-            self.config.calibration = calibration.provenance()
+            self.quantizer.keep_calibration(calibration)
         size, selection = weight_size(self.model), self.quantizer.selection
         with staged(self.output) as new:
             self._write_weights(new)
@@ -230,6 +248,7 @@ class _Run:
                 bits_per_weight=size.bits_per_weight,
                 logit_difference=difference,
                 calibration=calibration,
+                allocation=self.quantizer.allocation,
                 held_out=self.held_out_result,
                 **so_far(),
             )
