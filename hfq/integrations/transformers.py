@@ -265,12 +265,16 @@ class HfqQuantizer(HfQuantizer):
         self, model: PreTrainedModel, **unused: Any
     ) -> PreTrainedModel:
         self._raise_failures()
-        if self.calibrated:
-            self._calibrate(model)
-        self._keep_transforms(model)
         for name, module in _packed_modules(model):
             self._make_ready(name, module)
+        # Before anything runs: a head that a kernel has its own layout of is read by the embedding, too.
         self._share_tied(model)
+        if self.calibrated:
+            self._calibrate(model)
+            for name, module in _packed_modules(model):
+                if name in self.calibrated:
+                    self._make_ready(name, module)
+        self._keep_transforms(model)
         if self.quantization_config.dequantize:
             return self._dequantize(model)
         for _, module in _packed_modules(model):
