@@ -163,17 +163,29 @@ class Calibration:
     def skip(self, index: int) -> None:
         """Replace what is inside a block on meta, without values: it was done in another run."""
         name, block = list(self.blocks.items())[index]
-        for each in (each for each in self.recipes if each.startswith(f"{name}.")):
+        self._replace_empty([each for each in self.recipes if each.startswith(f"{name}.")])
+        for module in block.modules():
+            if isinstance(module, PackedModule):
+                for base in module.slots:
+                    module.drop_placeholder(base)
+
+    def skip_rest(self) -> None:
+        """The same outside of the blocks."""
+        inside = tuple(f"{name}." for name in self.blocks)
+        self._replace_empty([each for each in self.recipes if not each.startswith(inside)])
+        for name, module in self.model.named_modules():
+            if isinstance(module, PackedModule) and not name.startswith(inside):
+                for base in module.slots:
+                    module.drop_placeholder(base)
+
+    def _replace_empty(self, names: Sequence[str]) -> None:
+        for each in names:
             module, recipes = self.model.get_submodule(each), self.recipes[each]
             if is_fused_experts(module):
                 plan = {base: (recipe.format, recipe.spec) for base, recipe in recipes.items()}
                 pack_experts_(module, plan, dtype=next(module.parameters()).dtype)
             else:
                 self.model.set_submodule(each, self.make_twin(module, recipes["weight"]))
-        for module in block.modules():
-            if isinstance(module, PackedModule):
-                for base in module.slots:
-                    module.drop_placeholder(base)
 
     @torch.no_grad()
     def rest(self, streams: Sequence[Stream]) -> None:

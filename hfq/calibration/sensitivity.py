@@ -34,10 +34,10 @@ from .allocation import Group
 from .blocks import forward_after_blocks, forward_block, run_block
 from .run import Calibration, Stream, choose_codes, orientations
 
-__all__ = ["Kept", "Sensitivity", "Visit"]
+__all__ = ["MEASURED_TOKENS", "Kept", "Sensitivity", "Visit"]
 
 # Tokens that a block is run on with rounded weights, and how many of them at a time gradients flow through.
-_TOKENS, _AT_ONCE = 4096, 2048
+MEASURED_TOKENS, _AT_ONCE = 4096, 2048
 
 # Of a sequence, for these: more sequences say more than longer ones.
 _LONGEST = 512
@@ -265,8 +265,8 @@ def _through(block: nn.Module, entered: Tensor, stream: Stream, index: int, behi
 
 
 def _some(sequences: Sequence[Tensor]) -> list[Tensor]:
-    """Up to `_TOKENS` tokens, from sequences evenly spread over all."""
-    count = max(1, _TOKENS // min(_LONGEST, max(map(len, sequences))))
+    """Up to `MEASURED_TOKENS` tokens, from sequences evenly spread over all."""
+    count = max(1, MEASURED_TOKENS // min(_LONGEST, max(map(len, sequences))))
     step = max(1, -(-len(sequences) // count))
     return [sequence[:_LONGEST] for sequence in sequences[::step]]
 

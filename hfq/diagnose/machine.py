@@ -11,7 +11,14 @@ import torch
 
 from ..kernels import huge_pages
 
-__all__ = ["cpu_count", "cpu_features", "cpu_name", "memory", "read_bandwidth"]
+__all__ = [
+    "cpu_count",
+    "cpu_features",
+    "cpu_name",
+    "memory",
+    "read_bandwidth",
+    "resident_memory",
+]
 
 # Features that quantized kernels can use, as torch names them, from x86-64 and Arm.
 _FEATURES = (
@@ -56,6 +63,12 @@ def memory() -> tuple[int, int] | None:
     total, available = sizes["MemTotal"], sizes["MemAvailable"]
     limit = _container_limit()
     return (total, available) if limit is None else (min(total, limit), min(available, limit))
+
+
+def resident_memory() -> int:
+    """Bytes of this process that are in memory; 0 where the system cannot tell."""
+    sizes = Path("/proc/self/statm")
+    return int(sizes.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if sizes.is_file() else 0
 
 
 def read_bandwidth(size: int = 256 << 20) -> float:

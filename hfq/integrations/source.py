@@ -57,6 +57,7 @@ class FloatCheckpoint:
     Attributes:
         folder: where the files lie.
         files: the safetensors files.
+        parameters: names in the files -> parameters of the float model, before modules are swapped.
         model: the skeleton; ``model.hf_quantizer`` knows what to do with which weight.
 
     Raises:
@@ -79,9 +80,8 @@ class FloatCheckpoint:
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 settings, dtype=self.dtype
             ).eval()
-        # Names in the files -> parameters of the float model, before modules are swapped.
-        self._parameters = parameter_of_each(self.model, headers)
-        missing = self.model.state_dict().keys() - set(self._parameters.values())
+        self.parameters = parameter_of_each(self.model, headers)
+        missing = self.model.state_dict().keys() - set(self.parameters.values())
         missing -= self.model.all_tied_weights_keys.keys()
         if missing:
             raise CheckpointError(
@@ -99,7 +99,7 @@ class FloatCheckpoint:
 
     def load(self, wanted: Callable[[str], bool]) -> None:
         """Read the parameters whose names are wanted; weights that need no data are quantized as they arrive."""
-        keys = {key for key, name in self._parameters.items() if wanted(name)}
+        keys = {key for key, name in self.parameters.items() if wanted(name)}
         settings = LoadStateDictConfig(
             device_map={"": self.device},
             dtype=self.dtype,
@@ -115,7 +115,7 @@ class FloatCheckpoint:
             first: Any = next(iter([*info.conversion_errors.values(), *info.mismatched_keys]))
             raise CheckpointError(f"{self.folder}: a tensor does not fit the model: {first}")
         self.model.tie_weights()
-        loaded = {self._parameters[key].rpartition(".")[0] for key in keys}
+        loaded = {self.parameters[key].rpartition(".")[0] for key in keys}
         self.quantizer.finish_loading(self.model, loaded)
         release_pages(self._real_files)
 

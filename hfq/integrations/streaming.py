@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .._version import __version__
@@ -45,13 +45,14 @@ from .report import HeldOut, Report
 from .resume import MEASURED, Resume, TensorFiles, fingerprint_of_files
 from .source import FloatCheckpoint, save_tokenizer
 from .staging import SaveError, staged
+from .transformers import HfqQuantizer
 
-__all__ = ["quantize"]
+__all__ = ["HELD_OUT", "is_one_file", "quantize", "stored_tensors"]
 
 logger = logging.get_logger(__name__)
 
 # Sequences of the data set, beside those calibrated with, that the quantized model is compared with the float one on.
-_HELD_OUT = 8
+HELD_OUT = 8
 
 # Weights of up to this size become one file, which is put together in memory.
 _SINGLE_FILE_BYTES = 256 << 20
@@ -159,7 +160,7 @@ class _Run:
             )
         chosen, others = calibration_sequences(self.model, self.config)
         self.has_held_out = bool(others)
-        return chosen, others[:_HELD_OUT] or [chosen[0][:_PROBE_TOKENS]]
+        return chosen, others[:HELD_OUT] or [chosen[0][:_PROBE_TOKENS]]
 
     @torch.no_grad()
     def blocks(self) -> None:
@@ -266,23 +267,14 @@ class _Run:
         return run_after_blocks(self.model, list(self.calibration.blocks.values()), batch, hidden)
 
     def _tensors(self, prefix: str) -> dict[str, Tensor]:
-        """Tensors of a part of the model under the names of the checkpoint; "" stands for all that is in no block."""
-        found: dict[str, Tensor] = {}
-        for name, module in self.model.named_modules():
-            inside = f"{name}.".startswith(f"{prefix}." if prefix else self.inside)
-            if inside == bool(prefix):
-                module._save_to_state_dict(found, f"{name}." if name else "", False)
-        tied = self.model.all_tied_weights_keys
-        return self.quantizer.names_for_saving(
-            self.model, {name: tensor for name, tensor in found.items() if name not in tied}
-        )
+        return stored_tensors(self.model, self.quantizer, self.inside, prefix)
 
     def _write_weights(self, folder: Path) -> None:
         """A shard for each block, one for the rest, and the index; a single file where that is small."""
         files = [self.resume.block_file(index) for index in range(len(self.names))]
         rest = _contiguous(self._tensors(""))
         size = sum(file.stat().st_size for file in files) + sum(t.nbytes for t in rest.values())
-        if size <= _SINGLE_FILE_BYTES:
+        if is_one_file(size):
             for file in files:
                 rest |= load_file(file)
             save_file(rest, folder / "model.safetensors", metadata=_METADATA)
@@ -335,6 +327,30 @@ class _Run:
             kl=ours.kl / ours.count,
             top1_agreement=ours.agreed / ours.count,
         )
+
+
+def is_one_file(size: int) -> bool:
+    """Whether weights of so many bytes are written into a single file."""
+    return size <= _SINGLE_FILE_BYTES
+
+
+def stored_tensors(
+    model: PreTrainedModel, quantizer: HfqQuantizer, inside: tuple[str, ...], prefix: str
+) -> dict[str, Tensor]:
+    """Tensors of a part of the model under the names of the checkpoint; "" stands for all that is in no block.
+
+    Args:
+        inside: what names of blocks begin with.
+    """
+    found: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        is_inside = f"{name}.".startswith(f"{prefix}." if prefix else inside)
+        if is_inside == bool(prefix):
+            module._save_to_state_dict(found, f"{name}." if name else "", False)
+    tied = model.all_tied_weights_keys
+    return quantizer.names_for_saving(
+        model, {name: tensor for name, tensor in found.items() if name not in tied}
+    )
 
 
 def _begins_with(prefix: str, name: str) -> bool:
