@@ -159,6 +159,10 @@ class Calibration:
         self._quantize(capture, routed, index)
         for stream in (*streams, *followers):
             stream.hidden = run_block(block, stream.hidden, stream.calls[index])
+        if not self.follows_drift:
+            # Nothing is compared: what entered the first block would only take memory, and space on disk.
+            for stream in streams:
+                stream.wanted = stream.hidden
 
     def skip(self, index: int) -> None:
         """Replace what is inside a block on meta, without values: it was done in another run."""

@@ -95,6 +95,8 @@ class FloatCheckpoint:
             self.quantizer.preprocess_model(
                 model=self.model, device_map={"": device}, checkpoint_files=self.files
             )
+        # Packed modules are new ones; in training mode they compute with exact activations.
+        self.model.eval()  # type: ignore[no-untyped-call]
         self._materialize_buffers()
 
     def load(self, wanted: Callable[[str], bool]) -> None:
