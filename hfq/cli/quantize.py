@@ -21,6 +21,19 @@ NAME = "quantize"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder or Hub name of a float model")
     parser.add_argument("-o", "--output", metavar="OUT", required=True, help="folder to save into")
+    parser.add_argument("--push-to-hub", metavar="REPO", help="then upload to this repository")
+    parser.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="go on with an unfinished run in OUT (default), or delete it",
+    )
+    add_settings(parser)
+    add_loading(parser)
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Flags of `HfqConfig`; ``hfq plan`` has the same."""
     parser.add_argument(
         "--method", default="rtn", help="rtn, hqq, gptq, awq, awq+gptq (default: rtn)"
     )
@@ -70,15 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         help="keep modules of that name in float; repeatable",
     )
-    parser.add_argument("--push-to-hub", metavar="REPO", help="then upload to this repository")
-    parser.add_argument(
-        "--resume",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="go on with an unfinished run in OUT (default), or delete it",
-    )
-    _add_calibration(parser.add_argument_group("calibration (gptq, awq)"))
-    add_loading(parser)
+    _add_calibration(parser.add_argument_group("calibration (gptq, awq, target-bits)"))
 
 
 def _add_calibration(group: argparse._ArgumentGroup) -> None:
@@ -104,7 +109,7 @@ def run(args: argparse.Namespace) -> Result:
     from ..integrations.hub import push_to_hub
     from ..integrations.streaming import quantize
 
-    config = _config(args)
+    config = config_of(args)
     folders = Path(args.output), Path(args.model)
     if all(folder.exists() for folder in folders) and os.path.samefile(*folders):
         raise UsageError(f"--output {args.output} is the model itself: give another folder")
@@ -128,7 +133,12 @@ def run(args: argparse.Namespace) -> Result:
 # ---- settings
 
 
-def _config(args: argparse.Namespace) -> HfqConfig:
+def config_of(args: argparse.Namespace) -> HfqConfig:
+    """From the flags of `add_settings`.
+
+    Raises:
+        UsageError: they contradict each other, or are unknown.
+    """
     from ..config import HfqConfig
 
     names = ("scale_search", "iterations", "desc_act", "damp_percent", "gptaq")
