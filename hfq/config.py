@@ -433,16 +433,22 @@ def _target_bits(value: object, format: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 16:
-        raise ConfigError(f"target_bits must be a number of bits above 0, such as 3.5, got {value!r}")
+        raise ConfigError(
+            f"target_bits must be a number of bits above 0, such as 3.5, got {value!r}"
+        )
     if format != "int":
-        raise ConfigError(f"target_bits needs a format with a choice of bits: 'int', got {format!r}")
+        raise ConfigError(
+            f"target_bits needs a format with a choice of bits: 'int', got {format!r}"
+        )
     return float(value)
 
 
 def _candidate_bits(values: object, target: float | None) -> list[int] | None:
     if target is None:
         if values is not None:
-            raise ConfigError("candidate_bits is what target_bits chooses among: give target_bits, too")
+            raise ConfigError(
+                "candidate_bits is what target_bits chooses among: give target_bits, too"
+            )
         return None
     if values is None:
         return list(_CANDIDATES)

@@ -170,7 +170,9 @@ def test_overridden_tells_an_explicit_wish_from_a_default() -> None:
 
 
 def test_bits_by_name_become_overrides() -> None:
-    names = {f"model.layers.{n}.mlp.{kind}": 2 + n % 3 for n in range(12) for kind in ("up", "down")}
+    names = {
+        f"model.layers.{n}.mlp.{kind}": 2 + n % 3 for n in range(12) for kind in ("up", "down")
+    }
     names |= {"model.layers.0.experts.1.up": 8, "model.layers.0.experts.10.up": 3, "head": 8}
     config = HfqConfig(
         "gptq",

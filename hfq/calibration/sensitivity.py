@@ -238,10 +238,10 @@ class Sensitivity:
         """The gradient behind the last block of the log-likelihood of labels that the model draws."""
         found = []
         # One sequence at a time: logits are large.
-        for row, ids in zip(stream.hidden.split(1), stream.batch.split(1), strict=True):
+        for row, ids in zip(stream.hidden, stream.batch, strict=True):
             with torch.enable_grad():
-                hidden = row.detach().requires_grad_()
-                logits = forward_after_blocks(self.run.model, self.blocks, ids, hidden)
+                hidden = row.detach().unsqueeze(0).requires_grad_()
+                logits = forward_after_blocks(self.run.model, self.blocks, ids.unsqueeze(0), hidden)
                 likelihoods = logits.flatten(0, 1).float().log_softmax(-1)
                 chances = likelihoods.detach().exp().cpu()
                 if not bool(torch.isfinite(chances).all()):
@@ -255,7 +255,9 @@ class Sensitivity:
         return torch.cat(found)
 
 
-def _through(block: nn.Module, entered: Tensor, stream: Stream, index: int, behind: Tensor) -> Tensor:
+def _through(
+    block: nn.Module, entered: Tensor, stream: Stream, index: int, behind: Tensor
+) -> Tensor:
     """From the gradient behind a block to the one in front of it. No gradient of a weight is made."""
     with torch.enable_grad():
         hidden = entered.to(stream.hidden).detach().requires_grad_()

@@ -106,9 +106,7 @@ def _choosing(recipe: Recipe, x: Tensor, weight: Tensor) -> Choosing:
         # The first call factorises the moment, which is counted on its own.
         def once() -> None:
             algorithm, sample = ALGORITHMS.get(method.algorithm), weight[:rows, :_COLUMNS]
-            codes = algorithm.quantize(
-                sample.contiguous(), recipe.spec, recipe.options, statistics
-            )
+            codes = algorithm.quantize(sample.contiguous(), recipe.spec, recipe.options, statistics)
             FORMATS.get(recipe.format).pack(codes)
 
         once()
@@ -142,7 +140,7 @@ def _seconds(work: Callable[[], object]) -> float:
     for _ in range(_TURNS):
         start = time.perf_counter()
         work()
-        if torch.cuda.is_initialized():
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()
         found.append(time.perf_counter() - start)
     return max(min(found), 1e-9)

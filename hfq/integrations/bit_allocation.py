@@ -131,8 +131,10 @@ def _quantized(
     for name, recipes in selection.recipes.items():
         module = model.get_submodule(name)
         for base, recipe in recipes.items():
-            packed = isinstance(module, PackedModule)
-            tensor = module.packed_parameters(base)["weight"] if packed else getattr(module, base)
+            if isinstance(module, PackedModule):
+                tensor = module.packed_parameters(base)["weight"]
+            else:
+                tensor = module.get_parameter(base)
             if id(tensor) not in seen:
                 seen.add(id(tensor))
                 yield _full_name(name, base), float_shape(module, base), recipe

@@ -185,7 +185,10 @@ class _Work:
             few = min(t, MEASURED_TOKENS)
             passes += t + few * (4 + groups * candidates)
         head = 2 * self.text.hidden_size * self.text.vocab_size
-        return passes * per_token + (3 * d + (3 * MEASURED_TOKENS if self.measures else 0)) * head
+        total: float = (
+            passes * per_token + (3 * d + (3 * MEASURED_TOKENS if self.measures else 0)) * head
+        )
+        return total
 
     def statistics(self) -> float:
         """Operations of the sums."""
@@ -223,7 +226,10 @@ class _Work:
         """Bytes of the largest block while codes are chosen or while it runs."""
         block = max((sum(p.nbytes for p in each.parameters()) for each in self.blocks), default=0)
         sums = max(
-            (sum(n * columns**2 for (_, columns), n in each.items()) for each in self.inputs.values()),
+            (
+                sum(n * columns**2 for (_, columns), n in each.items())
+                for each in self.inputs.values()
+            ),
             default=0,
         )
         widest = max((columns for each in self.inputs.values() for _, columns in each), default=0)
@@ -232,13 +238,14 @@ class _Work:
         batch = min(_BATCH, _all(self.tokens))
         runs = batch * (4 * rows * size + 6 * self.text.hidden_size * size + 4 * widest)
         chooses = 4 * (_PER_ENTRY * widest**2 + _PER_WEIGHT * largest)
-        return block + 4 * sums + max(runs, chooses)
+        peak: int = block + 4 * sums + max(runs, chooses)
+        return peak
 
     def _met(self, block: nn.Module) -> float:
         """Parameters that a token meets: of experts, those that it is sent to."""
         total = 0.0
         for module in block.modules():
-            own = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+            own: float = sum(parameter.numel() for parameter in module.parameters(recurse=False))
             if is_fused_experts(module):
                 count = next(p for p in module.parameters() if p.dim() == 3).shape[0]
                 own *= getattr(self.text, "num_experts_per_tok", count) / count
@@ -249,7 +256,9 @@ class _Work:
         """Tokens that are summed up for each of some experts."""
         if experts == 1:
             return self.tokens.calibration
-        return self.tokens.calibration * getattr(self.text, "num_experts_per_tok", experts) / experts
+        return (
+            self.tokens.calibration * getattr(self.text, "num_experts_per_tok", experts) / experts
+        )
 
 
 def _all(tokens: Tokens) -> int:

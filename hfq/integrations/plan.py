@@ -349,7 +349,7 @@ def _check_floats(source: FloatCheckpoint) -> None:
         CheckpointError: they are not.
     """
     headers, parts = read_headers(source.files), Counter(source.parameters.values())
-    expected: dict[str, Tensor] = {name: t for name, t in source.model.state_dict().items()}
+    expected: dict[str, Tensor] = source.model.state_dict()
     for key, name in source.parameters.items():
         found, module = headers[key], name.rpartition(".")[0]
         is_packed = module in source.quantizer.selection.recipes

@@ -55,9 +55,7 @@ class Resume:
         ResumeError: there is a state of another fingerprint.
     """
 
-    def __init__(
-        self, output: Path, fingerprint: Mapping[str, str], folder: str = FOLDER
-    ) -> None:
+    def __init__(self, output: Path, fingerprint: Mapping[str, str], folder: str = FOLDER) -> None:
         self.folder = output / folder
         self.fingerprint = dict(fingerprint)
         self.done = 0

@@ -96,7 +96,7 @@ class FloatCheckpoint:
                 model=self.model, device_map={"": device}, checkpoint_files=self.files
             )
         # Packed modules are new ones; in training mode they compute with exact activations.
-        self.model.eval()  # type: ignore[no-untyped-call]
+        self.model.eval()
         self._materialize_buffers()
 
     def load(self, wanted: Callable[[str], bool]) -> None:

@@ -66,7 +66,7 @@ def test_ends_of_the_range() -> None:
     assert allocate(groups, 7) == [2, 2]
     assert allocate(groups, 10**12) == [4, 4]
     assert allocate([], 0) == []
-    with pytest.raises(ConfigError, match="leaves 6 bytes .* at least 7: raise target_bits"):
+    with pytest.raises(ConfigError, match=r"leaves 6 bytes .* at least 7: raise target_bits"):
         allocate(groups, 6)
 
 
@@ -80,9 +80,7 @@ def test_the_table_tells_blocks_apart() -> None:
         for block in range(3)
         for kind in ("a", "b")
     )
-    found = Allocation(
-        target_bits=2.5, bits_per_weight=2.4, groups=groups, bits=(2, 3, 2, 3, 3, 3)
-    )
+    found = Allocation(target_bits=2.5, bits_per_weight=2.4, groups=groups, bits=(2, 3, 2, 3, 3, 3))
     assert found.by_name["layers.2.a"] == 3 and found.by_name["layers.1.a"] == 2
     assert found.predicted_kl == pytest.approx(8e-3)
     table = found.table()

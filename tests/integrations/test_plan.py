@@ -142,35 +142,39 @@ import hfq
 from hfq.integrations import gate
 gate._from_new_process = gate.logits_of
 tokens = torch.load(sys.argv[3], weights_only=True)
-config = hfq.HfqConfig("gptq", dataset=tokens, num_samples=32)
+config = hfq.HfqConfig("gptq", dataset=tokens, num_samples=8)
 times = []
-for turn in range(2):
+for turn in range(3):
     plan = hfq.plan(sys.argv[1], config)
-    start = time.perf_counter()
+    start = time.process_time()
     hfq.quantize(sys.argv[1], sys.argv[2], config)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     predicted = plan.forecast.total_seconds - plan.forecast.seconds["check in a new process"]
     times.append(predicted / seconds)
     if turn == 0:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         memory = plan.forecast.peak_memory / peak
+    if 0.5 < times[-1] < 2:
+        break
 print(json.dumps({"time": times, "memory": memory}))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux' memory statistics")
 def test_time_and_memory_are_about_right(tmp_path: Path, generator: torch.Generator) -> None:
-    """Within a factor of 2; of two turns the better, as machines are busy."""
+    """Within a factor of 2. Of the processor, on one thread: machines are busy."""
     config = LlamaConfig(
         vocab_size=2000,
         hidden_size=256,
-        intermediate_size=1024,
+        intermediate_size=768,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
     )
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "float")
-    torch.save(torch.randint(2000, (40, 256), generator=generator), tmp_path / "tokens")
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(
+        tmp_path / "float"
+    )
+    torch.save(torch.randint(2000, (12, 128), generator=generator), tmp_path / "tokens")
     words = [str(tmp_path / name) for name in ("float", "out", "tokens")]
     environment = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "0"}
     done = subprocess.run(
@@ -222,12 +226,15 @@ def test_checkpoints_that_cannot_be_planned_with(
 ) -> None:
     with pytest.raises(CheckpointError, match="is no folder here: a plan reads local files only"):
         hfq.plan("somebody/some-model", HfqConfig())
-    with pytest.raises(ConfigError, match="must be below|expected token ids below 128"):
+    with pytest.raises(ConfigError, match="expected token ids below 128"):
         hfq.plan(source, gptq(tokens + 100))
     file = source / "model.safetensors"
     whole = load_file(file)
     for damage, message in (
-        (whole["model.layers.1.mlp.up_proj.weight"].to(torch.float8_e4m3fn), "expected a float checkpoint"),
+        (
+            whole["model.layers.1.mlp.up_proj.weight"].to(torch.float8_e4m3fn),
+            "expected a float checkpoint",
+        ),
         (torch.zeros(95, 64), r"has shape \(95, 64\), the model in config.json expects \(96, 64\)"),
         (None, "has no tensor for 1 parameters"),
     ):
