@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from .evaluation import evaluate as evaluate
     from .inspection import inspect_checkpoint as inspect_checkpoint
     from .integrations.hub import push_to_hub as push_to_hub
-    from .integrations.plan import Plan as Plan
     from .integrations.plan import plan as plan
+    from .integrations.plan_report import Plan as Plan
     from .integrations.report import Report as Report
     from .integrations.resume import ResumeError as ResumeError
     from .integrations.staging import SaveError as SaveError
@@ -46,7 +46,7 @@ _LAZY = {
     "inspect_checkpoint": "inspection",
     "quantize": "integrations.streaming",
     "plan": "integrations.plan",
-    "Plan": "integrations.plan",
+    "Plan": "integrations.plan_report",
     "Report": "integrations.report",
     "ResumeError": "integrations.resume",
     "push_to_hub": "integrations.hub",

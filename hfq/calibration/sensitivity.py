@@ -36,8 +36,11 @@ from .run import Calibration, Stream, choose_codes, orientations
 
 __all__ = ["MEASURED_TOKENS", "Kept", "Sensitivity", "Visit"]
 
-# Tokens that a block is run on with rounded weights, and how many of them at a time gradients flow through.
-MEASURED_TOKENS, _AT_ONCE = 4096, 2048
+# Tokens that a block is run on with rounded weights.
+MEASURED_TOKENS = 4096
+
+# Of them, how many gradients flow through at a time.
+_AT_ONCE = 2048
 
 # Of a sequence, for these: more sequences say more than longer ones.
 _LONGEST = 512

@@ -18,8 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import hfq
 from hfq import CheckpointError, ConfigError, HfqConfig
-from hfq.integrations import gate, resume, streaming
-from hfq.integrations import plan as module
+from hfq.integrations import gate, obstacles, resume, streaming
 from hfq.integrations.checkpoint import file_bytes
 
 from .tiny_models import CONFIGS, build, load
@@ -200,9 +199,11 @@ def test_problems_are_pointed_out(
     good = hfq.plan(source, gptq(tokens), output=tmp_path / "some" / "where")
     assert good.problems == ()
     used = namedtuple("used", "total used free")
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda place: used(10**6, 10**6 - 1000, 1000))
-    monkeypatch.setattr(module, "memory", lambda: (10**7, 10**6))
-    monkeypatch.setattr(module.os, "access", lambda place, mode: False)
+    monkeypatch.setattr(
+        obstacles.shutil, "disk_usage", lambda place: used(10**6, 10**6 - 1000, 1000)
+    )
+    monkeypatch.setattr(obstacles, "memory", lambda: (10**7, 10**6))
+    monkeypatch.setattr(obstacles.os, "access", lambda place, mode: False)
     config = HfqConfig("gptq", group_size=60)
     problems = hfq.plan(source, config, output=tmp_path / "out").problems
     expected = (
