@@ -28,7 +28,8 @@ from .staging import SaveError
 
 __all__ = ["FOLDER", "MEASURED", "Resume", "ResumeError", "TensorFiles", "fingerprint_of_files"]
 
-FOLDER, MEASURED = ".hfq-resume", ".hfq-resume-bits"
+FOLDER = ".hfq-resume"
+MEASURED = ".hfq-resume-bits"
 _STATE = "state.json"
 
 # Of each file, for its fingerprint.
