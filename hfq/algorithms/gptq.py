@@ -6,6 +6,7 @@ Transformers", 2022; the equations are in `hfq.core.statistics.Factor`. Options:
     damp_percent   added to the diagonal of the inputs' second moment, as a share of its mean
     desc_act       columns with the largest activations first ("act-order"): they are rounded before errors pile up
     scale_search   grids with the least squared error (`hfq.core.fit`) instead of those that cover the range
+    refine         how often grids and codes are chosen again afterwards, all others known (`hfq.core.refine`)
     gptaq          0 to 1: which share of the drift of the inputs is made good. The layers before are quantized, so
                    this one reads x instead of the float model's x'; its best float weight for that is
 
@@ -29,6 +30,7 @@ from torch import Tensor
 from ..core import affine
 from ..core.errors import CalibrationError, ConfigError
 from ..core.fit import fit_grid
+from ..core.refine import refine
 from ..core.spec import CodebookSpec, QuantSpec
 from ..core.statistics import Factor, InputStatistics
 from ..core.weight import QuantizedWeight
@@ -50,6 +52,7 @@ class Gptq:
         "damp_percent": 0.01,
         "desc_act": True,
         "scale_search": True,
+        "refine": 2,
         "gptaq": 0.0,
     }
 
@@ -57,6 +60,9 @@ class Gptq:
         for name in ("desc_act", "scale_search"):
             if not isinstance(options[name], bool):
                 raise ConfigError(f"{name} must be True or False, got {options[name]!r}")
+        turns = options["refine"]
+        if not isinstance(turns, int) or isinstance(turns, bool) or turns < 0:
+            raise ConfigError(f"refine must be an integer of at least 0, got {turns!r}")
         for name in ("damp_percent", "gptaq"):
             value = options[name]
             if (
@@ -78,15 +84,20 @@ class Gptq:
                 "method 'gptq' needs statistics of the activations: give calibration data (dataset=...)"
             )
         affine.check_finite(weight)
-        damp_percent, gptaq = options["damp_percent"], options["gptaq"]
+        damp_percent, gptaq, turns = (options[key] for key in ("damp_percent", "gptaq", "refine"))
         assert isinstance(damp_percent, (int, float)) and isinstance(gptaq, (int, float))
+        assert isinstance(turns, int)
         factor = statistics.factor(float(damp_percent), bool(options["desc_act"]))
         if gptaq and statistics.drift is not None:
             weight = weight + gptaq * _drift_correction(weight, statistics.drift, factor)
         rounding = _Rounding(weight, spec, factor, search=bool(options["scale_search"]))
         if options["desc_act"] or (isinstance(spec, CodebookSpec) and spec.double_quant):
-            return rounding.with_grids(statistics.importance)
-        return rounding.group_by_group()
+            quantized = rounding.with_grids(statistics.importance)
+        else:
+            quantized = rounding.group_by_group()
+        if not turns:
+            return quantized
+        return refine(weight, quantized, statistics.damped(factor.damping), factor.order, turns)
 
 
 def _drift_correction(weight: Tensor, drift: Tensor, factor: Factor) -> Tensor:
@@ -139,10 +150,7 @@ class _Rounding:
         grid = affine.store_grid(*self.find_grid(self.weight, self.spec, importance), self.spec)
         scales = grid.scales.float().T.contiguous()
         zeros = None if grid.float_zeros is None else grid.float_zeros.T.contiguous()
-        rounders = [
-            affine.column_rounder(scales[group], None if zeros is None else zeros[group], self.spec)
-            for group in range(len(scales))
-        ]
+        rounders = affine.group_rounders(scales, zeros, self.spec)
         size = self.spec.group_size
         groups = [0 if size == -1 else column // size for column in self.factor.order.tolist()]
         for first in range(0, len(groups), _BLOCK):

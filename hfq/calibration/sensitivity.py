@@ -13,6 +13,9 @@ within 10 % of the divergence that the whole model shows when only this weight i
 Three passes: forward on a few tokens, keeping what enters each block; backward, replacing it by the gradient; forward on
 all calibration tokens, where the weights that read the same activations are rounded together with their statistics, to
 each number of bits in turn, and the block is run with them on the few tokens.
+
+Several processes share the calibration tokens and the choices to be measured. The few tokens run through the blocks in
+each of them: that takes much less time than choosing codes, and each choice is measured as one process would.
 """
 
 from __future__ import annotations
@@ -32,18 +35,20 @@ from ..core.statistics import InputStatistics
 from ..formats import stored_bytes
 from .allocation import Group
 from .blocks import forward_after_blocks, forward_block, run_block
-from .run import Calibration, Stream, choose_codes, orientations
+from .capture import Capture
+from .experts import ExpertsCapture
+from .run import MOST_TOKENS, Calibration, Stream, choose_codes, orientations
 
-__all__ = ["MEASURED_TOKENS", "Kept", "Sensitivity", "Visit"]
+__all__ = ["LONGEST", "MEASURED_TOKENS", "Kept", "Sensitivity", "Visit"]
 
 # Tokens that a block is run on with rounded weights.
 MEASURED_TOKENS = 4096
 
-# Of them, how many gradients flow through at a time.
-_AT_ONCE = 2048
+# A backward keeps what a forward forgets: so much fewer tokens at a time.
+_BACKWARD = 4
 
 # Of a sequence, for these: more sequences say more than longer ones.
-_LONGEST = 512
+LONGEST = 512
 
 # Index of a block -> within, its float weights are in memory.
 Visit = Callable[[int], AbstractContextManager[None]]
@@ -104,7 +109,8 @@ class Sensitivity:
         candidates: bits to try.
         may_choose: whether the bits of a weight are to be chosen, by its full name.
         visit: brings a block's weights into memory.
-        kept: where gradients are kept; full already if the first two passes were run before.
+        kept: where gradients are kept; full already if the first two passes were run before. Of this process only.
+        batch_tokens: how many run through a block at a time, at least one sequence.
     """
 
     def __init__(
@@ -115,11 +121,12 @@ class Sensitivity:
         may_choose: Callable[[str], bool],
         visit: Visit,
         kept: Kept,
+        batch_tokens: int = MOST_TOKENS,
     ) -> None:
         self.run, self.candidates, self.may_choose = run, candidates, may_choose
         self.visit, self.kept = visit, kept
-        self.streams = run.start(sequences)
-        self.few = run.start(_some(sequences), _AT_ONCE)
+        self.streams = run.start(sequences, batch_tokens)
+        self.few = run.start(_some(sequences), batch_tokens // _BACKWARD, divided=False)
         self.blocks = list(run.blocks.values())
         self.tokens = sum(stream.batch.numel() for stream in self.few)
 
@@ -129,7 +136,15 @@ class Sensitivity:
 
         Args:
             seed: of the labels that the model draws.
+
+        Raises:
+            CalibrationError: logits are NaN or infinite.
+            SaveError: gradients cannot be kept.
         """
+        with self.run.ranks.together():
+            self._gradients(seed)
+
+    def _gradients(self, seed: int) -> None:
         first = [stream.hidden for stream in self.few]
         for index, block in enumerate(self.blocks):
             self.kept[index] = {str(n): stream.hidden for n, stream in enumerate(self.few)}
@@ -159,28 +174,53 @@ class Sensitivity:
         Raises:
             CalibrationError: activations or gradients are NaN or infinite.
         """
-        name = list(self.run.blocks)[index]
-        with self.visit(index):
-            names = [each for each in self.run.recipes if each.startswith(f"{name}.")]
-            with self.run.captured(names) as (capture, routed):
-                for stream in self.streams:
-                    capture.next_batch()
-                    _move(stream, run_block(self.blocks[index], stream.hidden, stream.calls[index]))
-            flipped = orientations(self.blocks[index])
-            shared: dict[str, list[_Weight]] = {}
-            for each, statistics in capture.statistics().items():
-                if statistics is not None and self.may_choose(each):
-                    weight = self._weight(each, "weight", flipped[each.removeprefix(f"{name}.")])
-                    shared.setdefault(capture.leader[each], []).append(
-                        replace(weight, statistics=[statistics])
-                    )
-            groups = list(shared.values())
-            for each, experts in routed.items():
-                for base, known in experts.statistics().items():
-                    if known is not None and self.may_choose(f"{each}.{base}"):
-                        weight = self._weight(each, base, bool(experts.module.is_transposed))
-                        groups.append([replace(weight, statistics=known)])
-            return self._measured(index, groups)
+        ranks, (name, block) = self.run.ranks, list(self.run.blocks.items())[index]
+        with ExitStack() as stack:
+            with ranks.together():
+                stack.enter_context(self.visit(index))
+                with self.run.captured(self._open_modules(name)) as (capture, routed):
+                    for stream in self.streams:
+                        capture.next_batch()
+                        _move(stream, run_block(block, stream.hidden, stream.calls[index]))
+            capture.sum_over(ranks)
+            for experts in routed.values():
+                experts.sum_over(ranks)
+            with ranks.together():
+                groups = self._groups(name, capture, routed)
+                expected = [run_block(block, each.hidden, each.calls[index]) for each in self.few]
+            found = self._measured(index, groups, expected)
+        for stream, hidden in zip(self.few, expected, strict=True):
+            _move(stream, hidden)
+        return found
+
+    def _open_modules(self, block: str) -> list[str]:
+        """Modules of a block with a weight whose bits are to be chosen."""
+        return [
+            name
+            for name, recipes in self.run.recipes.items()
+            if name.startswith(f"{block}.")
+            and any(self.may_choose(_full_name(name, base)) for base in recipes)
+        ]
+
+    def _groups(
+        self, block: str, capture: Capture, routed: Mapping[str, ExpertsCapture]
+    ) -> list[list[_Weight]]:
+        """Weights that read the same, and stacks of experts; those that never ran keep their bits."""
+        flipped = orientations(self.run.blocks[block])
+        shared: dict[str, list[_Weight]] = {}
+        for name, statistics in capture.statistics().items():
+            if statistics is not None:
+                weight = self._weight(name, "weight", flipped[name.removeprefix(f"{block}.")])
+                shared.setdefault(capture.leader[name], []).append(
+                    replace(weight, statistics=[statistics])
+                )
+        groups = list(shared.values())
+        for name, experts in routed.items():
+            for base, known in experts.statistics().items():
+                if known is not None and self.may_choose(f"{name}.{base}"):
+                    weight = self._weight(name, base, bool(experts.module.is_transposed))
+                    groups.append([replace(weight, statistics=known)])
+        return groups
 
     def hidden(self) -> dict[str, Tensor]:
         """Where all streams stand, for `restore`."""
@@ -193,39 +233,42 @@ class Sensitivity:
 
     def _weight(self, module: str, base: str, transposed: bool) -> _Weight:
         return _Weight(
-            name=module if base == "weight" else f"{module}.{base}",
+            name=_full_name(module, base),
             parameter=self.run.model.get_submodule(module).get_parameter(base),
             recipe=self.run.recipes[module][base],
             transposed=transposed,
             statistics=(),
         )
 
-    def _measured(self, index: int, groups: Sequence[Sequence[_Weight]]) -> list[Group]:
-        block = self.blocks[index]
-        expected = [run_block(block, each.hidden, each.calls[index]) for each in self.few]
-        found = []
-        for weights in groups:
-            costs = {}
-            for bits in self.candidates:
-                with ExitStack() as stack:
-                    for weight in weights:
-                        stack.enter_context(_replaced(weight.parameter, weight.rounded(bits)))
-                    costs[bits] = self._cost(index, expected)
-                if not costs[bits] < torch.inf:
-                    raise CalibrationError(
-                        f"{weights[0].name}: what rounding it to {bits} bits costs is {costs[bits]}: activations or "
-                        "gradients are NaN or infinite; load the model in bfloat16 or float32"
-                    )
-            group = Group(
+    def _measured(
+        self, index: int, groups: Sequence[Sequence[_Weight]], expected: Sequence[Tensor]
+    ) -> list[Group]:
+        choices = [(weights, bits) for weights in groups for bits in self.candidates]
+
+        def measure(choice: int) -> float:
+            weights, bits = choices[choice]
+            with ExitStack() as stack:
+                for weight in weights:
+                    stack.enter_context(_replaced(weight.parameter, weight.rounded(bits)))
+                cost = self._cost(index, expected)
+            if not cost < torch.inf:
+                raise CalibrationError(
+                    f"{weights[0].name}: what rounding it to {bits} bits costs is {cost}: activations or gradients are "
+                    "NaN or infinite; load the model in bfloat16 or float32"
+                )
+            return cost
+
+        work = [sum(w.parameter.numel() * w.shape[-1] for w in weights) for weights, _ in choices]
+        costs = iter(list(self.run.ranks.divided([float(each) for each in work], measure)))
+        return [
+            Group(
                 names=tuple(weight.name for weight in weights),
                 weights=sum(weight.parameter.numel() for weight in weights),
                 bytes={bits: sum(w.bytes(bits) for w in weights) for bits in self.candidates},
-                costs=costs,
+                costs={bits: next(costs) for bits in self.candidates},
             )
-            found.append(group)
-        for stream, hidden in zip(self.few, expected, strict=True):
-            _move(stream, hidden)
-        return found
+            for weights in groups
+        ]
 
     def _cost(self, index: int, expected: Sequence[Tensor]) -> float:
         """1/2 (g e^T)^2, nats per token, for the block as it is now."""
@@ -269,11 +312,15 @@ def _through(
     return gradient
 
 
+def _full_name(module: str, base: str) -> str:
+    return module if base == "weight" else f"{module}.{base}"
+
+
 def _some(sequences: Sequence[Tensor]) -> list[Tensor]:
     """Up to `MEASURED_TOKENS` tokens, from sequences evenly spread over all."""
-    count = max(1, MEASURED_TOKENS // min(_LONGEST, max(map(len, sequences))))
+    count = max(1, MEASURED_TOKENS // min(LONGEST, max(map(len, sequences))))
     step = max(1, -(-len(sequences) // count))
-    return [sequence[:_LONGEST] for sequence in sequences[::step]]
+    return [sequence[:LONGEST] for sequence in sequences[::step]]
 
 
 def _move(stream: Stream, hidden: Tensor) -> None:

@@ -38,6 +38,8 @@ class QuantizedWeight:
         zeros: `[N, G]` in ``spec.scale_dtype`` for asymmetric integer grids, else None.
         g_idx: int32 `[K]`, the group of each column where groups are not runs of neighbours, else None.
         scale_codes: how `scales` are stored when ``spec.double_quant``; `scales` are their decoded values.
+        input_scale: float32 `[1]`, the scale of the activations where ``spec.activation`` is "static". Methods leave
+            it out: whoever calibrates adds it.
     """
 
     spec: QuantSpec
@@ -46,6 +48,7 @@ class QuantizedWeight:
     zeros: Tensor | None = None
     g_idx: Tensor | None = None
     scale_codes: ScaleCodes | None = None
+    input_scale: Tensor | None = None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that the codes stand for: `[N, K]`, computed in float32."""
@@ -73,6 +76,7 @@ class PackedGrid:
         codebook: float32 `[2**bits]`, or None for an integer grid.
         g_idx: int32 `[K]` or None.
         group_size: columns per group, K for one group per row.
+        activation, input_scale: see `Int8Spec` and `QuantizedWeight`.
     """
 
     qweight: Tensor
@@ -84,6 +88,8 @@ class PackedGrid:
     group_size: int
     in_features: int
     out_features: int
+    activation: str | None = None
+    input_scale: Tensor | None = None
 
     def expert(self, index: int) -> PackedGrid:
         """One weight out of a stack: every tensor `[E, ...]` becomes its slice `[...]`."""
@@ -93,6 +99,7 @@ class PackedGrid:
             scales=self.scales[index],
             zeros=None if self.zeros is None else self.zeros[index],
             g_idx=None if self.g_idx is None else self.g_idx[index],
+            input_scale=None if self.input_scale is None else self.input_scale[index],
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,16 +12,21 @@ from torch import Tensor, nn
 
 from ..algorithms import ALGORITHMS, TRANSFORMS, find_method
 from ..config import Recipe
+from ..core.activations import fit_input_scale
 from ..core.statistics import InputStatistics
 from ..formats import FORMATS
 
-__all__ = ["Choosing", "Rates", "measure_rates", "recipe_key"]
+__all__ = ["COLUMNS", "Choosing", "Rates", "measure_rates", "recipe_key"]
 
 # Of the products that rates are taken from: large enough for the caches, small enough for a second in all.
 _SIZE, _TOKENS = 1024, 1024
 
 # Of the weights that methods are timed on.
-_COLUMNS, _FEW, _MANY = 256, 64, 320
+COLUMNS = 256
+_FEW, _MANY = 64, 320
+
+# Rows that transforms look at; tokens that are kept as a sample.
+_LOOKED_AT, _SAMPLE = 128, 256
 
 # Of a file, to see how fast it is read.
 _READ_BYTES = 32 << 20
@@ -32,7 +37,8 @@ _TURNS = 2
 @dataclass(frozen=True, kw_only=True)
 class Choosing:
     """Seconds that a method takes for a weight `[N, K]`: ``column * K + weight * N * K``, and for the factors of its
-    transform ``transform * K``. Products that grow with K^2 come on top (see `hfq.integrations.forecast`).
+    transform ``transform * K``, where K is `COLUMNS`. Products that grow with K^2 come on top for larger ones (see
+    `hfq.integrations.forecast`).
     """
 
     column: float
@@ -99,14 +105,22 @@ def _statistics(moment: Tensor) -> InputStatistics:
 def _choosing(recipe: Recipe, x: Tensor, weight: Tensor) -> Choosing:
     """From two numbers of rows, because a part of the work does not depend on it."""
     method = find_method(recipe.method)
-    inputs = x[:, :_COLUMNS]
-    statistics = _statistics(inputs.T @ inputs / _TOKENS)
+    inputs = x[:, :COLUMNS]
+    statistics = InputStatistics(
+        tokens=_TOKENS,
+        hessian=inputs.T @ inputs / _TOKENS,
+        largest=inputs.abs().amax(0),
+        sample=inputs[:_SAMPLE],
+    )
 
     def choose(rows: int) -> float:
         # The first call factorises the moment, which is counted on its own.
         def once() -> None:
-            algorithm, sample = ALGORITHMS.get(method.algorithm), weight[:rows, :_COLUMNS]
+            algorithm, sample = ALGORITHMS.get(method.algorithm), weight[:rows, :COLUMNS]
             codes = algorithm.quantize(sample.contiguous(), recipe.spec, recipe.options, statistics)
+            if recipe.spec.activation == "static":
+                scale = fit_input_scale(inputs[:_SAMPLE], sample, codes.dequantize())
+                codes = replace(codes, input_scale=scale)
             FORMATS.get(recipe.format).pack(codes)
 
         once()
@@ -116,13 +130,13 @@ def _choosing(recipe: Recipe, x: Tensor, weight: Tensor) -> Choosing:
     per_row = max(0.0, many - few) / (_MANY - _FEW)
     transform = 0.0
     if method.transform is not None:
-        rescaling, sample = TRANSFORMS.get(method.transform), weight[:_FEW, :_COLUMNS]
+        rescaling, sample = TRANSFORMS.get(method.transform), weight[:_LOOKED_AT, :COLUMNS]
         start = time.perf_counter()
         rescaling.factors([(sample, recipe.spec)], statistics, None, recipe.options)
-        transform = (time.perf_counter() - start) / _COLUMNS
+        transform = (time.perf_counter() - start) / COLUMNS
     return Choosing(
-        column=max(0.0, few - per_row * _FEW) / _COLUMNS,
-        weight=per_row / _COLUMNS,
+        column=max(0.0, few - per_row * _FEW) / COLUMNS,
+        weight=per_row / COLUMNS,
         transform=transform,
     )
 

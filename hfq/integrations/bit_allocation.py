@@ -35,11 +35,13 @@ def measure(
     config: HfqConfig,
     visit: Visit,
     kept: Kept,
+    batch_tokens: int,
     resume: Resume | None = None,
 ) -> list[Group]:
     """The groups of weights whose bits are to be chosen, and what each choice costs; nothing is quantized yet.
 
     Args:
+        batch_tokens: how many run through a block at a time, at least one sequence.
         resume: where costs go as they are found, so that a killed run goes on; None keeps them in memory.
 
     Raises:
@@ -53,13 +55,20 @@ def measure(
         return found
     assert config.candidate_bits is not None
     sensitivity = Sensitivity(
-        run, sequences, config.candidate_bits, lambda name: not config.fixes_bits(name), visit, kept
+        run,
+        sequences,
+        config.candidate_bits,
+        lambda name: not config.fixes_bits(name),
+        visit,
+        kept,
+        batch_tokens,
     )
     if done and resume is not None:
         sensitivity.restore(resume.streams())
     else:
         sensitivity.gradients(config.seed)
-    with tqdm(total=count, initial=done, unit="block", desc="sensitivity", disable=None) as bar:
+    disable = None if run.ranks.first else True
+    with tqdm(total=count, initial=done, unit="block", desc="sensitivity", disable=disable) as bar:
         for index in range(done, count):
             found += sensitivity.block(index)
             if resume is not None:

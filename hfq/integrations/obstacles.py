@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..config import HfqConfig
 from ..core.errors import CheckpointError
 from ..diagnose.machine import memory
 from ..table import format_bytes, without_numbers
 from .checkpoint import read_headers
 from .forecast import Forecast, Tokens, Weight
+from .own_text import OwnText
 from .source import FloatCheckpoint
 
 __all__ = ["check_floats", "data_problems", "resource_problems", "shape_problems"]
@@ -49,13 +49,22 @@ def check_floats(source: FloatCheckpoint) -> None:
                 )
 
 
-def data_problems(config: HfqConfig, tokens: Tokens) -> Iterator[str]:
-    if tokens.calibration and (config.dataset is None or config.dataset == "self"):
+def data_problems(tokens: Tokens, own: OwnText | None) -> Iterator[str]:
+    """Args:
+    own: text that the model is to sample; None where a data set is given, or none is needed.
+    """
+    if own is not None and own.streamed:
         yield (
-            f"method {config.method!r} needs calibration text (dataset=..., --dataset); figures are for the most that "
-            "num_samples and seqlen allow"
+            f"no dataset is given (dataset=..., --dataset), and the float model does not fit into the free memory: it is "
+            f"read {own.passes} times from disk to sample {own.count} sequences of {own.seqlen} tokens from it. Real text "
+            "calibrates better and costs nothing"
         )
-    elif tokens.calibration and not tokens.held_out:
+    elif own is not None:
+        yield (
+            "no dataset is given (dataset=..., --dataset): the model samples its own calibration text, of which nothing "
+            "is held out to compare the models on. Real text calibrates better"
+        )
+    elif tokens.calibration and not tokens.compared:
         yield "all of the data set is calibrated with: nothing is left to compare the models on; give more or lower num_samples"
 
 

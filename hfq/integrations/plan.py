@@ -23,23 +23,27 @@ from ..core.errors import CheckpointError
 from ..core.spec import CodebookSpec, IntSpec, QuantSpec
 from ..diagnose.machine import resident_memory
 from ..diagnose.rates import measure_rates, recipe_key
-from ..evaluation.logits import position_limit
 from ..formats import stored_bytes
 from ..kernels import dispatch
 from ..kernels.row import Problem
+from .batching import batches
 from .bit_allocation import float_shape
-from .calibrated import calibration_sequences
+from .calibrated import HELD_OUT, calibration_sequences, of_its_own
 from .checkpoint import file_bytes
 from .forecast import Tokens, Weight, forecast
 from .obstacles import check_floats, data_problems, resource_problems, shape_problems
+from .own_text import OwnText, own_text
 from .plan_report import Plan, PlannedWeight
 from .source import FloatCheckpoint
-from .streaming import HELD_OUT, is_one_file, stored_tensors
+from .streaming import is_one_file, stored_tensors
 
 __all__ = ["plan"]
 
-# Tokens that the written model is asked where nothing is calibrated.
+# Tokens that the written model is asked where no text is held out.
 _PROBE = 16
+
+# Bytes of JSON in the manifest for each tensor before and after; the files around the weights are smaller.
+_DESCRIBED = 250
 
 
 def plan(
@@ -72,8 +76,9 @@ def plan(
     source = FloatCheckpoint(model, config, dtype, torch.device(device))
     check_floats(source)
     weights = list(_weights(source, config))
-    tokens = _tokens(source, config)
     run = Calibration(source.model, source.quantizer.calibrated, source.quantizer.make_twin, None)
+    own = own_text(source, config) if source.quantizer.calibrated and of_its_own(config) else None
+    tokens = _tokens(source, config, own, bool(run.outside))
     rates = measure_rates(
         {recipe_key(recipe): recipe for w in weights for recipe in w.recipes}.values(),
         Path(source.files[0]),
@@ -92,9 +97,10 @@ def plan(
         rates,
         resident_memory(),
         (before, max(0, kept) + sum(_stored(weight, weight.recipes[0]) for weight in weights)),
+        own,
     )
-    after, needed = _sizes(source, config, run, weights, tokens)
-    problems = [*data_problems(config, tokens), *shape_problems(weights)]
+    after, needed = _sizes(source, config, run, weights, tokens, own)
+    problems = [*data_problems(tokens, own), *shape_problems(weights)]
     return Plan(
         model=str(model),
         weights=tuple(_planned(weight, source.device) for weight in weights),
@@ -161,24 +167,33 @@ def _kernel(spec: QuantSpec, rows: int, columns: int, device: torch.device) -> d
         out_features=rows,
         has_codebook=isinstance(spec, CodebookSpec),
         has_g_idx=False,
+        activation=spec.activation,
     )
     return dispatch.select(problem)
 
 
-def _tokens(source: FloatCheckpoint, config: HfqConfig) -> Tokens:
-    """Of the data set; without one as many as the settings allow."""
-    if not source.quantizer.calibrated:
-        return Tokens(calibration=0, held_out=_PROBE, longest=_PROBE)
-    if config.dataset is None or (isinstance(config.dataset, str) and config.dataset == "self"):
-        limit = position_limit(source.model) or config.seqlen
-        seqlen = min(config.seqlen, limit)
-        count = config.num_samples * seqlen
-        return Tokens(calibration=count, held_out=HELD_OUT * seqlen, longest=seqlen)
-    chosen, others = calibration_sequences(source.model, config)
+def _tokens(source: FloatCheckpoint, config: HfqConfig, own: OwnText | None, head: bool) -> Tokens:
+    """Of the data set, or of the text that the model will sample; a few that it is asked where nothing is left over.
+
+    Args:
+        head: what stands behind the blocks is calibrated, too.
+    """
+    chosen: list[int] = []
+    others: list[int] = []
+    if own is not None:
+        chosen = [own.seqlen] * own.count
+    elif source.quantizer.calibrated:
+        found = calibration_sequences(source.model, config)
+        chosen, others = ([len(sequence) for sequence in part] for part in found)
+    longest = max(chosen, default=_PROBE)
+    at_once = batches(source.model, source.device, head=head)
     return Tokens(
-        calibration=sum(map(len, chosen)),
-        held_out=sum(map(len, others[:HELD_OUT])),
-        longest=max(map(len, chosen)),
+        calibration=sum(chosen),
+        held_out=sum(others[:HELD_OUT]) or min(_PROBE, longest),
+        longest=longest,
+        compared=bool(others),
+        batch=max(at_once["calibration"], longest),
+        held_out_batch=max(at_once["held out"], longest),
     )
 
 
@@ -191,6 +206,7 @@ def _sizes(
     run: Calibration,
     weights: list[Weight],
     tokens: Tokens,
+    own: OwnText | None,
 ) -> tuple[int, int]:
     """Bytes of the safetensors files, and of all files at the peak of the run. Packs the skeleton."""
     names = list(run.blocks)
@@ -219,7 +235,10 @@ def _sizes(
     if config.target_bits is not None:
         few = min(MEASURED_TOKENS, tokens.calibration) * hidden
         peak += few * len(names) + 2 * (tokens.calibration * hidden + few)
-    return after, peak
+    if own is not None:
+        text = torch.empty(own.seqlen, dtype=torch.int64, device="meta")
+        peak += file_bytes({f"{index:06d}": text for index in range(own.count)})
+    return after, peak + _DESCRIBED * (len(source.parameters) + sum(map(len, parts)))
 
 
 def _stored(weight: Weight, recipe: Recipe) -> int:

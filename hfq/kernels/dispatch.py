@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from .cpu import CpuRows16
+from .cpu_int8 import CpuInt8
 from .neutral import Neutral
 from .row import KernelRow, Problem
 
@@ -27,7 +28,7 @@ class Choice:
 @cache
 def rows() -> tuple[KernelRow, ...]:
     """All kernel rows, best first."""
-    return (CpuRows16(), Neutral())
+    return (CpuRows16(), CpuInt8(), Neutral())
 
 
 def as_stored(reason: str) -> Choice:

@@ -24,6 +24,7 @@ class Problem:
     out_features: int
     has_codebook: bool
     has_g_idx: bool
+    activation: str | None
 
     @classmethod
     def of(cls, grid: PackedGrid) -> Problem:
@@ -35,6 +36,7 @@ class Problem:
             out_features=grid.out_features,
             has_codebook=grid.codebook is not None,
             has_g_idx=grid.g_idx is not None,
+            activation=grid.activation,
         )
 
 
@@ -55,7 +57,10 @@ class KernelRow(Protocol):
     def linear(
         self, x: Tensor, grid: PackedGrid, bias: Tensor | None, int8_activations: bool
     ) -> Tensor:
-        """``x W^T + bias``: x `[..., K]` -> `[..., N]` in x.dtype. `grid` is in the kernel's layout."""
+        """``x W^T + bias``: x `[..., K]` -> `[..., N]` in x.dtype. `grid` is in the kernel's layout.
+
+        Where ``grid.activation`` is set, x is quantized to int8 whatever `int8_activations` says.
+        """
 
     def rows(self, grid: PackedGrid, index: Tensor) -> PackedGrid:
         """The rows `index` (int64 `[T]`) of a grid in the kernel's layout, as a neutral grid `[T, ...]`."""

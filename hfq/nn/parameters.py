@@ -21,9 +21,10 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import WeightError
+from ..core.activations import check_input_scale
+from ..core.errors import CheckpointError, WeightError
 from ..core.weight import PackedGrid
-from ..formats import check_tensors
+from ..formats import INPUT_SCALE, check_tensors
 from ..kernels import dispatch
 from ..kernels.row import KernelRow, Problem
 from .layout import as_bits, as_float, in_kernel_layout, neutral_grid, to_kernel, to_neutral
@@ -74,6 +75,9 @@ class PackedParameters(nn.Module):
         for slot in self.slots.values():
             for key, entry in slot.layout().items():
                 empty = torch.empty(entry.shape, dtype=entry.dtype, device=device)
+                if key == INPUT_SCALE:
+                    # Whoever forgets to set it gets NaN, not numbers.
+                    empty.fill_(torch.nan)
                 # On meta the floats stay floats: a loader compares and casts by the dtype of the checkpoint.
                 self._parameters[slot.attribute(key)] = frozen(
                     empty if empty.is_meta else as_bits(empty)
@@ -133,7 +137,13 @@ class PackedParameters(nn.Module):
     def check_packed(self, name: str) -> None:
         """Compare all packed tensors with their layouts; `CheckpointError` naming the module where they differ."""
         for base in self.slots:
-            check_tensors(name, self.neutral_tensors(base), self.slots[base].layout())
+            tensors = self.neutral_tensors(base)
+            check_tensors(name, tensors, self.slots[base].layout())
+            if INPUT_SCALE in tensors and not check_input_scale(tensors[INPUT_SCALE]):
+                raise CheckpointError(
+                    f"{name}: expected scales of activations above 0, got {tensors[INPUT_SCALE].tolist()}; the "
+                    "checkpoint is damaged"
+                )
 
     @torch.no_grad()
     def set_packed(self, base: str, tensors: Mapping[str, Tensor]) -> None:

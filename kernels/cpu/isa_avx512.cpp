@@ -25,9 +25,10 @@ inline I byte_dot(I sum, Line codes, uint32_t x) {
 }
 
 #include "rows16_body.h"
+#include "int8_body.h"
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {"avx512", kMaxTokens, prepare, linear, dequantize};
+const Kernels kAvx512Kernels = {"avx512", kMaxTokens, prepare, linear, dequantize, quantize, int8_linear};
 
 }  // namespace hfq

@@ -21,6 +21,7 @@ struct FloatTable {
 };
 typedef I SmallSum;
 constexpr int kMaxTokens = 4;
+constexpr int kRowBlocks = 1;
 
 inline F f_set1(float x) {
   F f;
@@ -169,7 +170,11 @@ inline F byte_value(Line words) {
 inline I byte_dot(I sum, Line codes, uint32_t x) {
   for (int j = 0; j < 4; ++j) {
     const int32_t xj = static_cast<int8_t>(x >> (8 * j));
-    for (int i = 0; i < 16; ++i) sum.v[i] += static_cast<int32_t>((codes.v[i] >> (8 * j)) & 255u) * xj;
+    for (int i = 0; i < 16; ++i) {
+      // Unsigned: sums over long rows may wrap on their way to a result that fits.
+      const uint32_t product = ((codes.v[i] >> (8 * j)) & 255u) * static_cast<uint32_t>(xj);
+      sum.v[i] = static_cast<int32_t>(static_cast<uint32_t>(sum.v[i]) + product);
+    }
   }
   return sum;
 }
@@ -204,9 +209,10 @@ inline void lookup_words(uint8_t* y, const uint32_t* words, int64_t count, F val
 }
 
 #include "rows16_body.h"
+#include "int8_body.h"
 
 }  // namespace
 
-const Kernels kGenericKernels = {"generic", kMaxTokens, prepare, linear, dequantize};
+const Kernels kGenericKernels = {"generic", kMaxTokens, prepare, linear, dequantize, quantize, int8_linear};
 
 }  // namespace hfq

@@ -74,6 +74,16 @@ struct LinearParams {
   void* y;                     // [tokens, N]
 };
 
+// Activations that are quantized over the whole row (int8_body.h): up to `max_tokens` of them.
+struct QuantizeParams {
+  Shape shape;               // 8 bits, one group
+  const void* x;             // [tokens, K]
+  DType x_dtype;
+  int64_t tokens;            // m
+  const float* input_scale;  // [1] for all tokens; null: one for each token, from its largest magnitude
+  Activations out;           // codes [W, m, 4], block_scales [m], block_init [m]
+};
+
 struct DequantizeParams {
   Shape shape;
   const uint8_t* qweight;  // [N16, W, 16, 4]
@@ -85,13 +95,15 @@ struct DequantizeParams {
   void* y;                 // [N, K]
 };
 
-// What one instruction set offers. prepare() covers groups [first, last), the others row blocks [first, last).
+// What one instruction set offers. prepare() covers groups [first, last), the others row blocks [first, last); quantize() all tokens.
 struct Kernels {
   const char* name;
   int32_t max_tokens;
   void (*prepare)(const PrepareParams& params, int64_t first, int64_t last);
   void (*linear)(const LinearParams& params, int64_t first, int64_t last);
   void (*dequantize)(const DequantizeParams& params, int64_t first, int64_t last);
+  void (*quantize)(const QuantizeParams& params);
+  void (*int8_linear)(const LinearParams& params, int64_t first, int64_t last);
 };
 
 extern const Kernels kGenericKernels;

@@ -47,7 +47,7 @@ def test_what_is_wrong_with_it(float_model, tmp_path, capsys):
     assert "bits must be an integer from 2 to 8, got 9" in capsys.readouterr().err
     assert main(["plan", str(float_model), "--method", "gptq", "--group-size", "20"]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "! method 'gptq' needs calibration text" in out
+    assert "! no dataset is given (dataset=..., --dataset): the model samples its own" in out
     assert "group_size 20 does not divide the 32 columns of 12 weights" in out
 
 

@@ -82,6 +82,7 @@ def test_the_same_codes_are_written_as_the_same_bytes(
         scales=packed_format.unpack(stored(golden), spec, entry["in_features"]).scales,
         zeros=golden.get("weight_zero"),
         scale_codes=_scale_codes(golden),
+        input_scale=golden.get("weight_input_scale"),
     )
     again = packed_format.pack(weight)
     assert again.keys() == stored(golden).keys()

@@ -26,7 +26,7 @@ from .tiny_models import CONFIGS, build, load
 
 @pytest.fixture(autouse=True)
 def gate_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "_from_new_process", gate.logits_of)
+    monkeypatch.setattr(gate, "_from_new_process", lambda *args: (gate.logits_of(*args), None))
 
 
 @pytest.fixture
@@ -41,7 +41,8 @@ def source(tmp_path: Path) -> Path:
 
 
 def gptq(tokens: Tensor, **settings: Any) -> HfqConfig:
-    return HfqConfig("gptq", dataset=tokens, num_samples=8, **{"group_size": 32, **settings})
+    merged = {"method": "gptq", "dataset": tokens, "num_samples": 8, "group_size": 32, **settings}
+    return HfqConfig(**merged)
 
 
 def test_sizes_of_files_are_exact(tmp_path: Path, generator: torch.Generator) -> None:
@@ -56,10 +57,14 @@ def test_sizes_of_files_are_exact(tmp_path: Path, generator: torch.Generator) ->
         assert file_bytes({name: t.to("meta") for name, t in tensors.items()}) == expected
 
 
+W8A8 = {"format": "int8", "activation": "dynamic", "group_size": None}
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((kind, {}) for kind in CONFIGS),
     ("llama", {"quantize_lm_head": True, "sym": False, "bits": 3, "overrides": {"v_proj": None}}),
     ("llama_tied", {"quantize_embeddings": True}),
+    ("llama", {"method": "rtn", **W8A8, "dataset": None}),
+    ("llama", {"method": "smoothquant+gptq", **W8A8, "activation": "static"}),
+    ("mixtral", {"method": "rtn", **W8A8, "activation": "static"}),
 ]
 
 
@@ -94,7 +99,7 @@ def test_weights_and_bytes_are_those_of_the_run(
     assert plan.kept == model.hf_quantizer.selection.kept | {
         name: why for name, why in plan.kept.items() if why == "overrides"
     }
-    assert plan.tokens == 8 * 32
+    assert plan.tokens == (0 if changed.get("dataset", tokens) is None else 8 * 32)
     assert json.loads(json.dumps(plan.to_dict()))["bytes_after"] == plan.bytes_after
 
 
@@ -108,7 +113,14 @@ def test_a_target_is_the_size(source: Path, tokens: Tensor, tmp_path: Path) -> N
     assert "(2, 3 bits), cpu_rows16 (4, 8 bits)" in " ".join(plan.table().split())
 
 
-@pytest.mark.parametrize("settings", [{}, {"gptaq": 0.5}, {"target_bits": 4.1}], ids=str)
+OWN = {"dataset": None, "seqlen": 32}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"gptaq": 0.5}, {"target_bits": 4.1}, OWN, {**OWN, "target_bits": 4.1}],
+    ids=str,
+)
 def test_the_disk_that_a_run_needs(
     settings: dict[str, Any],
     source: Path,
@@ -122,7 +134,7 @@ def test_the_disk_that_a_run_needs(
     def watch(*paths: Path) -> None:
         nonlocal most
         rename(*paths)
-        # Small files around the weights (JSON, the card) are not counted by a plan.
+        # Small files around the weights (settings, the card) are not counted by a plan.
         files = (p for p in (tmp_path / "out").rglob("*") if ".safetensors" in p.name)
         most = max(most, sum(path.stat().st_size for path in files))
 
@@ -139,7 +151,7 @@ import json, resource, sys, time, types, torch
 torch.set_num_threads(1)
 import hfq
 from hfq.integrations import gate
-gate._from_new_process = gate.logits_of
+gate._from_new_process = lambda *args: (gate.logits_of(*args), None)
 from hfq.diagnose import rates
 rates.time = types.SimpleNamespace(perf_counter=time.process_time)
 tokens = torch.load(sys.argv[3], weights_only=True)
@@ -207,7 +219,7 @@ def test_problems_are_pointed_out(
     config = HfqConfig("gptq", group_size=60)
     problems = hfq.plan(source, config, output=tmp_path / "out").problems
     expected = (
-        "method 'gptq' needs calibration text",
+        "no dataset is given (dataset=..., --dataset): the model samples its own calibration text",
         "group_size 60 does not divide the 64 columns of 12 weights such as "
         "model.layers.*.self_attn.q_proj: rows get a last group of 4",
         "group_size 60 does not divide the 96 columns of 2 weights",
@@ -238,7 +250,7 @@ def test_checkpoints_that_cannot_be_planned_with(
             whole["model.layers.1.mlp.up_proj.weight"].to(torch.float8_e4m3fn),
             "expected a float checkpoint",
         ),
-        (torch.zeros(95, 64), r"has shape \(95, 64\), the model in config.json expects \(96, 64\)"),
+        (torch.zeros(64, 96), r"has shape \(64, 96\), the model in config.json expects \(96, 64\)"),
         (None, "has no tensor for 1 parameters"),
     ):
         tensors = dict(whole)

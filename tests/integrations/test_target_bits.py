@@ -12,7 +12,8 @@ from torch import Tensor
 
 import hfq
 from hfq import ConfigError, HfqConfig, ResumeError
-from hfq.integrations import gate, resume
+from hfq.calibration import sensitivity
+from hfq.integrations import batching, gate, resume
 from hfq.nn.packed import PackedModule
 
 from .tiny_models import CONFIGS, build, load, stored_names
@@ -22,7 +23,7 @@ HELD_OUT = torch.arange(34).view(2, 17)
 
 @pytest.fixture(autouse=True)
 def gate_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "_from_new_process", gate.logits_of)
+    monkeypatch.setattr(gate, "_from_new_process", lambda *args: (gate.logits_of(*args), None))
 
 
 @pytest.fixture
@@ -137,8 +138,14 @@ def test_budgets_that_cannot_be_kept(source: Path, tokens: Tensor, tmp_path: Pat
     with pytest.raises(ConfigError, match=r"takes? at least \d+: raise target_bits"):
         hfq.quantize(source, tmp_path / "out", settings(tokens, target_bits=2), dtype="float32")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ConfigError, match="needs calibration text"):
-        hfq.quantize(source, tmp_path / "out", HfqConfig(target_bits=4), dtype="float32")
+
+
+def test_without_a_dataset_the_model_s_own_text_is_measured(source: Path, tmp_path: Path) -> None:
+    own = HfqConfig("gptq", target_bits=4.1, group_size=32, num_samples=5, seqlen=16)
+    report = hfq.quantize(source, tmp_path / "out", own, dtype="float32")
+    model = load(source, quantization_config=own, dtype=torch.float32)
+    assert report.allocation == model.hf_quantizer.allocation is not None
+    assert stored_bits(load(tmp_path / "out")) == stored_bits(model)
 
 
 def test_a_run_killed_while_it_measures_goes_on(
@@ -173,3 +180,40 @@ def test_a_run_killed_while_it_measures_goes_on(
     )
     assert first == second
     assert not list(output.glob(".*"))
+
+
+def test_a_run_that_goes_on_keeps_the_batches_that_it_measured_with(
+    source: Path, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In whichever of its two parts it was killed; memory is plenty when it goes on."""
+    finish, seen = resume.Resume.finish, []
+
+    def stop(self: resume.Resume, index: int, *args: Any) -> None:
+        finish(self, index, *args)
+        if (self.folder.name, index) == stop_at:
+            raise KeyboardInterrupt
+
+    backward = sensitivity._through
+
+    def watch(block: Any, entered: Tensor, *args: Any) -> Tensor:
+        seen.append(entered.shape[:2].numel())
+        return backward(block, entered, *args)
+
+    monkeypatch.setattr(sensitivity, "_through", watch)
+    monkeypatch.setattr(batching, "available_memory", lambda device: 2.0e6)
+    whole = hfq.quantize(source, tmp_path / "whole" / "out", settings(tokens), dtype="float32")
+    assert whole.batch_tokens == 256 and set(seen) == {64}
+    for stop_at in ((resume.MEASURED, 0), (resume.MEASURED, 1), (resume.FOLDER, 0)):
+        output = tmp_path / f"{stop_at[0]}-{stop_at[1]}" / "out"
+        with monkeypatch.context() as patch:
+            patch.setattr(resume.Resume, "finish", stop)
+            with pytest.raises(KeyboardInterrupt):
+                hfq.quantize(source, output, settings(tokens), dtype="float32")
+        with monkeypatch.context() as patch:
+            patch.setattr(batching, "available_memory", lambda device: 1e12)
+            report = hfq.quantize(source, output, settings(tokens), dtype="float32")
+        assert report.batch_tokens == 256 and report.allocation == whole.allocation
+        first, second = (
+            (p / "model.safetensors").read_bytes() for p in (output, tmp_path / "whole" / "out")
+        )
+        assert first == second
