@@ -26,6 +26,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 
+# Its AWQ pins host memory for an accelerator, which raises where there is none.
+torch.Tensor.pin_memory = lambda self, *_: self  # type: ignore[method-assign]
+
+
 def main() -> None:
     path, tokens, out, settings = sys.argv[1:]
     chosen = json.loads(settings)
