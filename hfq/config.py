@@ -20,7 +20,16 @@ from .nn.packed import KERNEL_MODES
 __all__ = ["HfqConfig", "Recipe"]
 
 # Settings that choose what is stored; each format takes the ones that it has.
-_SPEC_SETTINGS = ("bits", "group_size", "sym", "scale_dtype", "double_quant")
+_SPEC_SETTINGS = (
+    "bits",
+    "group_size",
+    "sym",
+    "scale_dtype",
+    "double_quant",
+    "stat_bits",
+    "stat_group_size",
+    "outliers",
+)
 
 # Keys that `to_dict` writes beside the settings.
 _METADATA = ("quant_method", "format_version", "hfq_version", "calibration")
@@ -48,13 +57,16 @@ class HfqConfig(QuantizationConfigMixin):
     """Settings for ``from_pretrained(..., quantization_config=HfqConfig(...))``.
 
     Args:
-        method: "rtn", "hqq" without data; "gptq", "awq", "awq+gptq" with.
-        format: a registered layout: "int", "nf4", "fp4", "int8". Default: the method's ("int").
-        bits: 2 to 8 for "int"; the other formats fix it. Default 4 (8 for "int8").
-        group_size: columns that share a scale, -1 for whole rows. Default 128 ("int"), 64 ("nf4", "fp4").
-        sym: no zero points. Default True, False for method "hqq".
+        method: "rtn", "hqq" without data; "gptq", "spqr", "awq", "awq+gptq" with.
+        format: a registered layout: "int", "nf4", "fp4", "int8", "spqr". Default: the method's ("int", or "spqr").
+        bits: 2 to 8 for "int" and "spqr"; the other formats fix it. Default 4 (8 for "int8", 3 for "spqr").
+        group_size: columns that share a scale, -1 for whole rows. Default 128 ("int"), 64 ("nf4", "fp4"), 16 ("spqr").
+        sym: no zero points. Default True, False for method "hqq" and format "spqr".
         scale_dtype: "float16" (default), "bfloat16" or "float32".
         double_quant: 8-bit scales, for "nf4" and "fp4".
+        stat_bits, stat_group_size: for "spqr": bits of scales and zero points, and how many rows share the float steps
+            and offsets that turn them into numbers. Default 3 and 64.
+        outliers: for "spqr": share of the weights that are stored beside the grid. Default 0.005.
         overrides: regex -> changed settings, or None to keep what matches in float. The regex is searched in the
             module's full name; the first that matches counts. An override that changes the format starts from
             that format's defaults. Stored as a list of pairs, because writers of JSON sort the keys of a dict.
@@ -71,7 +83,7 @@ class HfqConfig(QuantizationConfigMixin):
         kernel_mode: "auto", "exact" or "int8"; see `hfq.nn.packed.KERNEL_MODES`. Not stored in checkpoints.
         dequantize: load a packed checkpoint as a float model. Not stored in checkpoints.
         options: the method's own settings ("rtn": scale_search; "hqq": iterations; "gptq": damp_percent, desc_act,
-            scale_search, gptaq; "awq": awq_steps, and those of what follows). They are explained in the method's file.
+            scale_search, gptaq; "spqr": damp_percent, desc_act; "awq": awq_steps, and those of what follows). They are explained in the method's file.
 
     Attributes:
         calibration: what a checkpoint tells about the data that it was calibrated with, else None.
@@ -92,6 +104,9 @@ class HfqConfig(QuantizationConfigMixin):
         sym: bool | None = None,
         scale_dtype: str | None = None,
         double_quant: bool | None = None,
+        stat_bits: int | None = None,
+        stat_group_size: int | None = None,
+        outliers: float | None = None,
         overrides: Overrides | Sequence[tuple[str, Mapping[str, Any] | None]] | None = None,
         modules_to_not_convert: Sequence[str] | None = None,
         quantize_embeddings: bool = False,
@@ -118,6 +133,9 @@ class HfqConfig(QuantizationConfigMixin):
             "sym": sym,
             "scale_dtype": scale_dtype,
             "double_quant": double_quant,
+            "stat_bits": stat_bits,
+            "stat_group_size": stat_group_size,
+            "outliers": outliers,
         }
         given = {key: value for key, value in settings.items() if value is not None}
         base = _recipe(method, {**_preferred(method, format), **given}, options, self._settings())
@@ -127,6 +145,9 @@ class HfqConfig(QuantizationConfigMixin):
         self.sym = base.spec.sym
         self.scale_dtype = base.spec.scale_dtype
         self.double_quant = bool(getattr(base.spec, "double_quant", False))
+        self.stat_bits: int | None = getattr(base.spec, "stat_bits", None)
+        self.stat_group_size: int | None = getattr(base.spec, "stat_group_size", None)
+        self.outliers: float | None = getattr(base.spec, "outliers", None)
         self.options = dict(base.options)
         self.overrides = _overrides(overrides)
         self.modules_to_not_convert = _names(modules_to_not_convert)
@@ -224,6 +245,8 @@ class HfqConfig(QuantizationConfigMixin):
         }
         if self.double_quant:
             written["double_quant"] = True
+        bilevel = {key: getattr(self, key) for key in ("stat_bits", "stat_group_size", "outliers")}
+        written |= {key: value for key, value in bilevel.items() if value is not None}
         if self.calibrated:
             written |= {"num_samples": self.num_samples, "seqlen": self.seqlen, "seed": self.seed}
         if self.calibration is not None:

@@ -22,14 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder or Hub name of a float model")
     parser.add_argument("-o", "--output", metavar="OUT", required=True, help="folder to save into")
     parser.add_argument(
-        "--method", default="rtn", help="rtn, hqq, gptq, awq, awq+gptq (default: rtn)"
+        "--method", default="rtn", help="rtn, hqq, gptq, spqr, awq, awq+gptq (default: rtn)"
     )
-    parser.add_argument("--format", help="int, nf4, fp4, int8 (default: the method's)")
+    parser.add_argument("--format", help="int, nf4, fp4, int8, spqr (default: the method's)")
     parser.add_argument("--bits", type=int, help="2 to 8 (default: the format's)")
     parser.add_argument("--group-size", type=int, help="columns that share a scale; -1: whole rows")
     grid = parser.add_mutually_exclusive_group()
     grid.add_argument("--sym", action="store_true", default=None, help="no zero points")
     grid.add_argument("--asym", action="store_false", dest="sym", help="a zero point per group")
+    _add_spqr(parser.add_argument_group("format spqr"))
     parser.add_argument("--scale-dtype", help="float16, bfloat16, float32")
     parser.add_argument(
         "--double-quant", action="store_true", default=None, help="8-bit scales (nf4, fp4)"
@@ -64,8 +65,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="go on with an unfinished run in OUT (default), or delete it",
     )
-    _add_calibration(parser.add_argument_group("calibration (gptq, awq)"))
+    _add_calibration(parser.add_argument_group("calibration (gptq, spqr, awq)"))
     add_loading(parser)
+
+
+def _add_spqr(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--stat-bits", type=int, help="of scales and zero points (default: 3)")
+    group.add_argument(
+        "--stat-group-size", type=int, help="rows that share their steps and offsets (default: 64)"
+    )
+    group.add_argument(
+        "--outliers", type=float, metavar="SHARE", help="of the weights (default: 0.005)"
+    )
 
 
 def _add_calibration(group: argparse._ArgumentGroup) -> None:
@@ -129,6 +140,9 @@ def _config(args: argparse.Namespace) -> HfqConfig:
             sym=args.sym,
             scale_dtype=args.scale_dtype,
             double_quant=args.double_quant,
+            stat_bits=args.stat_bits,
+            stat_group_size=args.stat_group_size,
+            outliers=args.outliers,
             overrides=dict(map(_override, args.override)),
             modules_to_not_convert=args.skip,
             quantize_embeddings=args.quantize_embeddings,

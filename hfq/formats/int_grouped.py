@@ -83,6 +83,9 @@ class IntGrouped:
             out_features=out_features,
         )
 
+    def check_values(self, tensors: Mapping[str, Tensor], in_features: int) -> None:
+        """Every code stands for a value."""
+
 
 class Int8PerChannel(IntGrouped):
     """8 bits per output channel, float32 scales."""

@@ -7,6 +7,8 @@ the matrix library multiply, which costs one more pass over the weight and reuse
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from . import native, rows16
 from .ops import rows16_weight
 from .row import Problem
 
-__all__ = ["MAX_DIRECT_TOKENS", "CpuRows16"]
+__all__ = ["MAX_DIRECT_TOKENS", "CpuRows16", "below_autograd"]
 
 # Up to here `cpu_linear` is faster than dequantizing (8192x2048 and 2048x8192 int4, 2 cores with AVX-512 VNNI and
 # AMX, benchmarks/NOTES.md), by whether activations are quantized to int8.
@@ -48,8 +50,8 @@ class CpuRows16:
     def prepare(self, tensor: Tensor) -> Tensor:
         return rows16.to_rows16(tensor)
 
-    def restore(self, tensor: Tensor, out_features: int, row_bytes: int) -> Tensor:
-        return rows16.from_rows16(tensor, out_features, row_bytes)
+    def restore(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return rows16.from_rows16(tensor, shape)
 
     def linear(
         self, x: Tensor, grid: PackedGrid, bias: Tensor | None, int8_activations: bool
@@ -59,7 +61,8 @@ class CpuRows16:
         sizes = (grid.bits, grid.group_size, grid.in_features, grid.out_features)
         # The direct kernel computes in float32: too little for float64, which nobody uses for speed.
         if tokens.shape[0] <= MAX_DIRECT_TOKENS[int8_activations] and x.dtype != torch.float64:
-            y = _direct(tokens.contiguous(), operands, (*sizes, int8_activations))
+            direct = below_autograd(torch.ops.hfq.cpu_linear)
+            y = direct(tokens.contiguous(), *operands, *sizes, int8_activations)
         else:
             y = torch.ops.hfq.cpu_linear_dequantized(tokens, *operands, *sizes)
         out: Tensor = y.view(*x.shape[:-1], grid.out_features)
@@ -67,10 +70,9 @@ class CpuRows16:
 
     def rows(self, grid: PackedGrid, index: Tensor) -> PackedGrid:
         block, lane = index // rows16.ROWS, index % rows16.ROWS
-        codes = grid.qweight[block, :, lane].flatten(-2)  # [T, W, 4] -> [T, 4 * W]
         return replace(
             grid,
-            qweight=codes[:, : packed_bytes(grid.in_features, grid.bits), None],
+            qweight=rows16.pick_rows(grid.qweight, index, packed_bytes(grid.in_features, grid.bits)),
             scales=grid.scales[block, :, lane],
             zeros=None if grid.zeros is None else grid.zeros[block, :, lane],
             out_features=index.shape[0],
@@ -82,17 +84,17 @@ class CpuRows16:
         return rows16_weight(operands, sizes, dtype)
 
 
-def _direct(
-    tokens: Tensor, operands: tuple[Tensor | None, ...], sizes: tuple[int | bool, ...]
-) -> Tensor:
-    """`cpu_linear`; under `torch.no_grad` past the Python code of its gradient, half of the time of a small call."""
+def below_autograd(operator: Any) -> Any:
+    """The operator; under `torch.no_grad` past the Python code of its gradient, half of the time of a small call."""
     if (
         torch.is_grad_enabled()
         or forward_ad._current_level >= 0  # forward-mode differentiation goes on under no_grad
         or torch.compiler.is_compiling()
     ):
-        y: Tensor = torch.ops.hfq.cpu_linear(tokens, *operands, *sizes)
-        return y
+        return operator
+    return partial(_without_gradient, operator.default)
+
+
+def _without_gradient(operator: Any, *arguments: Any) -> Any:
     with torch._C._AutoDispatchBelowAutograd():
-        y = torch.ops.hfq.cpu_linear.default(tokens, *operands, *sizes)
-    return y
+        return operator(*arguments)

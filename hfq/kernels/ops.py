@@ -26,7 +26,7 @@ from torch import Tensor
 
 from . import reference
 
-__all__ = ["LIBRARY", "rows16_weight"]
+__all__ = ["LIBRARY", "matmul", "register_gradient", "rows16_weight"]
 
 # Any, and not checked: torch does not annotate the class.
 LIBRARY: Any = torch.library.Library("hfq", "DEF")  # type: ignore[no-untyped-call]
@@ -63,7 +63,7 @@ def _linear(
     weight = torch.ops.hfq.dequantize(
         qweight, scales, zeros, codebook, g_idx, bits, group_size, in_features, x.dtype
     )
-    return _matmul(x, weight, bias)
+    return matmul(x, weight, bias)
 
 
 def _cpu_linear_dequantized(
@@ -80,7 +80,7 @@ def _cpu_linear_dequantized(
 ) -> Tensor:
     operands = (qweight, scales, zeros, codebook)
     weight = rows16_weight(operands, (bits, group_size, in_features, out_features), x.dtype)
-    return _matmul(x, weight, bias)
+    return matmul(x, weight, bias)
 
 
 def rows16_weight(operands: tuple[Any, ...], sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -96,7 +96,8 @@ def rows16_weight(operands: tuple[Any, ...], sizes: tuple[int, ...], dtype: torc
     return weight.to(dtype)
 
 
-def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x W^T + bias`` in the dtype of x, whatever autocast says: x `[..., K]` and W `[N, K]` of one dtype."""
     bias = None if bias is None else bias.to(x.dtype)
     tokens = x.reshape(-1, x.shape[-1])
     if torch.is_autocast_enabled(x.device.type):
@@ -153,7 +154,7 @@ for _name, _fake in {
 # ---- gradients: dL/dx = dL/dy W, with W from the packed operands
 
 
-def _register_gradient(name: str, operand_count: int, weight: Callable[..., Tensor]) -> None:
+def register_gradient(name: str, operand_count: int, weight: Callable[..., Tensor]) -> None:
     """Give ``hfq::<name>(x, *operands, bias, *sizes)`` its gradient.
 
     Args:
@@ -187,6 +188,6 @@ def _neutral_weight(
     return weight
 
 
-_register_gradient("linear", 5, _neutral_weight)
-_register_gradient("cpu_linear", 4, rows16_weight)
-_register_gradient("cpu_linear_dequantized", 4, rows16_weight)
+register_gradient("linear", 5, _neutral_weight)
+register_gradient("cpu_linear", 4, rows16_weight)
+register_gradient("cpu_linear_dequantized", 4, rows16_weight)
