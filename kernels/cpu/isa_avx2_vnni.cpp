@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include "rows16.h"
+#include "spqr.h"
 
 namespace hfq {
 namespace {
@@ -18,9 +19,10 @@ inline SmallSum small_dot(SmallSum sum, Line codes, uint32_t x) { return byte_do
 inline I small_end(SmallSum sum, int32_t) { return sum; }
 
 #include "rows16_body.h"
+#include "spqr_body.h"
 
 }  // namespace
 
-const Kernels kAvx2VnniKernels = {"avx2_vnni", kMaxTokens, prepare, linear, dequantize};
+const Kernels kAvx2VnniKernels = {"avx2_vnni", kMaxTokens, prepare, linear, dequantize, spqr_prepare, spqr_linear, spqr_dequantize};
 
 }  // namespace hfq

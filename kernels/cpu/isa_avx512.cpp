@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include "rows16.h"
+#include "spqr.h"
 
 namespace hfq {
 namespace {
@@ -25,9 +26,10 @@ inline I byte_dot(I sum, Line codes, uint32_t x) {
 }
 
 #include "rows16_body.h"
+#include "spqr_body.h"
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {"avx512", kMaxTokens, prepare, linear, dequantize};
+const Kernels kAvx512Kernels = {"avx512", kMaxTokens, prepare, linear, dequantize, spqr_prepare, spqr_linear, spqr_dequantize};
 
 }  // namespace hfq

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "rows16.h"
+#include "spqr.h"
 
 namespace hfq {
 namespace {
@@ -16,9 +17,10 @@ inline SmallSum small_dot(SmallSum sum, Line codes, uint32_t x) { return byte_do
 inline I small_end(SmallSum sum, int32_t) { return sum; }
 
 #include "rows16_body.h"
+#include "spqr_body.h"
 
 }  // namespace
 
-const Kernels kAvx512VnniKernels = {"avx512_vnni", kMaxTokens, prepare, linear, dequantize};
+const Kernels kAvx512VnniKernels = {"avx512_vnni", kMaxTokens, prepare, linear, dequantize, spqr_prepare, spqr_linear, spqr_dequantize};
 
 }  // namespace hfq

@@ -82,6 +82,19 @@ inline F byte_value(Line words) {
   return _mm512_cvtepi32_ps(i == 3 ? shifted : _mm512_and_si512(shifted, _mm512_set1_epi32(255)));
 }
 
+// ---- words ----
+
+inline Line line_zero() { return _mm512_setzero_si512(); }
+inline Line line_or(Line a, Line b) { return _mm512_or_si512(a, b); }
+inline Line line_and(Line v, uint32_t mask) { return _mm512_and_si512(v, _mm512_set1_epi32(static_cast<int32_t>(mask))); }
+template <int n>
+inline Line line_right(Line v) { return _mm512_srli_epi32(v, n); }
+template <int n>
+inline Line line_left(Line v) { return _mm512_slli_epi32(v, n); }
+inline Line line_right(Line v, int n) { return _mm512_srl_epi32(v, _mm_cvtsi32_si128(n)); }
+inline Line line_left(Line v, int n) { return _mm512_sll_epi32(v, _mm_cvtsi32_si128(n)); }
+inline F f_from_line(Line v) { return _mm512_cvtepi32_ps(v); }
+
 // ---- dequantization ----
 
 inline F f_from_bytes(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))); }
