@@ -40,6 +40,7 @@ SETTINGS: dict[str, tuple[object, ...]] = {
     "sym": (None, False),
     "scale_dtype": (None, "float32"),
     "double_quant": (None, True),
+    "outliers": (None, 0.1),
 }
 
 # Methods run longer than formats.

@@ -97,20 +97,29 @@ def _leave_one_out(weight: Tensor, spec: SpqrSpec, costs: Tensor) -> Tensor:
     """
     groups = affine.group_columns(weight, spec.group_size)
     counts = column_costs(groups, weight.shape[1], costs)
-    ascending = groups.sort(-1).values
-    second = min(1, groups.shape[-1] - 1)
-    low, high = ascending[..., 0], ascending[..., -1]
+    low, second_low = _two_smallest(groups, weight.shape[1])
+    high, second_high = (-each for each in _two_smallest(-groups, weight.shape[1]))
     own = _errors(groups, low, high, spec) * counts
     gains = own.clone()
     for extreme, rest_low, rest_high in (
-        (groups.argmin(-1, keepdim=True), ascending[..., second], high),
-        (groups.argmax(-1, keepdim=True), low, ascending[..., -1 - second]),
+        (groups.argmin(-1, keepdim=True), second_low, high),
+        (groups.argmax(-1, keepdim=True), low, second_high),
     ):
         of_rest = _errors(groups, rest_low, rest_high, spec) * counts
         of_rest.scatter_(-1, extreme, 0)
         gain = (own.sum(-1) - of_rest.sum(-1)).unsqueeze(-1)
         gains.scatter_(-1, extreme, torch.maximum(gain, own.gather(-1, extreme)))
     return gains.flatten(1)[:, : weight.shape[1]]
+
+
+def _two_smallest(groups: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Of each group `[N, G, S]`, without the repeated columns of a short last one; twice the same of a single column."""
+    last = columns - (groups.shape[1] - 1) * groups.shape[2]
+    groups = groups.clone()
+    groups[:, -1, last:] = torch.inf
+    ascending = groups.sort(-1).values
+    second = ascending[..., min(1, groups.shape[-1] - 1)]
+    return ascending[..., 0], torch.where(second.isinf(), ascending[..., 0], second)
 
 
 def _errors(groups: Tensor, low: Tensor, high: Tensor, spec: SpqrSpec) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import affine
-from .spec import CodebookSpec, IntSpec, QuantSpec
+from .spec import CodebookSpec, IntSpec, QuantSpec, SpqrSpec
 
 __all__ = ["column_costs", "fit_grid", "weighted_sum"]
 
@@ -38,7 +38,7 @@ def fit_grid(
 
     Returns:
         (scales, zeros) as they will be stored, float32 `[N, G]`; zeros is None for symmetric grids and codebooks,
-        and fractional otherwise.
+        and fractional otherwise. Those of an `SpqrSpec` are still to be quantized (`hfq.core.fit_bilevel`).
     """
     groups = affine.group_columns(weight, spec.group_size)
     costs = None
@@ -59,7 +59,22 @@ def fit_grid(
             least = torch.where(better, error, least)
             scales, zeros = _regress(groups, points, costs, scales, zeros)
     assert best is not None
-    return best
+    return _near_zero(*best, weight, spec) if isinstance(spec, SpqrSpec) else best
+
+
+def _near_zero(
+    scales: Tensor, zeros: Tensor | None, weight: Tensor, spec: SpqrSpec
+) -> tuple[Tensor, Tensor]:
+    """A grid that covers 0 instead of one that lies further away from 0 than it is long.
+
+    Weights that are nearly equal ask for tiny steps and a zero point in the thousands, which would leave nothing of the
+    zero points of the rows that share its steps.
+    """
+    wide_scales, wide_zeros = affine.range_grid(weight, spec)
+    assert zeros is not None and wide_zeros is not None
+    most = spec.levels - 1
+    near = (zeros >= -most) & (zeros <= 2 * most)
+    return torch.where(near, scales, wide_scales), torch.where(near, zeros, wide_zeros)
 
 
 def column_costs(groups: Tensor, columns: int, importance: Tensor) -> Tensor:

@@ -47,7 +47,6 @@ def _fit(weight: Tensor, spec: SpqrSpec, importance: Tensor) -> tuple[ScaleCodes
     points = grid_points(groups, scales, zeros, spec)
     stored = encode_bilevel(scales, spec, weighted_sum(points.square(), costs))
     decoded = bilevel_grid(stored, stored, spec).scales
-    # Between a scale and the one that is stored, points move away from the middle of the codes.
     stored_zeros = encode_bilevel(
         _best_zeros(groups, points, costs, decoded, zeros),
         spec,

@@ -25,8 +25,8 @@ __all__ = ["MAX_DIRECT_TOKENS", "CpuSpqr"]
 # As for `hfq.kernels.cpu` with float32 activations.
 MAX_DIRECT_TOKENS = 32
 
-# Columns that are unpacked at a time: 32 codes of any width fill whole 32-bit words.
-_UNIT = 32
+# Groups may end after every fourth column that a kernel has unpacked.
+_QUAD = 4
 
 
 class CpuSpqr:
@@ -43,8 +43,8 @@ class CpuSpqr:
         if problem.bits not in (2, 3, 4):
             return f"takes 2, 3 and 4 bits, not {problem.bits}"
         size = problem.group_size
-        if size < problem.in_features and size % _UNIT and (_UNIT % size or size < 4):
-            return f"takes groups of 4, 8, 16 or multiples of 32 columns, not {size}"
+        if size < problem.in_features and size % _QUAD:
+            return f"takes groups in multiples of {_QUAD} columns, not {size}"
         if problem.stat_group_size % rows16.ROWS:
             return f"takes stat_group_size in multiples of {rows16.ROWS}, not {problem.stat_group_size}"
         return None
