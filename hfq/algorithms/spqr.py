@@ -86,7 +86,7 @@ def _damped(importance: Tensor, factor: Factor) -> Tensor:
 def _most_sensitive(weight: Tensor, spec: SpqrSpec, factor: Factor) -> Tensor:
     """The places of the outliers: bool `[N, K]`."""
     costs = torch.empty_like(factor.costs).index_copy_(0, factor.order, factor.costs)
-    gains = [_leave_one_out(rows, spec, costs) for rows in weight.split(SCALE_BLOCK)]
+    gains = [_leave_one_out(rows, spec, costs) for rows in torch.split(weight, SCALE_BLOCK)]
     return largest(torch.cat(gains), outlier_count(spec, *weight.shape))
 
 

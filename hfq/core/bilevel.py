@@ -22,9 +22,7 @@ _SHRINKS = (1.0, 0.8, 0.6)
 _TURNS = 5
 
 
-def encode_bilevel(
-    values: Tensor, spec: SpqrSpec, importance: Tensor | None = None
-) -> ScaleCodes:
+def encode_bilevel(values: Tensor, spec: SpqrSpec, importance: Tensor | None = None) -> ScaleCodes:
     """Codes, steps and offsets with a small weighted squared error, no larger than those that span the range.
 
     Args:
@@ -34,7 +32,7 @@ def encode_bilevel(
     Raises:
         ConfigError: a step or an offset does not fit ``spec.scale_dtype``.
     """
-    rows, groups = values.shape
+    rows = values.shape[0]
     blocks = _in_blocks(values, spec)
     costs = torch.ones_like(values) if importance is None else importance
     # So that blocks in which nothing counts get a line through their values, too.

@@ -14,7 +14,7 @@ from . import affine
 from .spec import QuantSpec
 from .statistics import Factor
 
-__all__ = ["COLUMN_BLOCK", "ColumnRounding", "ColumnRounder", "static_rounders"]
+__all__ = ["COLUMN_BLOCK", "ColumnRounder", "ColumnRounding", "static_rounders"]
 
 # One column of corrected weights, float32 `[N]`, to (codes, rounded weights); see `affine.column_rounder`.
 ColumnRounder = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -79,9 +79,7 @@ class ColumnRounding:
             )
 
 
-def static_rounders(
-    grid: affine.StoredGrid, spec: QuantSpec, order: Tensor
-) -> list[ColumnRounder]:
+def static_rounders(grid: affine.StoredGrid, spec: QuantSpec, order: Tensor) -> list[ColumnRounder]:
     """A rounder for each column in the order of rounding, where all grids are known before the first is rounded."""
     scales = grid.scales.float().T.contiguous()
     zeros = None if grid.float_zeros is None else grid.float_zeros.T.contiguous()

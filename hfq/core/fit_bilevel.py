@@ -8,6 +8,7 @@ best, which makes good for most of that: a scale that is a little too long goes 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -33,7 +34,9 @@ def fit_bilevel_grid(weight: Tensor, spec: SpqrSpec, importance: Tensor) -> Stor
     """
     pieces = [
         _fit(rows, spec, costs)
-        for rows, costs in zip(weight.split(SCALE_BLOCK), importance.split(SCALE_BLOCK), strict=True)
+        for rows, costs in zip(
+            torch.split(weight, SCALE_BLOCK), torch.split(importance, SCALE_BLOCK), strict=True
+        )
     ]
     scales, zeros = (_joined([piece[level] for piece in pieces]) for level in (0, 1))
     return bilevel_grid(scales, zeros, spec)
@@ -81,26 +84,17 @@ def _search(
     codes = scales.codes, zeros.codes
     for _ in range(_TURNS):
         for pair in _neighbours(*codes, most=(1 << spec.stat_bits) - 1):
-            found = [
-                ScaleCodes(codes=each, step=level.step, offset=level.offset)
-                for each, level in zip(pair, (scales, zeros), strict=True)
-            ]
-            grid = bilevel_grid(*found, spec)
+            grid = bilevel_grid(replace(scales, codes=pair[0]), replace(zeros, codes=pair[1]), spec)
             assert grid.zeros is not None
             points = grid_points(groups, grid.scales, grid.zeros, spec)
-            error = weighted_sum(
-                (groups - points * grid.scales.unsqueeze(-1)).square_(), costs
-            )
+            error = weighted_sum((groups - points * grid.scales.unsqueeze(-1)).square_(), costs)
             better = error < least
             codes = (
                 torch.where(better, pair[0], codes[0]),
                 torch.where(better, pair[1], codes[1]),
             )
             least = torch.where(better, error, least)
-    return (
-        ScaleCodes(codes=codes[0], step=scales.step, offset=scales.offset),
-        ScaleCodes(codes=codes[1], step=zeros.step, offset=zeros.offset),
-    )
+    return replace(scales, codes=codes[0]), replace(zeros, codes=codes[1])
 
 
 def _neighbours(scales: Tensor, zeros: Tensor, most: int) -> Iterator[tuple[Tensor, Tensor]]:

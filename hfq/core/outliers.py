@@ -24,7 +24,10 @@ def largest_of_pieces(scores: Tensor, spec: SpqrSpec) -> Tensor:
 
     So the choice in a slice of rows is that of the whole, and a weight can be packed in pieces.
     """
-    pieces = [largest(piece, outlier_count(spec, *piece.shape)) for piece in scores.split(SCALE_BLOCK)]
+    pieces = [
+        largest(piece, outlier_count(spec, *piece.shape))
+        for piece in torch.split(scores, SCALE_BLOCK)
+    ]
     return torch.cat(pieces)
 
 

@@ -148,7 +148,9 @@ class Spqr:
             )
         # Sorted by (row, column), without a pair twice.
         rows = torch.searchsorted(
-            ends, torch.arange(stored, device=ends.device).expand(columns.shape).contiguous(), right=True
+            ends,
+            torch.arange(stored, device=ends.device).expand(columns.shape).contiguous(),
+            right=True,
         )
         if bool((rows * in_features + columns).diff(dim=-1).le(0).any()):
             raise CheckpointError(

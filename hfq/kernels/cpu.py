@@ -72,7 +72,9 @@ class CpuRows16:
         block, lane = index // rows16.ROWS, index % rows16.ROWS
         return replace(
             grid,
-            qweight=rows16.pick_rows(grid.qweight, index, packed_bytes(grid.in_features, grid.bits)),
+            qweight=rows16.pick_rows(
+                grid.qweight, index, packed_bytes(grid.in_features, grid.bits)
+            ),
             scales=grid.scales[block, :, lane],
             zeros=None if grid.zeros is None else grid.zeros[block, :, lane],
             out_features=index.shape[0],

@@ -72,7 +72,9 @@ class CpuSpqr:
         groups = group_count(grid.in_features, grid.group_size)
         return replace(
             pick_outliers(grid, index),
-            qweight=rows16.pick_rows(grid.qweight, index, packed_bytes(grid.in_features, grid.bits)),
+            qweight=rows16.pick_rows(
+                grid.qweight, index, packed_bytes(grid.in_features, grid.bits)
+            ),
             stat_codes=rows16.pick_rows(
                 grid.stat_codes, index, packed_bytes(2 * groups, grid.stat_bits)
             ),

@@ -29,13 +29,13 @@ class Choice:
 
 
 @cache
+def _table() -> dict[type[Grid], tuple[KernelRow[Any], ...]]:
+    return {PackedGrid: (CpuRows16(), Neutral()), SpqrGrid: (CpuSpqr(), NeutralSpqr())}
+
+
 def rows(kind: type[Grid] = PackedGrid) -> tuple[KernelRow[Any], ...]:
     """All kernel rows for a class of grids, best first."""
-    table: dict[type[Grid], tuple[KernelRow[Any], ...]] = {
-        PackedGrid: (CpuRows16(), Neutral()),
-        SpqrGrid: (CpuSpqr(), NeutralSpqr()),
-    }
-    return table[kind]
+    return _table()[kind]
 
 
 def neutral(grid: Grid) -> KernelRow[Any]:

@@ -64,9 +64,7 @@ class KernelRow(Protocol[G]):
     def restore(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The inverse of `prepare`, bit-exact, for what it has changed. `shape`: of the neutral tensor."""
 
-    def linear(
-        self, x: Tensor, grid: G, bias: Tensor | None, int8_activations: bool
-    ) -> Tensor:
+    def linear(self, x: Tensor, grid: G, bias: Tensor | None, int8_activations: bool) -> Tensor:
         """``x W^T + bias``: x `[..., K]` -> `[..., N]` in x.dtype. `grid` is in the kernel's layout."""
 
     def rows(self, grid: G, index: Tensor) -> G:

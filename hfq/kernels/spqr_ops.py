@@ -17,6 +17,7 @@ As for the operators in `hfq.kernels.ops`: only x and bias have gradients, from 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,7 +28,9 @@ from .ops import LIBRARY, matmul, register_gradient
 
 __all__ = ["spqr_rows16_weight"]
 
-_GRID = "Tensor qweight, Tensor stat_codes, Tensor stats, Tensor offsets, Tensor columns, Tensor values"
+_GRID = (
+    "Tensor qweight, Tensor stat_codes, Tensor stats, Tensor offsets, Tensor columns, Tensor values"
+)
 _SIZES = "int bits, int group_size, int stat_bits, int stat_group_size, int in_features"
 _OPERANDS = 6
 
@@ -92,13 +95,14 @@ def _fake_cpu_linear(x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], rest[-1]))
 
 
-for _name, _fake in {
+_FAKES: dict[str, Callable[..., Tensor]] = {
     "spqr_dequantize": _fake_dequantize,
     "spqr_linear": _fake_linear,
     "cpu_spqr_dequantize": _fake_cpu_dequantize,
     "cpu_spqr_linear": _fake_cpu_linear,
     "cpu_spqr_linear_dequantized": _fake_cpu_linear,
-}.items():
+}
+for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"hfq::{_name}", _fake, lib=LIBRARY)
 
 register_gradient("spqr_linear", _OPERANDS, _neutral_weight)

@@ -156,9 +156,7 @@ def read_bilevel_values(
         step, offset = stats[n // spec.stat_group_size][g][2 * level : 2 * level + 2]
         return as_float32(offset + stat_code_of(n, 2 * g + level) * step)
 
-    return lambda code, n, g: as_float32(
-        as_float32(code - decoded(n, g, 1)) * decoded(n, g, 0)
-    )
+    return lambda code, n, g: as_float32(as_float32(code - decoded(n, g, 1)) * decoded(n, g, 0))
 
 
 def add_outliers(values: list[list[float]], tensors: dict[str, Tensor]) -> None:

@@ -53,9 +53,7 @@ def packed(weight: Tensor, spec: SpqrSpec) -> SpqrGrid:
 
 
 def prepared(grid: SpqrGrid) -> SpqrGrid:
-    return replace(
-        grid, qweight=ROW.prepare(grid.qweight), stat_codes=ROW.prepare(grid.stat_codes)
-    )
+    return replace(grid, qweight=ROW.prepare(grid.qweight), stat_codes=ROW.prepare(grid.stat_codes))
 
 
 def direct(x: Tensor, grid: SpqrGrid, bias: Tensor | None) -> Tensor:
@@ -222,9 +220,7 @@ def test_operators_check_their_arguments(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(
-    dtype: torch.dtype, random_weight: MakeWeight, generator: torch.Generator
-) -> None:
+def test_opcheck(dtype: torch.dtype, random_weight: MakeWeight, generator: torch.Generator) -> None:
     grid = packed(random_weight(24, 37), SPECS[0])
     ready, ops = prepared(grid), torch.ops.hfq
     x = torch.randn(3, 37, generator=generator).to(dtype).requires_grad_()
@@ -232,9 +228,7 @@ def test_opcheck(
     native_sizes = (*sizes(ready), 24)
     torch.library.opcheck(ops.spqr_dequantize.default, (*operands(grid), *sizes(grid), dtype))
     torch.library.opcheck(ops.spqr_linear.default, (x, *operands(grid), bias, *sizes(grid)))
-    torch.library.opcheck(
-        ops.cpu_spqr_dequantize.default, (*operands(ready), *native_sizes, dtype)
-    )
+    torch.library.opcheck(ops.cpu_spqr_dequantize.default, (*operands(ready), *native_sizes, dtype))
     for operator in (ops.cpu_spqr_linear, ops.cpu_spqr_linear_dequantized):
         torch.library.opcheck(operator.default, (x, *operands(ready), bias, *native_sizes))
 
