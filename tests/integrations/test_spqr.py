@@ -22,6 +22,11 @@ from hfq.nn.packed import PackedModule
 
 from .tiny_models import build, load
 
+# PEFT asks Transformers by a name that 5.23 has deprecated.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"
+)
+
 IDS = torch.arange(34).view(2, 17)
 SETTINGS = {"method": "spqr", "group_size": 8, "stat_group_size": 16, "outliers": 0.02}
 
