@@ -2,7 +2,7 @@
 
 Each group's best scale and zero point come first. Their codes share steps and offsets with other rows, so they miss
 them by some percent; then every group looks among neighbouring pairs of codes for the one that serves its weights
-best, which makes good for most of that: a scale that is a little too long goes well with another zero point.
+best, which makes good for a part of that: a scale that is a little too long goes well with another zero point.
 """
 
 from __future__ import annotations
