@@ -65,4 +65,4 @@ def module_table(model: PreTrainedModel) -> list[dict[str, Any]]:
 def _described(slot: PackedSlot) -> str:
     size = slot.spec.group_size
     groups = "one group per row" if size == -1 else f"groups of {size}"
-    return f"{slot.format}, {slot.spec.bits} bits, {groups}"
+    return f"{slot.format}, {slot.spec.bits} bits, {groups}, {slot.bits_per_weight:.2f} bits per weight"

@@ -118,7 +118,8 @@ class QuantLinear(PackedModule, nn.Linear):
         spec = self.slot.spec
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"format={self.slot.format}, bits={spec.bits}, group_size={spec.group_size}"
+            f"format={self.slot.format}, bits={spec.bits}, group_size={spec.group_size}, "
+            f"bits_per_weight={self.slot.bits_per_weight:.2f}"
         )
 
 
