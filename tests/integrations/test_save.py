@@ -7,6 +7,7 @@ import errno
 import gc
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
