@@ -12,6 +12,7 @@ from ._version import __version__
 from .integrations import registration
 
 if TYPE_CHECKING:
+    from .calibration.ranks import ProcessError as ProcessError
     from .config import HfqConfig as HfqConfig
     from .core.errors import CalibrationError as CalibrationError
     from .core.errors import CheckpointError as CheckpointError
@@ -46,6 +47,7 @@ _LAZY = {
     "Report": "integrations.report",
     "ResumeError": "integrations.resume",
     "push_to_hub": "integrations.hub",
+    "ProcessError": "calibration.ranks",
     "SaveError": "integrations.staging",
     "PushError": "integrations.upload",
     "merge_to_float": "training.merge",

@@ -26,6 +26,7 @@ _SPEC_SETTINGS = (
     "sym",
     "scale_dtype",
     "double_quant",
+    "activation",
     "stat_bits",
     "stat_group_size",
     "outliers",
@@ -52,18 +53,31 @@ class Recipe:
     format: str
     spec: QuantSpec
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether it needs data: for its method, or for a static scale of the activations."""
+        return find_method(self.method).calibrated or self.spec.activation == "static"
+
+    @property
+    def sampled(self) -> bool:
+        """Whether some of the activations themselves are needed, not only statistics of them."""
+        return find_method(self.method).sampled or self.spec.activation == "static"
+
 
 class HfqConfig(QuantizationConfigMixin):
     """Settings for ``from_pretrained(..., quantization_config=HfqConfig(...))``.
 
     Args:
-        method: "rtn", "hqq" without data; "gptq", "spqr", "awq", "awq+gptq" with.
-        format: a registered layout: "int", "nf4", "fp4", "int8", "spqr". Default: the method's ("int", or "spqr").
+        method: "rtn", "hqq" without data; "gptq", "spqr", "awq", "awq+gptq", "smoothquant", "smoothquant+gptq" with.
+        format: a registered layout: "int", "nf4", "fp4", "int8", "spqr". Default: the method's ("int"; "int8" for
+            smoothquant, "spqr" for spqr).
         bits: 2 to 8 for "int" and "spqr"; the other formats fix it. Default 4 (8 for "int8", 3 for "spqr").
         group_size: columns that share a scale, -1 for whole rows. Default 128 ("int"), 64 ("nf4", "fp4"), 16 ("spqr").
         sym: no zero points. Default True, False for method "hqq" and format "spqr".
         scale_dtype: "float16" (default), "bfloat16" or "float32".
         double_quant: 8-bit scales, for "nf4" and "fp4".
+        activation: for "int8": None keeps activations in float, "dynamic" rounds each token to int8 on the way in,
+            "static" with one scale per weight that calibration finds. Default None ("dynamic" for smoothquant).
         stat_bits, stat_group_size: for "spqr": bits of scales and zero points, and how many rows share the float steps
             and offsets that turn them into numbers. Default 3 and 64.
         outliers: for "spqr": share of the weights that are stored beside the grid. Default 0.005.
@@ -74,8 +88,9 @@ class HfqConfig(QuantizationConfigMixin):
             dots ("lm_head", "mlp.gate", "layers.1").
         quantize_embeddings: pack the input embedding, and with it a tied head.
         quantize_lm_head: pack an untied output head.
-        dataset: what methods with data calibrate on: a .txt, .jsonl or .parquet file, a list of texts, token tensors,
-            or "self" (default): sequences sampled from the model. Not stored in checkpoints.
+        dataset: what methods with data calibrate on: a .txt, .jsonl or .parquet file, a name that the package "datasets"
+            knows ("owner/name:config:split:column"), a list of texts, token tensors, or "self" (default): sequences
+            sampled from the model. Not stored in checkpoints.
         tokenizer: for text: a tokenizer or its path. Default: the one beside the model. Not stored in checkpoints.
         num_samples, seqlen: how many sequences of how many tokens, at most. Default 128 of 2048, cut to the longest
             that the model takes.
@@ -83,7 +98,8 @@ class HfqConfig(QuantizationConfigMixin):
         kernel_mode: "auto", "exact" or "int8"; see `hfq.nn.packed.KERNEL_MODES`. Not stored in checkpoints.
         dequantize: load a packed checkpoint as a float model. Not stored in checkpoints.
         options: the method's own settings ("rtn": scale_search; "hqq": iterations; "gptq": damp_percent, desc_act,
-            scale_search, gptaq; "spqr": damp_percent, desc_act; "awq": awq_steps, and those of what follows). They are explained in the method's file.
+            scale_search, refine, gptaq; "spqr": damp_percent, desc_act; "awq": awq_steps, "smoothquant": smoothing, and
+            those of what follows). They are explained in the method's file.
 
     Attributes:
         calibration: what a checkpoint tells about the data that it was calibrated with, else None.
@@ -104,6 +120,7 @@ class HfqConfig(QuantizationConfigMixin):
         sym: bool | None = None,
         scale_dtype: str | None = None,
         double_quant: bool | None = None,
+        activation: str | None = None,
         stat_bits: int | None = None,
         stat_group_size: int | None = None,
         outliers: float | None = None,
@@ -133,6 +150,7 @@ class HfqConfig(QuantizationConfigMixin):
             "sym": sym,
             "scale_dtype": scale_dtype,
             "double_quant": double_quant,
+            "activation": activation,
             "stat_bits": stat_bits,
             "stat_group_size": stat_group_size,
             "outliers": outliers,
@@ -145,6 +163,7 @@ class HfqConfig(QuantizationConfigMixin):
         self.sym = base.spec.sym
         self.scale_dtype = base.spec.scale_dtype
         self.double_quant = bool(getattr(base.spec, "double_quant", False))
+        self.activation = base.spec.activation
         self.stat_bits: int | None = getattr(base.spec, "stat_bits", None)
         self.stat_group_size: int | None = getattr(base.spec, "stat_group_size", None)
         self.outliers: float | None = getattr(base.spec, "outliers", None)
@@ -166,7 +185,7 @@ class HfqConfig(QuantizationConfigMixin):
         if dataset is not None and not self.calibrated:
             raise ConfigError(
                 f"dataset is given, but method {method!r} uses no data: leave it out, or choose a calibrated method "
-                f"({', '.join(name for name in method_names() if find_method(name).calibrated)})"
+                f"({', '.join(name for name in method_names() if find_method(name).calibrated)}) or activation='static'"
             )
 
     # ---- what happens to a module
@@ -175,7 +194,7 @@ class HfqConfig(QuantizationConfigMixin):
     def calibrated(self) -> bool:
         """Whether any weight could be quantized by a method that needs data."""
         recipes = [self._changed({}), *(recipe for _, recipe in self._patterns)]
-        return any(find_method(each.method).calibrated for each in recipes if each is not None)
+        return any(each.calibrated for each in recipes if each is not None)
 
     def recipe(self, name: str) -> Recipe | None:
         """The recipe of the module `name`, or None where it stays in float."""
@@ -245,6 +264,8 @@ class HfqConfig(QuantizationConfigMixin):
         }
         if self.double_quant:
             written["double_quant"] = True
+        if self.activation is not None:
+            written["activation"] = self.activation
         bilevel = {key: getattr(self, key) for key in ("stat_bits", "stat_group_size", "outliers")}
         written |= {key: value for key, value in bilevel.items() if value is not None}
         if self.calibrated:
@@ -383,7 +404,8 @@ def _copied(changed: Mapping[str, Any] | None) -> dict[str, Any] | None:
         raise ConfigError(
             f"overrides: expected a dict of settings or None for each pattern, got {changed!r}"
         )
-    return {key: value for key, value in changed.items() if value is not None}
+    # None takes the default, but of the activations' settings it is one: to keep them in float.
+    return {k: value for k, value in changed.items() if value is not None or k == "activation"}
 
 
 def _names(names: Sequence[str] | None) -> list[str] | None:

@@ -6,7 +6,15 @@ import re
 import textwrap
 from collections.abc import Sequence
 
-__all__ = ["WIDTH", "format_bytes", "format_table", "without_numbers", "wrapped"]
+__all__ = [
+    "WIDTH",
+    "format_bytes",
+    "format_row",
+    "format_seconds",
+    "format_table",
+    "without_numbers",
+    "wrapped",
+]
 
 WIDTH = 100  # columns
 _GAP = "  "
@@ -26,6 +34,28 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], width: in
     rule = ["-" * size for size in widths]
     lines = [line for row in (header, rule, *rows) for line in _lines(row, widths, right)]
     return "\n".join(lines)
+
+
+def format_row(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> str:
+    """One row of a table that is not complete yet.
+
+    Args:
+        widths: columns of each cell; only the last one wraps.
+        right: cells that are aligned to the right.
+    """
+    return "\n".join(_lines(cells, widths, right))
+
+
+def format_seconds(seconds: float) -> str:
+    """``0.51`` -> ``0.5 s``, ``200`` -> ``3 min 20 s``, ``4000`` -> ``1 h 06 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return (
+        f"{minutes} min {rest:02d} s"
+        if minutes < 60
+        else f"{minutes // 60} h {minutes % 60:02d} min"
+    )
 
 
 def format_bytes(count: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -11,10 +12,26 @@ from torch import Tensor
 
 from .core.errors import ConfigError
 
-__all__ = ["Dataset", "Tokenize", "choose", "sequences", "token_stream", "windows"]
+__all__ = [
+    "Dataset",
+    "Tokenize",
+    "choose",
+    "is_dataset_name",
+    "sequences",
+    "token_stream",
+    "windows",
+]
 
-# A .txt, .jsonl or .parquet file, texts, or tokens of any shape (read in row order).
+# A .txt, .jsonl or .parquet file, a name on the Hub, texts, or tokens of any shape (read in row order).
 Dataset = str | Path | Sequence[str] | Sequence[Tensor] | Sequence[Mapping[str, Tensor]] | Tensor
+
+_SUFFIXES = (".txt", ".jsonl", ".parquet")
+
+# name:config:split:column, of which a name with an owner (or a folder) can stand alone.
+_NAME = re.compile(r"[^\s:]+/[^\s:]+(:[^\s:]*){0,3}|[^\s:/]+(:[^\s:]*){1,3}")
+
+# Older releases run code that a data set brings along.
+_DATASETS = "datasets>=4"
 
 # One text to its token ids, with the special tokens of its tokenizer.
 Tokenize = Callable[[str], list[int]]
@@ -27,7 +44,8 @@ def token_stream(
 
     Args:
         dataset: the path of a .txt file (one text), of a .jsonl file (a text per line: a string, or an object with
-            the key "text") or of a .parquet file (with a column "text"), a list of texts, or a tensor of token ids or a
+            the key "text") or of a .parquet file (with a column "text"), a name that the package "datasets" knows
+            (``owner/name:config:split:column``; see `_named_texts`), a list of texts, or a tensor of token ids or a
             list of them. Texts are tokenized one by one and joined.
         tokenize: gives the tokenizer; called only where there is text.
         max_tokens: stop after this many.
@@ -56,7 +74,9 @@ def token_stream(
     return stream
 
 
-def sequences(dataset: Dataset, tokenize: Callable[[], Tokenize], seqlen: int) -> list[Tensor]:
+def sequences(
+    dataset: Dataset, tokenize: Callable[[], Tokenize], seqlen: int, enough: int | None = None
+) -> list[Tensor]:
     """A data set as sequences of tokens to calibrate with.
 
     Args:
@@ -65,6 +85,7 @@ def sequences(dataset: Dataset, tokenize: Callable[[], Tokenize], seqlen: int) -
             its own, cut where it is longer; entries may be mappings with "input_ids" and "attention_mask" as
             tokenizers give them: masked positions are left out.
         seqlen: tokens per sequence, at most.
+        enough: sequences after which reading a data set of the Hub ends; it may have terabytes.
 
     Returns:
         int64 tensors `[T]`, T from 2 to `seqlen`, in the order of the data set.
@@ -74,7 +95,8 @@ def sequences(dataset: Dataset, tokenize: Callable[[], Tokenize], seqlen: int) -
     """
     rows = _token_rows(dataset)
     if rows is None:
-        stream = token_stream(dataset, tokenize)
+        most = enough * seqlen if enough and is_dataset_name(dataset) else None
+        stream = token_stream(dataset, tokenize, most)
         found = [batch[0] for batch in windows(stream, seqlen, 1)]
         # A rest that is shorter than the others only counts where there is nothing else.
         found = [window for window in found if len(window) == seqlen] or found
@@ -153,6 +175,9 @@ def _tokenized(
 
 
 def _texts(dataset: str | Path | Sequence[object]) -> Iterator[str]:
+    if is_dataset_name(dataset):
+        yield from _named_texts(str(dataset))
+        return
     if isinstance(dataset, (str, Path)):
         yield from _file_texts(Path(dataset))
         return
@@ -165,10 +190,55 @@ def _texts(dataset: str | Path | Sequence[object]) -> Iterator[str]:
         yield text
 
 
-def _file_texts(path: Path) -> Iterator[str]:
-    if path.suffix not in (".txt", ".jsonl", ".parquet"):
+def is_dataset_name(dataset: object) -> bool:
+    """Whether a string names a data set for the package "datasets", and not a file."""
+    if not isinstance(dataset, str) or Path(dataset).suffix in _SUFFIXES or Path(dataset).is_file():
+        return False
+    return Path(dataset).is_dir() or _NAME.fullmatch(dataset) is not None
+
+
+def _named_texts(name: str) -> Iterator[str]:
+    """Texts of ``owner/name:config:split:column``, read as they are needed.
+
+    What is left out or empty: the data set's only config, split "train", column "text".
+    """
+    try:
+        import datasets  # type: ignore[import-not-found, unused-ignore]
+    except ImportError as error:
         raise ConfigError(
-            f"expected a .txt, .jsonl or .parquet file, got {str(path)!r}; pass a single text as a list: [text]"
+            f"dataset {name!r}: a name needs the package datasets: pip install '{_DATASETS}'; or give a .txt, .jsonl or "
+            ".parquet file"
+        ) from error
+    if int(str(datasets.__version__).partition(".")[0]) < 4:
+        raise ConfigError(
+            f"dataset {name!r}: datasets {datasets.__version__} can run code that comes with the data: "
+            f"pip install -U '{_DATASETS}'"
+        )
+    path, config, split, column = [*name.split(":"), "", "", ""][:4]
+    column = column or "text"
+    try:
+        found = datasets.load_dataset(path, config or None, split=split or "train", streaming=True)
+    # What it raises for names, configs and splits that are not there, and without a network.
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"dataset {name!r} cannot be read ({error}); expected name:config:split:column, such as "
+            "'Salesforce/wikitext:wikitext-2-raw-v1:train', or a .txt, .jsonl or .parquet file"
+        ) from error
+    for row in found:
+        text = row.get(column)
+        if not isinstance(text, str):
+            raise ConfigError(
+                f"dataset {name!r}: expected strings in column {column!r}, got {text!r}; it has the columns "
+                f"{', '.join(row)}: name one of them, as in '{path}:{config}:{split}:COLUMN'"
+            )
+        yield text
+
+
+def _file_texts(path: Path) -> Iterator[str]:
+    if path.suffix not in _SUFFIXES:
+        raise ConfigError(
+            f"expected a .txt, .jsonl or .parquet file, got {str(path)!r}; a data set of the Hub is named as "
+            "owner/name:config:split; pass a single text as a list: [text]"
         )
     if path.suffix == ".parquet":
         yield from _parquet_texts(path)

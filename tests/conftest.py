@@ -40,11 +40,21 @@ SETTINGS: dict[str, tuple[object, ...]] = {
     "sym": (None, False),
     "scale_dtype": (None, "float32"),
     "double_quant": (None, True),
+    "activation": (
+        None,
+        "dynamic",
+    ),  # "static" stores a scale that no weight tells: tests/formats/test_int_grouped.py
     "outliers": (None, 0.1),
 }
 
 # Methods run longer than formats.
-FEWER_SETTINGS = {**SETTINGS, "bits": (None, 2, 8), "group_size": (5, -1), "scale_dtype": (None,)}
+FEWER_SETTINGS = {
+    **SETTINGS,
+    "bits": (None, 2, 8),
+    "group_size": (5, -1),
+    "scale_dtype": (None,),
+    "activation": (None,),
+}
 
 
 def pytest_report_header() -> str:

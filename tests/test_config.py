@@ -77,6 +77,26 @@ def test_every_spec_of_every_format_can_be_asked_for(format_name: str, spec: Qua
     assert recipe(through_json(config)).spec == spec
 
 
+def test_smoothquant_brings_int8_activations_along() -> None:
+    for method in ("smoothquant", "smoothquant+gptq"):
+        config = HfqConfig(method)
+        assert (config.format, config.activation) == ("int8", "dynamic")
+        assert recipe(config).spec == Int8Spec(activation="dynamic")
+        assert config.options["smoothing"] == "search" and config.calibrated
+        assert HfqConfig(method, format="int8").activation == "dynamic"
+        assert HfqConfig(method, activation="static").activation == "static"
+
+
+def test_static_activations_need_data_whatever_the_method() -> None:
+    assert not HfqConfig(format="int8").calibrated
+    assert not HfqConfig(format="int8", activation="dynamic").calibrated
+    static = HfqConfig(format="int8", activation="static", dataset=["text"])
+    assert static.calibrated and recipe(static).calibrated and recipe(static).sampled
+    assert "activation" not in HfqConfig(format="int8").to_dict()
+    override = HfqConfig(format="int8", overrides={"q_proj": {"activation": "static"}})
+    assert override.calibrated and not recipe(override).calibrated
+
+
 # ---- which module gets what
 
 
@@ -115,6 +135,12 @@ def test_the_first_override_that_matches_counts() -> None:
         ({"format": "nf4"}, {"method": "hqq", "format": "int"}, ("hqq", "int", IntSpec(sym=False))),
         ({"method": "hqq"}, {"method": "rtn", "format": "nf4"}, ("rtn", "nf4", CodebookSpec())),
         ({"format": "nf4"}, {"method": "rtn", "group_size": 32}, ("rtn", "nf4", CodebookSpec(group_size=32))),
+        # Float activations are a choice like the others.
+        ({"format": "int8", "activation": "dynamic"}, {"activation": None}, ("rtn", "int8", Int8Spec())),
+        ({"format": "int8", "activation": "dynamic"}, {"activation": "static"}, ("rtn", "int8", Int8Spec(activation="static"))),
+        ({"format": "int8", "activation": "dynamic"}, {"format": "int"}, ("rtn", "int", IntSpec())),
+        ({}, {"method": "smoothquant"}, ("smoothquant", "int8", Int8Spec(activation="dynamic"))),
+        ({"method": "smoothquant"}, {"method": "rtn", "format": "int8", "activation": None}, ("rtn", "int8", Int8Spec())),
     ],
 )  # fmt: skip
 def test_an_override_changes_what_it_names(
@@ -177,6 +203,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "search": {"scale_search": True, "scale_dtype": "bfloat16"},
     "double quantization": {"format": "nf4", "double_quant": True},
     "int8": {"format": "int8"},
+    "W8A8": {
+        "format": "int8",
+        "activation": "dynamic",
+        "overrides": {"a": {"activation": None}, "b": {"activation": "static"}},
+    },
+    "smoothquant": {"method": "smoothquant", "activation": "static", "smoothing": 0.5},
     "everything": {
         "group_size": -1,
         # Not in alphabetical order: writers of JSON sort keys.
@@ -307,6 +339,13 @@ WRONG: list[tuple[dict[str, Any], type[HfqError], str]] = [
     ({"format": "int8", "bits": 4}, ConfigError, "symmetric 8-bit codes .* use format 'int'"),
     ({"format": "int8", "scale_dtype": "float16"}, ConfigError, "float32 scales, got .*'float16'"),
     ({"double_quant": True}, ConfigError, "format 'int' has no setting 'double_quant'"),
+    ({"activation": "dynamic"}, ConfigError, "format 'int' has no setting 'activation'"),
+    ({"format": "int8", "activation": "dynamc"}, ConfigError, "activation must be None or one of .* Did you mean 'dynamic'"),
+    ({"format": "int8", "activation": True}, ConfigError, "activation must be None or one of dynamic, static, got True"),
+    ({"method": "smoothquant", "format": "int"}, ConfigError, "'smoothquant' is for quantized activations: it needs format 'int8'"),
+    ({"method": "smoothquant", "smoothing": 2}, ConfigError, "smoothing must be 'search' or a number from 0 to 1, got 2"),
+    ({"smoothing": 0.5}, ConfigError, "unknown setting 'smoothing' for method 'rtn'"),
+    ({"method": "smoothquant", "overrides": {"a": {"activation": None}}}, ConfigError, r"overrides\['a'\]: method 'smoothquant' is for"),
     ({"quantize_embeddings": 1}, ConfigError, "quantize_embeddings must be True or False, got 1"),
     ({"quantize_lm_head": None}, ConfigError, "quantize_lm_head must be True or False, got None"),
     ({"dequantize": "no"}, ConfigError, "dequantize must be True or False, got 'no'"),

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from hfq.table import format_bytes, format_table, without_numbers, wrapped
+from hfq.table import (
+    format_bytes,
+    format_row,
+    format_seconds,
+    format_table,
+    without_numbers,
+    wrapped,
+)
 
 
 def test_columns_are_aligned_by_kind():
@@ -72,3 +79,21 @@ def test_long_notes():
     lines = wrapped("word " * 50).splitlines()
     assert len(lines) == 3 and max(map(len, lines)) <= 100
     assert lines[1].startswith("  word")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.51, "0.5 s"),
+        (59.9, "59.9 s"),
+        (200, "3 min 20 s"),
+        (3599.7, "1 h 00 min"),
+        (4e5, "111 h 06 min"),
+    ],
+)
+def test_seconds(seconds, text):
+    assert format_seconds(seconds) == text
+
+
+def test_a_row_alone():
+    assert format_row(["a", "1"], [3, 4], [False, True]) == "a       1"

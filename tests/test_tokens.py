@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 
 import pytest
 import torch
@@ -146,3 +148,99 @@ def test_parquet_needs_a_column_of_text(tmp_path):
     parquet.write_table(pyarrow.table({"words": ["ab"]}), path)
     with pytest.raises(ConfigError, match="expected a column 'text', got words"):
         token_stream(path, by_letter)
+
+
+# ---- names of data sets
+
+
+class FakeDatasets(types.ModuleType):
+    """The package "datasets", as far as hfq calls it; counts the rows that are read."""
+
+    __version__ = "4.1.0"
+
+    def __init__(self, rows):
+        super().__init__("datasets")
+        self.rows, self.read, self.asked = rows, 0, None
+
+    def load_dataset(self, path, config, *, split, streaming):
+        self.asked = (path, config, split, streaming)
+        if path == "no/such":
+            raise FileNotFoundError("Dataset 'no/such' doesn't exist on the Hub")
+        return self._stream()
+
+    def _stream(self):
+        for row in self.rows:
+            self.read += 1
+            yield row
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    module = FakeDatasets([{"text": "abcd", "content": "xy"} for _ in range(1000)])
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "first"),
+    [
+        ("me/texts", ("me/texts", None, "train", True), "a"),
+        ("wiki:raw-v1", ("wiki", "raw-v1", "train", True), "a"),
+        ("wiki:raw:test", ("wiki", "raw", "test", True), "a"),
+        ("me/texts:::content", ("me/texts", None, "train", True), "x"),
+    ],
+)
+def test_names_are_read_as_far_as_needed(fake, name, asked, first):
+    found = sequences(name, by_letter, seqlen=10, enough=3)
+    assert fake.asked == asked
+    assert len(found) == 3 and found[0][:2].tolist() == [0, ord(first)]
+    assert fake.read <= 11  # 30 tokens, 3 or 5 in each row
+    token_stream(name, by_letter, max_tokens=4)
+    assert fake.read <= 13
+
+
+def test_a_file_is_read_whole(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("a" * 99)
+    assert len(sequences(path, by_letter, seqlen=10, enough=3)) == 10
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "me/texts:::body",
+            r"strings in column 'body', got None; it has the columns text, content",
+        ),
+        ("no/such:x", r"'no/such:x' cannot be read .*doesn't exist.*name:config:split:column"),
+        (
+            "words",
+            r"expected a \.txt, \.jsonl or \.parquet file, got 'words'; a data set .* owner/name",
+        ),
+    ],
+)
+def test_names_that_cannot_be_read(fake, name, message):
+    with pytest.raises(ConfigError, match=message):
+        token_stream(name, by_letter)
+
+
+def test_without_the_package_or_with_an_old_one(monkeypatch, fake):
+    fake.__version__ = "2.19.0"
+    with pytest.raises(ConfigError, match=r"can run code .*pip install -U 'datasets>=4'"):
+        token_stream("me/texts", by_letter)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ConfigError, match=r"needs the package datasets: pip install 'datasets>=4'"):
+        token_stream("me/texts", by_letter)
+
+
+def test_a_folder_of_the_real_package(tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "texts").mkdir()
+    rows = "".join(json.dumps({"body": f"line {i}"}) + "\n" for i in range(50))
+    (tmp_path / "texts" / "train.jsonl").write_text(rows)
+    stream = token_stream(f"{tmp_path}/texts:::body", by_letter, max_tokens=9)
+    assert stream.tolist() == [0, *map(ord, "line 0"), 0, ord("l")]
+    with pytest.raises(ConfigError, match=r"column 'text', got None; it has the columns body"):
+        token_stream(f"{tmp_path}/texts", by_letter)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        token_stream(f"{tmp_path}/texts::valid:body", by_letter)

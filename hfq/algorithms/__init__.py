@@ -67,17 +67,21 @@ class Transform(Protocol):
     """A rescaling of activations that an algorithm follows: ``awq``, or with another algorithm ``awq+gptq``.
 
     Attributes:
+        sampled: the transform needs some of the activations themselves (`InputStatistics.sample`).
+        defaults: settings that it prefers where the user names none, before those of the algorithm.
         follows: the algorithm that follows where the user names none.
         follows_with: options of that algorithm that suit the transform.
         options: the transform's own settings with their defaults.
     """
 
+    sampled: bool
+    defaults: Mapping[str, object]
     follows: str
     follows_with: Mapping[str, object]
     options: Mapping[str, object]
 
-    def check(self, options: Mapping[str, object]) -> None:
-        """`ConfigError` where an option is out of range."""
+    def check(self, spec: QuantSpec, options: Mapping[str, object]) -> None:
+        """`ConfigError` where the transform does nothing for that spec or an option is out of range."""
 
     def factors(
         self,
@@ -112,9 +116,17 @@ class Method:
         return self.transform is not None or ALGORITHMS.get(self.algorithm).calibrated
 
     @property
+    def sampled(self) -> bool:
+        """Whether it needs some of the activations themselves."""
+        return self.transform is not None and TRANSFORMS.get(self.transform).sampled
+
+    @property
     def defaults(self) -> Mapping[str, object]:
         """Settings that it prefers where the user names none."""
-        return ALGORITHMS.get(self.algorithm).defaults
+        defaults = dict(ALGORITHMS.get(self.algorithm).defaults)
+        if self.transform is not None:
+            defaults.update(TRANSFORMS.get(self.transform).defaults)
+        return defaults
 
     @property
     def options(self) -> dict[str, object]:
@@ -131,7 +143,7 @@ class Method:
         """`ConfigError` where it cannot produce that spec or an option is out of range."""
         ALGORITHMS.get(self.algorithm).check(spec, options)
         if self.transform is not None:
-            TRANSFORMS.get(self.transform).check(options)
+            TRANSFORMS.get(self.transform).check(spec, options)
 
 
 def find_method(name: str) -> Method:

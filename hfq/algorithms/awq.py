@@ -32,11 +32,13 @@ _ROWS = 128
 class ActivationAware:
     """Per-channel factors that minimise the error of what reads the channels."""
 
+    sampled = False
+    defaults: Mapping[str, object] = {}
     follows = "rtn"
     follows_with: Mapping[str, object] = {"scale_search": True}
     options: Mapping[str, object] = {"awq_steps": 20}
 
-    def check(self, options: Mapping[str, object]) -> None:
+    def check(self, spec: QuantSpec, options: Mapping[str, object]) -> None:
         steps = options["awq_steps"]
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise ConfigError(f"awq_steps must be a positive integer, got {steps!r}")

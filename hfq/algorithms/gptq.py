@@ -6,6 +6,7 @@ Transformers", 2022; the equations are in `hfq.core.statistics.Factor`. Options:
     damp_percent   added to the diagonal of the inputs' second moment, as a share of its mean
     desc_act       columns with the largest activations first ("act-order"): they are rounded before errors pile up
     scale_search   grids with the least squared error (`hfq.core.fit`) instead of those that cover the range
+    refine         how often grids and codes are chosen again afterwards, all others known (`hfq.core.refine`)
     gptaq          0 to 1: which share of the drift of the inputs is made good. The layers before are quantized, so
                    this one reads x instead of the float model's x'; its best float weight for that is
 
@@ -30,6 +31,7 @@ from ..core import affine
 from ..core.columns import ColumnRounding, static_rounders
 from ..core.errors import CalibrationError, ConfigError
 from ..core.fit import fit_grid
+from ..core.refine import refine
 from ..core.spec import CodebookSpec, QuantSpec, SpqrSpec
 from ..core.statistics import Factor, InputStatistics
 from ..core.weight import QuantizedWeight
@@ -48,6 +50,7 @@ class Gptq:
         "damp_percent": 0.01,
         "desc_act": True,
         "scale_search": True,
+        "refine": 2,
         "gptaq": 0.0,
     }
 
@@ -59,6 +62,9 @@ class Gptq:
         for name in ("desc_act", "scale_search"):
             if not isinstance(options[name], bool):
                 raise ConfigError(f"{name} must be True or False, got {options[name]!r}")
+        turns = options["refine"]
+        if not isinstance(turns, int) or isinstance(turns, bool) or turns < 0:
+            raise ConfigError(f"refine must be an integer of at least 0, got {turns!r}")
         for name in ("damp_percent", "gptaq"):
             value = options[name]
             if (
@@ -80,15 +86,20 @@ class Gptq:
                 "method 'gptq' needs statistics of the activations: give calibration data (dataset=...)"
             )
         affine.check_finite(weight)
-        damp_percent, gptaq = options["damp_percent"], options["gptaq"]
+        damp_percent, gptaq, turns = (options[key] for key in ("damp_percent", "gptaq", "refine"))
         assert isinstance(damp_percent, (int, float)) and isinstance(gptaq, (int, float))
+        assert isinstance(turns, int)
         factor = statistics.factor(float(damp_percent), bool(options["desc_act"]))
         if gptaq and statistics.drift is not None:
             weight = weight + gptaq * _drift_correction(weight, statistics.drift, factor)
         find_grid = fit_grid if options["scale_search"] else _range_grid
         if options["desc_act"] or (isinstance(spec, CodebookSpec) and spec.double_quant):
-            return _static_groups(weight, spec, factor, find_grid, statistics.importance)
-        return _group_by_group(weight, spec, factor, find_grid)
+            quantized = _static_groups(weight, spec, factor, find_grid, statistics.importance)
+        else:
+            quantized = _group_by_group(weight, spec, factor, find_grid)
+        if not turns:
+            return quantized
+        return refine(weight, quantized, statistics.damped(factor.damping), factor.order, turns)
 
 
 def _drift_correction(weight: Tensor, drift: Tensor, factor: Factor) -> Tensor:

@@ -7,11 +7,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..core.statistics import InputStatistics
 from ..nn.experts import expert_weights
 from .sites import Site
 
-__all__ = ["Folds", "fold", "rescaled"]
+__all__ = ["Folds", "fold"]
 
 # How far outputs may move, relative to the largest, before a fold counts as wrong. A fold is exact in exact
 # arithmetic; what is left is the rounding of the folded weights and of everything behind them.
@@ -98,16 +97,6 @@ def fold(
         rows = 1 / _of_producer(factors, site)
         folds.rows[site.producer] = folds.rows.get(site.producer, 1.0) * rows
     return factors
-
-
-def rescaled(statistics: InputStatistics, factors: Tensor) -> InputStatistics:
-    """Statistics of activations that are divided by the factors from now on."""
-    both = factors.unsqueeze(0) * factors.unsqueeze(1)
-    return InputStatistics(
-        tokens=statistics.tokens,
-        hessian=statistics.hessian / both,
-        drift=None if statistics.drift is None else statistics.drift / both,
-    )
 
 
 def _of_producer(factors: Tensor, site: Site) -> Tensor:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from ..algorithms import TRANSFORMS, find_method
 from ..config import Recipe
+from ..core.errors import HfqError
 from ..core.statistics import InputStatistics
 from .blocks import BlockCall, run_block
-from .fold import Folds, fold, rescaled
+from .fold import Folds, fold
 from .sites import Site, find_sites
 
 __all__ = ["rescale_block"]
@@ -66,7 +67,10 @@ def rescale_block(
             (_weight(block, name, transposed[name], folds), recipes[name].spec) for name in chosen
         ]
         options = recipes[chosen[0]].options
-        factors = transform.factors(weights, known, site.channels, options)
+        try:
+            factors = transform.factors(weights, known, site.channels, options)
+        except HfqError as error:
+            raise type(error)(f"{chosen[0]}: {error}") from error
         if bool((factors == 1).all()):
             continue
 
@@ -75,10 +79,11 @@ def rescale_block(
 
         used = fold(block, site, factors, transposed, run, folds)
         if used is not None:
-            shared = rescaled(known, used)
-            for name in chosen:
-                statistics[name] = shared
-                producers[name] = site.producer
+            shared = known.rescaled(used)
+            for name in site.consumers:
+                if name in statistics:
+                    statistics[name] = shared
+                    producers[name] = site.producer
     return folds, producers
 
 

@@ -3,33 +3,44 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from ..algorithms import ALGORITHMS, find_method
 from ..config import Recipe
-from ..core.errors import HfqError
+from ..core.activations import fit_input_scale, rounded_tokens
+from ..core.errors import CalibrationError, HfqError
 from ..core.statistics import InputStatistics
 from ..core.weight import QuantizedWeight
 from ..formats import FORMATS
-from ..nn.experts import is_fused_experts, pack_experts_
+from ..nn.experts import expert_weights, is_fused_experts, pack_experts_
 from ..nn.packed import PackedModule
 from .blocks import BlockCall, find_blocks, record_calls, run_after_blocks, run_block
 from .capture import Capture, recording
 from .experts import ExpertsCapture
 from .fold import Folds
+from .ranks import ALONE, ProcessError, Ranks
 from .report import CalibrationReport, WeightReport
 from .rescale import rescale_block
 
-__all__ = ["Calibration", "Progress", "Stream", "calibrate", "fingerprint"]
+__all__ = [
+    "MOST_TOKENS",
+    "Calibration",
+    "Progress",
+    "Stream",
+    "calibrate",
+    "fingerprint",
+    "weight_names",
+]
 
-# Tokens that run through a block at a time.
-_BATCH_TOKENS = 8192
+# Tokens that run through a block at a time, at most: more of them are not faster.
+MOST_TOKENS = 8192
 
 # Tokens that experiments with a block are made on.
 _PROBE_TOKENS = 16
@@ -43,8 +54,8 @@ Recipes = Mapping[str, Mapping[str, Recipe]]
 # Makes the packed twin of a float module, values still to be set.
 MakeTwin = Callable[[nn.Module, Recipe], PackedModule]
 
-# Told about each weight when it is done: its report, how many are done, how many there are.
-Progress = Callable[[WeightReport, int, int], None]
+# Told about each weight when it is done: its report, the cost of what this run has done and of what is left (`_cost`).
+Progress = Callable[[WeightReport, float, float], None]
 
 
 @torch.no_grad()
@@ -54,6 +65,7 @@ def calibrate(
     sequences: Sequence[Tensor],
     make_twin: MakeTwin,
     progress: Progress | None = None,
+    batch_tokens: int = MOST_TOKENS,
 ) -> CalibrationReport:
     """Replace modules of a float model by packed ones, with data.
 
@@ -61,17 +73,29 @@ def calibrate(
         model: a causal language model in evaluation mode, with its weights in memory.
         recipes: what to do with which weight.
         sequences: token ids int64 `[T]`.
+        batch_tokens: how many run through a block at a time, at least one sequence.
 
     Raises:
         CalibrationError: the model does not run block by block, or what a weight reads is NaN or infinite; the model is
             half quantized then.
     """
     run = Calibration(model, recipes, make_twin, progress)
-    streams = run.start(sequences)
+    streams = run.start(sequences, batch_tokens)
     for index in range(len(run.blocks)):
         run.block(index, streams)
     run.rest(streams)
     return run.report(sequences)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Chosen:
+    """Packed codes of one weight `[N, K]`, and what there is to tell about them; see `WeightReport`."""
+
+    packed: dict[str, Tensor]
+    method: str
+    error: float | None
+    damping: float
+    seconds: float
 
 
 @dataclass
@@ -83,49 +107,71 @@ class Stream:
         calls: what each block is called with beside the hidden states.
         hidden: what enters the next block, `[B, T, H]`.
         wanted: what enters it in the float model, where the two are compared; else the same as `hidden`.
+        draws: a random number for each token, `[B, T]`: the tokens with the least are kept as a sample.
     """
 
     batch: Tensor
     calls: list[BlockCall]
     hidden: Tensor
     wanted: Tensor
+    draws: Tensor
 
 
 class Calibration:
     """One model that is calibrated block by block.
 
+    With several processes every one has the model and comes to each method with the same arguments.
+
     Attributes:
         blocks: full name -> block; weights need to be in memory only while `block` works on them.
+        outside: modules to be quantized that stand in no block.
         reports: of the weights that are done.
     """
 
     def __init__(
-        self, model: nn.Module, recipes: Recipes, make_twin: MakeTwin, progress: Progress | None
+        self,
+        model: nn.Module,
+        recipes: Recipes,
+        make_twin: MakeTwin,
+        progress: Progress | None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.model, self.recipes, self.make_twin, self.progress = (
-            model,
-            recipes,
-            make_twin,
-            progress,
-        )
+        self.model, self.recipes, self.make_twin = model, recipes, make_twin
+        self.progress, self.ranks = progress, ranks
         self.blocks = find_blocks(model)
+        inside = tuple(f"{name}." for name in self.blocks)
+        self.outside = [name for name in recipes if not name.startswith(inside)]
         self.reports: list[WeightReport] = []
+        self._costs = _costs(model, recipes)
+        self._spent = 0.0
         # A few tokens on their way through the blocks, for experiments with a block; made by `start`.
         self._probe: Stream | None = None
 
-    def start(self, sequences: Sequence[Tensor]) -> list[Stream]:
-        """All batches in front of the first block. Needs the weights before it only."""
-        device = next(p.device for p in self.model.parameters() if not p.is_meta)
-        blocks = list(self.blocks.values())
-        streams = []
-        for batch in _batches(sequences, device):
-            hidden, calls = record_calls(self.model, blocks, batch)
-            streams.append(Stream(batch, calls, hidden, hidden))
-        if streams and self._probe is None:
-            few = streams[0].batch[:1, :_PROBE_TOKENS]
-            hidden, calls = record_calls(self.model, blocks, few)
-            self._probe = Stream(few, calls, hidden, hidden)
+    def start(self, sequences: Sequence[Tensor], batch_tokens: int = MOST_TOKENS) -> list[Stream]:
+        """This process's batches in front of the first block. Needs the weights before it only.
+
+        Args:
+            sequences: of all processes.
+            batch_tokens: how many run through a block at a time, at least one sequence. Sums are rounded in another
+                order with another number.
+        """
+        with self.ranks.together():
+            device = next(p.device for p in self.model.parameters() if not p.is_meta)
+            ordered = _by_length(sequences)
+            batches = _batches(self.ranks.part(ordered), batch_tokens)
+            draws = _batches(self.ranks.part(_draws(ordered)), batch_tokens)
+            streams = [
+                self._stream(batch.to(device), drawn)
+                for batch, drawn in zip(batches, draws, strict=True)
+            ]
+            if sequences and self._probe is None:
+                few = sequences[0][None, :_PROBE_TOKENS]
+                self._probe = self._stream(few.to(device), torch.zeros(few.shape))
         return streams
+
+    def _stream(self, batch: Tensor, draws: Tensor) -> Stream:
+        hidden, calls = record_calls(self.model, list(self.blocks.values()), batch)
+        return Stream(batch, calls, hidden, hidden, draws)
 
     @torch.no_grad()
     def block(
@@ -138,19 +184,26 @@ class Calibration:
         """
         name, block = list(self.blocks.items())[index]
         names = [each for each in self.recipes if each.startswith(f"{name}.")]
-        with self._capture(names) as (capture, routed):
-            for stream in streams if names or self.follows_drift else ():
-                call, beside = stream.calls[index], None
-                if self.follows_drift:
-                    with _paused(capture, *routed.values()), recording(capture.modules) as beside:
-                        stream.wanted = run_block(block, stream.wanted, call)
-                capture.next_batch(beside)
-                run_block(block, stream.hidden, call)
-        for stream in followers:
-            stream.wanted = run_block(block, stream.wanted, stream.calls[index])
+        with self.ranks.together():
+            with self._capture(names) as (capture, routed):
+                for stream in streams if names or self.follows_drift else ():
+                    call, beside = stream.calls[index], None
+                    if self.follows_drift:
+                        with (
+                            _paused(capture, *routed.values()),
+                            recording(capture.modules) as beside,
+                        ):
+                            stream.wanted = run_block(block, stream.wanted, call)
+                    capture.next_batch(beside, stream.draws.flatten())
+                    for experts in routed.values():
+                        experts.draws = stream.draws.flatten()
+                    run_block(block, stream.hidden, call)
+            for stream in followers:
+                stream.wanted = run_block(block, stream.wanted, stream.calls[index])
         self._quantize(capture, routed, index)
-        for stream in (*streams, *followers):
-            stream.hidden = run_block(block, stream.hidden, stream.calls[index])
+        with self.ranks.together():
+            for stream in (*streams, *followers):
+                stream.hidden = run_block(block, stream.hidden, stream.calls[index])
 
     def skip(self, index: int) -> None:
         """Replace what is inside a block on meta, without values: it was done in another run."""
@@ -170,13 +223,11 @@ class Calibration:
     @torch.no_grad()
     def rest(self, streams: Sequence[Stream]) -> None:
         """Calibrate and replace what stands outside of the blocks: an output head."""
-        inside = tuple(f"{name}." for name in self.blocks)
-        names = [each for each in self.recipes if not each.startswith(inside)]
-        if not names:
+        if not self.outside:
             return
-        with self._capture(names) as (capture, routed):
+        with self.ranks.together(), self._capture(self.outside) as (capture, routed):
             for stream in streams:
-                capture.next_batch()
+                capture.next_batch(draws=stream.draws.flatten())
                 run_after_blocks(
                     self.model, list(self.blocks.values()), stream.batch, stream.hidden
                 )
@@ -204,13 +255,18 @@ class Calibration:
     def _capture(self, names: Sequence[str]) -> Iterator[tuple[Capture, dict[str, ExpertsCapture]]]:
         """Within, the inputs of these modules are summed up: those with one weight, and fused experts by name."""
         modules = {name: self.model.get_submodule(name) for name in names}
+        recipes = [recipe for name in names for recipe in self.recipes[name].values()]
+        sampled = any(recipe.sampled for recipe in recipes)
         experts = {name: module for name, module in modules.items() if is_fused_experts(module)}
         linear = {name: module for name, module in modules.items() if name not in experts}
         with ExitStack() as stack:
-            capture = stack.enter_context(Capture(linear))
+            capture = stack.enter_context(Capture(linear, sampled))
             yield (
                 capture,
-                {name: stack.enter_context(ExpertsCapture(m)) for name, m in experts.items()},
+                {
+                    name: stack.enter_context(ExpertsCapture(module, sampled))
+                    for name, module in experts.items()
+                },
             )
 
     # ---- choosing codes
@@ -219,14 +275,18 @@ class Calibration:
         self, capture: Capture, routed: Mapping[str, ExpertsCapture], index: int | None = None
     ) -> None:
         """Choose codes for what was captured in block `index`, or outside of the blocks."""
-        statistics, folds = capture.statistics(), Folds()
-        notes: dict[str, str] = {}
-        if index is not None and self._probe is not None:
-            folds, notes = self._rescale(index, statistics)
-        for name, known in statistics.items():
-            self._linear(name, known, folds, notes.get(name, ""))
+        capture.sum_over(self.ranks)
+        for experts in routed.values():
+            experts.sum_over(self.ranks)
+        folds, notes = Folds(), dict[str, str]()
+        with self.ranks.together():
+            statistics = capture.statistics()
+            if index is not None and self._probe is not None:
+                folds, notes = self._rescale(index, statistics)
+        self._agree(folds)
+        self._linears(statistics, folds, notes)
         for name, experts in routed.items():
-            self._experts(name, experts)
+            self._experts(name, experts, folds)
 
     def _rescale(
         self, index: int, statistics: dict[str, InputStatistics | None]
@@ -249,73 +309,152 @@ class Calibration:
         notes = {f"{prefix}.{name}": f"scaled with {by}" for name, by in producers.items()}
         return folds.within(prefix), notes
 
-    def _linear(
-        self, name: str, statistics: InputStatistics | None, folds: Folds, note: str
-    ) -> None:
-        recipe = self.recipes[name]["weight"]
-        module = self.model.get_submodule(name)
-        twin = self.make_twin(module, recipe)
-        slot = twin.slots["weight"]
-        stored = module.get_parameter("weight").detach()
-        weight = folds.weight(name, stored, slot.transposed)
-        start = time.perf_counter()
-        quantized, method = _choose(name, weight, recipe, statistics)
-        twin.set_packed("weight", FORMATS.get(slot.format).pack(quantized))
-        self._report(
-            name, method, [statistics], [_error(weight, quantized, statistics)], start, note
-        )
-        self.model.set_submodule(name, twin)
+    def _agree(self, folds: Folds) -> None:
+        """Factors come from the same sums by the same code; machines of two kinds may still round otherwise."""
+        digest = hashlib.sha256()
+        for tensor in (*folds.rows.values(), *folds.columns.values()):
+            digest.update(tensor.cpu().numpy().tobytes())
+        if len(set(self.ranks.gather(digest.hexdigest()))) > 1:
+            raise ProcessError(
+                "the processes came to different factors for rescaling: run all of them on machines of one kind, or a "
+                "single one"
+            )
 
-    def _experts(self, name: str, capture: ExpertsCapture) -> None:
+    def _linears(
+        self,
+        statistics: Mapping[str, InputStatistics | None],
+        folds: Folds,
+        notes: Mapping[str, str],
+    ) -> None:
+        names = list(statistics)
+        modules = {name: self.model.get_submodule(name) for name in names}
+        twins = {
+            name: self.make_twin(modules[name], self.recipes[name]["weight"]) for name in names
+        }
+
+        def choose(index: int) -> _Chosen:
+            name = names[index]
+            stored = modules[name].get_parameter("weight").detach()
+            weight = folds.weight(name, stored, twins[name].slots["weight"].transposed)
+            return self._choose(name, weight, self.recipes[name]["weight"], statistics[name])
+
+        costs = [_cost(*twins[name].slots["weight"].float_shape) for name in names]
+        for name, chosen in zip(names, self.ranks.divided(costs, choose), strict=True):
+            device = modules[name].get_parameter("weight").device
+            packed = {key: tensor.to(device) for key, tensor in chosen.packed.items()}
+            twins[name].set_packed("weight", packed)
+            self._report(name, [statistics[name]], [chosen], notes.get(name, ""))
+            self.model.set_submodule(name, twins[name])
+
+    def _experts(self, name: str, capture: ExpertsCapture, folds: Folds) -> None:
         module = self.model.get_submodule(name)
-        recipes, statistics = self.recipes[name], capture.statistics()
+        recipes = self.recipes[name]
+        with self.ranks.together():
+            statistics = capture.statistics()
+        known = statistics[capture.first]
+        if known is not None and name in folds.columns:
+            # They read what a transform has rescaled for other layers.
+            factors = folds.columns[name]
+            statistics[capture.first] = [each.rescaled(factors) for each in known]
         note = f"{len(capture.topped_up)} experts topped up" if capture.topped_up else ""
         floats = {base: module.get_parameter(base).detach() for base in recipes}
         packed: dict[str, dict[str, Tensor]] = {}
-        plan = {base: (recipe.format, recipe.spec) for base, recipe in recipes.items()}
         for base, recipe in recipes.items():
-            start = time.perf_counter()
-            known = statistics[base]
-            tensors, errors = [], []
-            for expert, stored in enumerate(floats[base]):
-                weight = (stored.T if module.is_transposed else stored).float()
+            stack, known = floats[base], statistics[base]
+
+            def choose(
+                expert: int,
+                base: str = base,
+                recipe: Recipe = recipe,
+                stack: Tensor = stack,
+                known: Sequence[InputStatistics] | None = known,
+            ) -> _Chosen:
+                weight = (stack[expert].T if module.is_transposed else stack[expert]).float()
                 seen = None if known is None else known[expert]
-                quantized, method = _choose(f"{name}.{base}[{expert}]", weight, recipe, seen)
-                tensors.append(FORMATS.get(recipe.format).pack(quantized))
-                errors.append(_error(weight, quantized, seen))
-            packed[base] = {key: torch.stack([each[key] for each in tensors]) for key in tensors[0]}
-            self._report(f"{name}.{base}", method, known or [None], errors, start, note)
+                return self._choose(f"{name}.{base}[{expert}]", weight, recipe, seen)
+
+            chosen = list(self.ranks.divided([1.0] * len(stack), choose))
+            packed[base] = {
+                key: torch.stack([each.packed[key] for each in chosen]).to(stack.device)
+                for key in chosen[0].packed
+            }
+            self._report(f"{name}.{base}", known or [None], chosen, note)
+        plan = {base: (recipe.format, recipe.spec) for base, recipe in recipes.items()}
         twin = pack_experts_(module, plan, dtype=next(iter(floats.values())).dtype)
         for base, stacks in packed.items():
             twin.set_packed(base, stacks)
 
+    def _choose(
+        self, name: str, weight: Tensor, recipe: Recipe, statistics: InputStatistics | None
+    ) -> _Chosen:
+        start = time.perf_counter()
+        quantized, method = _quantized(name, weight, recipe, statistics)
+        packed = FORMATS.get(recipe.format).pack(quantized)
+        if self.ranks.size > 1:
+            packed = {key: tensor.cpu() for key, tensor in packed.items()}
+        return _Chosen(
+            packed=packed,
+            method=method,
+            error=_error(weight, quantized, statistics),
+            damping=0.0 if statistics is None else statistics.damping,
+            seconds=time.perf_counter() - start,
+        )
+
     def _report(
         self,
         name: str,
-        method: str,
         statistics: Sequence[InputStatistics | None],
-        errors: Sequence[float | None],
-        start: float,
-        note: str = "",
+        chosen: Sequence[_Chosen],
+        note: str,
     ) -> None:
         known = [each for each in statistics if each is not None]
-        measured = [error for error in errors if error is not None]
+        errors = [each.error for each in chosen if each.error is not None]
         report = WeightReport(
             name=name,
-            method=method,
+            method=chosen[-1].method,
             tokens=sum(each.tokens for each in known) // max(len(known), 1),
-            error=sum(measured) / len(measured) if measured else None,
-            damping=max((each.damping for each in known), default=0.0),
-            seconds=time.perf_counter() - start,
+            error=sum(errors) / len(errors) if errors else None,
+            damping=max(each.damping for each in chosen),
+            seconds=sum(each.seconds for each in chosen),
             note=note if known else "never ran on the calibration data",
         )
         self.reports.append(report)
+        self._spent += self._costs[name]
         if self.progress is not None:
-            total = sum(len(each) for each in self.recipes.values())
-            self.progress(report, len(self.reports), total)
+            done = sum(self._costs[each.name] for each in self.reports)
+            self.progress(report, self._spent, sum(self._costs.values()) - done)
 
 
-def _choose(
+def weight_names(recipes: Recipes) -> list[str]:
+    """As reports call them: the module, for a stack of experts with the stack's name."""
+    return [
+        name if base == "weight" else f"{name}.{base}"
+        for name, each in recipes.items()
+        for base in each
+    ]
+
+
+def _costs(model: nn.Module, recipes: Recipes) -> dict[str, float]:
+    """By the names of `weight_names`."""
+    found: dict[str, float] = {}
+    for name in recipes:
+        module = model.get_submodule(name)
+        if is_fused_experts(module):
+            for base, (experts, rows, columns) in expert_weights(module).items():
+                found[f"{name}.{base}"] = experts * _cost(rows, columns)
+        else:
+            rows, columns = module.get_parameter("weight").shape
+            transposed = not isinstance(module, (nn.Linear, nn.Embedding))
+            found[name] = _cost(columns, rows) if transposed else _cost(rows, columns)
+    return found
+
+
+def _cost(rows: int, columns: int) -> float:
+    """Of choosing codes column by column, up to a factor."""
+    return float(rows) * columns * columns
+
+
+def _quantized(
     name: str, weight: Tensor, recipe: Recipe, statistics: InputStatistics | None
 ) -> tuple[QuantizedWeight, str]:
     """Codes for float32 `[N, K]`, and the method that chose them.
@@ -331,9 +470,32 @@ def _choose(
         method = algorithm = "rtn"
         options = {"scale_search": True}
     try:
-        return ALGORITHMS.get(algorithm).quantize(weight, recipe.spec, options, statistics), method
+        if statistics is not None:
+            statistics.check_finite()
+        quantized = ALGORITHMS.get(algorithm).quantize(weight, recipe.spec, options, statistics)
+        if recipe.spec.activation == "static":
+            scale = _input_scale(weight, quantized, statistics)
+            quantized = replace(quantized, input_scale=scale)
     except HfqError as error:
         raise type(error)(f"{name}: {error}") from error
+    return quantized, method
+
+
+def _input_scale(
+    weight: Tensor, quantized: QuantizedWeight, statistics: InputStatistics | None
+) -> Tensor:
+    """The static scale of what a weight reads, float32 `[1]`.
+
+    Raises:
+        CalibrationError: it has seen nothing.
+    """
+    if statistics is None or statistics.sample is None:
+        raise CalibrationError(
+            "this weight never ran on the calibration data, so that no static scale of its activations can be found: "
+            "give data that it reads, or use activation='dynamic' for it (overrides)"
+        )
+    rows = slice(None, None, max(1, len(weight) // _ERROR_ROWS))
+    return fit_input_scale(statistics.sample, weight[rows], quantized.dequantize()[rows])
 
 
 def _orientations(block: nn.Module) -> dict[str, bool]:
@@ -359,29 +521,44 @@ def _paused(*captures: Capture | ExpertsCapture) -> Iterator[None]:
 def _error(
     weight: Tensor, quantized: QuantizedWeight, statistics: InputStatistics | None
 ) -> float | None:
-    """Squared error of the output over the squared output, on some of the rows."""
+    """Squared error of the output over the squared output, on some of the rows.
+
+    With quantized activations on some of the tokens, where those were kept; else it is that of the weight alone.
+    """
     if statistics is None or not weight.numel():
         return None
     step = max(1, len(weight) // _ERROR_ROWS)
-    rows = weight[::step]
-    whole = statistics.error(rows)
-    wrong = statistics.error(quantized.dequantize()[::step] - rows)
+    rows, rounded = weight[::step], quantized.dequantize()[::step]
+    if quantized.spec.activation is not None and statistics.sample is not None:
+        x = statistics.sample.float()
+        wanted = x @ rows.T
+        whole = float(wanted.square().sum())
+        found = rounded_tokens(x, quantized.input_scale) @ rounded.T
+        wrong = float((found - wanted).square().sum())
+    else:
+        whole, wrong = statistics.error(rows), statistics.error(rounded - rows)
     return wrong / whole if whole else 0.0
 
 
-def _batches(sequences: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Sequences of one length together, so that nothing has to be padded: int64 `[B, T]`."""
-    by_length: dict[int, list[Tensor]] = {}
+def _by_length(sequences: Sequence[Tensor]) -> list[Tensor]:
+    """In the order of the first of each length, so that equal ones are neighbours."""
+    place: dict[int, int] = {}
     for sequence in sequences:
-        by_length.setdefault(len(sequence), []).append(sequence)
-    batches = []
-    for length, equal in by_length.items():
-        size = max(1, _BATCH_TOKENS // length)
-        batches += [
-            torch.stack(equal[start : start + size]).to(device)
-            for start in range(0, len(equal), size)
-        ]
-    return batches
+        place.setdefault(len(sequence), len(place))
+    return sorted(sequences, key=lambda sequence: place[len(sequence)])
+
+
+def _draws(sequences: Sequence[Tensor]) -> list[Tensor]:
+    """A random number for each token, the same whichever process has it: as many `[T]` as there are sequences."""
+    lengths = list(map(len, sequences))
+    drawn = torch.rand(sum(lengths), generator=torch.Generator().manual_seed(0))
+    return list(torch.split(drawn, lengths))
+
+
+def _batches(sequences: Sequence[Tensor], tokens: int) -> Iterator[Tensor]:
+    """Neighbours of one length together, so that nothing has to be padded: int64 `[B, T]`."""
+    for length, equal in itertools.groupby(sequences, len):
+        yield from torch.split(torch.stack(list(equal)), max(1, tokens // length))
 
 
 def fingerprint(sequences: Sequence[Tensor]) -> str:

@@ -9,20 +9,27 @@ from torch import Tensor, nn
 
 from ..core.errors import CalibrationError
 
-__all__ = ["sample_sequences"]
+__all__ = ["TOGETHER", "sample_sequences"]
 
 # Sequences that are sampled side by side: each step reads all weights once, whatever their number.
-_TOGETHER = 32
+TOGETHER = 32
 
 
 @torch.no_grad()
 def sample_sequences(
-    model: nn.Module, count: int, seqlen: int, seed: int, first: int | None, vocab_size: int
+    model: nn.Module,
+    count: int,
+    seqlen: int,
+    seed: int,
+    first: int | None,
+    vocab_size: int,
+    together: int = TOGETHER,
 ) -> list[Tensor]:
     """Sequences with the model's own probabilities (temperature 1); the caller's random state is not touched.
 
     Args:
         first: token that sequences begin with (beginning of text); None: one at random for each.
+        together: sequences that are sampled side by side.
 
     Returns:
         int64 `[seqlen]` each.
@@ -31,14 +38,14 @@ def sample_sequences(
         CalibrationError: the model gives NaN or infinite logits.
     """
     generator = torch.Generator().manual_seed(seed)
-    device = next(model.parameters()).device
+    device = next(p.device for p in model.parameters() if not p.is_meta)
     found: list[Tensor] = []
     while len(found) < count:
-        together = min(_TOGETHER, count - len(found))
+        rows = min(together, count - len(found))
         if first is None:
-            ids = torch.randint(vocab_size, (together, 1), generator=generator)
+            ids = torch.randint(vocab_size, (rows, 1), generator=generator)
         else:
-            ids = torch.full((together, 1), first)
+            ids = torch.full((rows, 1), first)
         sequences, past = [ids], None
         while len(sequences) < seqlen:
             output: Any = model(input_ids=ids.to(device), past_key_values=past, use_cache=True)

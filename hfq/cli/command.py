@@ -1,9 +1,12 @@
-"""What every command shares: its result, wrong usage, loading a model."""
+"""What every command shares: its result, wrong usage, loading a model, processes that a launcher started."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +15,7 @@ from ..core.errors import CheckpointError, HfqError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Result", "UsageError", "add_loading", "load_model", "quiet_libraries"]
+__all__ = ["Result", "UsageError", "add_loading", "launched", "load_model", "quiet_libraries"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +26,13 @@ class Result:
         data: JSON values, for ``--json``.
         text: the same for people.
         failed: the command ran, and what it found is a failure (exit code 1).
+        silent: another process of the group tells it.
     """
 
     data: dict[str, Any]
     text: str
     failed: bool = False
+    silent: bool = False
 
 
 class UsageError(Exception):
@@ -70,6 +75,22 @@ def load_model(path: str, args: argparse.Namespace, **settings: Any) -> PreTrain
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise CheckpointError(f"cannot load {path}: {error}") from error
     return model
+
+
+@contextmanager
+def launched() -> Iterator[int]:
+    """Within, the process group that ``torchrun`` or ``accelerate launch`` started this process for; gives its rank."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if not all(name in os.environ for name in names) or os.environ["WORLD_SIZE"] == "1":
+        yield 0
+        return
+    from torch import distributed
+
+    distributed.init_process_group("gloo")
+    try:
+        yield distributed.get_rank()
+    finally:
+        distributed.destroy_process_group()
 
 
 def quiet_libraries() -> None:

@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("hfq: interrupted", file=sys.stderr)
         return 130
-    _print(json.dumps(_finite(result.data), indent=2) if args.json else result.text)
+    if not result.silent:
+        _print(json.dumps(_finite(result.data), indent=2) if args.json else result.text)
     return 1 if result.failed else 0
 
 

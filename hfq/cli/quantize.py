@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import ConfigError, UnknownNameError
-from .command import Result, UsageError, add_loading, quiet_libraries
+from .command import Result, UsageError, add_loading, launched, quiet_libraries
 
 if TYPE_CHECKING:
     from ..config import HfqConfig
@@ -22,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder or Hub name of a float model")
     parser.add_argument("-o", "--output", metavar="OUT", required=True, help="folder to save into")
     parser.add_argument(
-        "--method", default="rtn", help="rtn, hqq, gptq, spqr, awq, awq+gptq (default: rtn)"
+        "--method",
+        default="rtn",
+        help="rtn, hqq, gptq, spqr, awq, awq+gptq, smoothquant (default: rtn)",
     )
     parser.add_argument("--format", help="int, nf4, fp4, int8, spqr (default: the method's)")
     parser.add_argument("--bits", type=int, help="2 to 8 (default: the format's)")
@@ -39,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scale-search",
         action=argparse.BooleanOptionalAction,
         help="least squares grids (rtn: off by default, gptq: on)",
+    )
+    parser.add_argument(
+        "--activation", help="dynamic, static: int8 activations, too (int8; default: float)"
     )
     parser.add_argument("--iterations", type=int, help="optimisation steps (hqq)")
     parser.add_argument(
@@ -65,7 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="go on with an unfinished run in OUT (default), or delete it",
     )
-    _add_calibration(parser.add_argument_group("calibration (gptq, spqr, awq)"))
+    _add_calibration(
+        parser.add_argument_group("calibration (gptq, spqr, awq, smoothquant, static)")
+    )
     add_loading(parser)
 
 
@@ -82,8 +89,9 @@ def _add_spqr(group: argparse._ArgumentGroup) -> None:
 def _add_calibration(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--dataset",
-        metavar="FILE",
-        help=".txt, .jsonl or .parquet file; calibrated methods need one",
+        metavar="DATA",
+        help=".txt, .jsonl or .parquet file, or a name of the Hub as owner/name:config:split:column (default: text "
+        "sampled from the model)",
     )
     group.add_argument("--tokenizer", metavar="PATH", help="(default: the model's)")
     group.add_argument("--num-samples", type=int, default=128, help="sequences (default: 128)")
@@ -95,7 +103,13 @@ def _add_calibration(group: argparse._ArgumentGroup) -> None:
         help="round columns with large activations first (default: on)",
     )
     group.add_argument("--damp-percent", type=float, help="share of the diagonal (default: 0.01)")
+    group.add_argument("--refine", type=int, help="second looks at grids and codes (gptq: 2)")
     group.add_argument("--gptaq", type=float, help="share of input drift made good (default: 0)")
+    group.add_argument(
+        "--smoothing",
+        type=_smoothing,
+        help="share of the activations' range that weights take over, 0 to 1, or search (default: search)",
+    )
 
 
 def run(args: argparse.Namespace) -> Result:
@@ -107,20 +121,28 @@ def run(args: argparse.Namespace) -> Result:
     if all(folder.exists() for folder in folders) and os.path.samefile(*folders):
         raise UsageError(f"--output {args.output} is the model itself: give another folder")
     quiet_libraries()
-    report = quantize(
-        args.model,
-        args.output,
-        config,
-        resume=args.resume,
-        dtype=args.dtype,
-        device=args.device or "cpu",
-        command=shlex.join(["hfq", *args.words]),
-    )
+    with launched() as rank:
+        report = quantize(
+            args.model,
+            args.output,
+            config,
+            resume=args.resume,
+            dtype=args.dtype,
+            device=_device(args.device),
+            command=shlex.join(["hfq", *args.words]),
+        )
+    if rank:
+        return Result(data={}, text="", silent=True)
     data, text = report.to_dict(), report.table()
     if args.push_to_hub:
         data["pushed_to"] = push_to_hub(args.output, args.push_to_hub).commit_url
         text += f"\npushed to {data['pushed_to']}"
     return Result(data=data, text=text)
+
+
+def _device(name: str | None) -> str:
+    """Of several processes on a machine each takes a GPU of its own."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name or "cpu"
 
 
 # ---- settings
@@ -129,7 +151,15 @@ def run(args: argparse.Namespace) -> Result:
 def _config(args: argparse.Namespace) -> HfqConfig:
     from ..config import HfqConfig
 
-    names = ("scale_search", "iterations", "desc_act", "damp_percent", "gptaq")
+    names = (
+        "scale_search",
+        "iterations",
+        "desc_act",
+        "damp_percent",
+        "refine",
+        "gptaq",
+        "smoothing",
+    )
     options = {name: getattr(args, name) for name in names}
     try:
         return HfqConfig(
@@ -140,6 +170,7 @@ def _config(args: argparse.Namespace) -> HfqConfig:
             sym=args.sym,
             scale_dtype=args.scale_dtype,
             double_quant=args.double_quant,
+            activation=args.activation,
             stat_bits=args.stat_bits,
             stat_group_size=args.stat_group_size,
             outliers=args.outliers,
@@ -156,6 +187,14 @@ def _config(args: argparse.Namespace) -> HfqConfig:
         )
     except (ConfigError, UnknownNameError) as error:
         raise UsageError(str(error)) from error
+
+
+def _smoothing(text: str) -> float | str:
+    """A number, or a word for `HfqConfig` to judge."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _override(text: str) -> tuple[str, dict[str, Any] | None]:

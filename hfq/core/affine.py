@@ -30,6 +30,7 @@ __all__ = [
     "grid_points",
     "group_columns",
     "group_mean",
+    "group_rounders",
     "join_grids",
     "range_grid",
     "residual",
@@ -252,6 +253,16 @@ def column_rounder(
         return codes, (codes - zero) * scales
 
     return round_to_integers
+
+
+def group_rounders(
+    scales: Tensor, zeros: Tensor | None, spec: QuantSpec
+) -> list[Callable[[Tensor], tuple[Tensor, Tensor]]]:
+    """`column_rounder` of each group. Scales and zeros as stored, groups in rows: float32 `[G, N]`."""
+    return [
+        column_rounder(scale, None if zeros is None else zeros[group], spec)
+        for group, scale in enumerate(scales)
+    ]
 
 
 def residual(groups: Tensor, scales: Tensor, zeros: Tensor | None, spec: QuantSpec) -> Tensor:

@@ -83,9 +83,6 @@ def static_rounders(grid: affine.StoredGrid, spec: QuantSpec, order: Tensor) -> 
     """A rounder for each column in the order of rounding, where all grids are known before the first is rounded."""
     scales = grid.scales.float().T.contiguous()
     zeros = None if grid.float_zeros is None else grid.float_zeros.T.contiguous()
-    rounders = [
-        affine.column_rounder(scales[group], None if zeros is None else zeros[group], spec)
-        for group in range(len(scales))
-    ]
+    rounders = affine.group_rounders(scales, zeros, spec)
     size = spec.group_size
     return [rounders[0 if size == -1 else column // size] for column in order.tolist()]

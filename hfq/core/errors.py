@@ -9,6 +9,7 @@ HfqError
 |-- CalibrationError   (ValueError)    activations or calibration data that no statistics can be taken from
 |-- KernelError        (RuntimeError)  no kernel can run this, or a kernel setting is refused
 |-- EvaluationError    (RuntimeError)  logits that cannot be measured (hfq.evaluation.logits)
+|-- ProcessError       (RuntimeError)  another process of a group failed or ended (hfq.calibration.ranks)
 |-- SaveError          (OSError)       a folder was not written (hfq.integrations.staging)
 |-- ResumeError        (ValueError)    an unfinished run of other inputs is in the way (hfq.integrations.resume)
 `-- PushError          (RuntimeError)  an upload did not arrive (hfq.integrations.upload)

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import torch
 
+from .activations import ACTIVATIONS
 from .codebooks import CODEBOOKS
 from .errors import ConfigError, nearest
 
@@ -62,6 +63,11 @@ class IntSpec:
         _check_scale_dtype(self.scale_dtype)
 
     @property
+    def activation(self) -> str | None:
+        """How activations are quantized; None: they are not. See `Int8Spec`."""
+        return None
+
+    @property
     def levels(self) -> int:
         """Number of codes."""
         return 1 << self.bits
@@ -78,12 +84,18 @@ class IntSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Int8Spec(IntSpec):
-    """8 bits per output channel, symmetric, float32 scales: the weight half of W8A8."""
+    """8 bits per output channel, symmetric, float32 scales; with `activation` W8A8, computed in integers.
+
+    Attributes:
+        activation: None for float activations, "dynamic" for int8 with a scale from each token, "static" for int8 with
+            one calibrated scale, which is stored (`hfq.core.activations`).
+    """
 
     bits: int = 8
     group_size: int = -1
     sym: bool = True
     scale_dtype: str = "float32"
+    activation: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,6 +104,11 @@ class Int8Spec(IntSpec):
                 "format 'int8' stores symmetric 8-bit codes per output channel with float32 scales, got "
                 f"bits={self.bits}, group_size={self.group_size}, sym={self.sym}, "
                 f"scale_dtype={self.scale_dtype!r}; use format 'int' for other settings"
+            )
+        if self.activation is not None and self.activation not in ACTIVATIONS:
+            raise ConfigError(
+                f"activation must be None or one of {', '.join(ACTIVATIONS)}, got {self.activation!r}."
+                f"{nearest(str(self.activation), ACTIVATIONS)}"
             )
 
 
@@ -112,6 +129,7 @@ class CodebookSpec:
     scale_dtype: str = "float16"
     bits: ClassVar[int] = 4
     sym: ClassVar[bool] = True
+    activation: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         if self.codebook not in CODEBOOKS:

@@ -57,11 +57,16 @@ class InputStatistics:
         hessian: mean of x x^T, float32 `[K, K]`.
         drift: mean of (x' - x) x^T, float32 `[K, K]`, where x' is what the float model reads at the place of x; None
             where the two were not compared.
+        largest: largest magnitude of each column, float32 `[K]`.
+        sample: some of the tokens, drawn evenly from all, and the one with the largest magnitude: `[S, K]` in their
+            dtype. Both are None where no method asked for them.
     """
 
     tokens: int
     hessian: Tensor
     drift: Tensor | None = None
+    largest: Tensor | None = None
+    sample: Tensor | None = None
     _factors: dict[tuple[float, bool], Factor] = field(default_factory=dict, repr=False)
 
     @property
@@ -90,30 +95,60 @@ class InputStatistics:
             self._factors[key] = _factorize(self.hessian, order, damp_percent)
         return self._factors[key]
 
+    def damped(self, damping: float) -> Tensor:
+        """H with that share of the mean of its diagonal added to it: positive definite after a factorisation with it."""
+        alive, mean = _without_zeros(self.hessian)
+        alive.diagonal().add_(damping * mean)
+        return alive
+
     @property
     def damping(self) -> float:
         """The most that a factorisation has added to the diagonal, as a share of its mean; 0 without any."""
         return max((factor.damping for factor in self._factors.values()), default=0.0)
+
+    def check_finite(self) -> None:
+        """`CalibrationError` where `largest` is known and tells of NaN or infinite activations."""
+        if self.largest is not None and not bool(self.largest.isfinite().all()):
+            raise CalibrationError(
+                "the activations that this weight reads are NaN or infinite: check the model on the calibration text "
+                "in bfloat16 or float32, or keep this module in float"
+            )
+
+    def rescaled(self, factors: Tensor) -> InputStatistics:
+        """Of the same activations divided by factors, float32 `[K]`."""
+        both = factors.unsqueeze(0) * factors.unsqueeze(1)
+        return InputStatistics(
+            tokens=self.tokens,
+            hessian=self.hessian / both,
+            drift=None if self.drift is None else self.drift / both,
+            largest=None if self.largest is None else self.largest / factors,
+            sample=None if self.sample is None else (self.sample / factors).to(self.sample.dtype),
+        )
 
     def error(self, difference: Tensor) -> float:
         """Mean squared error of the layer's output, summed over its rows, for a weight difference `[N, K]`."""
         return float(((difference @ self.hessian) * difference).sum())
 
 
+def _without_zeros(hessian: Tensor) -> tuple[Tensor, float]:
+    """A copy of H with the mean of its diagonal in place of zeros there, and that mean.
+
+    Columns that never carry anything must not be corrected by others, nor correct them.
+    """
+    diagonal = hessian.diagonal()
+    # Where nothing ever arrives all roundings are as good as each other.
+    mean = diagonal.mean().item() or 1.0
+    return hessian + torch.diag(torch.where(diagonal == 0, mean, 0.0)), mean
+
+
 def _factorize(hessian: Tensor, order: Tensor, damp_percent: float) -> Factor:
-    permuted = hessian[order][:, order]
-    diagonal = permuted.diagonal()
-    mean = diagonal.mean().item()
-    if not torch.isfinite(permuted).all():
+    if not torch.isfinite(hessian).all():
         raise CalibrationError(
             "the activations that this weight reads are NaN, infinite or too large to square in float32: check the "
             "model on the calibration text in bfloat16 or float32, or keep this module in float"
         )
-    if mean == 0.0:
-        # Nothing ever arrives here: all roundings are as good as each other.
-        mean = 1.0
-    # Columns that never carry anything must not be corrected by others, nor correct them.
-    permuted = permuted + torch.diag(torch.where(diagonal == 0, mean, 0.0))
+    alive, mean = _without_zeros(hessian)
+    permuted = alive[order][:, order]
     damping = max(damp_percent, torch.finfo(torch.float32).eps)
     while True:
         for dtype in (torch.float32, torch.float64):

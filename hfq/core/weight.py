@@ -78,6 +78,8 @@ class QuantizedWeight:
         scale_codes: how `scales` are stored where they are quantized themselves; `scales` are their decoded values.
         zero_codes: likewise for `zeros`.
         outliers: what is stored beside the grid, else None.
+        input_scale: float32 `[1]`, the scale of the activations where ``spec.activation`` is "static". Methods leave
+            it out: whoever calibrates adds it.
     """
 
     spec: QuantSpec
@@ -88,6 +90,7 @@ class QuantizedWeight:
     scale_codes: ScaleCodes | None = None
     zero_codes: ScaleCodes | None = None
     outliers: Outliers | None = None
+    input_scale: Tensor | None = None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that the codes stand for: `[N, K]`, computed in float32."""
@@ -119,6 +122,7 @@ class PackedGrid:
         codebook: float32 `[2**bits]`, or None for an integer grid.
         g_idx: int32 `[K]` or None.
         group_size: columns per group, K for one group per row.
+        activation, input_scale: see `Int8Spec` and `QuantizedWeight`.
     """
 
     OPERANDS: ClassVar[Mapping[str, str]] = {
@@ -136,6 +140,8 @@ class PackedGrid:
     group_size: int
     in_features: int
     out_features: int
+    activation: str | None = None
+    input_scale: Tensor | None = None
 
     def expert(self, index: int) -> PackedGrid:
         """One weight out of a stack: every tensor `[E, ...]` becomes its slice `[...]`."""
@@ -145,6 +151,7 @@ class PackedGrid:
             scales=self.scales[index],
             zeros=None if self.zeros is None else self.zeros[index],
             g_idx=None if self.g_idx is None else self.g_idx[index],
+            input_scale=None if self.input_scale is None else self.input_scale[index],
         )
 
 

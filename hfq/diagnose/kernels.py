@@ -27,6 +27,7 @@ class PackedWeight:
         kernel: the kernel that was chosen.
         refused: (kernel, reason) of those that stand before it in the order of preference.
         kernel_mode: how the kernel may treat activations; see `hfq.nn.packed.KERNEL_MODES`.
+        activation: how the format has them quantized, in every mode: "dynamic", "static" or None.
     """
 
     name: str
@@ -38,6 +39,7 @@ class PackedWeight:
     kernel: str
     refused: tuple[tuple[str, str], ...]
     kernel_mode: str
+    activation: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +67,9 @@ class Explanation:
             marks = [notes.setdefault(refusal, len(notes) + 1) for refusal in weight.refused]
             shape = " x ".join(map(str, weight.shape))
             group = "row" if weight.group_size == -1 else str(weight.group_size)
+            stored = f"{weight.format} {weight.activation}" if weight.activation else weight.format
             kernel = " ".join([weight.kernel, *(f"[{mark}]" for mark in marks)])
-            rows.append(
-                [weight.name, str(count), weight.format, str(weight.bits), group, shape, kernel]
-            )
+            rows.append([weight.name, str(count), stored, str(weight.bits), group, shape, kernel])
         header = ["weight", "count", "format", "bits", "group", "shape", "kernel"]
         lines = [format_table(header, rows)] if rows else []
         lines += [
@@ -106,6 +107,7 @@ def _packed_weights(model: nn.Module) -> Iterator[PackedWeight]:
                 kernel=choice.row.name,
                 refused=choice.refused,
                 kernel_mode=module.kernel_mode,
+                activation=slot.spec.activation,
             )
 
 

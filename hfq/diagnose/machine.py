@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 
 from ..kernels import huge_pages
 
-__all__ = ["cpu_count", "cpu_features", "cpu_name", "memory", "read_bandwidth"]
+__all__ = ["available_memory", "cpu_count", "cpu_features", "cpu_name", "memory", "read_bandwidth"]
 
 # Features that quantized kernels can use, as torch names them, from x86-64 and Arm.
 _FEATURES = (
@@ -55,7 +56,34 @@ def memory() -> tuple[int, int] | None:
     sizes = {key: int(value.split()[0]) * 1024 for key, _, value in lines}  # kB
     total, available = sizes["MemTotal"], sizes["MemAvailable"]
     limit = _container_limit()
-    return (total, available) if limit is None else (min(total, limit), min(available, limit))
+    if limit is None:
+        return total, available
+    return min(total, limit), min(available, max(0, limit - _container_use()))
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that this process can still allocate there, its own limits respected; None where nobody can tell."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    known = memory() if device.type == "cpu" else None
+    return None if known is None else min(known[1], *_own_limits())
+
+
+def _own_limits() -> list[int]:
+    """What is left below ``ulimit -d`` (private memory) and ``ulimit -v`` (address space)."""
+    import resource  # Unix
+
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    sizes = {
+        words[0]: int(words[1]) * 1024 for words in lines if words[0] in ("VmData:", "VmSize:")
+    }
+    left = [sys.maxsize]
+    for limit, key in ((resource.RLIMIT_DATA, "VmData:"), (resource.RLIMIT_AS, "VmSize:")):
+        soft, _ = resource.getrlimit(limit)
+        if soft != resource.RLIM_INFINITY:
+            left.append(max(0, soft - sizes[key]))
+    return left
 
 
 def read_bandwidth(size: int = 256 << 20) -> float:
@@ -73,3 +101,14 @@ def _container_limit() -> int | None:
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.is_file() else "max"
     return None if text == "max" else int(text)
+
+
+def _container_use() -> int:
+    """Bytes in use inside of the container, without cached files, which make room when asked."""
+    folder = Path("/sys/fs/cgroup")
+    current, stat = folder / "memory.current", folder / "memory.stat"
+    if not current.is_file():
+        return 0
+    lines = (line.split() for line in stat.read_text().splitlines()) if stat.is_file() else ()
+    cached = sum(int(size) for key, size in lines if key in ("inactive_file", "active_file"))
+    return max(0, int(current.read_text()) - cached)

@@ -29,6 +29,14 @@ class Totals:
     kl: float = 0.0
     agreed: int = 0
 
+    def __add__(self, other: Totals) -> Totals:
+        return Totals(
+            count=self.count + other.count,
+            nll=self.nll + other.nll,
+            kl=self.kl + other.kl,
+            agreed=self.agreed + other.agreed,
+        )
+
 
 def score(logits: Tensor, targets: Tensor, totals: Totals) -> None:
     """Add the predictions of one window: logits float `[T, V]`, the tokens that followed int64 `[T]`."""

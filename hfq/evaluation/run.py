@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from ..core.errors import ConfigError
 from ..tokens import Dataset, token_stream, windows
 from .divergence import Totals, compare, score
-from .logits import EvaluationError, evaluating, input_device, position_limit, window_logits
+from .logits import EvaluationError, evaluating, position_limit, window_logits
 from .report import Evaluation, Measurement
 from .size import weight_size
-from .speed import DECODED, Speed, measure_speed
+from .speed import measure_speed_within_limit
 from .tokenizer import tokenize_with
 
 __all__ = ["evaluate"]
@@ -110,7 +110,7 @@ def _predictions(logits: Tensor) -> Tensor:
 
 def _measurement(model: nn.Module, totals: Totals, prompt: Tensor | None) -> Measurement:
     size = weight_size(model)
-    speed = None if prompt is None else _speed(model, prompt)
+    speed = None if prompt is None else measure_speed_within_limit(model, prompt)
     return Measurement(
         # torch.exp gives inf where math.exp raises.
         perplexity=torch.tensor(totals.nll / totals.count, dtype=torch.float64).exp().item(),
@@ -119,13 +119,6 @@ def _measurement(model: nn.Module, totals: Totals, prompt: Tensor | None) -> Mea
         bits_per_weight=size.bits_per_weight,
         **({} if speed is None else asdict(speed)),
     )
-
-
-def _speed(model: nn.Module, prompt: Tensor) -> Speed:
-    limit = position_limit(model)
-    if limit is not None:
-        prompt = prompt[: max(1, limit - DECODED)]
-    return measure_speed(model, prompt.unsqueeze(0).to(input_device(model)))
 
 
 def _loaded(model: ModelOrPath) -> nn.Module:

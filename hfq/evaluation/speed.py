@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["DECODED", "Speed", "measure_speed"]
+from .logits import input_device, position_limit
+
+__all__ = ["DECODED", "Speed", "measure_speed", "measure_speed_within_limit"]
 
 _PREFILLS = 3
 _STEPS = 32
@@ -33,6 +35,14 @@ class Speed:
     prompt_tokens: int
     prefill_tokens_per_s: float
     decode_tokens_per_s: float | None
+
+
+def measure_speed_within_limit(model: nn.Module, tokens: Tensor) -> Speed:
+    """`measure_speed` on the first of `tokens`, int64 `[T]`, after which the model's positions allow decoding."""
+    limit = position_limit(model)
+    if limit is not None:
+        tokens = tokens[: max(1, limit - DECODED)]
+    return measure_speed(model, tokens.unsqueeze(0).to(input_device(model)))
 
 
 @torch.no_grad()

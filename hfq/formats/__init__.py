@@ -13,8 +13,8 @@ Names start with ``weight``: the packed codes keep the name of the float weight,
 know the format meets a size mismatch instead of reading codes as numbers. The layout is the same on every
 device; what a kernel likes better is made in memory (`hfq.kernels`) and never stored.
 
-All tensors are cut along dimension 0 like the rows of the weight (`pack` of a slice of rows whose count is a
-multiple of `ROW_CHUNK` is the slice of the pack), so a weight can be packed in pieces.
+All tensors but `INPUT_SCALE` are cut along dimension 0 like the rows of the weight (`pack` of a slice of rows whose
+count is a multiple of `ROW_CHUNK` is the slice of the pack), so a weight can be packed in pieces.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from ..core.weight import Grid, QuantizedWeight
 __all__ = [
     "FORMATS",
     "FORMAT_VERSION",
+    "INPUT_SCALE",
     "ROW_CHUNK",
     "Format",
     "TensorLayout",
@@ -43,6 +44,9 @@ __all__ = [
 
 # Raised when a checkpoint can no longer be read by older releases. Readers refuse newer versions.
 FORMAT_VERSION = 1
+
+# The one tensor that is not cut along the rows: the scale of the activations, float32 [1].
+INPUT_SCALE = "weight_input_scale"
 
 # Pieces of this many rows start on a boundary of every format's blocks.
 ROW_CHUNK = SCALE_BLOCK

@@ -4,6 +4,7 @@
     weight_scale  scale_dtype [N, G]
     weight_zero   scale_dtype [N, G]                 only where sym=False
     weight_g_idx  int32 [K]                          only where groups are not runs of neighbours
+    weight_input_scale  float32 [1]                  only where activation="static" (int8)
 
 ``w[n, k] = (code[n, k] - zero[n, g]) * scale[n, g]`` with g = k // group_size (or g_idx[k]) and
 zero = 2**(bits-1) where none is stored.
@@ -19,7 +20,7 @@ from torch import Tensor
 from ..core import bits
 from ..core.spec import Int8Spec, IntSpec, QuantSpec, group_count
 from ..core.weight import PackedGrid, QuantizedWeight
-from . import FORMATS, TensorLayout, chosen
+from . import FORMATS, INPUT_SCALE, TensorLayout, chosen
 
 _SETTINGS = ("bits", "group_size", "sym", "scale_dtype")
 
@@ -44,6 +45,8 @@ class IntGrouped:
         }
         if not spec.sym:
             stored["weight_zero"] = TensorLayout(groups, spec.torch_scale_dtype)
+        if spec.activation == "static":
+            stored[INPUT_SCALE] = TensorLayout((1,), torch.float32)
         return stored
 
     def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -55,6 +58,8 @@ class IntGrouped:
             tensors["weight_zero"] = weight.zeros.contiguous()
         if weight.g_idx is not None:
             tensors["weight_g_idx"] = weight.g_idx.contiguous()
+        if weight.input_scale is not None:
+            tensors[INPUT_SCALE] = weight.input_scale
         return tensors
 
     def unpack(
@@ -66,6 +71,7 @@ class IntGrouped:
             scales=tensors["weight_scale"],
             zeros=tensors.get("weight_zero"),
             g_idx=tensors.get("weight_g_idx"),
+            input_scale=tensors.get(INPUT_SCALE),
         )
 
     def grid(
@@ -81,6 +87,8 @@ class IntGrouped:
             group_size=in_features if spec.group_size == -1 else spec.group_size,
             in_features=in_features,
             out_features=out_features,
+            activation=spec.activation,
+            input_scale=tensors.get(INPUT_SCALE),
         )
 
     def check_values(self, tensors: Mapping[str, Tensor], in_features: int) -> None:
@@ -88,12 +96,12 @@ class IntGrouped:
 
 
 class Int8PerChannel(IntGrouped):
-    """8 bits per output channel, float32 scales."""
+    """8 bits per output channel, float32 scales; activations in float or, with `activation`, in int8."""
 
     name = "int8"
 
     def spec(self, settings: Mapping[str, object]) -> Int8Spec:
-        return Int8Spec(**chosen(settings, _SETTINGS, self.name))
+        return Int8Spec(**chosen(settings, (*_SETTINGS, "activation"), self.name))
 
 
 FORMATS.register("int", IntGrouped())

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..config import HfqConfig, Recipe
 from ..core.bits import packed_bytes
 from ..core.errors import CheckpointError
+from ..core.spec import Int8Spec
 from ..formats import TensorLayout, check_tensors
 from ..nn.slot import PackedSlot
 from .summary import StoredWeight, tensor_bytes
@@ -58,6 +59,9 @@ def _packed_weight(name: str, tensors: Mapping[str, TensorLayout], config: HfqCo
         raise CheckpointError(
             f"{name} is packed, but the quantization_config keeps {module!r} in float"
         )
+    if f"{name}_input_scale" not in tensors and _may_be_table(module, recipe, config):
+        assert isinstance(recipe.spec, Int8Spec)
+        recipe = replace(recipe, spec=replace(recipe.spec, activation=None))
     slot = _slot(module, tensors[name], tensors[f"{name}_scale"], recipe)
     stored = {name + key.removeprefix("weight"): key for key in slot.layout()}
     found = {key: tensors[full_name] for full_name, key in stored.items() if full_name in tensors}
@@ -71,6 +75,15 @@ def _packed_weight(name: str, tensors: Mapping[str, TensorLayout], config: HfqCo
         bytes=sum(map(tensor_bytes, found.values())),
     )
     return Packed(stored=weight, tensors=tuple(stored))
+
+
+def _may_be_table(module: str, recipe: Recipe, config: HfqConfig) -> bool:
+    """Whether a weight with static activations may be an embedding, which reads none and has no scale for them.
+
+    Headers do not tell embeddings from linear layers; they are packed on request only.
+    """
+    requested = config.quantize_embeddings or config.overridden(module)
+    return recipe.spec.activation == "static" and requested
 
 
 def _slot(module: str, codes: TensorLayout, scales: TensorLayout, recipe: Recipe) -> PackedSlot:

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from ..calibration.report import CalibrationReport, WeightReport
-from ..calibration.run import Progress, calibrate
-from ..calibration.sample import sample_sequences
+from ..calibration.blocks import find_blocks
+from ..calibration.report import CalibrationReport
+from ..calibration.run import calibrate, weight_names
+from ..calibration.sample import TOGETHER, sample_sequences
 from ..config import HfqConfig, Recipe
 from ..core.errors import ConfigError
-from ..evaluation.logits import position_limit
+from ..evaluation.logits import input_device, position_limit
 from ..evaluation.tokenizer import tokenize_with
 from ..nn.packed import PackedModule
 from ..tokens import choose, sequences
+from .batching import batch_tokens
+from .live import live_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["calibrate_loaded", "calibration_sequences", "progress_bar"]
+__all__ = [
+    "HELD_OUT",
+    "calibrate_loaded",
+    "calibration_sequences",
+    "of_its_own",
+    "sample",
+]
+
+# Sequences of the data set, beside those calibrated with, that the quantized model is compared with the float one on.
+HELD_OUT = 8
 
 
 def calibrate_loaded(
@@ -44,22 +54,12 @@ def calibrate_loaded(
                 f"{name} is offloaded, and a calibrated method needs all weights in memory: give a device_map that fits"
             )
     data, _ = calibration_sequences(model, config)
-    with progress_bar(sum(map(len, recipes.values()))) as show:
-        return calibrate(model, recipes, data, make_twin, show)
-
-
-@contextmanager
-def progress_bar(total: int) -> Iterator[Progress]:
-    """A bar on a terminal: weights that are done, what was found about the last one, time left."""
-    with tqdm(total=total, unit="weight", disable=None) as bar:
-
-        def show(report: WeightReport, done: int, _: int) -> None:
-            bar.set_description(report.name)
-            error = "-" if report.error is None else f"{report.error:.2e}"
-            bar.set_postfix(error=error, damping=report.damping, tokens=report.tokens)
-            bar.update(done - bar.n)
-
-        yield show
+    with live_table(weight_names(recipes)) as show:
+        inside = tuple(find_blocks(model))
+        tokens = batch_tokens(
+            model, input_device(model), logits=not all(name.startswith(inside) for name in recipes)
+        )
+        return calibrate(model, recipes, data, make_twin, show, tokens)
 
 
 def calibration_sequences(
@@ -72,12 +72,14 @@ def calibration_sequences(
     """
     text = model.config.get_text_config()
     seqlen = min(config.seqlen, position_limit(model) or config.seqlen)
-    if config.dataset is None or (isinstance(config.dataset, str) and config.dataset == "self"):
-        first = text.bos_token_id
-        first = first[0] if isinstance(first, list) else first
-        count, seed = config.num_samples, config.seed
-        return sample_sequences(model, count, seqlen, seed, first, text.vocab_size), []
-    found = sequences(config.dataset, lambda: tokenize_with(config.tokenizer, model), seqlen)
+    if of_its_own(config):
+        return sample(model, config, seqlen, TOGETHER), []
+    found = sequences(
+        config.dataset,
+        lambda: tokenize_with(config.tokenizer, model),
+        seqlen,
+        enough=config.num_samples + HELD_OUT,
+    )
     largest = max(int(torch.max(sequence)) for sequence in found)
     if largest >= text.vocab_size:
         raise ConfigError(
@@ -85,3 +87,22 @@ def calibration_sequences(
             "tokenizer"
         )
     return choose(found, config.num_samples, config.seed)
+
+
+def of_its_own(config: HfqConfig) -> bool:
+    """Whether the model samples its own calibration text."""
+    return config.dataset is None or (isinstance(config.dataset, str) and config.dataset == "self")
+
+
+def sample(model: PreTrainedModel, config: HfqConfig, seqlen: int, together: int) -> list[Tensor]:
+    """Sequences of the model's own, int64 `[seqlen]`.
+
+    Args:
+        model: the float model.
+        together: sequences that are sampled side by side.
+    """
+    text = model.config.get_text_config()
+    first = text.bos_token_id
+    first = first[0] if isinstance(first, list) else first
+    count, seed = config.num_samples, config.seed
+    return sample_sequences(model, count, seqlen, seed, first, text.vocab_size, together)

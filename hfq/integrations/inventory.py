@@ -14,7 +14,7 @@ from ..nn.packed import PackedModule
 from ..nn.slot import PackedSlot
 from ..table import format_bytes
 
-__all__ = ["bits", "module_table", "sizes"]
+__all__ = ["bits", "described", "module_table", "sizes"]
 
 
 def bits(model: nn.Module) -> str:
@@ -45,7 +45,7 @@ def module_table(model: PreTrainedModel) -> list[dict[str, Any]]:
     for name, module in model.named_modules():
         if isinstance(module, PackedModule):
             for base, slot in module.slots.items():
-                stored[name if base == "weight" else f"{name}.{base}"] = _described(slot)
+                stored[name if base == "weight" else f"{name}.{base}"] = described(slot)
         elif reason := quantizer.selection.kept.get(name):
             stored[name] = f"float: {reason}"
     stored |= {
@@ -62,7 +62,8 @@ def module_table(model: PreTrainedModel) -> list[dict[str, Any]]:
     ]
 
 
-def _described(slot: PackedSlot) -> str:
+def described(slot: PackedSlot) -> str:
+    """How a weight is stored: ``int, 4 bits, groups of 128``."""
     size = slot.spec.group_size
     groups = "one group per row" if size == -1 else f"groups of {size}"
     return f"{slot.format}, {slot.spec.bits} bits, {groups}, {slot.bits_per_weight:.2f} bits per weight"

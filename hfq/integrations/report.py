@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration.report import CalibrationReport
+from ..evaluation.speed import Speed
 from ..plot import Series, log_plot
 from ..table import format_bytes, format_table
 
@@ -50,9 +52,12 @@ class Report:
     logit_difference: between the written model, loaded in a new process, and the one in memory, as a share of the
         largest logit. None: the model does not run block by block, so the written one was only loaded and run.
     seconds: of this run; a run that went on counts what was left.
+    processes: that worked together.
     resumed_blocks: blocks that an earlier run had finished.
+    batch_tokens: that ran through a block at a time; sums are rounded accordingly. None without data.
     calibration: what was done to each weight; None without data.
     held_out: None without data, or where all of it was used.
+    speed: of the written model, in the process that loaded it again; None where it could not be measured.
     """
 
     model: str
@@ -65,9 +70,24 @@ class Report:
     bits_per_weight: float
     logit_difference: float | None
     seconds: float
+    processes: int = 1
     resumed_blocks: int = 0
+    batch_tokens: int | None = None
     calibration: CalibrationReport | None = None
     held_out: HeldOut | None = None
+    speed: Speed | None = None
+
+    def results(self) -> dict[str, float]:
+        """What the run measured, for the model's card."""
+        found: dict[str, float] = {"size_mb": self.bytes_after / 1e6}
+        if self.held_out is not None:
+            found |= {key: value for key, value in asdict(self.held_out).items() if key != "tokens"}
+        if self.calibration is not None:
+            errors = [each.error for each in self.calibration.weights if each.error is not None]
+            found |= {"layer_error": sum(errors) / len(errors)} if errors else {}
+        if self.speed is not None and self.speed.decode_tokens_per_s is not None:
+            found["decode_tokens_per_s"] = self.speed.decode_tokens_per_s
+        return {key: value for key, value in found.items() if math.isfinite(value)}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -98,9 +118,12 @@ class Report:
                 ["KL to float", f"{held.kl:.5f} nats per token ({held.tokens} held-out tokens)"],
                 ["top-1 agreement", f"{held.top1_agreement:.2%}"],
             ]
+        if self.speed is not None:
+            rows.append(["speed", _tokens_per_second(self.speed)])
         if self.resumed_blocks:
             rows.append(["gone on after", f"{self.resumed_blocks} finished blocks"])
-        rows += [["time", f"{self.seconds:.1f} s"], ["output", self.output]]
+        together = f" of {self.processes} processes" if self.processes > 1 else ""
+        rows += [["time", f"{self.seconds:.1f} s{together}"], ["output", self.output]]
         return format_table(["model", self.model], rows)
 
     def write(self, folder: Path) -> None:
@@ -110,6 +133,12 @@ class Report:
         if self.calibration is not None and (series := _errors(self.calibration)):
             title = "Relative squared error of each layer's output"
             (folder / PICTURE).write_text(log_plot(title, "block", series), encoding="utf-8")
+
+
+def _tokens_per_second(speed: Speed) -> str:
+    prompt = f"prompt of {speed.prompt_tokens} tokens {speed.prefill_tokens_per_s:.0f} tokens/s"
+    decode = speed.decode_tokens_per_s
+    return prompt if decode is None else f"decode {decode:.1f} tokens/s, {prompt}"
 
 
 def _gate(difference: float | None) -> str:

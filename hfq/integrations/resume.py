@@ -2,8 +2,8 @@
 
     out/.hfq-resume/state.json             fingerprint, blocks that are done, what was found about them
     out/.hfq-resume/block-00003.safetensors   packed tensors of a block, as the checkpoint will have them
-    out/.hfq-resume/streams-00003.safetensors  hidden states behind that block
-    out/.hfq-resume/tokens.safetensors     the calibration data
+    out/.hfq-resume/own_text.safetensors   calibration text, where the model sampled it
+    out/.hfq-resume/streams-00003-00000.safetensors  hidden states behind that block, of each process its own
 
 A block counts as done when ``state.json`` says so; that file is replaced in one step, after all others are complete.
 """
@@ -14,7 +14,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..calibration.ranks import ALONE, Ranks
 from ..core.errors import HfqError
 from .staging import SaveError
 
@@ -44,8 +46,11 @@ class Resume:
     Args:
         output: the folder that will hold the model.
         fingerprint: of all that determines the result, by name.
+        batches: tokens that run through a block at a time, by kind of data.
+        ranks: the processes of the run; each comes to each method. The first one writes all but the streams.
 
     Attributes:
+        batches: those of the unfinished run, where there is one: others would give other roundings.
         done: blocks that are finished.
         reports: what was found about their weights.
 
@@ -53,14 +58,19 @@ class Resume:
         ResumeError: there is a state of another fingerprint.
     """
 
-    def __init__(self, output: Path, fingerprint: Mapping[str, str]) -> None:
-        self.folder = output / FOLDER
-        self.fingerprint = dict(fingerprint)
+    def __init__(
+        self,
+        output: Path,
+        fingerprint: Mapping[str, str],
+        batches: Mapping[str, int],
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.folder, self.ranks = output / FOLDER, ranks
+        self.fingerprint, self.batches = dict(fingerprint), dict(batches)
         self.done = 0
         self.reports: list[dict[str, Any]] = []
-        state = self._state()
+        state = ranks.from_first(self._state)
         if state is None:
-            shutil.rmtree(self.folder, ignore_errors=True)
             return
         changed = [
             name
@@ -73,6 +83,7 @@ class Resume:
                 "again to go on, or start anew with resume=False (--no-resume), which deletes it"
             )
         self.done, self.reports = state["done"], state["reports"]
+        self.batches = state["batches"]
 
     @staticmethod
     def forget(output: Path) -> None:
@@ -101,35 +112,65 @@ class Resume:
             reports: of all weights that are done.
 
         Raises:
-            SaveError: they cannot be written.
+            SaveError: they cannot be written, by any of the processes.
         """
         self.done, self.reports = index + 1, [dict(report) for report in reports]
-        state = {"fingerprint": self.fingerprint, "done": self.done, "reports": self.reports}
-        try:
+        state = {
+            "fingerprint": self.fingerprint,
+            "batches": self.batches,
+            "done": self.done,
+            "reports": self.reports,
+        }
+        with self._writing(index):
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write_tensors(self.block_file(index), tensors)
+            if self.ranks.first:
+                _write_tensors(self.block_file(index), tensors)
             _write_tensors(self._stream_file(index), streams)
-            _replace(self.folder / _STATE, json.dumps(state).encode())
-        except (OSError, SafetensorError) as error:
-            raise SaveError(
-                f"could not write to {self.folder}: {error}. {index} finished blocks stay there: free space or change the "
-                "folder's permissions and make the same call again to go on, or delete the folder"
-            ) from error
+        with self._writing(index):
+            if self.ranks.first:
+                _replace(self.folder / _STATE, json.dumps(state).encode())
         self._stream_file(index - 1).unlink(missing_ok=True)
 
     def streams(self) -> dict[str, Tensor]:
-        """Hidden states behind the last block that is done."""
-        return load_file(self._stream_file(self.done - 1))
+        """Hidden states behind the last block that is done.
+
+        Raises:
+            ResumeError: they are not there.
+        """
+        file = self._stream_file(self.done - 1)
+        with self.ranks.together():
+            if not file.is_file():
+                raise ResumeError(
+                    f"{file.name} is missing in {self.folder}: start anew with resume=False (--no-resume). Processes on "
+                    "several machines need folders that keep their files between the runs"
+                )
+            return load_file(file)
+
+    @contextmanager
+    def _writing(self, done: int) -> Iterator[None]:
+        with self.ranks.together():
+            try:
+                yield
+            except (OSError, SafetensorError) as error:
+                raise SaveError(
+                    f"could not write to {self.folder}: {error}. {done} finished blocks stay there: free space or change "
+                    "the folder's permissions and make the same call again to go on, or delete the folder"
+                ) from error
 
     def _stream_file(self, index: int) -> Path:
-        return self.folder / f"streams-{index:05d}.safetensors"
+        return self.folder / f"streams-{index:05d}-{self.ranks.rank:05d}.safetensors"
 
     def _state(self) -> dict[str, Any] | None:
+        """What the state file says; without a usable one what it should tell about is deleted."""
         try:
             state = json.loads((self.folder / _STATE).read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):
-            return None
-        return state if isinstance(state, dict) and "fingerprint" in state else None
+            state = None
+        if isinstance(state, dict) and "fingerprint" in state:
+            return state
+        for file in (*self.folder.glob("block-*"), *self.folder.glob("streams-*")):
+            file.unlink()
+        return None
 
 
 def fingerprint_of_files(files: Sequence[str]) -> str:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..algorithms import find_method
 from ..config import HfqConfig, Recipe
 from ..core.errors import ConfigError
+from ..core.spec import Int8Spec
 from ..nn.experts import is_fused_experts
 
 if TYPE_CHECKING:
@@ -134,9 +134,16 @@ def _weights(module: nn.Module) -> tuple[str, ...]:
 def _without_data(
     recipe: Recipe | None, name: str, roles: _Roles, module: nn.Module
 ) -> Recipe | None:
-    """Tables are looked up and not multiplied: nothing is read to calibrate with, so the best grid has to do."""
+    """Tables are looked up and not multiplied: nothing is read to calibrate with, so the best grid has to do.
+
+    There are no activations to quantize either; a tied head keeps them in float, because it shares the table.
+    """
     table = isinstance(module, nn.Embedding) or name in roles.tied or name in roles.tied.values()
-    if recipe is None or not table or not find_method(recipe.method).calibrated:
+    if recipe is None or not table:
+        return recipe
+    if isinstance(recipe.spec, Int8Spec):
+        recipe = replace(recipe, spec=replace(recipe.spec, activation=None))
+    if not recipe.calibrated:
         return recipe
     return replace(recipe, method="rtn", options={"scale_search": True})
 

@@ -12,16 +12,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
+from ..calibration.blocks import find_blocks
 from ..config import HfqConfig
 from ..core.errors import CheckpointError
+from ..formats import TensorLayout
 from .checkpoint import read_headers
 from .conversion import parameter_of_each
+from .manifest import check_sources
 from .mapped_files import release_pages, return_free_memory
 from .transformers import HfqQuantizer
 
@@ -57,6 +61,9 @@ class FloatCheckpoint:
     Attributes:
         folder: where the files lie.
         files: the safetensors files.
+        dtype: of float weights and activations.
+        float_bytes: of all float weights in that dtype.
+        parameters: names in the files -> parameters of the float model, as they are called before modules are swapped.
         model: the skeleton; ``model.hf_quantizer`` knows what to do with which weight.
 
     Raises:
@@ -74,48 +81,37 @@ class FloatCheckpoint:
         settings = _model_config(self.folder)
         settings._name_or_path = str(path)
         self.dtype = _dtype(dtype, settings)
-        headers = read_headers(self.files)
-        with torch.device("meta"):
-            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                settings, dtype=self.dtype
-            ).eval()
-        # Names in the files -> parameters of the float model, before modules are swapped.
-        self._parameters = parameter_of_each(self.model, headers)
-        missing = self.model.state_dict().keys() - set(self._parameters.values())
+        self.model: PreTrainedModel = self._skeleton(settings)
+        self.float_bytes = sum(parameter.nbytes for parameter in self.model.parameters())
+        headers: dict[str, TensorLayout] = {}
+        self._file_of: dict[str, str] = {}
+        for file in self.files:
+            found = read_headers([file])
+            headers |= found
+            self._file_of |= dict.fromkeys(found, file)
+        self.parameters = parameter_of_each(self.model, headers)
+        missing = self.model.state_dict().keys() - set(self.parameters.values())
         missing -= self.model.all_tied_weights_keys.keys()
         if missing:
             raise CheckpointError(
                 f"{self.folder} has no tensor for {len(missing)} parameters of {type(self.model).__name__}, such as "
                 f"{min(missing)}: the checkpoint is incomplete or of another kind of model"
             )
+        check_sources(self.model, headers, self.parameters)
         self.quantizer = HfqQuantizer(config, pre_quantized=False)
-        self.model.hf_quantizer = self.quantizer
+        vars(self.model)["hf_quantizer"] = self.quantizer
         vars(settings)["quantization_config"] = config
         with _default_dtype(self.dtype):
             self.quantizer.preprocess_model(
                 model=self.model, device_map={"": device}, checkpoint_files=self.files
             )
-        self._materialize_buffers()
+        self._materialize_buffers(self.model)
 
     def load(self, wanted: Callable[[str], bool]) -> None:
         """Read the parameters whose names are wanted; weights that need no data are quantized as they arrive."""
-        keys = {key for key, name in self._parameters.items() if wanted(name)}
-        settings = LoadStateDictConfig(
-            device_map={"": self.device},
-            dtype=self.dtype,
-            weight_mapping=self.quantizer.update_weight_conversions(
-                get_model_conversion_mapping(self.model), self.model
-            ),
-            hf_quantizer=self.quantizer,
-        )
-        with _open(self.files) as slices, _without_bars(), _default_dtype(self.dtype):
-            found = {key: tensor for key, tensor in slices.items() if key in keys}
-            info, _ = convert_and_load_state_dict_in_model(self.model, found, settings)
-        if info.conversion_errors or info.mismatched_keys:
-            first: Any = next(iter([*info.conversion_errors.values(), *info.mismatched_keys]))
-            raise CheckpointError(f"{self.folder}: a tensor does not fit the model: {first}")
-        self.model.tie_weights()
-        loaded = {self._parameters[key].rpartition(".")[0] for key in keys}
+        loaded = {
+            name.rpartition(".")[0] for name in self._load(self.model, self.quantizer, wanted)
+        }
         self.quantizer.finish_loading(self.model, loaded)
         release_pages(self._real_files)
 
@@ -124,10 +120,73 @@ class FloatCheckpoint:
         self.model.get_submodule(name).to("meta")
         return_free_memory()
 
-    def _materialize_buffers(self) -> None:
+    def float_model(self) -> PreTrainedModel:
+        """The float model with the memory of one block: each is read when it runs, and forgotten afterwards."""
+        model = self._skeleton(self.model.config)
+        self._materialize_buffers(model)
+        blocks = find_blocks(model)
+        inside = tuple(f"{name}." for name in blocks)
+        self._load(model, None, lambda name: not name.startswith(inside))
+
+        def read(name: str) -> Callable[[nn.Module, Any], None]:
+            def hook(module: nn.Module, _: Any) -> None:
+                self._load(model, None, lambda each: each.startswith(f"{name}."))
+
+            return hook
+
+        def forget(module: nn.Module, *_: Any) -> None:
+            for each in module.modules():
+                for key, parameter in each._parameters.items():
+                    if parameter is not None:
+                        empty = torch.empty_like(parameter, device="meta")
+                        each._parameters[key] = nn.Parameter(empty, requires_grad=False)
+            release_pages(self._real_files)
+            return_free_memory()
+
+        for name, block in blocks.items():
+            block.register_forward_pre_hook(read(name))
+            block.register_forward_hook(forget)
+        return model
+
+    def _skeleton(self, settings: Any) -> PreTrainedModel:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                settings, dtype=self.dtype
+            ).eval()
+        return model
+
+    def _load(
+        self,
+        model: PreTrainedModel,
+        quantizer: HfqQuantizer | None,
+        wanted: Callable[[str], bool],
+    ) -> set[str]:
+        """Read the parameters whose names are wanted into a skeleton; their names."""
+        mapping: list[Any] = get_model_conversion_mapping(model)
+        keys = {key for key, name in self.parameters.items() if wanted(name)}
+        settings = LoadStateDictConfig(
+            device_map={"": self.device},
+            dtype=self.dtype,
+            weight_mapping=quantizer.update_weight_conversions(mapping, model)
+            if quantizer
+            else mapping,
+            hf_quantizer=quantizer,
+        )
+        # Maps of files count towards limits of a process's memory, whether or not they are read.
+        files = sorted({self._file_of[key] for key in keys})
+        with _open(files) as slices, _without_bars(), _default_dtype(self.dtype):
+            found = {key: tensor for key, tensor in slices.items() if key in keys}
+            info, _ = convert_and_load_state_dict_in_model(model, found, settings)
+        if info.conversion_errors or info.mismatched_keys:
+            first: Any = next(iter([*info.conversion_errors.values(), *info.mismatched_keys]))
+            raise CheckpointError(f"{self.folder}: a tensor does not fit the model: {first}")
+        model.tie_weights()
+        return {self.parameters[key] for key in keys}
+
+    def _materialize_buffers(self, model: PreTrainedModel) -> None:
         """Buffers that no file has (rotary tables) get their values from the model's own initialisation."""
-        self.model._move_missing_keys_from_meta_to_device(set(), {"": self.device}, None, None)  # type: ignore[arg-type]
-        self.model.initialize_weights()  # type: ignore[no-untyped-call]
+        model._move_missing_keys_from_meta_to_device(set(), {"": self.device}, None, None)  # type: ignore[arg-type]
+        model.initialize_weights()  # type: ignore[no-untyped-call]
 
 
 def save_tokenizer(source: Path, target: Path) -> None:

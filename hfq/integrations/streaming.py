@@ -13,33 +13,39 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.utils import logging
 
 from .._version import __version__
 from ..calibration.blocks import run_after_blocks
+from ..calibration.ranks import ProcessError, Ranks, process_group
 from ..calibration.report import WeightReport
-from ..calibration.run import Calibration, Stream, fingerprint
+from ..calibration.run import Calibration, Stream, fingerprint, weight_names
 from ..config import HfqConfig
 from ..core.errors import CalibrationError, ConfigError, HfqError
 from ..evaluation.divergence import Totals, compare, score
 from ..evaluation.size import weight_size
+from ..evaluation.speed import Speed
 from ..formats import FORMAT_VERSION
-from .calibrated import calibration_sequences, progress_bar
+from .batching import batch_tokens
+from .calibrated import HELD_OUT, calibration_sequences, of_its_own
 from .card import CARD, has_foreign_card, model_card
 from .checkpoint import read_headers
 from .gate import check_reloaded
+from .live import live_table
+from .manifest import manifest
+from .own_text import own_sequences
 from .report import HeldOut, Report
-from .resume import Resume, fingerprint_of_files
+from .resume import FOLDER, Resume, fingerprint_of_files
 from .source import FloatCheckpoint, save_tokenizer
 from .staging import SaveError, staged
 
@@ -47,14 +53,14 @@ __all__ = ["quantize"]
 
 logger = logging.get_logger(__name__)
 
-# Sequences of the data set, beside those calibrated with, that the quantized model is compared with the float one on.
-_HELD_OUT = 8
-
 # Weights of up to this size become one file, which is put together in memory.
 _SINGLE_FILE_BYTES = 256 << 20
 
 # Transformers asks for it.
 _METADATA = {"format": "pt"}
+
+# What a card calls it: data sets may be private.
+_HELD_OUT_TEXT = "calibration text that was held out"
 
 # Where there are none: tokens that the written model must answer to as the one in memory did.
 _PROBE_TOKENS = 16
@@ -73,97 +79,153 @@ def quantize(
     """Quantize a float checkpoint into a folder, with the memory of about one block and the calibration activations.
 
     A run that was killed goes on at its first unfinished block when the same call is made again, and gives the same
-    files bit for bit.
+    files bit for bit, but for the times in report and card.
+
+    Where torch.distributed has been initialised all processes of the group make the same call: each runs its share of
+    the sequences and chooses codes for its share of the weights, and the first one writes. Sums are rounded in another
+    order than in one process, which turns some codes over.
 
     Args:
         model: folder or Hub name of a float model (safetensors).
         output: folder to write into; its old files stay until all new ones are complete.
-        config: what to do. Its `dataset` must be given where the method is calibrated: sampling text from the model
-            would need all of it in memory.
+        config: what to do. Without a `dataset` the model samples its own text; where the float model does not fit into
+            memory that text is short, and a warning says what it costs.
         resume: go on with an unfinished run; False deletes what it left.
         dtype: of float weights and activations; "auto": the checkpoint's.
         device: where blocks are worked on.
         command: for the card.
 
     Returns:
-        What was done; also written as ``hfq_report.json``, with a picture of the errors.
+        What was done; also written as ``hfq_report.json``, with a picture of the errors. ``hfq_manifest.json`` tells what
+        became of each tensor.
 
     Raises:
-        CheckpointError: the model is missing, incomplete, quantized already, or was not reproduced by what was written.
+        CheckpointError: the model is missing, incomplete, has tensors without a use, is quantized already, or was not
+            reproduced by what was written.
         ConfigError: settings or data cannot be used.
         ResumeError: an unfinished run of other inputs is in the way.
         CalibrationError: activations are NaN or infinite.
+        ProcessError: another process of the group ended, or never came.
         SaveError: the folder cannot be written.
     """
-    start = time.perf_counter()
-    target = Path(output)
-    if target.exists() and Path(model).exists() and target.samefile(model):
-        raise ConfigError(f"output {output} is the model itself: give another folder")
-    source = FloatCheckpoint(model, config, dtype, torch.device(device))
-    if not resume:
-        Resume.forget(target)
-    run = _Run(source, config, target)
-    resumed = run.resume.done
+    with process_group() as ranks:
+        return _quantize(
+            _Run(ranks, model, output, config, resume, dtype, torch.device(device)), command
+        )
+
+
+def _quantize(run: _Run, command: str | None) -> Report:
     try:
         run.blocks()
-        report = run.finish(
-            command, lambda: {"seconds": time.perf_counter() - start, "resumed_blocks": resumed}
-        )
-    except SaveError:
-        raise  # a disk can be cleared: what is done stays
+        report = run.finish(command)
+    except (SaveError, ProcessError):
+        raise  # a disk can be cleared, a process started again: what is done stays
     except HfqError:
         # The same call would fail again, and another one could not go on from here.
-        Resume.forget(target)
+        run.forget()
         raise
-    Resume.forget(target)
+    run.forget()
     return report
 
 
 class _Run:
     """One call of `quantize`."""
 
-    def __init__(self, source: FloatCheckpoint, config: HfqConfig, output: Path) -> None:
-        self.source, self.config, self.output = source, config, output
-        self.model, self.quantizer = source.model, source.quantizer
+    def __init__(
+        self,
+        ranks: Ranks,
+        model: str | os.PathLike[str],
+        output: str | os.PathLike[str],
+        config: HfqConfig,
+        resume: bool,
+        dtype: str,
+        device: torch.device,
+    ) -> None:
+        self.start = time.perf_counter()
+        self.ranks, self.config, self.output = ranks, config, Path(output)
+        with ranks.together():
+            if self.output.exists() and Path(model).exists() and self.output.samefile(model):
+                raise ConfigError(f"output {output} is the model itself: give another folder")
+            self.source = FloatCheckpoint(model, config, dtype, device)
+            if not resume:
+                self.forget()
+        self.model, self.quantizer = self.source.model, self.source.quantizer
         recipes = self.quantizer.calibrated
-        self.calibration = Calibration(self.model, recipes, self.quantizer.make_twin, None)
+        self.calibration = Calibration(
+            self.model, recipes, self.quantizer.make_twin, None, ranks=ranks
+        )
         self.names = list(self.calibration.blocks)
         self.inside = tuple(f"{name}." for name in self.names)
-        self.has_held_out = False
-        self.sequences, self.held_out = self._data(bool(recipes))
-        self.resume = Resume(
-            output,
-            {
-                "model": fingerprint_of_files(source.files),
-                "settings": json.dumps(config.to_dict(), sort_keys=True),
-                "calibration data": fingerprint([*self.sequences, *self.held_out]),
-                "dtype": str(source.dtype),
-                "device": source.device.type,
-                "hfq": f"{__version__}, format {FORMAT_VERSION}",
-                "torch": str(torch.__version__),
-            },
+        # Read by one process, so that all have the same.
+        self.sequences, self.held_out, self.has_held_out = ranks.from_first(
+            lambda: self._data(bool(recipes))
         )
+        with ranks.together():
+            fingerprint = self._fingerprint()
+            batches = self._batches(device)
+        self._agree(fingerprint)
+        self.resume = Resume(self.output, fingerprint, self._least(batches), ranks)
+        self.resumed = self.resume.done
 
-    def _data(self, calibrated: bool) -> tuple[list[Tensor], list[Tensor]]:
-        """Sequences to calibrate with, and others to compare the quantized with the float model on."""
+    def _fingerprint(self) -> dict[str, str]:
+        return {
+            "model": fingerprint_of_files(self.source.files),
+            "settings": json.dumps(self.config.to_dict(), sort_keys=True),
+            "calibration data": fingerprint([*self.sequences, *self.held_out]),
+            "dtype": str(self.source.dtype),
+            "device": self.source.device.type,
+            "hfq": f"{__version__}, format {FORMAT_VERSION}",
+            "torch": str(torch.__version__),
+            "number of processes": str(self.ranks.size),
+        }
+
+    def _batches(self, device: torch.device) -> dict[str, int]:
+        """Tokens at a time, by kind of data."""
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks.size))
+        through_head = {"calibration": bool(self.calibration.outside), "held out": True}
+        return {
+            kind: batch_tokens(self.model, device, logits=logits, processes=processes)
+            for kind, logits in through_head.items()
+        }
+
+    def _least(self, own: Mapping[str, int]) -> dict[str, int]:
+        everybody = self.ranks.gather(own)
+        return {kind: min(each[kind] for each in everybody) for kind in own}
+
+    def _agree(self, fingerprint: Mapping[str, str]) -> None:
+        """Whether all processes were called alike."""
+        for rank, other in enumerate(self.ranks.gather(fingerprint)):
+            changed = [name for name, value in fingerprint.items() if other[name] != value]
+            if changed:
+                raise ConfigError(
+                    f"the processes of a group quantize one model together, but in process {rank} {', '.join(changed)} was "
+                    f"another than in process {self.ranks.rank}: make the same call in all of them"
+                )
+
+    def forget(self) -> None:
+        """Delete what the run needed to go on."""
+        if self.ranks.first:
+            Resume.forget(self.output)
+
+    def _data(self, calibrated: bool) -> tuple[list[Tensor], list[Tensor], bool]:
+        """Sequences to calibrate with; others for the quantized and the float model; whether these are held out."""
         if not calibrated:
             vocabulary = self.model.config.get_text_config().vocab_size
             generator = torch.Generator().manual_seed(self.config.seed)
-            return [], [torch.randint(vocabulary, (_PROBE_TOKENS,), generator=generator)]
-        if self.config.dataset is None or self.config.dataset == "self":
-            raise ConfigError(
-                f"method {self.config.method!r} needs calibration text: give dataset=. Text of the model's own would "
-                "need all of it in memory; from_pretrained(..., quantization_config=...) does that where it fits"
-            )
+            return [], [torch.randint(vocabulary, (_PROBE_TOKENS,), generator=generator)], False
+        if of_its_own(self.config):
+            kept = self.output / FOLDER / "own_text.safetensors"
+            chosen = own_sequences(self.source, self.config, kept)
+            return chosen, [chosen[0][:_PROBE_TOKENS]], False
         chosen, others = calibration_sequences(self.model, self.config)
-        self.has_held_out = bool(others)
-        return chosen, others[:_HELD_OUT] or [chosen[0][:_PROBE_TOKENS]]
+        return chosen, others[:HELD_OUT] or [chosen[0][:_PROBE_TOKENS]], bool(others)
 
     @torch.no_grad()
     def blocks(self) -> None:
         """All blocks that are not done."""
-        self.source.load(lambda name: not name.startswith(self.inside))
-        streams = self.calibration.start(self.sequences)
+        with self.ranks.together():
+            self.source.load(lambda name: not name.startswith(self.inside))
+        streams = self.calibration.start(self.sequences, self.resume.batches["calibration"])
         self.followers = self._followers()
         done = self.resume.done
         if done:
@@ -171,11 +233,13 @@ class _Run:
             self.calibration.reports = [WeightReport(**report) for report in self.resume.reports]
         for index in range(done):
             self.calibration.skip(index)
-        with progress_bar(sum(map(len, self.calibration.recipes.values()))) as progress:
+        names = weight_names(self.calibration.recipes)
+        with live_table(names, enabled=self.ranks.first) as progress:
             self.calibration.progress = progress
             for index in range(done, len(self.names)):
                 name = self.names[index]
-                self.source.load(partial(_begins_with, f"{name}."))
+                with self.ranks.together():
+                    self.source.load(partial(_begins_with, f"{name}."))
                 self.calibration.block(index, streams, self.followers)
                 self.resume.finish(
                     index,
@@ -184,14 +248,16 @@ class _Run:
                     [asdict(report) for report in self.calibration.reports],
                 )
                 self.source.free(name)
-            wanted = [self._logits(each.batch, each.wanted) for each in self.followers]
+            floats = {name: self.model.get_submodule(name) for name in self.calibration.outside}
             self.calibration.rest(streams)
-        self.held_out_result = self._compare(wanted)
+        with self.ranks.together():
+            totals = self._compare(floats)
+        self.held_out_result = self._held_out(totals)
 
     def _followers(self) -> list[Stream]:
         """Streams that the quantized model is compared on."""
         try:
-            return self.calibration.start(self.held_out)
+            return self.calibration.start(self.held_out, self.resume.batches["held out"])
         except CalibrationError as error:
             if self.sequences:
                 raise
@@ -200,12 +266,11 @@ class _Run:
             )
             return []
 
-    def finish(self, command: str | None, so_far: Callable[[], dict[str, Any]]) -> Report:
-        """Everything that is not in a block, the files around the weights, the check of it all.
+    def finish(self, command: str | None) -> Report:
+        """Everything that is not in a block, the files around the weights, the check of it all; by the first process."""
+        return self.ranks.from_first(lambda: self._finish(command))
 
-        Args:
-            so_far: figures of the whole call.
-        """
+    def _finish(self, command: str | None) -> Report:
         calibration = None
         if self.sequences:
             calibration = self.calibration.report(self.sequences)
@@ -215,10 +280,14 @@ class _Run:
         with staged(self.output) as new:
             self._write_weights(new)
             self._write_settings(new)
-            if not has_foreign_card(self.output):
-                card = model_card(self.model, name=self.output.absolute().name, command=command)
-                (new / CARD).write_text(str(card), encoding="utf-8")
-            difference = self._check(new)
+            manifest(
+                self.model,
+                self.source.files,
+                self.source.parameters,
+                self.quantizer.names_for_saving,
+                sorted(new.glob("*.safetensors")),
+            ).write(new)
+            difference, speed = self._check(new)
             report = Report(
                 model=str(self.model.config._name_or_path),
                 output=str(self.output),
@@ -229,14 +298,31 @@ class _Run:
                 bytes_after=size.total_bytes,
                 bits_per_weight=size.bits_per_weight,
                 logit_difference=difference,
+                seconds=time.perf_counter() - self.start,
+                processes=self.ranks.size,
+                resumed_blocks=self.resumed,
+                batch_tokens=self.resume.batches["calibration"] if self.sequences else None,
                 calibration=calibration,
                 held_out=self.held_out_result,
-                **so_far(),
+                speed=speed,
             )
             report.write(new)
+            self._write_card(new, report, command)
         return report
 
-    def _check(self, folder: Path) -> float | None:
+    def _write_card(self, folder: Path, report: Report, command: str | None) -> None:
+        if has_foreign_card(self.output):
+            return
+        card = model_card(
+            self.model,
+            name=self.output.absolute().name,
+            results=report.results(),
+            dataset=_HELD_OUT_TEXT if report.held_out else None,
+            command=command,
+        )
+        (folder / CARD).write_text(str(card), encoding="utf-8")
+
+    def _check(self, folder: Path) -> tuple[float | None, Speed | None]:
         if not self.followers:
             return check_reloaded(folder, self.held_out[0].unsqueeze(0), None, self.source.device)
         first = self.followers[0]
@@ -297,18 +383,30 @@ class _Run:
             generation.save_pretrained(folder)
         save_tokenizer(self.source.folder, folder)
 
-    def _compare(self, wanted: Sequence[Tensor]) -> HeldOut | None:
-        """The quantized model's predictions of the held-out text beside the float model's; None if there is none."""
-        if not self.has_held_out:
-            return None
+    def _compare(self, floats: Mapping[str, nn.Module]) -> tuple[Totals, Totals]:
+        """Sums of the quantized and of the float model over this process's share of the held-out text.
+
+        Args:
+            floats: what stood outside of the blocks before it was quantized.
+        """
         ours, theirs = Totals(), Totals()
-        for stream, expected in zip(self.followers, wanted, strict=True):
+        for stream in self.followers if self.has_held_out else ():
             targets = stream.batch[:, 1:].flatten()
+            with _instead(self.model, floats):
+                reference = self._logits(stream.batch, stream.wanted)[:, :-1].flatten(0, 1)
             logits = self._logits(stream.batch, stream.hidden)[:, :-1].flatten(0, 1)
-            reference = expected[:, :-1].flatten(0, 1)
             score(logits, targets, ours)
             score(reference, targets, theirs)
             compare(logits, reference, ours)
+        return ours, theirs
+
+    def _held_out(self, totals: tuple[Totals, Totals]) -> HeldOut | None:
+        """The quantized model's predictions of the held-out text beside the float model's; None if there is none."""
+        if not self.has_held_out:
+            return None
+        shares = self.ranks.gather(totals)
+        ours = sum((share[0] for share in shares), Totals())
+        theirs = sum((share[1] for share in shares), Totals())
         return HeldOut(
             tokens=ours.count,
             perplexity=math.exp(ours.nll / ours.count),
@@ -320,6 +418,17 @@ class _Run:
 
 def _begins_with(prefix: str, name: str) -> bool:
     return name.startswith(prefix)
+
+
+@contextmanager
+def _instead(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Within, the model has these modules."""
+    before = {name: model.get_submodule(name) for name in modules}
+    for name, module in modules.items():
+        model.set_submodule(name, module)
+    yield
+    for name, module in before.items():
+        model.set_submodule(name, module)
 
 
 def _hidden(streams: Sequence[Stream]) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
-from ..algorithms import ALGORITHMS, find_method
+from ..algorithms import ALGORITHMS
 from ..config import HfqConfig, Recipe
 from ..core.errors import CheckpointError, ConfigError, HfqError
 from ..core.weight import QuantizedWeight
@@ -429,7 +429,7 @@ def _packed_twin(module: nn.Module, recipe: Recipe) -> QuantLinear | QuantEmbedd
 
 
 def _needs_data(recipes: Mapping[str, Recipe]) -> bool:
-    return any(find_method(recipe.method).calibrated for recipe in recipes.values())
+    return any(recipe.calibrated for recipe in recipes.values())
 
 
 def _filled_twin(module: nn.Module, recipe: Recipe) -> QuantLinear | QuantEmbedding:

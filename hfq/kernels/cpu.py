@@ -7,7 +7,6 @@ the matrix library multiply, which costs one more pass over the weight and reuse
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from . import native, rows16
 from .ops import rows16_weight
 from .row import Problem
 
-__all__ = ["MAX_DIRECT_TOKENS", "CpuRows16", "below_autograd"]
+__all__ = ["MAX_DIRECT_TOKENS", "CpuRows16", "call", "no_native_code"]
 
 # Up to here `cpu_linear` is faster than dequantizing (8192x2048 and 2048x8192 int4, 2 cores with AVX-512 VNNI and
 # AMX, benchmarks/NOTES.md), by whether activations are quantized to int8.
@@ -33,11 +32,11 @@ class CpuRows16:
     name = "cpu_rows16"
 
     def reject(self, problem: Problem) -> str | None:
-        if problem.device != "cpu":
-            return f"runs on cpu, the weight is on {problem.device}"
-        status = native.load()
-        if not status.cpu:
-            return f"native CPU kernels are not loaded: {status.cpu_reason}"
+        reason = no_native_code(problem)
+        if reason is not None:
+            return reason
+        if problem.activation is not None:
+            return f"takes float activations, this weight asks for int8 ({problem.activation})"
         if problem.bits not in (4, 8):
             return f"takes 4 and 8 bits, not {problem.bits}"
         if problem.has_g_idx:
@@ -61,8 +60,8 @@ class CpuRows16:
         sizes = (grid.bits, grid.group_size, grid.in_features, grid.out_features)
         # The direct kernel computes in float32: too little for float64, which nobody uses for speed.
         if tokens.shape[0] <= MAX_DIRECT_TOKENS[int8_activations] and x.dtype != torch.float64:
-            direct = below_autograd(torch.ops.hfq.cpu_linear)
-            y = direct(tokens.contiguous(), *operands, *sizes, int8_activations)
+            op = torch.ops.hfq.cpu_linear
+            y = call(op, tokens.contiguous(), *operands, *sizes, int8_activations)
         else:
             y = torch.ops.hfq.cpu_linear_dequantized(tokens, *operands, *sizes)
         out: Tensor = y.view(*x.shape[:-1], grid.out_features)
@@ -86,17 +85,23 @@ class CpuRows16:
         return rows16_weight(operands, sizes, dtype)
 
 
-def below_autograd(operator: Any) -> Any:
-    """The operator; under `torch.no_grad` past the Python code of its gradient, half of the time of a small call."""
+def no_native_code(problem: Problem) -> str | None:
+    """Why native CPU code cannot run at all, or None."""
+    if problem.device != "cpu":
+        return f"runs on cpu, the weight is on {problem.device}"
+    status = native.load()
+    return None if status.cpu else f"native CPU kernels are not loaded: {status.cpu_reason}"
+
+
+def call(op: Any, *arguments: Tensor | int | None) -> Tensor:
+    """An operator; under `torch.no_grad` past the Python code of its gradient, half of the time of a small call."""
     if (
         torch.is_grad_enabled()
         or forward_ad._current_level >= 0  # forward-mode differentiation goes on under no_grad
         or torch.compiler.is_compiling()
     ):
-        return operator
-    return partial(_without_gradient, operator.default)
-
-
-def _without_gradient(operator: Any, *arguments: Any) -> Any:
+        y: Tensor = op(*arguments)
+        return y
     with torch._C._AutoDispatchBelowAutograd():
-        return operator(*arguments)
+        y = op.default(*arguments)
+    return y

@@ -14,8 +14,8 @@ from torch import Tensor
 from ..core.bits import packed_bytes
 from ..core.spec import group_count
 from ..core.weight import SpqrGrid
-from . import native, rows16
-from .cpu import below_autograd
+from . import rows16
+from .cpu import call, no_native_code
 from .neutral_spqr import operands, pick_outliers, sizes
 from .row import Problem
 from .spqr_ops import spqr_rows16_weight
@@ -35,11 +35,9 @@ class CpuSpqr:
     name = "cpu_spqr"
 
     def reject(self, problem: Problem) -> str | None:
-        if problem.device != "cpu":
-            return f"runs on cpu, the weight is on {problem.device}"
-        status = native.load()
-        if not status.cpu:
-            return f"native CPU kernels are not loaded: {status.cpu_reason}"
+        reason = no_native_code(problem)
+        if reason is not None:
+            return reason
         if problem.bits not in (2, 3, 4):
             return f"takes 2, 3 and 4 bits, not {problem.bits}"
         size = problem.group_size
@@ -62,7 +60,7 @@ class CpuSpqr:
         arguments = (*operands(grid), bias, *sizes(grid), grid.out_features)
         # The direct kernel computes in float32: too little for float64, which nobody uses for speed.
         if tokens.shape[0] <= MAX_DIRECT_TOKENS and x.dtype != torch.float64:
-            y = below_autograd(torch.ops.hfq.cpu_spqr_linear)(tokens.contiguous(), *arguments)
+            y = call(torch.ops.hfq.cpu_spqr_linear, tokens.contiguous(), *arguments)
         else:
             y = torch.ops.hfq.cpu_spqr_linear_dequantized(tokens, *arguments)
         out: Tensor = y.view(*x.shape[:-1], grid.out_features)

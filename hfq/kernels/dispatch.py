@@ -12,6 +12,7 @@ from typing import Any
 
 from ..core.weight import Grid, PackedGrid, SpqrGrid
 from .cpu import CpuRows16
+from .cpu_int8 import CpuInt8
 from .cpu_spqr import CpuSpqr
 from .neutral import Neutral
 from .neutral_spqr import NeutralSpqr
@@ -30,7 +31,10 @@ class Choice:
 
 @cache
 def _table() -> dict[type[Grid], tuple[KernelRow[Any], ...]]:
-    return {PackedGrid: (CpuRows16(), Neutral()), SpqrGrid: (CpuSpqr(), NeutralSpqr())}
+    return {
+        PackedGrid: (CpuRows16(), CpuInt8(), Neutral()),
+        SpqrGrid: (CpuSpqr(), NeutralSpqr()),
+    }
 
 
 def rows(kind: type[Grid] = PackedGrid) -> tuple[KernelRow[Any], ...]:

@@ -1,6 +1,7 @@
 """The kernel that is always right: dequantize the stored layout, then multiply. Any device, format and shape.
 
-On CUDA the dequantization runs in a kernel of ours where that was built; elsewhere it is PyTorch.
+On CUDA the dequantization runs in a kernel of ours where that was built; elsewhere it is PyTorch. Weights with int8
+activations are multiplied as integers (`hfq.kernels.int8`).
 """
 
 from __future__ import annotations
@@ -34,6 +35,11 @@ class Neutral:
     def linear(
         self, x: Tensor, grid: PackedGrid, bias: Tensor | None, int8_activations: bool
     ) -> Tensor:
+        if grid.activation is not None:
+            out: Tensor = torch.ops.hfq.int8_linear(
+                x, grid.qweight, grid.scales, grid.input_scale, bias, grid.in_features
+            )
+            return out
         y: Tensor = torch.ops.hfq.linear(
             x,
             grid.qweight,

@@ -11,9 +11,12 @@ M tokens, N out_features, K in_features, G groups per row. A weight is ``(code -
     cpu_dequantize           rows16 -> [N, K]                     native
     cpu_linear               x, rows16 -> x W^T + bias            native; float32 or int8 activations
     cpu_linear_dequantized   x, rows16 -> x W^T + bias            cpu_dequantize, then a matrix product
+    int8_linear              x, neutral -> x W^T + bias           x quantized to int8, integers (hfq.kernels.int8)
+    cpu_int8_linear          x, rows16 -> x W^T + bias            the same, native
 
 Packed operands are never differentiated. The products have the gradient of x, computed from the packed
-operands again, so that training keeps no float copy of the weight.
+operands again, so that training keeps no float copy of the weight. Where x is quantized, its rounding counts as the
+identity (the straight-through estimator of Bengio et al., 2013).
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import int8, reference
 
 __all__ = ["LIBRARY", "matmul", "register_gradient", "rows16_weight"]
 
@@ -33,6 +36,7 @@ LIBRARY: Any = torch.library.Library("hfq", "DEF")  # type: ignore[no-untyped-ca
 
 _GRID = "Tensor qweight, Tensor scales, Tensor? zeros, Tensor? codebook"
 _SIZES = "int bits, int group_size, int in_features"
+_INT8 = "Tensor x, Tensor qweight, Tensor scales, Tensor? input_scale, Tensor? bias"
 _ROWS16 = f"{_GRID}, Tensor? bias, {_SIZES}, int out_features"
 
 for _schema in (
@@ -41,6 +45,8 @@ for _schema in (
     f"cpu_dequantize({_GRID}, {_SIZES}, int out_features, ScalarType dtype) -> Tensor",
     f"cpu_linear(Tensor x, {_ROWS16}, bool int8_activations) -> Tensor",
     f"cpu_linear_dequantized(Tensor x, {_ROWS16}) -> Tensor",
+    f"int8_linear({_INT8}, int in_features) -> Tensor",
+    f"cpu_int8_linear({_INT8}, int in_features, int out_features) -> Tensor",
 ):
     LIBRARY.define(_schema, tags=(torch.Tag.needs_fixed_stride_order,))
 
@@ -113,6 +119,7 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 LIBRARY.impl("dequantize", reference.dequantize, "CompositeExplicitAutograd")
 LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
+LIBRARY.impl("int8_linear", int8.int8_linear, "CompositeExplicitAutograd")
 LIBRARY.impl("cpu_linear_dequantized", _cpu_linear_dequantized, "CPU")
 
 
@@ -147,6 +154,8 @@ for _name, _fake in {
     "cpu_dequantize": _fake_cpu_dequantize,
     "cpu_linear": _fake_cpu_linear,
     "cpu_linear_dequantized": _fake_cpu_linear_dequantized,
+    "int8_linear": _fake_linear,
+    "cpu_int8_linear": _fake_cpu_linear_dequantized,  # out_features stands last, too
 }.items():
     torch.library.register_fake(f"hfq::{_name}", _fake, lib=LIBRARY)
 
@@ -188,6 +197,21 @@ def _neutral_weight(
     return weight
 
 
+def _int8_weight(operands: tuple[Any, ...], sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    qweight, scales, _ = operands
+    return _neutral_weight((qweight, scales, None, None, None), (8, sizes[0], sizes[0]), dtype)
+
+
+def _cpu_int8_weight(
+    operands: tuple[Any, ...], sizes: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    qweight, scales, _ = operands
+    columns, rows = sizes
+    return rows16_weight((qweight, scales, None, None), (8, columns, columns, rows), dtype)
+
+
 register_gradient("linear", 5, _neutral_weight)
 register_gradient("cpu_linear", 4, rows16_weight)
 register_gradient("cpu_linear_dequantized", 4, rows16_weight)
+register_gradient("int8_linear", 3, _int8_weight)
+register_gradient("cpu_int8_linear", 3, _cpu_int8_weight)

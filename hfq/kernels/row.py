@@ -34,6 +34,7 @@ class Problem:
     has_codebook: bool
     has_g_idx: bool
     stat_group_size: int
+    activation: str | None
 
     @classmethod
     def of(cls, grid: Grid) -> Problem:
@@ -47,6 +48,7 @@ class Problem:
             has_codebook=getattr(grid, "codebook", None) is not None,
             has_g_idx=getattr(grid, "g_idx", None) is not None,
             stat_group_size=getattr(grid, "stat_group_size", 0),
+            activation=getattr(grid, "activation", None),
         )
 
 
@@ -65,7 +67,10 @@ class KernelRow(Protocol[G]):
         """The inverse of `prepare`, bit-exact, for what it has changed. `shape`: of the neutral tensor."""
 
     def linear(self, x: Tensor, grid: G, bias: Tensor | None, int8_activations: bool) -> Tensor:
-        """``x W^T + bias``: x `[..., K]` -> `[..., N]` in x.dtype. `grid` is in the kernel's layout."""
+        """``x W^T + bias``: x `[..., K]` -> `[..., N]` in x.dtype. `grid` is in the kernel's layout.
+
+        Where ``grid.activation`` is set, x is quantized to int8 whatever `int8_activations` says.
+        """
 
     def rows(self, grid: G, index: Tensor) -> G:
         """The rows `index` (int64 `[T]`) of a grid in the kernel's layout, as a neutral grid `[T, ...]`."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..core import affine
 from ..core.errors import WeightError
 from ..core.weight import QuantizedWeight
+from ..formats import INPUT_SCALE
 from .layout import as_bits
 from .packing import Encode, pack_weight
 from .parameters import PackedParameters, frozen
@@ -25,6 +26,7 @@ __all__ = ["KERNEL_MODES", "PackedModule"]
 #   int8   quantized to 8 bits per token and block of columns, where the kernel can (integer dot products)
 #   auto   exact for float32 inputs, in training mode and where gradients flow; int8 for 16-bit inputs elsewhere,
 #          whose own rounding is of the same size
+# A weight whose format asks for int8 activations (W8A8) has them in every mode: there they are part of the model.
 KERNEL_MODES = ("auto", "exact", "int8")
 
 # One text for all weights, so that Python shows it once.
@@ -96,14 +98,17 @@ class PackedModule(PackedParameters):
     def requantize(self, base: str, weight: Tensor, encode: Encode | None = None) -> None:
         """Quantize a float weight into the slot, by rounding to nearest unless `encode` says otherwise.
 
-        The module is unchanged if that fails.
+        The module is unchanged if that fails. A static scale of its activations stays.
         """
         spec = self.slots[base].spec
 
         def round_to_nearest(rows: Tensor) -> QuantizedWeight:
             return affine.encode(rows, *affine.range_grid(rows, spec), spec)
 
-        self.set_packed(base, pack_weight(weight, self.slots[base], encode or round_to_nearest))
+        packed = pack_weight(weight, self.slots[base], encode or round_to_nearest)
+        if spec.activation == "static":
+            packed[INPUT_SCALE] = self.neutral_tensors(base)[INPUT_SCALE]
+        self.set_packed(base, packed)
 
     def int8_activations(self, x: Tensor) -> bool:
         """Whether a kernel may quantize the activations x; see `KERNEL_MODES`."""

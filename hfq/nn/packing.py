@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.errors import WeightError
 from ..core.weight import QuantizedWeight
-from ..formats import FORMATS, ROW_CHUNK
+from ..formats import FORMATS, INPUT_SCALE, ROW_CHUNK
 from .slot import PackedSlot
 
 __all__ = ["Encode", "pack_weight"]
@@ -31,7 +31,8 @@ def pack_weight(weight: Tensor, slot: PackedSlot, encode: Encode) -> dict[str, T
         encode: quantizes a slice of rows; see `hfq.algorithms`.
 
     Returns:
-        Stored tensors by key ("weight", "weight_scale", ...) on the weight's device.
+        Stored tensors by key ("weight", "weight_scale", ...) on the weight's device; all but the scale of static
+        activations, which no weight tells.
 
     Raises:
         WeightError: wrong shape, or what `encode` raises.
@@ -43,6 +44,7 @@ def pack_weight(weight: Tensor, slot: PackedSlot, encode: Encode) -> dict[str, T
     out = {
         key: torch.empty(layout.shape, dtype=layout.dtype, device=weight.device)
         for key, layout in slot.layout().items()
+        if key != INPUT_SCALE
     }
     if slot.experts is None:
         _pack_rows(weight, out, slot, encode)

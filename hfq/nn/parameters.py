@@ -21,9 +21,10 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from ..core.activations import check_input_scale
 from ..core.errors import CheckpointError, WeightError
 from ..core.weight import Grid
-from ..formats import FORMATS, check_tensors
+from ..formats import FORMATS, INPUT_SCALE, check_tensors
 from ..kernels import dispatch
 from ..kernels.row import KernelRow, Problem
 from .layout import as_bits, as_float, in_kernel_layout, neutral_grid, to_kernel, to_neutral
@@ -74,6 +75,9 @@ class PackedParameters(nn.Module):
         for slot in self.slots.values():
             for key, entry in slot.layout().items():
                 empty = torch.empty(entry.shape, dtype=entry.dtype, device=device)
+                if key == INPUT_SCALE:
+                    # Whoever forgets to set it gets NaN, not numbers.
+                    empty.fill_(torch.nan)
                 # On meta the floats stay floats: a loader compares and casts by the dtype of the checkpoint.
                 self._parameters[slot.attribute(key)] = frozen(
                     empty if empty.is_meta else as_bits(empty)
@@ -139,6 +143,11 @@ class PackedParameters(nn.Module):
         for base, slot in self.slots.items():
             tensors = self.neutral_tensors(base)
             check_tensors(name, tensors, slot.layout())
+            if INPUT_SCALE in tensors and not check_input_scale(tensors[INPUT_SCALE]):
+                raise CheckpointError(
+                    f"{name}: expected scales of activations above 0, got {tensors[INPUT_SCALE].tolist()}; the "
+                    "checkpoint is damaged"
+                )
             try:
                 self._check_values(base, tensors)
             except CheckpointError as error:

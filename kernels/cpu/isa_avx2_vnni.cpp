@@ -19,10 +19,11 @@ inline SmallSum small_dot(SmallSum sum, Line codes, uint32_t x) { return byte_do
 inline I small_end(SmallSum sum, int32_t) { return sum; }
 
 #include "rows16_body.h"
+#include "int8_body.h"
 #include "spqr_body.h"
 
 }  // namespace
 
-const Kernels kAvx2VnniKernels = {"avx2_vnni", kMaxTokens, prepare, linear, dequantize, spqr_prepare, spqr_linear, spqr_dequantize};
+const Kernels kAvx2VnniKernels = {"avx2_vnni", kMaxTokens, kSpqrTokens, prepare, linear, dequantize, quantize, int8_linear, spqr_prepare, spqr_linear, spqr_dequantize};
 
 }  // namespace hfq

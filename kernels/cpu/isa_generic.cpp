@@ -22,6 +22,8 @@ struct FloatTable {
 };
 typedef I SmallSum;
 constexpr int kMaxTokens = 4;
+constexpr int kSpqrTokens = 2;
+constexpr int kRowBlocks = 1;
 
 inline F f_set1(float x) {
   F f;
@@ -170,7 +172,11 @@ inline F byte_value(Line words) {
 inline I byte_dot(I sum, Line codes, uint32_t x) {
   for (int j = 0; j < 4; ++j) {
     const int32_t xj = static_cast<int8_t>(x >> (8 * j));
-    for (int i = 0; i < 16; ++i) sum.v[i] += static_cast<int32_t>((codes.v[i] >> (8 * j)) & 255u) * xj;
+    for (int i = 0; i < 16; ++i) {
+      // Unsigned: sums over long rows may wrap on their way to a result that fits.
+      const uint32_t product = ((codes.v[i] >> (8 * j)) & 255u) * static_cast<uint32_t>(xj);
+      sum.v[i] = static_cast<int32_t>(static_cast<uint32_t>(sum.v[i]) + product);
+    }
   }
   return sum;
 }
@@ -234,10 +240,11 @@ inline void lookup_words(uint8_t* y, const uint32_t* words, int64_t count, F val
 }
 
 #include "rows16_body.h"
+#include "int8_body.h"
 #include "spqr_body.h"
 
 }  // namespace
 
-const Kernels kGenericKernels = {"generic", kMaxTokens, prepare, linear, dequantize, spqr_prepare, spqr_linear, spqr_dequantize};
+const Kernels kGenericKernels = {"generic", kMaxTokens, kSpqrTokens, prepare, linear, dequantize, quantize, int8_linear, spqr_prepare, spqr_linear, spqr_dequantize};
 
 }  // namespace hfq

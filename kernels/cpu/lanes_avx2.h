@@ -13,6 +13,8 @@ struct FloatTable {
 };
 // 16 registers: two per accumulator, two per line; more tokens would spill.
 constexpr int kMaxTokens = 4;
+constexpr int kSpqrTokens = 4;
+constexpr int kRowBlocks = 1;
 
 inline F f_zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 inline F f_set1(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }

@@ -6,6 +6,8 @@ typedef __m512i Line;
 typedef __m512i Table;
 typedef __m512 FloatTable;
 constexpr int kMaxTokens = 8;
+constexpr int kSpqrTokens = 4;
+constexpr int kRowBlocks = 2;
 
 inline F f_zero() { return _mm512_setzero_ps(); }
 inline F f_set1(float v) { return _mm512_set1_ps(v); }

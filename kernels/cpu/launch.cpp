@@ -8,6 +8,7 @@
 namespace hfq {
 namespace {
 
+constexpr int64_t kMaxInt8Tokens = 256;        // tokens per sweep where activations are bytes
 constexpr int64_t kPrepareGrain = 16 * 1024;   // activations per thread
 
 // Offsets of the activation buffers, each sized for `tokens` tokens and aligned to a cache line.
@@ -62,12 +63,13 @@ void sweep(const Kernels& isa, const LinearCall& call, LinearParams params, int6
   char* base = scratch.reserve(static_cast<size_t>(layout.bytes));
   const Passes passes{tokens, ceil_div(tokens, isa.max_tokens)};
   const int64_t size = element_size(call.x_dtype);
+  const auto activations_of = [&](int64_t pass) { return static_cast<const char*>(call.x) + (begin + passes.first(pass)) * s.in_features * size; };
 
   const auto prepare = [&](int64_t first_group, int64_t last_group) {
     for (int64_t i = 0; i < passes.count; ++i) {
       PrepareParams p;
       p.shape = s;
-      p.x = static_cast<const char*>(call.x) + (begin + passes.first(i)) * s.in_features * size;
+      p.x = activations_of(i);
       p.x_dtype = call.x_dtype;
       p.tokens = passes.size(i);
       p.int8_activations = call.int8_activations;
@@ -77,8 +79,24 @@ void sweep(const Kernels& isa, const LinearCall& call, LinearParams params, int6
       isa.prepare(p, first_group, last_group);
     }
   };
-  parallel_for(s.groups, at_least_one(kPrepareGrain / (tokens * s.group_size)), prepare);
+  const auto quantize = [&](int64_t first_pass, int64_t last_pass) {
+    for (int64_t i = first_pass; i < last_pass; ++i) {
+      QuantizeParams p;
+      p.shape = s;
+      p.x = activations_of(i);
+      p.x_dtype = call.x_dtype;
+      p.tokens = passes.size(i);
+      p.input_scale = call.input_scale;
+      p.out = layout.pass(base, passes.first(i));
+      isa.quantize(p);
+    }
+  };
+  if (call.whole_rows)
+    parallel_for(passes.count, at_least_one(kPrepareGrain / (isa.max_tokens * s.in_features)), quantize);
+  else
+    parallel_for(s.groups, at_least_one(kPrepareGrain / (tokens * s.group_size)), prepare);
 
+  const auto product = call.whole_rows ? isa.int8_linear : isa.linear;
   const int64_t block_bytes = s.words * kLineBytes;
   const int64_t step = at_least_one(kCachedBytes / block_bytes);
   const auto multiply = [&](int64_t first_block, int64_t last_block) {
@@ -89,7 +107,7 @@ void sweep(const Kernels& isa, const LinearCall& call, LinearParams params, int6
         p.tokens = static_cast<int32_t>(passes.size(i));
         p.x = layout.pass(base, passes.first(i));
         p.y = static_cast<char*>(call.y) + (begin + passes.first(i)) * s.out_features * size;
-        isa.linear(p, from, to);
+        product(p, from, to);
       }
       from = to;
     }
@@ -115,9 +133,10 @@ void launch_linear(const LinearCall& call) {
   params.bias_dtype = call.bias_dtype;
   params.y_dtype = call.x_dtype;
   params.int8_activations = call.int8_activations;
-  for (int64_t token = 0; token < call.tokens; token += kMaxTokensPerSweep) {
+  const int64_t most = call.whole_rows ? kMaxInt8Tokens : kMaxTokensPerSweep;
+  for (int64_t token = 0; token < call.tokens; token += most) {
     const int64_t left = call.tokens - token;
-    sweep(isa, call, params, token, left < kMaxTokensPerSweep ? left : kMaxTokensPerSweep);
+    sweep(isa, call, params, token, left < most ? left : most);
   }
 }
 

@@ -20,6 +20,8 @@ struct LinearCall {
   DType scale_dtype;
   DType bias_dtype;
   bool int8_activations;
+  bool whole_rows;           // activations are quantized over the whole row (int8_body.h); int8_activations is true then
+  const float* input_scale;  // [1] or null; whole_rows only
 };
 
 void launch_linear(const LinearCall& call);

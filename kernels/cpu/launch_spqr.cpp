@@ -30,7 +30,7 @@ void sweep(const Kernels& isa, const SpqrLinearParams& all, int64_t begin, int64
   const int64_t units = ceil_div(w.in_features, kUnit), size = all.x_dtype == kFloat32 ? 4 : 2;
   const int64_t value_bytes = tokens * units * kUnit * 4, sum_bytes = round_up(tokens * w.groups * 4, 64);
   char* base = scratch.reserve(static_cast<size_t>(value_bytes + sum_bytes));
-  const Passes passes{tokens, ceil_div(tokens, isa.max_tokens)};
+  const Passes passes{tokens, ceil_div(tokens, isa.spqr_max_tokens)};
   const auto pass = [&](int64_t i) {
     SpqrLinearParams p = all;
     p.tokens = static_cast<int32_t>(passes.size(i));

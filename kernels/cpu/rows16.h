@@ -74,6 +74,16 @@ struct LinearParams {
   void* y;                     // [tokens, N]
 };
 
+// Activations that are quantized over the whole row (int8_body.h): up to `max_tokens` of them.
+struct QuantizeParams {
+  Shape shape;               // 8 bits, one group
+  const void* x;             // [tokens, K]
+  DType x_dtype;
+  int64_t tokens;            // m
+  const float* input_scale;  // [1] for all tokens; null: one for each token, from its largest magnitude
+  Activations out;           // codes [W, m, 4], block_scales [m], block_init [m]
+};
+
 struct DequantizeParams {
   Shape shape;
   const uint8_t* qweight;  // [N16, W, 16, 4]
@@ -88,13 +98,16 @@ struct DequantizeParams {
 struct SpqrLinearParams;  // spqr.h
 struct SpqrDequantizeParams;
 
-// What one instruction set offers. prepare() covers groups [first, last), spqr_prepare() units, the others row blocks.
+// What one instruction set offers. prepare() covers groups [first, last), spqr_prepare() units, quantize() all tokens, the others row blocks.
 struct Kernels {
   const char* name;
   int32_t max_tokens;
+  int32_t spqr_max_tokens;
   void (*prepare)(const PrepareParams& params, int64_t first, int64_t last);
   void (*linear)(const LinearParams& params, int64_t first, int64_t last);
   void (*dequantize)(const DequantizeParams& params, int64_t first, int64_t last);
+  void (*quantize)(const QuantizeParams& params);
+  void (*int8_linear)(const LinearParams& params, int64_t first, int64_t last);
   void (*spqr_prepare)(const SpqrLinearParams& params, int64_t first, int64_t last);
   void (*spqr_linear)(const SpqrLinearParams& params, int64_t first, int64_t last);
   void (*spqr_dequantize)(const SpqrDequantizeParams& params, int64_t first, int64_t last);

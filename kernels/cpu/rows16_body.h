@@ -11,6 +11,7 @@
 //   small_begin small_dot small_end                                    int8 dot products of codes 0..15, at most kActBlock columns
 //   byte_dot                                                           int8 dot products of codes 0..255
 //   kMaxTokens                                                         tokens per pass that fit the register file
+//   kRowBlocks                                                         row blocks that one pass of int8_linear takes side by side
 
 // ---- reading and writing scales, activations and outputs ----
 
@@ -61,9 +62,8 @@ inline void store_outputs(const LinearParams& p, int64_t block, int64_t token, F
 
 // ---- activations ----
 
-// One block of at most 32 columns to int8, symmetric: x ~ codes * scale. Returns the scale; NaN and infinity make it NaN or infinity,
-// so they reach the output. The largest magnitude is taken on the bit patterns, which order like the values and keep NaN largest.
-inline float quantize_block(const float* x, int32_t* codes, int32_t* sum) {
+// The largest magnitude of a block as bit pattern: these order like the values and keep NaN largest.
+inline uint32_t largest_bits(const float* x) {
   uint32_t largest = 0;
   for (int k = 0; k < kActBlock; ++k) {
     uint32_t bits;
@@ -71,24 +71,42 @@ inline float quantize_block(const float* x, int32_t* codes, int32_t* sum) {
     bits &= 0x7fffffffu;
     largest = bits > largest ? bits : largest;
   }
-  float amax;
-  __builtin_memcpy(&amax, &largest, 4);
-  // Below 1e-35 the reciprocal overflows: such a block counts as zero. Not-a-number compares false and gets codes 0, scale NaN.
-  const float inverse = amax > 1e-35f ? 127.0f / amax : 0.0f;
+  return largest;
+}
+
+// Codes nearest to x * inverse within -127..127, halves to even; returns their sum.
+inline int32_t round_block(const float* x, float inverse, int32_t* codes) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves round-to-nearest-even in the low mantissa bits
   int32_t total = 0;
   for (int k = 0; k < kActBlock; ++k) {
-    const float shifted = x[k] * inverse + kRound;
+    // The clamp comes before the sum, where it also keeps the two from becoming one operation that rounds once.
+    float value = x[k] * inverse;
+    value = value > 127.0f ? 127.0f : value;
+    value = value < -127.0f ? -127.0f : value;
+    const float shifted = value + kRound;
     int32_t bits;
     __builtin_memcpy(&bits, &shifted, 4);
     int32_t code = bits - 0x4b400000;
-    code = code > 127 ? 127 : code;  // only infinity and NaN reach the clamps; they keep vpmaddubsw within 16 bits
+    code = code > 127 ? 127 : code;  // only NaN reaches these clamps; they keep vpmaddubsw within 16 bits
     code = code < -127 ? -127 : code;
     codes[k] = code;
     total += code;
   }
-  *sum = total;
-  return amax > 1e-35f || amax != amax ? amax * (1.0f / 127.0f) : 0.0f;
+  return total;
+}
+
+// Below this the reciprocal of a scale overflows: what is that small counts as zero.
+constexpr float kLeastMagnitude = 1e-35f;
+
+// One block of at most 32 columns to int8, symmetric: x ~ codes * scale. Returns the scale; NaN and infinity make it NaN or infinity,
+// so they reach the output.
+inline float quantize_block(const float* x, int32_t* codes, int32_t* sum) {
+  const uint32_t largest = largest_bits(x);
+  float amax;
+  __builtin_memcpy(&amax, &largest, 4);
+  // Not-a-number compares false and gets codes 0, scale NaN.
+  *sum = round_block(x, amax > kLeastMagnitude ? 127.0f / amax : 0.0f, codes);
+  return amax > kLeastMagnitude || amax != amax ? amax * (1.0f / 127.0f) : 0.0f;
 }
 
 template <int COLUMNS>  // columns per word: 8 or 4

@@ -47,7 +47,7 @@ struct SpqrLinearParams {
   const void* bias;        // [N] or null
   DType bias_dtype;
   DType x_dtype;           // of x and y
-  int32_t tokens;          // 1 .. max_tokens
+  int32_t tokens;          // 1 .. spqr_max_tokens
   const void* x;           // [tokens, K]
   float* values;           // [U, tokens, 32] x as fp32, zero beyond K: written by prepare, read by linear
   float* group_sums;       // [G, tokens] likewise, the sum of x over each group

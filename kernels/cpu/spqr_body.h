@@ -5,6 +5,7 @@
 //   line_right<n> line_left<n>          shifts by a constant
 //   line_right line_left                shifts by a number
 //   f_from_line                         words as integers to float
+//   kSpqrTokens                         tokens per pass: kernels are unrolled over 32 columns for every number of bits, slow to compile
 
 // ---- one block of 16 rows ----
 
@@ -140,7 +141,7 @@ void spqr_linear_tokens(const SpqrLinearParams& p, int64_t first, int64_t last) 
 
 template <int M>
 void spqr_linear_bits(const SpqrLinearParams& p, int64_t first, int64_t last) {
-  if constexpr (M <= kMaxTokens) {
+  if constexpr (M <= kSpqrTokens) {
     switch (p.weight.bits) {
       case 2: return spqr_linear_tokens<2, M>(p, first, last);
       case 3: return spqr_linear_tokens<3, M>(p, first, last);
@@ -155,10 +156,6 @@ void spqr_linear(const SpqrLinearParams& p, int64_t first, int64_t last) {
     case 2: return spqr_linear_bits<2>(p, first, last);
     case 3: return spqr_linear_bits<3>(p, first, last);
     case 4: return spqr_linear_bits<4>(p, first, last);
-    case 5: return spqr_linear_bits<5>(p, first, last);
-    case 6: return spqr_linear_bits<6>(p, first, last);
-    case 7: return spqr_linear_bits<7>(p, first, last);
-    case 8: return spqr_linear_bits<8>(p, first, last);
   }
 }
 

@@ -58,23 +58,9 @@ Weight check_weight(const char* op, const Shape& s, const Tensor& qweight, const
   return w;
 }
 
-// hfq::cpu_linear(x, qweight, scales, zeros?, codebook?, bias?, bits, group_size, in_features, out_features, int8_activations) -> [M, N]
-void cpu_linear(StableIValue* stack, uint64_t, uint64_t) {
-  constexpr const char* op = "cpu_linear";
-  const Tensor x(op, "x", stack[0]), qweight(op, "qweight", stack[1]), scales(op, "scales", stack[2]);
-  const Tensor zeros(op, "zeros", Tensor::unwrap(stack[3])), codebook(op, "codebook", Tensor::unwrap(stack[4]));
-  const Tensor bias(op, "bias", Tensor::unwrap(stack[5]));
+// Completes a call with the activations and the bias, runs it, and gives its result.
+StableIValue multiply(const char* op, LinearCall& call, const Tensor& x, const Tensor& bias) {
   const int32_t cpu = aoti_torch_device_type_cpu();
-
-  LinearCall call = {};
-  call.shape = make_shape(op, as_int(stack[6]), as_int(stack[7]), as_int(stack[8]), as_int(stack[9]));
-  const Weight w = check_weight(op, call.shape, qweight, scales, zeros, codebook);
-  call.qweight = w.qweight;
-  call.scales = w.scales;
-  call.zeros = w.zeros;
-  call.codebook = w.codebook;
-  call.scale_dtype = w.scale_dtype;
-  call.int8_activations = as_bool(stack[10]);
   call.x_dtype = expect_float(x);
   if (x.dim() != 2 || x.size(1) != call.shape.in_features) x.refuse("of shape [M, in_features=" + std::to_string(call.shape.in_features) + "]");
   call.tokens = x.size(0);
@@ -87,7 +73,52 @@ void cpu_linear(StableIValue* stack, uint64_t, uint64_t) {
 
   const int64_t sizes[2] = {call.tokens, call.shape.out_features};
   const StableIValue y = empty_tensor(sizes, 2, x.dtype(), cpu, x.device_index(), &call.y);
-  stack[0] = filled(op, y, [&] { launch_linear(call); });
+  return filled(op, y, [&] { launch_linear(call); });
+}
+
+// hfq::cpu_linear(x, qweight, scales, zeros?, codebook?, bias?, bits, group_size, in_features, out_features, int8_activations) -> [M, N]
+void cpu_linear(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "cpu_linear";
+  const Tensor x(op, "x", stack[0]), qweight(op, "qweight", stack[1]), scales(op, "scales", stack[2]);
+  const Tensor zeros(op, "zeros", Tensor::unwrap(stack[3])), codebook(op, "codebook", Tensor::unwrap(stack[4]));
+  const Tensor bias(op, "bias", Tensor::unwrap(stack[5]));
+
+  LinearCall call = {};
+  call.shape = make_shape(op, as_int(stack[6]), as_int(stack[7]), as_int(stack[8]), as_int(stack[9]));
+  const Weight w = check_weight(op, call.shape, qweight, scales, zeros, codebook);
+  call.qweight = w.qweight;
+  call.scales = w.scales;
+  call.zeros = w.zeros;
+  call.codebook = w.codebook;
+  call.scale_dtype = w.scale_dtype;
+  call.int8_activations = as_bool(stack[10]);
+  stack[0] = multiply(op, call, x, bias);
+}
+
+// hfq::cpu_int8_linear(x, qweight, scales, input_scale?, bias?, in_features, out_features) -> [M, N]
+void cpu_int8_linear(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "cpu_int8_linear";
+  constexpr int64_t kMostColumns = int64_t{1} << 17;  // the sum of a row fits 32 bits
+  const Tensor x(op, "x", stack[0]), qweight(op, "qweight", stack[1]), scales(op, "scales", stack[2]);
+  const Tensor input_scale(op, "input_scale", Tensor::unwrap(stack[3])), bias(op, "bias", Tensor::unwrap(stack[4]));
+  const int32_t cpu = aoti_torch_device_type_cpu();
+
+  LinearCall call = {};
+  const int64_t in_features = as_int(stack[5]);
+  expect(in_features <= kMostColumns, op, "in_features must be at most 131072, got " + std::to_string(in_features));
+  call.shape = make_shape(op, 8, in_features, in_features, as_int(stack[6]));
+  const Tensor none(op, "none", 0);
+  const Weight w = check_weight(op, call.shape, qweight, scales, none, none);
+  call.qweight = w.qweight;
+  call.scales = w.scales;
+  call.scale_dtype = w.scale_dtype;
+  call.int8_activations = call.whole_rows = true;
+  if (input_scale.defined()) {
+    if (input_scale.dtype() != aoti_torch_dtype_float32()) input_scale.refuse("float32");
+    input_scale.expect_shape({1});
+    call.input_scale = static_cast<const float*>(input_scale.data(cpu, 4));
+  }
+  stack[0] = multiply(op, call, x, bias);
 }
 
 // hfq::cpu_dequantize(qweight, scales, zeros?, codebook?, bits, group_size, in_features, out_features, dtype) -> [N, K]
@@ -116,8 +147,8 @@ void cpu_dequantize(StableIValue* stack, uint64_t, uint64_t) {
 bool register_all() {
   TorchLibraryHandle library = nullptr;  // lives as long as the process, like the operators
   if (aoti_torch_library_init_impl("hfq", "CPU", __FILE__, __LINE__, &library) != 0) return false;
-  return register_impl(library, "cpu_linear", cpu_linear) && register_impl(library, "cpu_dequantize", cpu_dequantize) &&
-         register_spqr(library);
+  return register_impl(library, "cpu_linear", cpu_linear) && register_impl(library, "cpu_int8_linear", cpu_int8_linear) &&
+         register_impl(library, "cpu_dequantize", cpu_dequantize) && register_spqr(library);
 }
 
 const bool registered = register_all();

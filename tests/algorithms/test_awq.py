@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from hfq.algorithms import ALGORITHMS, TRANSFORMS, find_method
-from hfq.calibration.fold import rescaled
 from hfq.core.errors import ConfigError
 from hfq.core.spec import CodebookSpec, IntSpec, QuantSpec
 from hfq.core.statistics import InputStatistics
@@ -48,7 +47,7 @@ def test_large_activations_get_finer_weights(
 
     def error(by: Tensor) -> float:
         method = {"scale_search": True}
-        scaled = rescaled(statistics, by)
+        scaled = statistics.rescaled(by)
         quantized = ALGORITHMS.get("rtn").quantize(weight * by, spec, method, scaled)
         return statistics.error(quantized.dequantize() / by - weight)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from hfq.calibration.capture import Capture, SecondMoment, recording
+from hfq.calibration.capture import Capture, RowSample, SecondMoment, recording
+from hfq.calibration.ranks import Ranks
 from hfq.core.errors import CalibrationError
 
 
@@ -78,3 +81,100 @@ def test_reading_together_once_and_apart_later_is_refused(generator: torch.Gener
         model.q(x)
         with pytest.raises(CalibrationError, match="k: it read the same activations as q"):
             model.k(x + 1)
+
+
+# ---- samples of what modules read
+
+
+def test_a_sample_is_drawn_evenly_from_all_batches() -> None:
+    """Each of 40 batches of 100 tokens gives about a fortieth."""
+    sample = RowSample(400)
+    for batch in range(40):
+        sample.add(torch.full((100, 3), float(batch + 1)))
+    rows = sample.rows()
+    assert rows is not None and rows.shape == (401, 3)
+    counts = torch.bincount(rows[:-1, 0].long(), minlength=41)[1:]
+    assert counts.sum() == 400 and counts.min() >= 1 and counts.max() <= 25
+    assert torch.equal(rows[-1], torch.full((3,), 40.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sample_keeps_few_tokens_whole_and_in_order(
+    dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    x, sample = torch.randn(30, 5, generator=generator).to(dtype), RowSample()
+    for part in (x[:7], x[:0], x[7:]):
+        sample.add(part)
+    rows, largest = sample.rows(), sample.largest()
+    assert rows is not None and largest is not None
+    assert rows.dtype == dtype and torch.equal(rows[:-1], x)
+    assert torch.equal(largest, x.float().abs().amax(0)) and largest.dtype == torch.float32
+    assert rows[-1].abs().max() == x.abs().max()
+    assert RowSample().rows() is None and RowSample().largest() is None
+
+
+def test_the_extreme_token_is_never_lost(generator: torch.Generator) -> None:
+    sample = RowSample(4)
+    for batch in range(20):
+        x = torch.randn(50, 6, generator=generator)
+        if batch == 3:
+            x[17, 2] = -900.0
+        sample.add(x)
+    rows = sample.rows()
+    assert rows is not None and rows.shape == (5, 6) and rows[-1, 2] == -900
+
+
+def test_what_is_no_number_stays_in_the_sample(generator: torch.Generator) -> None:
+    sample = RowSample(4)
+    for batch in range(9):
+        x = torch.randn(50, 6, generator=generator)
+        if batch == 2:
+            x[5, 1] = float("nan")
+        sample.add(x)
+    rows, largest = sample.rows(), sample.largest()
+    assert rows is not None and largest is not None
+    assert rows[-1, 1].isnan() and largest[1].isnan() and largest[0].isfinite()
+
+
+def test_samples_are_kept_on_request_only(generator: torch.Generator) -> None:
+    model, x = Attention(), torch.randn(4, 9, 12, generator=generator)
+    found = {}
+    for sampled in (False, True):
+        with torch.no_grad(), Capture(modules(model), sampled) as capture:
+            model(x)
+        found[sampled] = capture.statistics()["q"]
+    assert found[False] is not None and found[True] is not None
+    assert found[False].sample is None and found[False].largest is None
+    assert found[True].sample is not None and found[True].sample.shape == (37, 12)
+    factors = torch.rand(12, generator=generator) + 0.5
+    scaled = found[True].rescaled(factors)
+    assert scaled.sample is not None and scaled.largest is not None
+    torch.testing.assert_close(scaled.sample, found[True].sample / factors)
+    torch.testing.assert_close(scaled.largest, x.flatten(0, 1).abs().amax(0) / factors)
+
+
+class Pair(Ranks):
+    """Two processes, of which the other one's values are known."""
+
+    def __init__(self, others: list[Any]) -> None:
+        super().__init__(0, 2)
+        self.others = others
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, self.others.pop(0)]
+
+
+@pytest.mark.parametrize("cut", [0, 1, 300, 1000])
+def test_samples_of_two_processes_are_that_of_one(cut: int, generator: torch.Generator) -> None:
+    x, draws = (
+        torch.randn(1000, 7, generator=generator),
+        torch.rand(1000, generator=generator),
+    )
+    alone, first, second = RowSample(64), RowSample(64), RowSample(64)
+    for start in range(0, 1000, 50):
+        alone.add(x[start : start + 50], draws[start : start + 50])
+    first.add(x[:cut], draws[:cut])
+    second.add(x[cut:], draws[cut:])
+    first.sum_over(Pair([second._kept]), x.device)
+    for ours, theirs in ((first.rows(), alone.rows()), (first.largest(), alone.largest())):
+        assert ours is not None and theirs is not None and torch.equal(ours, theirs)

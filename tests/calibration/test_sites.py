@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hfq.calibration.blocks import find_blocks, record_calls, run_block
-from hfq.calibration.fold import Folds, fold, rescaled
+from hfq.calibration.fold import Folds, fold
 from hfq.calibration.sites import Site, find_sites
 from hfq.core.statistics import InputStatistics
 
@@ -143,4 +143,4 @@ def test_rescaled_statistics_are_those_of_rescaled_activations(generator: torch.
     x, factors = torch.randn(50, 6, generator=generator), 0.5 + torch.rand(6, generator=generator)
     known = InputStatistics(tokens=50, hessian=x.T @ x / 50)
     scaled = x / factors
-    torch.testing.assert_close(rescaled(known, factors).hessian, scaled.T @ scaled / 50)
+    torch.testing.assert_close(known.rescaled(factors).hessian, scaled.T @ scaled / 50)

@@ -8,6 +8,7 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hfq import HfqConfig
@@ -88,6 +89,18 @@ def test_overrides_and_skips(quantize, tmp_path):
     assert not any("q_proj" in name or "layers.1" in name for name in bits)
 
 
+def test_int8_activations(float_model, text, tmp_path, capsys):
+    flags = ["--method", "smoothquant", "--activation", "static", "--smoothing", "0.5"]
+    data = ["--dataset", str(text), "--seqlen", "16", "--num-samples", "4"]
+    out = str(tmp_path / "out")
+    assert main(["quantize", str(float_model), "-o", out, *flags, *data]) == 0
+    assert "identical logits" in capsys.readouterr().out
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert (settings["activation"], settings["smoothing"]) == ("static", 0.5)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert tensors["model.layers.0.mlp.up_proj.weight_input_scale"].shape == (1,)
+
+
 def test_the_card_has_the_command(quantize, tmp_path):
     quantize("--bits", "8")
     card = (tmp_path / "out" / "README.md").read_text()
@@ -115,6 +128,8 @@ def test_somebodys_own_card_stays(quantize, tmp_path):
         (["--iterations", "3"], "unknown setting 'iterations'"),
         (["--sym", "--asym"], "not allowed with"),
         (["--bits", "four"], "invalid int"),
+        (["--activation", "dynamic"], "format 'int' has no setting 'activation'"),
+        (["--smoothing", "0.5"], "unknown setting 'smoothing'"),
     ],
 )
 def test_bad_usage_is_exit_code_2(quantize, tmp_path, capsys, flags, message):
@@ -170,7 +185,7 @@ def test_weights_with_nan_are_named(quantize, float_model, tmp_path):
 def test_a_save_that_does_not_reload_is_withdrawn(quantize, tmp_path, monkeypatch):
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "config.json").write_text("{}")
-    monkeypatch.setattr(gate, "_from_new_process", lambda *args: -gate.logits_of(*args))
+    monkeypatch.setattr(gate, "_from_new_process", lambda *args: (-gate.logits_of(*args), None))
     assert "does not reproduce" in one_line(quantize(), tmp_path)
     code, _, _ = quantize(output=tmp_path / "old")
     assert code == 1 and tree(tmp_path / "old").keys() == {"config.json"}

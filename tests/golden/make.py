@@ -15,6 +15,7 @@ import json
 import struct
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -52,6 +53,7 @@ CASES: dict[str, tuple[str, dict[str, object], int, int]] = {
     # 320 scales: more than one block of 256.
     "nf4_double_quant": ("nf4", {"group_size": 4, "double_quant": True}, 40, 29),
     "int8": ("int8", {}, 5, 37),
+    "int8_static": ("int8", {"activation": "static"}, 5, 37),
     # Two blocks of rows that share stats; codes of scales and zero points across bytes.
     "spqr": ("spqr", {"group_size": 8, "stat_group_size": 4, "outliers": 0.05}, 5, 37),
     "spqr4_bfloat16": (
@@ -94,6 +96,8 @@ def make(name: str) -> dict[str, Tensor]:
     packed_format = FORMATS.get(format_name)
     spec = packed_format.spec(settings)
     quantized = affine.encode(weight, *affine.range_grid(weight, spec), spec)
+    if spec.activation == "static":
+        quantized = replace(quantized, input_scale=torch.tensor([0.0371]))
     tensors = packed_format.pack(quantized)
     group_size = columns if spec.group_size == -1 else spec.group_size
     code_of = read_codes(tensors["weight"], spec.bits)

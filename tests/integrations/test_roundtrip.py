@@ -43,6 +43,20 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("mixtral", {"group_size": 40, "sym": False, "bits": 3}),
     ("qwen3_moe", {"overrides": {r"layers\.0\.mlp\.experts": None}}),
     ("gpt_oss", {"format": "int8"}),
+    *((kind, {"format": "int8", "activation": "dynamic"}) for kind in CONFIGS),
+    (
+        "llama_tied",
+        {"format": "int8", "activation": "dynamic", "quantize_embeddings": True},
+    ),
+    (
+        "llama",
+        {
+            "format": "int8",
+            "activation": "dynamic",
+            "quantize_lm_head": True,
+            "overrides": {"down_proj": {"activation": None}, "o_proj": {"format": "int"}},
+        },
+    ),
     ("llama_tied", {"format": "spqr", "bits": 4, "outliers": 0.05, "quantize_embeddings": True}),
     ("gpt2", {"format": "spqr", "bits": 4, "group_size": 12, "stat_group_size": 8}),
     ("mixtral", {"format": "spqr", "bits": 4}),

@@ -30,6 +30,7 @@ from hfq import (
 )
 from hfq.calibration import run as run_module
 from hfq.integrations import gate, resume, streaming
+from hfq.integrations.card import CARD
 from hfq.integrations.report import PICTURE, REPORT
 
 from .tiny_models import CONFIGS, build, load, stored_names
@@ -41,7 +42,7 @@ HELD_OUT = torch.arange(34).view(2, 17)
 def gate_in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A new process takes seconds to import everything; tests marked so start one."""
     if not request.node.get_closest_marker("real_gate"):
-        monkeypatch.setattr(gate, "_from_new_process", gate.logits_of)
+        monkeypatch.setattr(gate, "_from_new_process", lambda *args: (gate.logits_of(*args), None))
 
 
 @pytest.fixture
@@ -71,7 +72,9 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 def digests(folder: Path) -> dict[str, str]:
     """Of all files that do not tell how long it took."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != REPORT)
+    files = (
+        path for path in folder.rglob("*") if path.is_file() and path.name not in (REPORT, CARD)
+    )
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in files
@@ -126,7 +129,26 @@ def test_the_report_is_written_and_drawn(source: Path, tokens: Tensor, tmp_path:
     assert report.held_out is not None and report.held_out.tokens == 8 * 31
     assert 0 < report.held_out.kl < 1 and 0 < report.held_out.top1_agreement <= 1
     table = report.table()
-    for text in ("quantized 14 of 16", "identical logits", "768 tokens in 24 sequences", "KL"):
+    assert report.speed is not None and report.speed.prompt_tokens == 32
+    assert report.speed.decode_tokens_per_s is not None and report.speed.decode_tokens_per_s > 1
+    card = (tmp_path / "out" / CARD).read_text()
+    assert "On `calibration text that was held out`:" in card
+    for name, value in report.results().items():
+        assert f"| {name} | {value:.4g} |" in card
+    assert {
+        "size_mb",
+        "perplexity",
+        "kl",
+        "top1_agreement",
+        "layer_error",
+    } <= report.results().keys()
+    for text in (
+        "quantized 14 of 16",
+        "decode ",
+        "identical logits",
+        "768 tokens in 24 sequences",
+        "KL",
+    ):
         assert text in table
     picture = (tmp_path / "out" / PICTURE).read_text()
     assert picture.startswith("<svg") and "self_attn.q_proj" in picture and "nan" not in picture
@@ -302,6 +324,26 @@ def test_a_model_that_cannot_be_loaded_is_not_kept(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.real_gate
+def test_a_speed_that_cannot_be_measured_costs_nothing_else(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process fails after the logits: the folder for the speed is missing."""
+    said: list[str] = []
+    monkeypatch.setattr(gate.logger, "warning", said.append)
+    run_process = subprocess.run
+
+    def without_place(words: list[str], **settings: Any) -> Any:
+        return run_process([*words[:6], "/nowhere/speed", *words[7:]], **settings)
+
+    monkeypatch.setattr(gate.subprocess, "run", without_place)
+    report = run(source, tmp_path / "out", HfqConfig(group_size=32))
+    assert (
+        report.logit_difference == 0 and report.speed is None and "tokens/s" not in report.table()
+    )
+    assert len(said) == 1 and "speed of the written model could not be measured" in said[0]
+
+
 def test_nan_does_not_pass_the_gate(tmp_path: Path) -> None:
     build("llama").save_pretrained(tmp_path)
     expected = torch.full((2, 17, 128), torch.nan)
@@ -327,8 +369,6 @@ def test_models_that_do_not_run_in_blocks_are_loaded_only(
 
 
 def test_inputs_that_cannot_be_used(source: Path, tokens: Tensor, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="needs calibration text: give dataset="):
-        run(source, tmp_path / "out", HfqConfig("gptq"))
     with pytest.raises(ConfigError, match="is the model itself"):
         run(source, source, HfqConfig())
     with pytest.raises(CheckpointError, match="is no folder and cannot be had from the Hub"):

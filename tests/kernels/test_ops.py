@@ -263,6 +263,8 @@ def test_every_operator_has_a_schema_and_a_line_in_the_docstring() -> None:
         "cpu_dequantize",
         "cpu_linear",
         "cpu_linear_dequantized",
+        "int8_linear",
+        "cpu_int8_linear",
     ):
         assert str(getattr(torch.ops.hfq, name).default._schema).startswith(f"hfq::{name}(")
         assert f"    {name} " in ops.__doc__
