@@ -21,7 +21,17 @@ from .nn.packed import KERNEL_MODES
 __all__ = ["HfqConfig", "Recipe"]
 
 # Settings that choose what is stored; each format takes the ones that it has.
-_SPEC_SETTINGS = ("bits", "group_size", "sym", "scale_dtype", "double_quant", "activation")
+_SPEC_SETTINGS = (
+    "bits",
+    "group_size",
+    "sym",
+    "scale_dtype",
+    "double_quant",
+    "activation",
+    "stat_bits",
+    "stat_group_size",
+    "outliers",
+)
 
 # What `target_bits` chooses among: 5 to 7 bits cost almost as much as 8, and gain little over 4.
 _CANDIDATES = (2, 3, 4, 8)
@@ -62,15 +72,19 @@ class HfqConfig(QuantizationConfigMixin):
     """Settings for ``from_pretrained(..., quantization_config=HfqConfig(...))``.
 
     Args:
-        method: "rtn", "hqq" without data; "gptq", "awq", "awq+gptq", "smoothquant", "smoothquant+gptq" with.
-        format: a registered layout: "int", "nf4", "fp4", "int8". Default: the method's ("int"; "int8" for smoothquant).
-        bits: 2 to 8 for "int"; the other formats fix it. Default 4 (8 for "int8").
-        group_size: columns that share a scale, -1 for whole rows. Default 128 ("int"), 64 ("nf4", "fp4").
-        sym: no zero points. Default True, False for method "hqq".
+        method: "rtn", "hqq" without data; "gptq", "spqr", "awq", "awq+gptq", "smoothquant", "smoothquant+gptq" with.
+        format: a registered layout: "int", "nf4", "fp4", "int8", "spqr". Default: the method's ("int"; "int8" for
+            smoothquant, "spqr" for spqr).
+        bits: 2 to 8 for "int" and "spqr"; the other formats fix it. Default 4 (8 for "int8", 3 for "spqr").
+        group_size: columns that share a scale, -1 for whole rows. Default 128 ("int"), 64 ("nf4", "fp4"), 16 ("spqr").
+        sym: no zero points. Default True, False for method "hqq" and format "spqr".
         scale_dtype: "float16" (default), "bfloat16" or "float32".
         double_quant: 8-bit scales, for "nf4" and "fp4".
         activation: for "int8": None keeps activations in float, "dynamic" rounds each token to int8 on the way in,
             "static" with one scale per weight that calibration finds. Default None ("dynamic" for smoothquant).
+        stat_bits, stat_group_size: for "spqr": bits of scales and zero points, and how many rows share the float steps
+            and offsets that turn them into numbers. Default 3 and 64.
+        outliers: for "spqr": share of the weights that are stored beside the grid. Default 0.005.
         overrides: regex -> changed settings, or None to keep what matches in float. The regex is searched in the
             module's full name; the first that matches counts. An override that changes the format starts from
             that format's defaults. Stored as a list of pairs, because writers of JSON sort the keys of a dict.
@@ -92,8 +106,8 @@ class HfqConfig(QuantizationConfigMixin):
         kernel_mode: "auto", "exact" or "int8"; see `hfq.nn.packed.KERNEL_MODES`. Not stored in checkpoints.
         dequantize: load a packed checkpoint as a float model. Not stored in checkpoints.
         options: the method's own settings ("rtn": scale_search; "hqq": iterations; "gptq": damp_percent, desc_act,
-            scale_search, refine, gptaq; "awq": awq_steps, "smoothquant": smoothing, and those of what follows). They are
-            explained in the method's file.
+            scale_search, refine, gptaq; "spqr": damp_percent, desc_act; "awq": awq_steps, "smoothquant": smoothing, and
+            those of what follows). They are explained in the method's file.
 
     Attributes:
         calibration: what a checkpoint tells about the data that it was calibrated with, else None.
@@ -115,6 +129,9 @@ class HfqConfig(QuantizationConfigMixin):
         scale_dtype: str | None = None,
         double_quant: bool | None = None,
         activation: str | None = None,
+        stat_bits: int | None = None,
+        stat_group_size: int | None = None,
+        outliers: float | None = None,
         overrides: Overrides | Sequence[tuple[str, Mapping[str, Any] | None]] | None = None,
         modules_to_not_convert: Sequence[str] | None = None,
         quantize_embeddings: bool = False,
@@ -144,6 +161,9 @@ class HfqConfig(QuantizationConfigMixin):
             "scale_dtype": scale_dtype,
             "double_quant": double_quant,
             "activation": activation,
+            "stat_bits": stat_bits,
+            "stat_group_size": stat_group_size,
+            "outliers": outliers,
         }
         given = {key: value for key, value in settings.items() if value is not None}
         base = _recipe(method, {**_preferred(method, format), **given}, options, self._settings())
@@ -154,6 +174,9 @@ class HfqConfig(QuantizationConfigMixin):
         self.scale_dtype = base.spec.scale_dtype
         self.double_quant = bool(getattr(base.spec, "double_quant", False))
         self.activation = base.spec.activation
+        self.stat_bits: int | None = getattr(base.spec, "stat_bits", None)
+        self.stat_group_size: int | None = getattr(base.spec, "stat_group_size", None)
+        self.outliers: float | None = getattr(base.spec, "outliers", None)
         self.options = dict(base.options)
         self.overrides = _overrides(overrides)
         self.modules_to_not_convert = _names(modules_to_not_convert)
@@ -287,6 +310,8 @@ class HfqConfig(QuantizationConfigMixin):
             written["double_quant"] = True
         if self.activation is not None:
             written["activation"] = self.activation
+        bilevel = {key: getattr(self, key) for key in ("stat_bits", "stat_group_size", "outliers")}
+        written |= {key: value for key, value in bilevel.items() if value is not None}
         if self.calibrated:
             written |= {"num_samples": self.num_samples, "seqlen": self.seqlen, "seed": self.seed}
         if self.target_bits is not None:

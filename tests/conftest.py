@@ -44,6 +44,7 @@ SETTINGS: dict[str, tuple[object, ...]] = {
         None,
         "dynamic",
     ),  # "static" stores a scale that no weight tells: tests/formats/test_int_grouped.py
+    "outliers": (None, 0.1),
 }
 
 # Methods run longer than formats.

@@ -25,7 +25,6 @@ from llmcompressor.modifiers.quantization import GPTQModifier
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-
 # Its AWQ pins host memory for an accelerator, which raises where there is none.
 torch.Tensor.pin_memory = lambda self, *_: self  # type: ignore[method-assign]
 

@@ -28,19 +28,17 @@ import torch
 from torch import Tensor
 
 from ..core import affine
+from ..core.columns import ColumnRounding, static_rounders
 from ..core.errors import CalibrationError, ConfigError
 from ..core.fit import fit_grid
 from ..core.refine import refine
-from ..core.spec import CodebookSpec, QuantSpec
+from ..core.spec import CodebookSpec, QuantSpec, SpqrSpec
 from ..core.statistics import Factor, InputStatistics
 from ..core.weight import QuantizedWeight
 from . import ALGORITHMS
 
-# One column of corrected weights to (codes, rounded weights); see `affine.column_rounder`.
-_Rounder = Callable[[Tensor], tuple[Tensor, Tensor]]
-
-# Columns that are corrected one by one; those further on get the sum of a block's corrections as one product.
-_BLOCK = 128
+# Weight, spec and importance of each column to (scales, zeros); see `hfq.core.fit.fit_grid`.
+_FindGrid = Callable[[Tensor, QuantSpec, Tensor], tuple[Tensor, Tensor | None]]
 
 
 class Gptq:
@@ -57,6 +55,10 @@ class Gptq:
     }
 
     def check(self, spec: QuantSpec, options: Mapping[str, object]) -> None:
+        if isinstance(spec, SpqrSpec):
+            raise ConfigError(
+                "method 'gptq' chooses no outliers and no bilevel scales: format 'spqr' needs method 'spqr'"
+            )
         for name in ("desc_act", "scale_search"):
             if not isinstance(options[name], bool):
                 raise ConfigError(f"{name} must be True or False, got {options[name]!r}")
@@ -90,11 +92,11 @@ class Gptq:
         factor = statistics.factor(float(damp_percent), bool(options["desc_act"]))
         if gptaq and statistics.drift is not None:
             weight = weight + gptaq * _drift_correction(weight, statistics.drift, factor)
-        rounding = _Rounding(weight, spec, factor, search=bool(options["scale_search"]))
+        find_grid = fit_grid if options["scale_search"] else _range_grid
         if options["desc_act"] or (isinstance(spec, CodebookSpec) and spec.double_quant):
-            quantized = rounding.with_grids(statistics.importance)
+            quantized = _static_groups(weight, spec, factor, find_grid, statistics.importance)
         else:
-            quantized = rounding.group_by_group()
+            quantized = _group_by_group(weight, spec, factor, find_grid)
         if not turns:
             return quantized
         return refine(weight, quantized, statistics.damped(factor.damping), factor.order, turns)
@@ -109,90 +111,36 @@ def _drift_correction(weight: Tensor, drift: Tensor, factor: Factor) -> Tensor:
     return torch.empty_like(weight).index_copy_(1, factor.order, rows)
 
 
-class _Rounding:
-    """One weight on its way to codes. Columns lie in rows here, so that each is one run of memory.
+def _group_by_group(
+    weight: Tensor, spec: QuantSpec, factor: Factor, find_grid: _FindGrid
+) -> QuantizedWeight:
+    """Each group's grid from weights that carry the corrections of the groups before it."""
+    rounding = ColumnRounding(weight, factor)
+    size = len(rounding) if spec.group_size == -1 else spec.group_size
+    grids = []
+    for start in range(0, len(rounding), size):
+        stop = min(start + size, len(rounding))
+        expected = rounding.expected(start, stop).T.contiguous()
+        grid = affine.store_grid(*find_grid(expected, spec, factor.costs[start:stop]), spec)
+        grids.append(grid)
+        zeros = None if grid.float_zeros is None else grid.float_zeros[:, 0]
+        rounder = affine.column_rounder(grid.scales[:, 0].float(), zeros, spec)
+        rounding.round(start, [rounder] * (stop - start))
+    return affine.join_grids(grids).weight(rounding.codes(), spec)
 
-    Attributes:
-        columns: the weight in the order of rounding, float32 `[K, N]`.
-        errors: w - q of the columns that are done, float32 `[K, N]`.
-        codes: uint8 `[K, N]`.
-    """
 
-    def __init__(self, weight: Tensor, spec: QuantSpec, factor: Factor, search: bool) -> None:
-        self.weight, self.spec, self.factor = weight, spec, factor
-        self.find_grid = fit_grid if search else _range_grid
-        self.columns = weight[:, factor.order].T.contiguous()
-        self.errors = torch.empty_like(self.columns)
-        self.codes = torch.empty(self.columns.shape, dtype=torch.uint8, device=weight.device)
-
-    def group_by_group(self) -> QuantizedWeight:
-        """Each group's grid from weights that carry the corrections of the groups before it."""
-        count = len(self.columns)
-        size = count if self.spec.group_size == -1 else self.spec.group_size
-        grids = []
-        for start in range(0, count, size):
-            stop = min(start + size, count)
-            expected = self._expected(start, stop).T.contiguous()
-            costs = self.factor.costs[start:stop]
-            grid = affine.store_grid(*self.find_grid(expected, self.spec, costs), self.spec)
-            grids.append(grid)
-            rounder = affine.column_rounder(
-                grid.scales[:, 0].float(),
-                None if grid.float_zeros is None else grid.float_zeros[:, 0],
-                self.spec,
-            )
-            for first in range(start, stop, _BLOCK):
-                self._round_block(first, [rounder] * (min(first + _BLOCK, stop) - first))
-        return self._finished(affine.join_grids(grids))
-
-    def with_grids(self, importance: Tensor) -> QuantizedWeight:
-        """All grids from the weight as it is, before the first column is rounded."""
-        grid = affine.store_grid(*self.find_grid(self.weight, self.spec, importance), self.spec)
-        scales = grid.scales.float().T.contiguous()
-        zeros = None if grid.float_zeros is None else grid.float_zeros.T.contiguous()
-        rounders = affine.group_rounders(scales, zeros, self.spec)
-        size = self.spec.group_size
-        groups = [0 if size == -1 else column // size for column in self.factor.order.tolist()]
-        for first in range(0, len(groups), _BLOCK):
-            self._round_block(first, [rounders[g] for g in groups[first : first + _BLOCK]])
-        return self._finished(grid)
-
-    def _corrections(self, first: int, last: int) -> Tensor:
-        """What columns before `first` ask of the columns from `first` to `last`: `[last - first, N]`."""
-        corrections: Tensor = self.factor.feedback[:first, first:last].T @ self.errors[:first]
-        return corrections
-
-    def _expected(self, first: int, last: int) -> Tensor:
-        """What columns would be rounded from if rounding them made no errors: `[last - first, N]`.
-
-        A column that takes its correction differs from the weight by it, and passes that on like any error.
-        """
-        among = self.factor.feedback[first:last, first:last].T
-        taken: Tensor = torch.linalg.solve_triangular(
-            among, self._corrections(first, last), upper=False, unitriangular=True
-        )
-        return self.columns[first:last] + taken
-
-    def _round_block(self, first: int, rounders: list[_Rounder]) -> None:
-        """Round neighbouring columns from `first` on, each correcting the ones after it."""
-        last = first + len(rounders)
-        block = self.columns[first:last] + self._corrections(first, last)
-        for index, rounder in enumerate(rounders):
-            column = first + index
-            codes, rounded = rounder(block[index])
-            self.codes[column] = codes
-            torch.sub(self.columns[column], rounded, out=self.errors[column])
-            block[index + 1 :].addr_(
-                self.factor.feedback[column, column + 1 : last], self.errors[column]
-            )
-
-    def _finished(self, grid: affine.StoredGrid) -> QuantizedWeight:
-        codes = torch.empty_like(self.codes).index_copy_(0, self.factor.order, self.codes)
-        return grid.weight(codes.T.contiguous(), self.spec)
+def _static_groups(
+    weight: Tensor, spec: QuantSpec, factor: Factor, find_grid: _FindGrid, importance: Tensor
+) -> QuantizedWeight:
+    """All grids from the weight as it is, before the first column is rounded."""
+    grid = affine.store_grid(*find_grid(weight, spec, importance), spec)
+    rounding = ColumnRounding(weight, factor)
+    rounding.round(0, static_rounders(grid, spec, factor.order))
+    return grid.weight(rounding.codes(), spec)
 
 
 def _range_grid(
-    weight: Tensor, spec: QuantSpec, importance: Tensor | None
+    weight: Tensor, spec: QuantSpec, importance: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     return affine.range_grid(weight, spec)
 

@@ -35,9 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """Flags of `HfqConfig`; ``hfq plan`` has the same."""
     parser.add_argument(
-        "--method", default="rtn", help="rtn, hqq, gptq, awq, awq+gptq, smoothquant (default: rtn)"
+        "--method",
+        default="rtn",
+        help="rtn, hqq, gptq, spqr, awq, awq+gptq, smoothquant (default: rtn)",
     )
-    parser.add_argument("--format", help="int, nf4, fp4, int8 (default: the method's)")
+    parser.add_argument("--format", help="int, nf4, fp4, int8, spqr (default: the method's)")
     parser.add_argument("--bits", type=int, help="2 to 8 (default: the format's)")
     parser.add_argument(
         "--target-bits",
@@ -56,6 +58,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     grid = parser.add_mutually_exclusive_group()
     grid.add_argument("--sym", action="store_true", default=None, help="no zero points")
     grid.add_argument("--asym", action="store_false", dest="sym", help="a zero point per group")
+    _add_spqr(parser.add_argument_group("format spqr"))
     parser.add_argument("--scale-dtype", help="float16, bfloat16, float32")
     parser.add_argument(
         "--double-quant", action="store_true", default=None, help="8-bit scales (nf4, fp4)"
@@ -87,7 +90,17 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         help="keep modules of that name in float; repeatable",
     )
     _add_calibration(
-        parser.add_argument_group("calibration (gptq, awq, smoothquant, static, target-bits)")
+        parser.add_argument_group("calibration (gptq, spqr, awq, smoothquant, static, target-bits)")
+    )
+
+
+def _add_spqr(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--stat-bits", type=int, help="of scales and zero points (default: 3)")
+    group.add_argument(
+        "--stat-group-size", type=int, help="rows that share their steps and offsets (default: 64)"
+    )
+    group.add_argument(
+        "--outliers", type=float, metavar="SHARE", help="of the weights (default: 0.005)"
     )
 
 
@@ -181,6 +194,9 @@ def config_of(args: argparse.Namespace) -> HfqConfig:
             scale_dtype=args.scale_dtype,
             double_quant=args.double_quant,
             activation=args.activation,
+            stat_bits=args.stat_bits,
+            stat_group_size=args.stat_group_size,
+            outliers=args.outliers,
             overrides=dict(map(_override, args.override)),
             modules_to_not_convert=args.skip,
             quantize_embeddings=args.quantize_embeddings,

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from .bilevel import decode_bilevel, encode_bilevel
 from .codebooks import codebook
 from .errors import ConfigError, WeightError
-from .spec import SCALE_BLOCK, CodebookSpec, IntSpec, QuantSpec, group_count
+from .outliers import collect_outliers, largest_of_pieces
+from .spec import SCALE_BLOCK, CodebookSpec, IntSpec, QuantSpec, SpqrSpec, group_count
 from .weight import QuantizedWeight, ScaleCodes
 
 __all__ = [
     "StoredGrid",
+    "bilevel_grid",
     "check_finite",
     "column_rounder",
     "decode_scales",
@@ -114,7 +117,7 @@ def stored_scales(scales: Tensor, spec: QuantSpec) -> Tensor:
 def encode(
     weight: Tensor, scales: Tensor, zeros: Tensor | None, spec: QuantSpec
 ) -> QuantizedWeight:
-    """Store the grid, then round the weight to it.
+    """Store the grid, then round the weight to it. Where outliers are stored, they are the largest errors.
 
     Args:
         weight: float32 `[N, K]`.
@@ -127,7 +130,12 @@ def encode(
     check_finite(weight)
     grid = store_grid(scales, zeros, spec)
     codes = round_to_grid(weight, grid.scales.float(), grid.float_zeros, spec)
-    return grid.weight(codes, spec)
+    quantized = grid.weight(codes, spec)
+    if not isinstance(spec, SpqrSpec):
+        return quantized
+    errors = weight - quantized.dequantize()
+    chosen = largest_of_pieces(errors.abs(), spec)
+    return replace(quantized, outliers=collect_outliers(chosen, errors, spec))
 
 
 def check_finite(weight: Tensor) -> None:
@@ -146,12 +154,13 @@ class StoredGrid:
     Attributes:
         scales: `[N, G]` in ``spec.scale_dtype``.
         zeros: likewise, or None.
-        scale_codes: see `QuantizedWeight`.
+        scale_codes, zero_codes: see `QuantizedWeight`.
     """
 
     scales: Tensor
     zeros: Tensor | None
-    scale_codes: ScaleCodes | None
+    scale_codes: ScaleCodes | None = None
+    zero_codes: ScaleCodes | None = None
 
     @property
     def float_zeros(self) -> Tensor | None:
@@ -165,6 +174,7 @@ class StoredGrid:
             scales=self.scales,
             zeros=self.zeros,
             scale_codes=self.scale_codes,
+            zero_codes=self.zero_codes,
         )
 
 
@@ -174,9 +184,25 @@ def store_grid(scales: Tensor, zeros: Tensor | None, spec: QuantSpec) -> StoredG
     Raises:
         ConfigError: a scale does not fit ``spec.scale_dtype``.
     """
+    if isinstance(spec, SpqrSpec):
+        assert zeros is not None
+        # An error of a zero point shifts the weights by as many steps.
+        return bilevel_grid(
+            encode_bilevel(scales, spec), encode_bilevel(zeros, spec, scales.square()), spec
+        )
     stored, scale_codes = _store(scales, spec)
     stored_zeros = None if zeros is None else zeros.to(spec.torch_scale_dtype)
     return StoredGrid(scales=stored, zeros=stored_zeros, scale_codes=scale_codes)
+
+
+def bilevel_grid(scale_codes: ScaleCodes, zero_codes: ScaleCodes, spec: SpqrSpec) -> StoredGrid:
+    """The grid behind codes of scales and zero points."""
+    return StoredGrid(
+        scales=decode_bilevel(scale_codes, spec.stat_group_size),
+        zeros=decode_bilevel(zero_codes, spec.stat_group_size),
+        scale_codes=scale_codes,
+        zero_codes=zero_codes,
+    )
 
 
 def round_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor | None, spec: QuantSpec) -> Tensor:
@@ -195,7 +221,6 @@ def join_grids(grids: Sequence[StoredGrid]) -> StoredGrid:
     return StoredGrid(
         scales=torch.cat([grid.scales for grid in grids], dim=1),
         zeros=torch.cat(zeros, dim=1) if zeros else None,
-        scale_codes=None,
     )
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from . import affine
-from .spec import CodebookSpec, IntSpec, QuantSpec
+from .spec import CodebookSpec, IntSpec, QuantSpec, SpqrSpec
 
-__all__ = ["fit_grid"]
+__all__ = ["column_costs", "fit_grid", "weighted_sum"]
 
 # Fractions of the range to start from. At 4 bits and groups of 128 nearly all groups end at 0.75 of the range or more;
 # at 2 bits they end anywhere from 0.3 up.
@@ -35,11 +35,12 @@ def fit_grid(
 
     Args:
         weight: float32 `[N, K]`.
-        importance: float32 `[K]`, at least 0: what an error of 1 in each column costs. None: all the same.
+        importance: float32 `[K]` or `[N, K]`, at least 0: what an error of 1 costs in each column, or in each weight.
+            None: all the same.
 
     Returns:
         (scales, zeros) as they will be stored, float32 `[N, G]`; zeros is None for symmetric grids and codebooks,
-        and fractional otherwise.
+        and fractional otherwise. Those of an `SpqrSpec` are still to be quantized (`hfq.core.fit_bilevel`).
     """
     rows = max(1, _SLICE // max(1, weight.shape[1]))
     if len(weight) > rows:
@@ -53,7 +54,11 @@ def _fit_rows(
     weight: Tensor, spec: QuantSpec, importance: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     groups = affine.group_columns(weight, spec.group_size)
-    costs = _costs(groups, weight.shape[1], importance)
+    costs = None
+    if importance is None and groups.shape[1] * groups.shape[2] != weight.shape[1]:
+        importance = torch.ones(weight.shape[1], device=weight.device)
+    if importance is not None:
+        costs = column_costs(groups, weight.shape[1], importance)
     best: tuple[Tensor, Tensor | None] | None = None
     least = torch.full(groups.shape[:2], torch.inf, device=weight.device)
     for scales, zeros in _starts(weight, groups, spec):
@@ -61,30 +66,41 @@ def _fit_rows(
             scales = _as_stored(scales, spec)
             zeros = None if zeros is None else zeros.to(spec.torch_scale_dtype).float()
             points = affine.grid_points(groups, scales, zeros, spec)
-            error = _weighted((groups - points * scales.unsqueeze(-1)).square_(), costs)
+            error = weighted_sum((groups - points * scales.unsqueeze(-1)).square_(), costs)
             better = error < least
             best = _choose(better, (scales, zeros), best or (scales, zeros))
             least = torch.where(better, error, least)
             scales, zeros = _regress(groups, points, costs, scales, zeros)
     assert best is not None
-    return best
+    return _near_zero(*best, weight, spec) if isinstance(spec, SpqrSpec) else best
 
 
-def _costs(groups: Tensor, columns: int, importance: Tensor | None) -> Tensor | None:
-    """What each column of the groups counts, `[G, S]`: repeated columns of a short last group count nothing.
+def _near_zero(
+    scales: Tensor, zeros: Tensor | None, weight: Tensor, spec: SpqrSpec
+) -> tuple[Tensor, Tensor]:
+    """A grid that covers 0 instead of one that lies further away from 0 than it is long.
 
-    None where all count the same.
+    Weights that are nearly equal ask for tiny steps and a zero point in the thousands, which would leave nothing of the
+    zero points of the rows that share its steps.
     """
-    if importance is None:
-        if columns == groups.shape[1] * groups.shape[2]:
-            return None
-        importance = torch.ones(columns, device=groups.device)
-    padded = importance.new_zeros(groups.shape[1] * groups.shape[2])
-    padded[:columns] = importance
-    return padded.view(groups.shape[1:])
+    wide_scales, wide_zeros = affine.range_grid(weight, spec)
+    assert zeros is not None and wide_zeros is not None
+    most = spec.levels - 1
+    near = (zeros >= -most) & (zeros <= 2 * most)
+    return torch.where(near, scales, wide_scales), torch.where(near, zeros, wide_zeros)
 
 
-def _weighted(values: Tensor, costs: Tensor | None) -> Tensor:
+def column_costs(groups: Tensor, columns: int, importance: Tensor) -> Tensor:
+    """What each column of the groups counts: `[K]` -> `[G, S]`, `[N, K]` -> `[N, G, S]`.
+
+    Repeated columns of a short last group count nothing.
+    """
+    padded = importance.new_zeros(*importance.shape[:-1], groups.shape[1] * groups.shape[2])
+    padded[..., :columns] = importance
+    return padded.view(*importance.shape[:-1], *groups.shape[1:])
+
+
+def weighted_sum(values: Tensor, costs: Tensor | None) -> Tensor:
     """Sum over the columns of each group, `[N, G, S]` -> `[N, G]`."""
     # A matrix product would be faster, but its rows would depend on how many there are.
     return (values if costs is None else values * costs).sum(-1)
@@ -134,12 +150,12 @@ def _regress(
 ) -> tuple[Tensor, Tensor | None]:
     """The best grid for the codes behind `points`; the old one where they do not determine it."""
     if zeros is None:
-        slope = _weighted(groups * points, costs) / _weighted(points.square(), costs)
+        slope = weighted_sum(groups * points, costs) / weighted_sum(points.square(), costs)
         return torch.where(slope.isfinite() & (slope != 0), slope, scales), None
     total = groups.shape[-1] if costs is None else costs.sum(-1)
-    x, y = _weighted(points, costs) / total, _weighted(groups, costs) / total
+    x, y = weighted_sum(points, costs) / total, weighted_sum(groups, costs) / total
     centred = points - x.unsqueeze(-1)
-    slope = _weighted(groups * centred, costs) / _weighted(centred.square_(), costs)
+    slope = weighted_sum(groups * centred, costs) / weighted_sum(centred.square_(), costs)
     offset = (x - y / slope) + zeros
     usable = slope.isfinite() & (slope > 0) & offset.isfinite()
     return torch.where(usable, slope, scales), torch.where(usable, offset, zeros)

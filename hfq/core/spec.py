@@ -15,7 +15,16 @@ from .activations import ACTIVATIONS
 from .codebooks import CODEBOOKS
 from .errors import ConfigError, nearest
 
-__all__ = ["SCALE_BLOCK", "CodebookSpec", "Int8Spec", "IntSpec", "QuantSpec", "group_count"]
+__all__ = [
+    "SCALE_BLOCK",
+    "CodebookSpec",
+    "Int8Spec",
+    "IntSpec",
+    "QuantSpec",
+    "SpqrSpec",
+    "group_count",
+    "outlier_count",
+]
 
 _SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -142,7 +151,67 @@ class CodebookSpec:
         return _SCALE_DTYPES[self.scale_dtype]
 
 
+@dataclass(frozen=True, kw_only=True)
+class SpqrSpec(IntSpec):
+    """A dense asymmetric grid in small groups, and outliers beside it (Dettmers et al., "SpQR", 2023).
+
+    ``w = (code - zero) * scale``, plus a stored difference where the weight is an outlier. Scales and zero points are
+    quantized themselves ("bilevel"): `stat_group_size` rows share, per group of columns, a step and an offset of their
+    scales, and another pair of their zero points:
+
+        scale = offset + code * step          zero likewise, both computed in float32
+
+    Attributes:
+        stat_bits: bits of the codes of scales and zero points, 2 to 8.
+        stat_group_size: rows that share steps and offsets; divides `SCALE_BLOCK`.
+        outliers: share of the weights that are outliers, 0 to 0.1. A matrix has exactly `outlier_count` of them.
+        scale_dtype: dtype of steps, offsets and outliers.
+    """
+
+    bits: int = 3
+    group_size: int = 16
+    sym: bool = False
+    stat_bits: int = 3
+    stat_group_size: int = 64
+    outliers: float = 0.005
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sym:
+            raise ConfigError("format 'spqr' stores zero points, got sym=True; use format 'int'")
+        if not _is_int(self.stat_bits) or not 2 <= self.stat_bits <= 8:
+            raise ConfigError(f"stat_bits must be an integer from 2 to 8, got {self.stat_bits!r}")
+        size = self.stat_group_size
+        if not _is_int(size) or size < 1 or SCALE_BLOCK % size:
+            raise ConfigError(
+                f"stat_group_size must divide {SCALE_BLOCK} (1, 2, 4, ... rows), got {size!r}"
+            )
+        share = self.outliers
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 0.1:
+            raise ConfigError(f"outliers must be a share from 0 to 0.1, got {share!r}")
+
+    @property
+    def torch_scale_dtype(self) -> torch.dtype:
+        """Of the decoded scales and zero points."""
+        return torch.float32
+
+    @property
+    def torch_stat_dtype(self) -> torch.dtype:
+        """Of what is stored in float: steps, offsets, outliers."""
+        return _SCALE_DTYPES[self.scale_dtype]
+
+
 QuantSpec = IntSpec | CodebookSpec
+
+
+def outlier_count(spec: SpqrSpec, out_features: int, in_features: int) -> int:
+    """How many outliers an `[N, K]` weight has.
+
+    Counted for `SCALE_BLOCK` rows at a time, so that a weight that is packed in such pieces has as many.
+    """
+    whole, rest = divmod(out_features, SCALE_BLOCK)
+    of_rows = [round(spec.outliers * rows * in_features) for rows in (SCALE_BLOCK, rest)]
+    return whole * of_rows[0] + of_rows[1]
 
 
 def _is_int(value: object) -> bool:

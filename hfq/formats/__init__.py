@@ -5,7 +5,8 @@ A format says which tensors a quantized weight becomes and converts both ways wi
     layout(spec, N, K)  name -> shape and dtype
     pack(weight)        QuantizedWeight -> tensors
     unpack(tensors)     tensors -> QuantizedWeight
-    grid(tensors)       tensors -> PackedGrid, what kernels multiply with
+    grid(tensors)       tensors -> Grid, what kernels multiply with
+    check_values        whether tensors of the right shapes hold what a kernel may rely on
 
 Names start with ``weight``: the packed codes keep the name of the float weight, companions append to it
 (``weight_scale``). The packed codes have one dimension more than the float weight, so a loader that does not
@@ -29,7 +30,7 @@ from torch import Tensor
 from ..core.errors import CheckpointError, ConfigError
 from ..core.registry import Registry
 from ..core.spec import SCALE_BLOCK, QuantSpec
-from ..core.weight import PackedGrid, QuantizedWeight
+from ..core.weight import Grid, QuantizedWeight
 
 __all__ = [
     "FORMATS",
@@ -84,8 +85,11 @@ class Format(Protocol):
 
     def grid(
         self, tensors: Mapping[str, Tensor], spec: QuantSpec, out_features: int, in_features: int
-    ) -> PackedGrid:
+    ) -> Grid:
         """The stored tensors as operands of a kernel: the tensors themselves, decoded only where they must be."""
+
+    def check_values(self, tensors: Mapping[str, Tensor], in_features: int) -> None:
+        """`CheckpointError` where values of tensors that fit the layout would lead a kernel astray (indices)."""
 
 
 FORMATS: Registry[Format] = Registry("format", __name__)

@@ -98,6 +98,9 @@ class Codebook:
             out_features=out_features,
         )
 
+    def check_values(self, tensors: Mapping[str, Tensor], in_features: int) -> None:
+        """Every code stands for a value."""
+
 
 def _double_quant(spec: QuantSpec) -> bool:
     return isinstance(spec, CodebookSpec) and spec.double_quant

@@ -91,6 +91,9 @@ class IntGrouped:
             input_scale=tensors.get(INPUT_SCALE),
         )
 
+    def check_values(self, tensors: Mapping[str, Tensor], in_features: int) -> None:
+        """Every code stands for a value."""
+
 
 class Int8PerChannel(IntGrouped):
     """8 bits per output channel, float32 scales; activations in float or, with `activation`, in int8."""

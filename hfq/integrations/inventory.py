@@ -66,4 +66,4 @@ def described(slot: PackedSlot) -> str:
     """How a weight is stored: ``int, 4 bits, groups of 128``."""
     size = slot.spec.group_size
     groups = "one group per row" if size == -1 else f"groups of {size}"
-    return f"{slot.format}, {slot.spec.bits} bits, {groups}"
+    return f"{slot.format}, {slot.spec.bits} bits, {groups}, {slot.bits_per_weight:.2f} bits per weight"

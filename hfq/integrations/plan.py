@@ -20,10 +20,10 @@ from ..calibration.run import Calibration
 from ..calibration.sensitivity import MEASURED_TOKENS
 from ..config import HfqConfig, Recipe
 from ..core.errors import CheckpointError
-from ..core.spec import CodebookSpec, IntSpec, QuantSpec
+from ..core.spec import IntSpec
 from ..diagnose.machine import resident_memory
 from ..diagnose.rates import measure_rates, recipe_key
-from ..formats import stored_bytes
+from ..formats import FORMATS, stored_bytes
 from ..kernels import dispatch
 from ..kernels.row import Problem
 from .batching import batches
@@ -144,7 +144,7 @@ def _weights(source: FloatCheckpoint, config: HfqConfig) -> Iterator[Weight]:
 
 def _planned(weight: Weight, device: torch.device) -> PlannedWeight:
     rows, columns = weight.shape[-2:]
-    found = [_kernel(recipe.spec, rows, columns, device) for recipe in weight.recipes]
+    found = [_kernel(recipe, rows, columns, device) for recipe in weight.recipes]
     first = weight.recipes[0]
     return PlannedWeight(
         name=weight.name,
@@ -158,18 +158,14 @@ def _planned(weight: Weight, device: torch.device) -> PlannedWeight:
     )
 
 
-def _kernel(spec: QuantSpec, rows: int, columns: int, device: torch.device) -> dispatch.Choice:
-    problem = Problem(
-        device=device.type,
-        bits=spec.bits,
-        group_size=columns if spec.group_size == -1 else spec.group_size,
-        in_features=columns,
-        out_features=rows,
-        has_codebook=isinstance(spec, CodebookSpec),
-        has_g_idx=False,
-        activation=spec.activation,
-    )
-    return dispatch.select(problem)
+def _kernel(recipe: Recipe, rows: int, columns: int, device: torch.device) -> dispatch.Choice:
+    packed = FORMATS.get(recipe.format)
+    tensors = {
+        name: torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+        for name, entry in packed.layout(recipe.spec, rows, columns).items()
+    }
+    grid = packed.grid(tensors, recipe.spec, rows, columns)
+    return dispatch.select(replace(Problem.of(grid), device=device.type))
 
 
 def _tokens(source: FloatCheckpoint, config: HfqConfig, own: OwnText | None, head: bool) -> Tokens:

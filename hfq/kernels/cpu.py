@@ -49,8 +49,8 @@ class CpuRows16:
     def prepare(self, tensor: Tensor) -> Tensor:
         return rows16.to_rows16(tensor)
 
-    def restore(self, tensor: Tensor, out_features: int, row_bytes: int) -> Tensor:
-        return rows16.from_rows16(tensor, out_features, row_bytes)
+    def restore(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return rows16.from_rows16(tensor, shape)
 
     def linear(
         self, x: Tensor, grid: PackedGrid, bias: Tensor | None, int8_activations: bool
@@ -69,10 +69,11 @@ class CpuRows16:
 
     def rows(self, grid: PackedGrid, index: Tensor) -> PackedGrid:
         block, lane = index // rows16.ROWS, index % rows16.ROWS
-        codes = grid.qweight[block, :, lane].flatten(-2)  # [T, W, 4] -> [T, 4 * W]
         return replace(
             grid,
-            qweight=codes[:, : packed_bytes(grid.in_features, grid.bits), None],
+            qweight=rows16.pick_rows(
+                grid.qweight, index, packed_bytes(grid.in_features, grid.bits)
+            ),
             scales=grid.scales[block, :, lane],
             zeros=None if grid.zeros is None else grid.zeros[block, :, lane],
             out_features=index.shape[0],

@@ -1,39 +1,55 @@
 """Which kernel runs a problem, and why the others do not.
 
-Kernel rows stand in one list, best first; the last one takes everything. Each names its reasons to refuse in
-words, so `hfq.explain` can repeat them.
+Each class of grids has a list of kernel rows, best first; the last one takes everything. Each names its reasons to
+refuse in words, so `hfq.explain` can repeat them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
+from ..core.weight import Grid, PackedGrid, SpqrGrid
 from .cpu import CpuRows16
 from .cpu_int8 import CpuInt8
+from .cpu_spqr import CpuSpqr
 from .neutral import Neutral
+from .neutral_spqr import NeutralSpqr
 from .row import KernelRow, Problem
 
-__all__ = ["Choice", "as_stored", "rows", "select"]
+__all__ = ["Choice", "as_stored", "neutral", "rows", "select"]
 
 
 @dataclass(frozen=True)
 class Choice:
     """The kernel that was chosen and the reasons of those before it."""
 
-    row: KernelRow
+    row: KernelRow[Any]
     refused: tuple[tuple[str, str], ...]
 
 
 @cache
-def rows() -> tuple[KernelRow, ...]:
-    """All kernel rows, best first."""
-    return (CpuRows16(), CpuInt8(), Neutral())
+def _table() -> dict[type[Grid], tuple[KernelRow[Any], ...]]:
+    return {
+        PackedGrid: (CpuRows16(), CpuInt8(), Neutral()),
+        SpqrGrid: (CpuSpqr(), NeutralSpqr()),
+    }
 
 
-def as_stored(reason: str) -> Choice:
-    """The last kernel, which reads the stored layout, with the reason why no other one was asked."""
-    *others, last = rows()
+def rows(kind: type[Grid] = PackedGrid) -> tuple[KernelRow[Any], ...]:
+    """All kernel rows for a class of grids, best first."""
+    return _table()[kind]
+
+
+def neutral(grid: Grid) -> KernelRow[Any]:
+    """The kernel that reads the stored layout, whatever is in it."""
+    return rows(type(grid))[-1]
+
+
+def as_stored(grid: Grid, reason: str) -> Choice:
+    """The kernel that reads the stored layout, with the reason why no other one was asked."""
+    *others, last = rows(type(grid))
     return Choice(last, tuple((row.name, reason) for row in others))
 
 
@@ -41,7 +57,7 @@ def as_stored(reason: str) -> Choice:
 def select(problem: Problem) -> Choice:
     """The first kernel that does not refuse the problem."""
     refused: list[tuple[str, str]] = []
-    for row in rows():
+    for row in rows(problem.kind):
         reason = row.reject(problem)
         if reason is None:
             return Choice(row, tuple(refused))

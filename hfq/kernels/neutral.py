@@ -29,7 +29,7 @@ class Neutral:
     def prepare(self, tensor: Tensor) -> Tensor:
         return tensor
 
-    def restore(self, tensor: Tensor, out_features: int, row_bytes: int) -> Tensor:
+    def restore(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
         return tensor
 
     def linear(

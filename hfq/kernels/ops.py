@@ -29,7 +29,7 @@ from torch import Tensor
 
 from . import int8, reference
 
-__all__ = ["LIBRARY", "rows16_weight"]
+__all__ = ["LIBRARY", "matmul", "register_gradient", "rows16_weight"]
 
 # Any, and not checked: torch does not annotate the class.
 LIBRARY: Any = torch.library.Library("hfq", "DEF")  # type: ignore[no-untyped-call]
@@ -69,7 +69,7 @@ def _linear(
     weight = torch.ops.hfq.dequantize(
         qweight, scales, zeros, codebook, g_idx, bits, group_size, in_features, x.dtype
     )
-    return _matmul(x, weight, bias)
+    return matmul(x, weight, bias)
 
 
 def _cpu_linear_dequantized(
@@ -86,7 +86,7 @@ def _cpu_linear_dequantized(
 ) -> Tensor:
     operands = (qweight, scales, zeros, codebook)
     weight = rows16_weight(operands, (bits, group_size, in_features, out_features), x.dtype)
-    return _matmul(x, weight, bias)
+    return matmul(x, weight, bias)
 
 
 def rows16_weight(operands: tuple[Any, ...], sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -102,7 +102,8 @@ def rows16_weight(operands: tuple[Any, ...], sizes: tuple[int, ...], dtype: torc
     return weight.to(dtype)
 
 
-def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x W^T + bias`` in the dtype of x, whatever autocast says: x `[..., K]` and W `[N, K]` of one dtype."""
     bias = None if bias is None else bias.to(x.dtype)
     tokens = x.reshape(-1, x.shape[-1])
     if torch.is_autocast_enabled(x.device.type):
@@ -162,7 +163,7 @@ for _name, _fake in {
 # ---- gradients: dL/dx = dL/dy W, with W from the packed operands
 
 
-def _register_gradient(name: str, operand_count: int, weight: Callable[..., Tensor]) -> None:
+def register_gradient(name: str, operand_count: int, weight: Callable[..., Tensor]) -> None:
     """Give ``hfq::<name>(x, *operands, bias, *sizes)`` its gradient.
 
     Args:
@@ -209,8 +210,8 @@ def _cpu_int8_weight(
     return rows16_weight((qweight, scales, None, None), (8, columns, columns, rows), dtype)
 
 
-_register_gradient("linear", 5, _neutral_weight)
-_register_gradient("cpu_linear", 4, rows16_weight)
-_register_gradient("cpu_linear_dequantized", 4, rows16_weight)
-_register_gradient("int8_linear", 3, _int8_weight)
-_register_gradient("cpu_int8_linear", 3, _cpu_int8_weight)
+register_gradient("linear", 5, _neutral_weight)
+register_gradient("cpu_linear", 4, rows16_weight)
+register_gradient("cpu_linear_dequantized", 4, rows16_weight)
+register_gradient("int8_linear", 3, _int8_weight)
+register_gradient("cpu_int8_linear", 3, _cpu_int8_weight)

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from ..core import bits as bit_packing
-from ..core.weight import expand_groups
+from ..core.bilevel import decode_bilevel
+from ..core.spec import group_count
+from ..core.weight import ScaleCodes, expand_groups
 
-__all__ = ["dequantize"]
+__all__ = ["dequantize", "spqr_dequantize"]
 
 # Rows are dequantized in pieces of about this many weights, so that the float32 steps in between stay in cache.
 _CHUNK = 1 << 20
@@ -55,3 +57,46 @@ def dequantize(
             )
         filled[part] = values * expand_groups(scales[part].float(), group_size, in_features, g_idx)
     return out
+
+
+def spqr_dequantize(
+    qweight: Tensor,
+    stat_codes: Tensor,
+    stats: Tensor,
+    offsets: Tensor,
+    columns: Tensor,
+    values: Tensor,
+    bits: int,
+    group_size: int,
+    stat_bits: int,
+    stat_group_size: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight behind packed tensors of format ``spqr`` in the neutral layout.
+
+    Args:
+        qweight: uint8 `[N, B, 1]`.
+        stat_codes: uint8 `[N, S, 1]`.
+        stats: float `[ceil(N / stat_group_size), G, 4]`.
+        offsets: int32 `[N + 1]`.
+        columns, values: integers and floats `[Z]`.
+        group_size: columns per group (K for one group per row).
+
+    Returns:
+        `[N, K]` in `dtype`, computed in float32.
+    """
+    codes = bit_packing.unpack(
+        stat_codes.squeeze(-1), stat_bits, 2 * group_count(in_features, group_size)
+    )
+    grid = []
+    for first in (0, 1):
+        step, offset = stats[..., 2 * first], stats[..., 2 * first + 1]
+        stored = ScaleCodes(codes=codes[:, first::2], step=step, offset=offset)
+        grid.append(expand_groups(decode_bilevel(stored, stat_group_size), group_size, in_features))
+    scales, zeros = grid
+    out = (bit_packing.unpack(qweight.squeeze(-1), bits, in_features).float() - zeros) * scales
+    rows = torch.arange(qweight.shape[0], device=qweight.device)
+    rows = rows.repeat_interleave(offsets.diff().long(), output_size=columns.shape[0])
+    out.index_put_((rows, columns.long()), values.float(), accumulate=True)
+    return out.to(dtype)

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..core.weight import PackedGrid
+from ..core.weight import Grid, PackedGrid, SpqrGrid
 
 __all__ = ["KernelRow", "Problem"]
+
+# The one class of grids that a kernel reads.
+G = TypeVar("G", PackedGrid, SpqrGrid)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """All that a kernel needs to know before it takes a weight."""
+    """All that a kernel needs to know before it takes a weight.
 
+    Attributes:
+        kind: the class of the grid; kernels are asked about theirs only.
+        stat_group_size: rows that share bilevel scales; 0 where there are none.
+    """
+
+    kind: type[Grid]
     device: str
     bits: int
     group_size: int
@@ -24,24 +33,27 @@ class Problem:
     out_features: int
     has_codebook: bool
     has_g_idx: bool
+    stat_group_size: int
     activation: str | None
 
     @classmethod
-    def of(cls, grid: PackedGrid) -> Problem:
+    def of(cls, grid: Grid) -> Problem:
         return cls(
+            kind=type(grid),
             device=grid.qweight.device.type,
             bits=grid.bits,
             group_size=grid.group_size,
             in_features=grid.in_features,
             out_features=grid.out_features,
-            has_codebook=grid.codebook is not None,
-            has_g_idx=grid.g_idx is not None,
-            activation=grid.activation,
+            has_codebook=getattr(grid, "codebook", None) is not None,
+            has_g_idx=getattr(grid, "g_idx", None) is not None,
+            stat_group_size=getattr(grid, "stat_group_size", 0),
+            activation=getattr(grid, "activation", None),
         )
 
 
-class KernelRow(Protocol):
-    """One way to multiply with a packed weight."""
+class KernelRow(Protocol[G]):
+    """One way to multiply with a packed weight whose grids are of class G."""
 
     name: str
 
@@ -49,21 +61,19 @@ class KernelRow(Protocol):
         """Why this kernel cannot take the problem, or None."""
 
     def prepare(self, tensor: Tensor) -> Tensor:
-        """Turn one neutral tensor (codes, scales or zero points) into the kernel's layout."""
+        """Turn one neutral tensor (one of the grid's operands) into the kernel's layout, or leave it as it is."""
 
-    def restore(self, tensor: Tensor, out_features: int, row_bytes: int) -> Tensor:
-        """The inverse of `prepare`, bit-exact. `row_bytes`: packed bytes of a row of codes."""
+    def restore(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The inverse of `prepare`, bit-exact, for what it has changed. `shape`: of the neutral tensor."""
 
-    def linear(
-        self, x: Tensor, grid: PackedGrid, bias: Tensor | None, int8_activations: bool
-    ) -> Tensor:
+    def linear(self, x: Tensor, grid: G, bias: Tensor | None, int8_activations: bool) -> Tensor:
         """``x W^T + bias``: x `[..., K]` -> `[..., N]` in x.dtype. `grid` is in the kernel's layout.
 
         Where ``grid.activation`` is set, x is quantized to int8 whatever `int8_activations` says.
         """
 
-    def rows(self, grid: PackedGrid, index: Tensor) -> PackedGrid:
+    def rows(self, grid: G, index: Tensor) -> G:
         """The rows `index` (int64 `[T]`) of a grid in the kernel's layout, as a neutral grid `[T, ...]`."""
 
-    def dequantize(self, grid: PackedGrid, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, grid: G, dtype: torch.dtype) -> Tensor:
         """The weight `[N, K]` behind a grid in the kernel's layout."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import huge_pages
 
-__all__ = ["ROWS", "from_rows16", "to_rows16"]
+__all__ = ["ROWS", "from_rows16", "pick_rows", "to_rows16"]
 
 ROWS = 16
 _WORD = 4  # bytes
@@ -44,18 +44,24 @@ def to_rows16(neutral: Tensor) -> Tensor:
     return out
 
 
-def from_rows16(lines: Tensor, out_features: int, row_bytes: int) -> Tensor:
-    """The inverse of `to_rows16`, bit-exact. `row_bytes`: B, bytes of a row of codes (unused for scales)."""
+def from_rows16(lines: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The inverse of `to_rows16`, bit-exact, to the neutral `shape` `[..., N, B, 1]` or `[..., N, G]`."""
     if lines.dtype == torch.uint8:
         *lead, blocks, words, _, _ = lines.shape
         rows = lines.transpose(-3, -2).reshape(*lead, blocks * ROWS, words * _WORD)
-        return rows[..., :out_features, :row_bytes].contiguous().unsqueeze(-1)
+        return rows[..., : shape[-3], : shape[-2]].contiguous().unsqueeze(-1)
     *lead, blocks, groups, _ = lines.shape
     return (
         lines.transpose(-2, -1)
-        .reshape(*lead, blocks * ROWS, groups)[..., :out_features, :]
+        .reshape(*lead, blocks * ROWS, groups)[..., : shape[-2], :]
         .contiguous()
     )
+
+
+def pick_rows(lines: Tensor, index: Tensor, row_bytes: int) -> Tensor:
+    """The rows `index` (int64 `[T]`) of codes `[N16, W, 16, 4]` in the neutral layout: uint8 `[T, row_bytes, 1]`."""
+    words = lines[index // ROWS, :, index % ROWS]  # [T, W, 4]
+    return words.flatten(-2)[:, :row_bytes, None]
 
 
 def _pad(rows: Tensor, columns: int) -> Tensor:

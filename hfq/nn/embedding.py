@@ -6,17 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from ..core.spec import QuantSpec
-from ..core.weight import PackedGrid
+from ..core.weight import Grid
 from ..kernels import dispatch
-from ..kernels.neutral import Neutral
 from .packed import PackedModule
 from .packing import Encode
 from .slot import PackedSlot
 
 __all__ = ["QuantEmbedding"]
-
-# Every kernel gives looked-up rows in the stored layout.
-_NEUTRAL = Neutral()
 
 
 class QuantEmbedding(PackedModule, nn.Embedding):
@@ -90,17 +86,18 @@ class QuantEmbedding(PackedModule, nn.Embedding):
         """The float table `[V, D]`, virtual; see `QuantLinear.weight`."""
         return self._virtual_weight()
 
-    def _choose(self, grid: PackedGrid) -> dispatch.Choice:
+    def _choose(self, grid: Grid) -> dispatch.Choice:
         # Rows are picked, nothing is multiplied: the stored layout is the right one.
         reason = "an embedding that shares its table with no Linear is read as it is stored"
-        return dispatch.as_stored(reason)
+        return dispatch.as_stored(grid, reason)
 
     def forward(self, ids: Tensor) -> Tensor:
         operands, flat = self.operands("weight"), ids.flatten()
         if flat.is_cpu and not torch.compiler.is_compiling():
             self._check(flat)
         rows = operands.choice.row.rows(operands.grid, flat)
-        table = _NEUTRAL.dequantize(rows, self.compute_dtype)
+        # Every kernel gives looked-up rows in the stored layout.
+        table = dispatch.neutral(rows).dequantize(rows, self.compute_dtype)
         return table.view(*ids.shape, self.embedding_dim)
 
     def _check(self, ids: Tensor) -> None:

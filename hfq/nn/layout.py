@@ -13,16 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.bits import packed_bytes
-from ..core.weight import PackedGrid
+from ..core.weight import Grid
 from ..formats import FORMATS
 from ..kernels.row import KernelRow
 from .slot import PackedSlot
 
 __all__ = ["as_bits", "as_float", "in_kernel_layout", "neutral_grid", "to_kernel", "to_neutral"]
-
-# Keys of a format's tensors that kernels read directly, and the field of PackedGrid that holds them.
-_OPERANDS = {"weight": "qweight", "weight_scale": "scales", "weight_zero": "zeros"}
 
 _BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
@@ -45,7 +41,7 @@ def in_kernel_layout(slot: PackedSlot, held: Mapping[str, Tensor]) -> bool:
     return any(tensor.dim() != len(layout[key].shape) for key, tensor in held.items())
 
 
-def neutral_grid(slot: PackedSlot, held: Mapping[str, Tensor]) -> PackedGrid:
+def neutral_grid(slot: PackedSlot, held: Mapping[str, Tensor]) -> Grid:
     """The operands behind tensors in the neutral layout."""
     layout = slot.layout()
     tensors = {key: as_float(tensor, layout[key].dtype) for key, tensor in held.items()}
@@ -53,8 +49,8 @@ def neutral_grid(slot: PackedSlot, held: Mapping[str, Tensor]) -> PackedGrid:
 
 
 def to_kernel(
-    grid: PackedGrid, held: Mapping[str, Tensor], row: KernelRow
-) -> tuple[PackedGrid, dict[str, Tensor]]:
+    grid: Grid, held: Mapping[str, Tensor], row: KernelRow[Any]
+) -> tuple[Grid, dict[str, Tensor]]:
     """Operands in the layout of `row`, and the tensors to hold from now on: one copy in memory.
 
     Args:
@@ -62,7 +58,7 @@ def to_kernel(
     """
     operands: dict[str, Any] = {}
     prepared = dict(held)
-    for key, field in _OPERANDS.items():
+    for key, field in grid.OPERANDS.items():
         operand = getattr(grid, field)
         if operand is None:
             continue
@@ -80,13 +76,14 @@ def to_kernel(
     return replace(grid, **frozen), prepared
 
 
-def to_neutral(slot: PackedSlot, held: Mapping[str, Tensor], row: KernelRow) -> dict[str, Tensor]:
+def to_neutral(
+    slot: PackedSlot, held: Mapping[str, Tensor], row: KernelRow[Any]
+) -> dict[str, Tensor]:
     """The inverse of `to_kernel`, bit-exact; tensors that are neutral already are handed through."""
     layout = slot.layout()
-    row_bytes = packed_bytes(slot.in_features, slot.spec.bits)
     return {
         key: tensor
         if tensor.dim() == len(layout[key].shape)
-        else row.restore(tensor, slot.out_features, row_bytes)
+        else row.restore(tensor, layout[key].shape)
         for key, tensor in held.items()
     }

@@ -119,7 +119,8 @@ class QuantLinear(PackedModule, nn.Linear):
         activation = f", activation={spec.activation}" if spec.activation else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"format={self.slot.format}, bits={spec.bits}, group_size={spec.group_size}{activation}"
+            f"format={self.slot.format}, bits={spec.bits}, group_size={spec.group_size}{activation}, "
+            f"bits_per_weight={self.slot.bits_per_weight:.2f}"
         )
 
 

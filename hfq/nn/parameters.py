@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from ..core.activations import check_input_scale
 from ..core.errors import CheckpointError, WeightError
-from ..core.weight import PackedGrid
-from ..formats import INPUT_SCALE, check_tensors
+from ..core.weight import Grid
+from ..formats import FORMATS, INPUT_SCALE, check_tensors
 from ..kernels import dispatch
 from ..kernels.row import KernelRow, Problem
 from .layout import as_bits, as_float, in_kernel_layout, neutral_grid, to_kernel, to_neutral
@@ -49,7 +49,7 @@ class Operands:
     """
 
     choice: dispatch.Choice
-    grid: PackedGrid
+    grid: Grid
     name: str
     codes: Tensor
     copies: MutableMapping[str, Tensor] = field(default_factory=WeakValueDictionary)
@@ -135,15 +135,23 @@ class PackedParameters(nn.Module):
         return tensors
 
     def check_packed(self, name: str) -> None:
-        """Compare all packed tensors with their layouts; `CheckpointError` naming the module where they differ."""
-        for base in self.slots:
+        """Compare all packed tensors with their layouts, and what a kernel relies on with their values.
+
+        Raises:
+            CheckpointError: they differ; it names the module.
+        """
+        for base, slot in self.slots.items():
             tensors = self.neutral_tensors(base)
-            check_tensors(name, tensors, self.slots[base].layout())
+            check_tensors(name, tensors, slot.layout())
             if INPUT_SCALE in tensors and not check_input_scale(tensors[INPUT_SCALE]):
                 raise CheckpointError(
                     f"{name}: expected scales of activations above 0, got {tensors[INPUT_SCALE].tolist()}; the "
                     "checkpoint is damaged"
                 )
+            try:
+                self._check_values(base, tensors)
+            except CheckpointError as error:
+                raise CheckpointError(f"{name}: {error}") from error
 
     @torch.no_grad()
     def set_packed(self, base: str, tensors: Mapping[str, Tensor]) -> None:
@@ -151,13 +159,14 @@ class PackedParameters(nn.Module):
         replaced.
 
         Raises:
-            CheckpointError: a tensor is missing, or its shape or dtype is not the slot's.
+            CheckpointError: a tensor is missing, its shape or dtype is not the slot's, or indices in it are wrong.
         """
         if self._owner:
             self._owner[0].set_packed(base, tensors)
             return self._follow_owner()
         slot = self.slots[base]
         check_tensors(base, tensors, slot.layout())
+        self._check_values(base, tensors)
         was_prepared = self._prepared.pop(base, None) is not None
         for key, tensor in tensors.items():
             name = slot.attribute(key)
@@ -190,6 +199,11 @@ class PackedParameters(nn.Module):
         for base, slot in self.slots.items():
             for key, parameter in self._owner[0].packed_parameters(base).items():
                 self._parameters[slot.attribute(key)] = parameter
+
+    def _check_values(self, base: str, tensors: Mapping[str, Tensor]) -> None:
+        if not any(tensor.is_meta for tensor in tensors.values()):
+            slot = self.slots[base]
+            FORMATS.get(slot.format).check_values(tensors, slot.in_features)
 
     def _held_neutral(self, base: str) -> dict[str, Tensor]:
         """What the Parameters of a slot hold, brought into the neutral layout."""
@@ -232,6 +246,8 @@ class PackedParameters(nn.Module):
         if not all(isinstance(parameter, nn.Parameter) for parameter in parameters.values()):
             return  # lent for one call by `torch.func.functional_call`
         held = self._held_neutral(base)
+        # Whatever put them in place: a kernel follows the indices in them without looking.
+        self._check_values(base, held)
         grid = neutral_grid(slot, held)
         choice = self._choose(grid)
         grid, held = to_kernel(grid, held, choice.row)
@@ -281,11 +297,11 @@ class PackedParameters(nn.Module):
             return self._prepared[base]
         return self._as_stored(base, "the weights are offloaded and fetched for each call")
 
-    def grid(self, base: str) -> PackedGrid:
+    def grid(self, base: str) -> Grid:
         """What the slot's kernel reads."""
         return self.operands(base).grid
 
-    def kernel(self, base: str) -> KernelRow:
+    def kernel(self, base: str) -> KernelRow[Any]:
         """The kernel that reads `grid(base)`."""
         return self.operands(base).choice.row
 
@@ -293,7 +309,7 @@ class PackedParameters(nn.Module):
         """The kernel of a slot and why others were refused."""
         return self.operands(base).choice
 
-    def _choose(self, grid: PackedGrid) -> dispatch.Choice:
+    def _choose(self, grid: Grid) -> dispatch.Choice:
         return dispatch.select(Problem.of(grid))
 
     def _as_stored(self, base: str, reason: str) -> Operands:
@@ -301,7 +317,7 @@ class PackedParameters(nn.Module):
         slot = self.slots[base]
         grid = neutral_grid(slot, self._held_neutral(base))
         return Operands(
-            choice=dispatch.as_stored(reason),
+            choice=dispatch.as_stored(grid, reason),
             grid=grid,
             name=slot.attribute("weight"),
             codes=grid.qweight,

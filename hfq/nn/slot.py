@@ -10,6 +10,7 @@ virtual float weight.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ..core.spec import QuantSpec
@@ -58,6 +59,13 @@ class PackedSlot:
             key: TensorLayout((self.experts, *entry.shape), entry.dtype)
             for key, entry in single.items()
         }
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits per weight of all that is stored: codes, scales, outliers; NaN for an empty weight."""
+        stored = (math.prod(entry.shape) * entry.dtype.itemsize for entry in self.layout().values())
+        weights = math.prod(self.float_shape)
+        return 8 * sum(stored) / weights if weights else math.nan
 
     def attribute(self, key: str) -> str:
         """Name of the module's parameter that holds the tensor `key`."""

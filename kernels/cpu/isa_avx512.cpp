@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include "rows16.h"
+#include "spqr.h"
 
 namespace hfq {
 namespace {
@@ -26,9 +27,10 @@ inline I byte_dot(I sum, Line codes, uint32_t x) {
 
 #include "rows16_body.h"
 #include "int8_body.h"
+#include "spqr_body.h"
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {"avx512", kMaxTokens, prepare, linear, dequantize, quantize, int8_linear};
+const Kernels kAvx512Kernels = {"avx512", kMaxTokens, kSpqrTokens, prepare, linear, dequantize, quantize, int8_linear, spqr_prepare, spqr_linear, spqr_dequantize};
 
 }  // namespace hfq

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "rows16.h"
+#include "spqr.h"
 
 namespace hfq {
 namespace {
@@ -17,9 +18,10 @@ inline I small_end(SmallSum sum, int32_t) { return sum; }
 
 #include "rows16_body.h"
 #include "int8_body.h"
+#include "spqr_body.h"
 
 }  // namespace
 
-const Kernels kAvx512VnniKernels = {"avx512_vnni", kMaxTokens, prepare, linear, dequantize, quantize, int8_linear};
+const Kernels kAvx512VnniKernels = {"avx512_vnni", kMaxTokens, kSpqrTokens, prepare, linear, dequantize, quantize, int8_linear, spqr_prepare, spqr_linear, spqr_dequantize};
 
 }  // namespace hfq

@@ -1,5 +1,6 @@
 // Plain C++ for any architecture (including aarch64); the compiler vectorizes the 16-lane loops for its baseline. Little endian only.
 #include "rows16.h"
+#include "spqr.h"
 
 namespace hfq {
 namespace {
@@ -21,6 +22,7 @@ struct FloatTable {
 };
 typedef I SmallSum;
 constexpr int kMaxTokens = 4;
+constexpr int kSpqrTokens = 2;
 constexpr int kRowBlocks = 1;
 
 inline F f_set1(float x) {
@@ -182,6 +184,35 @@ inline SmallSum small_begin(int32_t init) { return i_set1(init); }
 inline SmallSum small_dot(SmallSum sum, Line codes, uint32_t x) { return byte_dot(sum, codes, x); }
 inline I small_end(SmallSum sum, int32_t) { return sum; }
 
+// ---- words ----
+
+inline Line line_zero() { return {}; }
+inline Line line_or(Line a, Line b) {
+  for (int i = 0; i < 16; ++i) a.v[i] |= b.v[i];
+  return a;
+}
+inline Line line_and(Line a, uint32_t mask) {
+  for (int i = 0; i < 16; ++i) a.v[i] &= mask;
+  return a;
+}
+inline Line line_right(Line a, int n) {
+  for (int i = 0; i < 16; ++i) a.v[i] >>= n;
+  return a;
+}
+inline Line line_left(Line a, int n) {
+  for (int i = 0; i < 16; ++i) a.v[i] <<= n;
+  return a;
+}
+template <int n>
+inline Line line_right(Line a) { return line_right(a, n); }
+template <int n>
+inline Line line_left(Line a) { return line_left(a, n); }
+inline F f_from_line(Line a) {
+  F f;
+  for (int i = 0; i < 16; ++i) f.v[i] = static_cast<float>(static_cast<int32_t>(a.v[i]));
+  return f;
+}
+
 // ---- dequantization ----
 
 inline F f_from_bytes(const uint8_t* p) {
@@ -210,9 +241,10 @@ inline void lookup_words(uint8_t* y, const uint32_t* words, int64_t count, F val
 
 #include "rows16_body.h"
 #include "int8_body.h"
+#include "spqr_body.h"
 
 }  // namespace
 
-const Kernels kGenericKernels = {"generic", kMaxTokens, prepare, linear, dequantize, quantize, int8_linear};
+const Kernels kGenericKernels = {"generic", kMaxTokens, kSpqrTokens, prepare, linear, dequantize, quantize, int8_linear, spqr_prepare, spqr_linear, spqr_dequantize};
 
 }  // namespace hfq

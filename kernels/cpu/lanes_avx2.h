@@ -13,6 +13,7 @@ struct FloatTable {
 };
 // 16 registers: two per accumulator, two per line; more tokens would spill.
 constexpr int kMaxTokens = 4;
+constexpr int kSpqrTokens = 4;
 constexpr int kRowBlocks = 1;
 
 inline F f_zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
@@ -113,6 +114,28 @@ template <int i>
 inline F byte_value(Line words) {
   return {code_value<8, i>(words.a), code_value<8, i>(words.b)};
 }
+
+// ---- words ----
+
+inline Line line_zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+inline Line line_or(Line a, Line b) { return {_mm256_or_si256(a.a, b.a), _mm256_or_si256(a.b, b.b)}; }
+inline Line line_and(Line v, uint32_t mask) {
+  const __m256i wide = _mm256_set1_epi32(static_cast<int32_t>(mask));
+  return {_mm256_and_si256(v.a, wide), _mm256_and_si256(v.b, wide)};
+}
+template <int n>
+inline Line line_right(Line v) { return {_mm256_srli_epi32(v.a, n), _mm256_srli_epi32(v.b, n)}; }
+template <int n>
+inline Line line_left(Line v) { return {_mm256_slli_epi32(v.a, n), _mm256_slli_epi32(v.b, n)}; }
+inline Line line_right(Line v, int n) {
+  const __m128i count = _mm_cvtsi32_si128(n);
+  return {_mm256_srl_epi32(v.a, count), _mm256_srl_epi32(v.b, count)};
+}
+inline Line line_left(Line v, int n) {
+  const __m128i count = _mm_cvtsi32_si128(n);
+  return {_mm256_sll_epi32(v.a, count), _mm256_sll_epi32(v.b, count)};
+}
+inline F f_from_line(Line v) { return f_from_i(v); }
 
 // ---- dequantization ----
 

@@ -6,6 +6,7 @@ typedef __m512i Line;
 typedef __m512i Table;
 typedef __m512 FloatTable;
 constexpr int kMaxTokens = 8;
+constexpr int kSpqrTokens = 4;
 constexpr int kRowBlocks = 2;
 
 inline F f_zero() { return _mm512_setzero_ps(); }
@@ -82,6 +83,19 @@ inline F byte_value(Line words) {
   const Line shifted = i ? _mm512_srli_epi32(words, 8 * i) : words;
   return _mm512_cvtepi32_ps(i == 3 ? shifted : _mm512_and_si512(shifted, _mm512_set1_epi32(255)));
 }
+
+// ---- words ----
+
+inline Line line_zero() { return _mm512_setzero_si512(); }
+inline Line line_or(Line a, Line b) { return _mm512_or_si512(a, b); }
+inline Line line_and(Line v, uint32_t mask) { return _mm512_and_si512(v, _mm512_set1_epi32(static_cast<int32_t>(mask))); }
+template <int n>
+inline Line line_right(Line v) { return _mm512_srli_epi32(v, n); }
+template <int n>
+inline Line line_left(Line v) { return _mm512_slli_epi32(v, n); }
+inline Line line_right(Line v, int n) { return _mm512_srl_epi32(v, _mm_cvtsi32_si128(n)); }
+inline Line line_left(Line v, int n) { return _mm512_sll_epi32(v, _mm_cvtsi32_si128(n)); }
+inline F f_from_line(Line v) { return _mm512_cvtepi32_ps(v); }
 
 // ---- dequantization ----
 

@@ -1,59 +1,15 @@
 #include "launch.h"
 
 #include <cmath>
-#include <cstdlib>
-#include <new>
-#include <stdexcept>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
-#include "../torch-ext/torch_shim.h"
 #include "isa.h"
+#include "launch_parts.h"
 
 namespace hfq {
 namespace {
 
-constexpr int64_t kMaxTokensPerSweep = 64;     // bounds the scratch memory; every sweep reads the weights once
-constexpr int64_t kMaxInt8Tokens = 256;        // the same where activations are bytes
-constexpr int64_t kGrainBytes = 64 * 1024;     // less weight data per thread than this (3 us of reading) is not worth waking one
-constexpr int64_t kCachedBytes = 256 * 1024;   // weights that stay in the L2 cache between two passes over them
+constexpr int64_t kMaxInt8Tokens = 256;        // tokens per sweep where activations are bytes
 constexpr int64_t kPrepareGrain = 16 * 1024;   // activations per thread
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-int64_t at_least_one(int64_t a) { return a < 1 ? 1 : a; }
-
-// Memory of the calling thread, kept between calls: one decode step makes hundreds of calls of a few microseconds.
-class Scratch {
- public:
-  Scratch() = default;
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() { std::free(data_); }
-
-  char* reserve(size_t bytes) {
-    if (bytes > size_) {
-      std::free(data_);
-      size_ = 0;
-      data_ = static_cast<char*>(std::aligned_alloc(64, bytes));
-      if (!data_) throw std::bad_alloc();
-      size_ = bytes;
-    }
-    return data_;
-  }
-
- private:
-  char* data_ = nullptr;
-  size_t size_ = 0;
-};
-
-template <class Body>
-void parallel_for(int64_t count, int64_t grain, const Body& body) {
-  const auto call = [](int64_t begin, int64_t end, void* context) { (*static_cast<const Body*>(context))(begin, end); };
-  if (torch_parallel_for(0, count, grain, call, const_cast<Body*>(&body)) != 0) throw std::runtime_error("hfq: torch_parallel_for failed");
-}
 
 // Offsets of the activation buffers, each sized for `tokens` tokens and aligned to a cache line.
 struct ScratchLayout {
@@ -88,24 +44,6 @@ struct ScratchLayout {
     return a;
   }
 };
-
-// Passes of nearly equal size: 9 tokens at most 8 at a time are 5 + 4, not 8 + 1.
-struct Passes {
-  int64_t tokens, count;
-  int64_t first(int64_t pass) const { return tokens * pass / count; }
-  int64_t size(int64_t pass) const { return first(pass + 1) - first(pass); }
-};
-
-// A new output of many MiB is fresh memory: the first write to each 4 KiB page is a fault, which takes longer than filling the page with
-// dequantized weights (measured: 33 MB in 17 ms, with huge pages 9). Huge pages fault 512 times less often.
-void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) & ~(kHuge - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) & ~(kHuge - 1);
-  if (end > begin) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: failure changes nothing
-#endif
-}
 
 int64_t element_size(DType dtype) { return dtype == kFloat32 ? 4 : 2; }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "rows16.h"
+#include "spqr.h"
 
 namespace hfq {
 
@@ -25,5 +26,8 @@ struct LinearCall {
 
 void launch_linear(const LinearCall& call);
 void launch_dequantize(const DequantizeParams& params);
+// params.values and .group_sums are set here; params.tokens likewise, a few of `tokens` at a time.
+void launch_spqr_linear(const SpqrLinearParams& params, int64_t tokens);
+void launch_spqr_dequantize(const SpqrDequantizeParams& params);
 
 }  // namespace hfq

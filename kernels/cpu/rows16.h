@@ -95,15 +95,22 @@ struct DequantizeParams {
   void* y;                 // [N, K]
 };
 
-// What one instruction set offers. prepare() covers groups [first, last), the others row blocks [first, last); quantize() all tokens.
+struct SpqrLinearParams;  // spqr.h
+struct SpqrDequantizeParams;
+
+// What one instruction set offers. prepare() covers groups [first, last), spqr_prepare() units, quantize() all tokens, the others row blocks.
 struct Kernels {
   const char* name;
   int32_t max_tokens;
+  int32_t spqr_max_tokens;
   void (*prepare)(const PrepareParams& params, int64_t first, int64_t last);
   void (*linear)(const LinearParams& params, int64_t first, int64_t last);
   void (*dequantize)(const DequantizeParams& params, int64_t first, int64_t last);
   void (*quantize)(const QuantizeParams& params);
   void (*int8_linear)(const LinearParams& params, int64_t first, int64_t last);
+  void (*spqr_prepare)(const SpqrLinearParams& params, int64_t first, int64_t last);
+  void (*spqr_linear)(const SpqrLinearParams& params, int64_t first, int64_t last);
+  void (*spqr_dequantize)(const SpqrDequantizeParams& params, int64_t first, int64_t last);
 };
 
 extern const Kernels kGenericKernels;

@@ -1,35 +1,14 @@
 // Operators of hfq for the CPU: read the arguments, validate every one of them, launch. Schemas are defined in hfq/kernels/ops.py.
 #include "../cpu/isa.h"
 #include "../cpu/launch.h"
-#include "boxed_call.h"
+#include "cpu_arguments.h"
 
 namespace hfq {
 namespace {
 
-DType float_dtype(int32_t dtype) {
-  if (dtype == aoti_torch_dtype_float32()) return kFloat32;
-  if (dtype == aoti_torch_dtype_float16()) return kFloat16;
-  if (dtype == aoti_torch_dtype_bfloat16()) return kBFloat16;
-  return kUnsupported;
-}
-
-int64_t element_size(DType dtype) { return dtype == kFloat32 ? 4 : 2; }
-
-DType expect_float(const Tensor& tensor) {
-  const DType dtype = float_dtype(tensor.dtype());
-  if (dtype == kUnsupported) tensor.refuse("float32, float16 or bfloat16");
-  return dtype;
-}
-
-void expect(bool condition, const char* op, const std::string& message) {
-  if (!condition) fail(std::string("hfq::") + op + ": " + message);
-}
-
 Shape make_shape(const char* op, int64_t bits, int64_t group_size, int64_t in_features, int64_t out_features) {
-  constexpr int64_t kLargest = int64_t{1} << 31;  // keeps every product of sizes within 64 bits
   expect(bits == 4 || bits == 8, op, "bits must be 4 or 8, got " + std::to_string(bits));
-  expect(in_features > 0 && in_features < kLargest, op, "in_features must be between 1 and 2^31, got " + std::to_string(in_features));
-  expect(out_features > 0 && out_features < kLargest, op, "out_features must be between 1 and 2^31, got " + std::to_string(out_features));
+  expect_sizes(op, in_features, out_features);
   const int64_t columns = 32 / bits;
   expect(group_size > 0 && (group_size >= in_features || group_size % columns == 0), op,
          "group_size must be a multiple of " + std::to_string(columns) + " or at least in_features (one group per row), got " +
@@ -94,13 +73,7 @@ StableIValue multiply(const char* op, LinearCall& call, const Tensor& x, const T
 
   const int64_t sizes[2] = {call.tokens, call.shape.out_features};
   const StableIValue y = empty_tensor(sizes, 2, x.dtype(), cpu, x.device_index(), &call.y);
-  try {
-    launch_linear(call);
-  } catch (...) {
-    const Tensor freed(op, "y", y);
-    throw;
-  }
-  return y;
+  return filled(op, y, [&] { launch_linear(call); });
 }
 
 // hfq::cpu_linear(x, qweight, scales, zeros?, codebook?, bias?, bits, group_size, in_features, out_features, int8_activations) -> [M, N]
@@ -168,20 +141,14 @@ void cpu_dequantize(StableIValue* stack, uint64_t, uint64_t) {
 
   const int64_t sizes[2] = {p.shape.out_features, p.shape.in_features};
   const StableIValue y = empty_tensor(sizes, 2, dtype, aoti_torch_device_type_cpu(), qweight.device_index(), &p.y);
-  try {
-    launch_dequantize(p);
-  } catch (...) {
-    const Tensor freed(op, "y", y);
-    throw;
-  }
-  stack[0] = y;
+  stack[0] = filled(op, y, [&] { launch_dequantize(p); });
 }
 
 bool register_all() {
   TorchLibraryHandle library = nullptr;  // lives as long as the process, like the operators
   if (aoti_torch_library_init_impl("hfq", "CPU", __FILE__, __LINE__, &library) != 0) return false;
   return register_impl(library, "cpu_linear", cpu_linear) && register_impl(library, "cpu_int8_linear", cpu_int8_linear) &&
-         register_impl(library, "cpu_dequantize", cpu_dequantize);
+         register_impl(library, "cpu_dequantize", cpu_dequantize) && register_spqr(library);
 }
 
 const bool registered = register_all();

@@ -25,7 +25,8 @@ function(link_torch_stubs target)
   endforeach()
 endfunction()
 
-add_library(hfq_cpu MODULE "${KERNELS}/torch-ext/torch_binding.cpp" "${KERNELS}/cpu/launch.cpp" "${KERNELS}/cpu/isa.cpp"
+add_library(hfq_cpu MODULE "${KERNELS}/torch-ext/torch_binding.cpp" "${KERNELS}/torch-ext/torch_binding_spqr.cpp"
+                           "${KERNELS}/cpu/launch.cpp" "${KERNELS}/cpu/launch_spqr.cpp" "${KERNELS}/cpu/isa.cpp"
                            "${KERNELS}/cpu/isa_generic.cpp")
 set(cpu_isas generic)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hfq.algorithms import ALGORITHMS
 from hfq.core.errors import WeightError
-from hfq.core.spec import QuantSpec, group_count
+from hfq.core.spec import QuantSpec, SpqrSpec, group_count
 from hfq.core.statistics import InputStatistics
 from hfq.core.weight import QuantizedWeight
 from hfq.nn import packing
@@ -91,6 +91,10 @@ def test_groups_of_zeros_stay_zero(
     weight = random_weight(3, 20)
     weight[0], weight[1, 5:10] = 0, 0
     result = quantize(weight, method, options, spec).dequantize()
+    if isinstance(spec, SpqrSpec):
+        # Steps and offsets are shared with other rows: scales come near 0, zero points near a code.
+        assert result[0].abs().max() < 0.05 * weight.abs().max()
+        return
     assert torch.equal(result[0], weight[0])
     if (
         spec.group_size == 5 and not ALGORITHMS.get(method).calibrated
@@ -103,7 +107,9 @@ def test_a_group_of_one_value_keeps_it(
 ) -> None:
     weight = torch.tensor([[0.37], [-0.37], [0.001]]).expand(3, 9).contiguous()
     result = quantize(weight, method, options, spec).dequantize()
-    torch.testing.assert_close(result, weight, rtol=0.01, atol=0)
+    # Of bilevel grids errors are small beside those of the largest row that shares their steps.
+    atol = 0.004 if isinstance(spec, SpqrSpec) else 0
+    torch.testing.assert_close(result, weight, rtol=0.01, atol=atol)
 
 
 def test_nan_and_infinity_are_refused(

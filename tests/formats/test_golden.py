@@ -7,6 +7,7 @@ old layout readable and raise `FORMAT_VERSION` for the new one.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hfq.core.spec import QuantSpec
-from hfq.core.weight import QuantizedWeight, ScaleCodes
 from hfq.formats import FORMAT_VERSION, FORMATS, check_tensors
-from hfq.kernels import reference
+from hfq.kernels import dispatch
 
 FOLDER = Path(__file__).parent.parent / "golden"
 INDEX: dict[str, dict[str, Any]] = json.loads((FOLDER / "golden.json").read_text())
@@ -67,38 +67,22 @@ def test_kernels_read_the_same_values(
 ) -> None:
     sizes = (entry["out_features"], entry["in_features"])
     grid = FORMATS.get(entry["format"]).grid(stored(golden), spec, *sizes)
-    operands = (grid.qweight, grid.scales, grid.zeros, grid.codebook, grid.g_idx)
-    shape = (grid.bits, grid.group_size, grid.in_features)
-    assert torch.equal(reference.dequantize(*operands, *shape, torch.float32), golden["values"])
+    weight = dispatch.neutral(grid).dequantize(grid, torch.float32)
+    assert torch.equal(weight, golden["values"])
 
 
 def test_the_same_codes_are_written_as_the_same_bytes(
     golden: dict[str, Tensor], entry: dict[str, Any], spec: QuantSpec
 ) -> None:
     packed_format = FORMATS.get(entry["format"])
-    weight = QuantizedWeight(
-        spec=spec,
-        codes=golden["codes"],
-        scales=packed_format.unpack(stored(golden), spec, entry["in_features"]).scales,
-        zeros=golden.get("weight_zero"),
-        scale_codes=_scale_codes(golden),
-        input_scale=golden.get("weight_input_scale"),
+    weight = replace(
+        packed_format.unpack(stored(golden), spec, entry["in_features"]), codes=golden["codes"]
     )
     again = packed_format.pack(weight)
     assert again.keys() == stored(golden).keys()
     for key, tensor in again.items():
         assert tensor.dtype == golden[key].dtype
         assert torch.equal(tensor.view(torch.uint8), golden[key].view(torch.uint8))
-
-
-def _scale_codes(golden: dict[str, Tensor]) -> ScaleCodes | None:
-    if "weight_scale_step" not in golden:
-        return None
-    return ScaleCodes(
-        codes=golden["weight_scale"],
-        step=golden["weight_scale_step"],
-        offset=golden["weight_scale_offset"],
-    )
 
 
 def test_every_registered_format_has_a_golden_file() -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from hfq.core import affine
 from hfq.core.codebooks import CODEBOOKS
+from hfq.core.spec import SpqrSpec
 from hfq.formats import FORMAT_VERSION, FORMATS
 
 FOLDER = Path(__file__).parent
@@ -53,6 +54,20 @@ CASES: dict[str, tuple[str, dict[str, object], int, int]] = {
     "nf4_double_quant": ("nf4", {"group_size": 4, "double_quant": True}, 40, 29),
     "int8": ("int8", {}, 5, 37),
     "int8_static": ("int8", {"activation": "static"}, 5, 37),
+    # Two blocks of rows that share stats; codes of scales and zero points across bytes.
+    "spqr": ("spqr", {"group_size": 8, "stat_group_size": 4, "outliers": 0.05}, 5, 37),
+    "spqr4_bfloat16": (
+        "spqr",
+        {
+            "bits": 4,
+            "group_size": -1,
+            "stat_bits": 5,
+            "outliers": 0.02,
+            "scale_dtype": "bfloat16",
+        },
+        5,
+        37,
+    ),
 }
 
 
@@ -86,11 +101,16 @@ def make(name: str) -> dict[str, Tensor]:
     tensors = packed_format.pack(quantized)
     group_size = columns if spec.group_size == -1 else spec.group_size
     code_of = read_codes(tensors["weight"], spec.bits)
-    value_of = read_values(tensors, format_name, spec.bits, spec.scale_dtype)
+    if isinstance(spec, SpqrSpec):
+        value_of = read_bilevel_values(tensors, spec)
+    else:
+        value_of = read_values(tensors, format_name, spec.bits, spec.scale_dtype)
     codes = [[code_of(n, k) for k in range(columns)] for n in range(rows)]
     values = [
         [value_of(codes[n][k], n, k // group_size) for k in range(columns)] for n in range(rows)
     ]
+    if isinstance(spec, SpqrSpec):
+        add_outliers(values, tensors)
     return {
         **tensors,
         "codes": torch.tensor(codes, dtype=torch.uint8),
@@ -127,6 +147,34 @@ def read_values(
         return float(code - (zeros[n][g] if zeros else 2 ** (bits - 1)))
 
     return lambda code, n, g: unit(code, n, g) * scale(n, g)
+
+
+def read_bilevel_values(
+    tensors: dict[str, Tensor], spec: SpqrSpec
+) -> Callable[[int, int, int], float]:
+    """(code, n, g) -> value without outliers, rounded to float32 after each step."""
+    stat_code_of = read_codes(tensors["weight_scale"], spec.stat_bits)
+    stats = tensors["weight_scale_stat"].tolist()
+
+    def decoded(n: int, g: int, level: int) -> float:
+        step, offset = stats[n // spec.stat_group_size][g][2 * level : 2 * level + 2]
+        return as_float32(offset + stat_code_of(n, 2 * g + level) * step)
+
+    return lambda code, n, g: as_float32(as_float32(code - decoded(n, g, 1)) * decoded(n, g, 0))
+
+
+def add_outliers(values: list[list[float]], tensors: dict[str, Tensor]) -> None:
+    places = iter(
+        zip(
+            tensors["weight_outlier_column"].tolist(),
+            tensors["weight_outlier"].tolist(),
+            strict=True,
+        )
+    )
+    for n, count in enumerate(tensors["weight_outlier_count"].tolist()):
+        for _ in range(count):
+            k, difference = next(places)
+            values[n][k] = as_float32(values[n][k] + difference)
 
 
 def as_float32(value: float) -> float:

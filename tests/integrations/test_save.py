@@ -7,6 +7,7 @@ import errno
 import gc
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -425,8 +426,9 @@ def test_metadata_of_the_card(quantized: Callable[..., PreTrainedModel], tmp_pat
         == model.config.quantization_config
     )
     assert 'AutoModelForCausalLM.from_pretrained("tiny-hqq"' in text
-    assert "| `model.layers.*.mlp.up_proj` | 2 | int, 8 bits, groups of 32 |" in text
-    assert "| `model.layers.*.self_attn.q_proj` | 1 | int, 4 bits, groups of 32 |" in text
+    assert "| `model.layers.*.mlp.up_proj` | 2 | int, 8 bits, groups of 32, " in text
+    assert "| `model.layers.*.self_attn.q_proj` | 1 | int, 4 bits, groups of 32, " in text
+    assert len(re.findall(r"groups of 32, \d+\.\d\d bits per weight", text)) >= 2
     assert "| `model.layers.*.self_attn.q_proj` | 1 | float: overrides |" in text
     assert "model-index" not in text and "eval_results" not in text
 

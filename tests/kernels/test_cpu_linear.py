@@ -211,7 +211,10 @@ def test_dequantize_agrees_with_the_reference_bit_for_bit(
     qweight, scales, _, _ = weight.arguments
     assert qweight is not None
     assert scales is not None
-    neutral = (rows16.from_rows16(qweight, 50, 128), rows16.from_rows16(scales, 50, 0))
+    neutral = (
+        rows16.from_rows16(qweight, (50, 128, 1)),
+        rows16.from_rows16(scales, (50, scales.shape[-2])),
+    )
     for dtype in FLOATS:
         expected = torch.ops.hfq.dequantize(*neutral, None, None, None, 4, 64, 256, dtype)
         assert torch.equal(weight.dequantize(dtype), expected)
