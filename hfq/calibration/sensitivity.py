@@ -39,13 +39,13 @@ from .capture import Capture
 from .experts import ExpertsCapture
 from .run import MOST_TOKENS, Calibration, Stream, choose_codes, orientations
 
-__all__ = ["LONGEST", "MEASURED_TOKENS", "Kept", "Sensitivity", "Visit"]
+__all__ = ["BACKWARD", "LONGEST", "MEASURED_TOKENS", "Kept", "Sensitivity", "Visit"]
 
 # Tokens that a block is run on with rounded weights.
 MEASURED_TOKENS = 4096
 
 # A backward keeps what a forward forgets: so much fewer tokens at a time.
-_BACKWARD = 4
+BACKWARD = 4
 
 # Of a sequence, for these: more sequences say more than longer ones.
 LONGEST = 512
@@ -126,7 +126,7 @@ class Sensitivity:
         self.run, self.candidates, self.may_choose = run, candidates, may_choose
         self.visit, self.kept = visit, kept
         self.streams = run.start(sequences, batch_tokens)
-        self.few = run.start(_some(sequences), batch_tokens // _BACKWARD, divided=False)
+        self.few = run.start(_some(sequences), batch_tokens // BACKWARD, divided=False)
         self.blocks = list(run.blocks.values())
         self.tokens = sum(stream.batch.numel() for stream in self.few)
 

@@ -25,6 +25,7 @@ Text is sampled before any of that is there, with the whole float model in memor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,7 @@ from typing import Any
 from torch import nn
 
 from ..algorithms import ALGORITHMS, find_method
-from ..calibration.sensitivity import LONGEST, MEASURED_TOKENS
+from ..calibration.sensitivity import BACKWARD, LONGEST, MEASURED_TOKENS
 from ..config import HfqConfig, Recipe
 from ..core.spec import group_count
 from ..diagnose.rates import COLUMNS, Rates, recipe_key
@@ -172,7 +173,7 @@ def forecast(
     memory = {
         "interpreter": interpreter,
         "outside of the blocks": outside,
-        "hidden states": alive * text.hidden_size * size,
+        "hidden states": (alive + 3 * work.few) * text.hidden_size * size,
         "block": work.block_memory(size),
         "logits": work.logits_memory(size),
         "sampling text": 0 if own is None else own.bytes,
@@ -202,6 +203,8 @@ class _Work:
         self.tokens, self.measures = tokens, measures
         self.with_data = [weight for weight in weights if weight.with_data]
         self.drifts = any(each.recipes[0].options.get("gptaq") for each in weights)
+        # Tokens that measure what bits cost.
+        self.few = min(tokens.calibration, MEASURED_TOKENS) if measures else 0
         # What is summed up, per block: (parent, K) -> how many sums (one for each expert).
         self.inputs: dict[int | None, dict[tuple[str, int], int]] = {}
         for weight in self.with_data:
@@ -212,12 +215,11 @@ class _Work:
         """Operations of all passes through all blocks, and of the head."""
         t, d = self.tokens.calibration, self.tokens.held_out
         passes: float = (3 if self.drifts else 2) * t + 2 * d
-        few = min(t, MEASURED_TOKENS)
         if self.measures:
             groups = sum(map(len, self.inputs.values())) / max(1, len(self.blocks))
             candidates = max(len(weight.recipes) for weight in self.weights)
-            passes += t + few * (4 + groups * candidates)
-        behind = (3 if self.tokens.compared else 1) * d + (3 * few if self.measures else 0)
+            passes += t + self.few * (4 + groups * candidates)
+        behind = (3 if self.tokens.compared else 1) * d + 3 * self.few
         return passes * self.per_token(head=False) + behind * self._head
 
     def per_token(self, head: bool = True) -> float:
@@ -283,8 +285,30 @@ class _Work:
         refines = any(_turns(recipe) for weight in self.with_data for recipe in weight.recipes)
         numbers = _PER_WEIGHT + (_REFINED if refines else 0)
         chooses = 4 * (_PER_ENTRY * widest**2 + numbers * largest)
-        peak: int = block + 4 * sums + max(runs, chooses)
+        if self.measures:
+            chooses += size * self._largest_group()
+        peak: int = block + max(4 * sums + max(runs, chooses), size * self._backward())
         return peak
+
+    def _largest_group(self) -> int:
+        """Numbers of the weights that are rounded together while bits are measured."""
+        groups: dict[tuple[object, ...], int] = {}
+        for each in self.with_data:
+            key = each.block, each.parent, each.shape[-1]
+            groups[key] = groups.get(key, 0) + math.prod(each.shape)
+        return max(groups.values(), default=0)
+
+    def _backward(self) -> int:
+        """Numbers that are kept for the gradient of a block: what its layers read and give, and as much around them."""
+        if not self.measures:
+            return 0
+        widths: dict[int | None, int] = {}
+        for each in self.with_data:
+            met = getattr(self.text, "num_experts_per_tok", 1) if each.experts > 1 else 1
+            widths[each.block] = widths.get(each.block, 0) + met * sum(each.shape[-2:])
+        longest = min(LONGEST, self.tokens.longest)
+        at_once = min(max(self.tokens.batch // BACKWARD, longest), _all(self.tokens))
+        return 2 * at_once * max(widths.values(), default=0)
 
     def logits_memory(self, size: int) -> int:
         """Bytes of the logits that are alive at a time: two models' and a copy, or a batch before its head is packed."""
