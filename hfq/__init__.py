@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from .evaluation import evaluate as evaluate
     from .inspection import inspect_checkpoint as inspect_checkpoint
     from .integrations.hub import push_to_hub as push_to_hub
+    from .integrations.plan import plan as plan
+    from .integrations.plan_report import Plan as Plan
     from .integrations.report import Report as Report
     from .integrations.resume import ResumeError as ResumeError
     from .integrations.staging import SaveError as SaveError
@@ -44,6 +46,8 @@ _LAZY = {
     "doctor": "diagnose",
     "inspect_checkpoint": "inspection",
     "quantize": "integrations.streaming",
+    "plan": "integrations.plan",
+    "Plan": "integrations.plan_report",
     "Report": "integrations.report",
     "ResumeError": "integrations.resume",
     "push_to_hub": "integrations.hub",

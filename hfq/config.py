@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +32,9 @@ _SPEC_SETTINGS = (
     "stat_group_size",
     "outliers",
 )
+
+# What `target_bits` chooses among: 5 to 7 bits cost almost as much as 8, and gain little over 4.
+_CANDIDATES = (2, 3, 4, 8)
 
 # Keys that `to_dict` writes beside the settings.
 _METADATA = ("quant_method", "format_version", "hfq_version", "calibration")
@@ -95,6 +99,10 @@ class HfqConfig(QuantizationConfigMixin):
         num_samples, seqlen: how many sequences of how many tokens, at most. Default 128 of 2048, cut to the longest
             that the model takes.
         seed: of the choice among them, and of "self".
+        target_bits: average bits per quantized weight, scales and zero points counted: each weight matrix gets its bits
+            by what rounding it costs, measured on the data. Overrides that name bits or a format stay in force and
+            count; embeddings and heads keep `bits`. The outcome stands in `overrides`, and this is None then.
+        candidate_bits: bits to choose among. Default 2, 3, 4 and 8.
         kernel_mode: "auto", "exact" or "int8"; see `hfq.nn.packed.KERNEL_MODES`. Not stored in checkpoints.
         dequantize: load a packed checkpoint as a float model. Not stored in checkpoints.
         options: the method's own settings ("rtn": scale_search; "hqq": iterations; "gptq": damp_percent, desc_act,
@@ -133,6 +141,8 @@ class HfqConfig(QuantizationConfigMixin):
         num_samples: int = 128,
         seqlen: int = 2048,
         seed: int = 0,
+        target_bits: float | None = None,
+        candidate_bits: Sequence[int] | None = None,
         kernel_mode: str = "auto",
         dequantize: bool = False,
         **options: Any,
@@ -176,12 +186,16 @@ class HfqConfig(QuantizationConfigMixin):
         self.num_samples = _integer("num_samples", num_samples, 1)
         self.seqlen = _integer("seqlen", seqlen, 2)
         self.seed = _integer("seed", seed, 0)
+        self.target_bits = _target_bits(target_bits, self.format)
+        self.candidate_bits = _candidate_bits(candidate_bits, self.target_bits)
         self.kernel_mode = _choice("kernel_mode", kernel_mode, KERNEL_MODES)
         self.dequantize = _flag("dequantize", dequantize)
         self._patterns = [
             (_compiled(pattern), self._override(pattern, changed))
             for pattern, changed in self.overrides.items()
         ]
+        for bits in self.candidate_bits or ():
+            self._changed({"bits": bits})
         if dataset is not None and not self.calibrated:
             raise ConfigError(
                 f"dataset is given, but method {method!r} uses no data: leave it out, or choose a calibrated method "
@@ -192,7 +206,9 @@ class HfqConfig(QuantizationConfigMixin):
 
     @property
     def calibrated(self) -> bool:
-        """Whether any weight could be quantized by a method that needs data."""
+        """Whether any weight could be quantized with data."""
+        if self.target_bits is not None:
+            return True
         recipes = [self._changed({}), *(recipe for _, recipe in self._patterns)]
         return any(each.calibrated for each in recipes if each is not None)
 
@@ -216,6 +232,34 @@ class HfqConfig(QuantizationConfigMixin):
             if pattern.search(name):
                 return recipe is not None
         return False
+
+    def fixes_bits(self, name: str) -> bool:
+        """Whether the bits of the module are no matter of `target_bits`: an override names them or a format."""
+        changed = self.overrides.get(self._matching(name) or "") or {}
+        return not {"bits", "format"}.isdisjoint(changed)
+
+    def with_bits(self, bits: Mapping[str, int]) -> HfqConfig:
+        """The config in which the modules of these names have these bits, whatever `target_bits` would choose.
+
+        Names that differ by their first number only (that of the layer) share a pattern.
+        """
+        alike: dict[tuple[str, str | None, int], list[str]] = {}
+        for name, count in bits.items():
+            kind = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name, count=1)
+            alike.setdefault((kind, self._matching(name), count), []).append(name)
+        allocated: dict[str, dict[str, Any] | None] = {
+            _pattern(names): {**((pattern and self.overrides[pattern]) or {}), "bits": count}
+            for (_, pattern, count), names in alike.items()
+        }
+        new = copy.copy(self)
+        chosen = {"overrides": {**allocated, **self.overrides}, "target_bits": None}
+        # The data has done its work; methods without data refuse one.
+        new.update(**chosen, candidate_bits=None, dataset=None)
+        return new
+
+    def _matching(self, name: str) -> str | None:
+        """The override that counts for a module."""
+        return next((p.pattern for p, _ in self._patterns if p.search(name)), None)
 
     def _override(self, pattern: str, changed: Mapping[str, Any] | None) -> Recipe | None:
         try:
@@ -270,6 +314,8 @@ class HfqConfig(QuantizationConfigMixin):
         written |= {key: value for key, value in bilevel.items() if value is not None}
         if self.calibrated:
             written |= {"num_samples": self.num_samples, "seqlen": self.seqlen, "seed": self.seed}
+        if self.target_bits is not None:
+            written |= {"target_bits": self.target_bits, "candidate_bits": self.candidate_bits}
         if self.calibration is not None:
             written["calibration"] = dict(self.calibration)
         return written
@@ -426,6 +472,42 @@ def _integer(key: str, value: object, least: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ConfigError(f"{key} must be an integer of at least {least}, got {value!r}")
     return value
+
+
+def _target_bits(value: object, format: str) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 16:
+        raise ConfigError(
+            f"target_bits must be a number of bits above 0, such as 3.5, got {value!r}"
+        )
+    if format != "int":
+        raise ConfigError(
+            f"target_bits needs a format with a choice of bits: 'int', got {format!r}"
+        )
+    return float(value)
+
+
+def _candidate_bits(values: object, target: float | None) -> list[int] | None:
+    if target is None:
+        if values is not None:
+            raise ConfigError(
+                "candidate_bits is what target_bits chooses among: give target_bits, too"
+            )
+        return None
+    if values is None:
+        return list(_CANDIDATES)
+    if not isinstance(values, (list, tuple)) or not values or len(set(values)) < len(values):
+        raise ConfigError(f"candidate_bits must be a list of different bits, got {values!r}")
+    return sorted(_integer("candidate_bits: each", value, 2) for value in values)
+
+
+def _pattern(names: Sequence[str]) -> str:
+    """A regex that matches exactly these names, which differ by one part between dots."""
+    columns = list(zip(*(name.split(".") for name in names), strict=True))
+    distinct = [list(dict.fromkeys(map(re.escape, column))) for column in columns]
+    parts = [each[0] if len(each) == 1 else f"(?:{'|'.join(each)})" for each in distinct]
+    return "^" + r"\.".join(parts) + "$"
 
 
 def _choice(key: str, value: str, allowed: tuple[str, ...]) -> str:

@@ -195,6 +195,38 @@ def test_overridden_tells_an_explicit_wish_from_a_default() -> None:
     assert not config.overridden("embed_tokens") and not config.overridden("up_proj")
 
 
+def test_bits_by_name_become_overrides() -> None:
+    names = {
+        f"model.layers.{n}.mlp.{kind}": 2 + n % 3 for n in range(12) for kind in ("up", "down")
+    }
+    names |= {"model.layers.0.experts.1.up": 8, "model.layers.0.experts.10.up": 3, "head": 8}
+    config = HfqConfig(
+        "gptq",
+        target_bits=3.5,
+        dataset=["text"],
+        overrides={"down": {"group_size": 16}, r"\.up": {"sym": False}},
+    )
+    assert config.calibrated and config.candidate_bits == [2, 3, 4, 8]
+    new = config.with_bits(names)
+    assert (config.target_bits, new.target_bits, new.dataset) == (3.5, None, None)
+    again = through_json(new)
+    for name, bits in names.items():
+        expected = IntSpec(
+            bits=bits, group_size=16 if "down" in name else 128, sym=not name.endswith(".up")
+        )
+        assert recipe(new, name).spec == recipe(again, name).spec == expected
+    for other in ("model.layers.12.mlp.up", "xmodel.layers.1.mlp.up", "model.layers.1.mlp.up_x"):
+        assert recipe(new, other).spec == IntSpec(sym=False)
+    # Twelve layers of two kinds: not an override for each.
+    assert len(new.overrides) == 6 + 3 + 2
+
+
+def test_overrides_that_fix_bits() -> None:
+    overrides = {"a": {"bits": 8}, "b": {"format": "nf4"}, "c": {"group_size": 16}}
+    config = HfqConfig("gptq", target_bits=4, overrides=overrides)
+    assert [config.fixes_bits(name) for name in "abcd"] == [True, True, False, False]
+
+
 # ---- JSON
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -203,6 +235,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "search": {"scale_search": True, "scale_dtype": "bfloat16"},
     "double quantization": {"format": "nf4", "double_quant": True},
     "int8": {"format": "int8"},
+    "target": {"method": "awq+gptq", "target_bits": 3.25, "candidate_bits": [2, 3, 5]},
     "W8A8": {
         "format": "int8",
         "activation": "dynamic",
@@ -349,6 +382,12 @@ WRONG: list[tuple[dict[str, Any], type[HfqError], str]] = [
     ({"quantize_embeddings": 1}, ConfigError, "quantize_embeddings must be True or False, got 1"),
     ({"quantize_lm_head": None}, ConfigError, "quantize_lm_head must be True or False, got None"),
     ({"dequantize": "no"}, ConfigError, "dequantize must be True or False, got 'no'"),
+    ({"target_bits": 0}, ConfigError, "target_bits must be a number of bits above 0, such as 3.5, got 0"),
+    ({"target_bits": "3"}, ConfigError, "target_bits must be a number .* got '3'"),
+    ({"target_bits": 3.5, "format": "nf4"}, ConfigError, "target_bits needs a format with a choice of bits: 'int', got 'nf4'"),
+    ({"candidate_bits": [2, 4]}, ConfigError, "give target_bits, too"),
+    ({"target_bits": 3, "candidate_bits": [4, 4]}, ConfigError, r"list of different bits, got \[4, 4\]"),
+    ({"target_bits": 3, "candidate_bits": [2, 9]}, ConfigError, "bits must be an integer from 2 to 8, got 9"),
     ({"kernel_mode": "exakt"}, ConfigError, "kernel_mode must be one of auto, exact, int8.* Did you mean 'exact'"),
     ({"modules_to_not_convert": "lm_head"}, ConfigError, "must be a list of module names, got 'lm_head'"),
     ({"modules_to_not_convert": [1]}, ConfigError, r"must be a list of module names, got \[1\]"),

@@ -3,7 +3,8 @@
     GPTQMODEL_CPU_WORKERS=2 python benchmarks/peers/gptqmodel.py MODEL TOKENS OUT '{"bits": 4, "method": "gptq"}'
 
 TOKENS is a safetensors file with int64 "tokens" `[S, T]`. OUT gets "NAME.weight" float32 `[N, K]` of every layer that was
-quantized, all other parameters as they are, and seconds and peak memory in the metadata.
+quantized, all other parameters as they are, and seconds (from loading to the saved checkpoint) and peak memory of the
+process in the metadata. Where OUT ends in .json it gets these two only.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import resource
 import sys
 import tempfile
 import time
+from importlib.metadata import version
+from pathlib import Path
 
 # This file has the name of the package: its folder must not be searched first.
 sys.path.pop(0)
@@ -31,12 +34,11 @@ def quantize(model: str, tokens: str, settings: dict[str, object], folder: str) 
         {"input_ids": row.tolist(), "attention_mask": [1] * len(row)}
         for row in load_file(tokens)["tokens"]
     ]
-    loaded = GPTQModel.load(model, QuantizeConfig(**settings))
     start = time.perf_counter()
+    loaded = GPTQModel.load(model, QuantizeConfig(**settings))
     loaded.quantize(data, batch_size=4)
-    seconds = time.perf_counter() - start
     loaded.save(folder)
-    return seconds
+    return time.perf_counter() - start
 
 
 def weights(folder: str, awq: bool) -> dict[str, Tensor]:
@@ -58,8 +60,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         seconds = quantize(model, tokens, chosen, folder)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if out.endswith(".json"):
+            Path(out).write_text(
+                json.dumps(
+                    {"seconds": seconds, "peak_bytes": peak, "version": version("gptqmodel")}
+                )
+            )
+            return
         found = weights(folder, chosen.get("method") == METHOD.AWQ)
-    save_file(found, out, metadata={"seconds": str(seconds), "peak_bytes": str(peak)})
+    save_file(
+        found,
+        out,
+        metadata={
+            "seconds": str(seconds),
+            "peak_bytes": str(peak),
+            "version": version("gptqmodel"),
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import json
 import resource
 import sys
 import time
+from importlib.metadata import version
 
 # This file has the name of the package: its folder must not be searched first.
 sys.path.pop(0)
@@ -24,6 +25,9 @@ from llmcompressor.modifiers.quantization import GPTQModifier
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+# Its AWQ pins host memory for an accelerator, which raises where there is none.
+torch.Tensor.pin_memory = lambda self, *_: self  # type: ignore[method-assign]
+
 
 def main() -> None:
     path, tokens, out, settings = sys.argv[1:]
@@ -35,8 +39,6 @@ def main() -> None:
         strategy="group",
         group_size=chosen.get("group_size", 128),
         symmetric=chosen.get("sym", True),
-        actorder=chosen.get("actorder"),
-        observer=chosen.get("observer", "minmax"),
     )
     scheme = QuantizationScheme(targets=["Linear"], weights=arguments)
     method = AWQModifier if chosen["method"] == "awq" else GPTQModifier
@@ -59,7 +61,15 @@ def main() -> None:
             with torch.no_grad():
                 identity = torch.eye(module.in_features)
                 found[f"{name}.weight"] = module(identity).T.float().contiguous()
-    save_file(found, out, metadata={"seconds": str(seconds), "peak_bytes": str(peak)})
+    save_file(
+        found,
+        out,
+        metadata={
+            "seconds": str(seconds),
+            "peak_bytes": str(peak),
+            "version": version("llmcompressor"),
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from ..core.errors import CalibrationError
 
-__all__ = ["BlockCall", "find_blocks", "record_calls", "run_after_blocks", "run_block"]
+__all__ = [
+    "BlockCall",
+    "find_blocks",
+    "forward_after_blocks",
+    "forward_block",
+    "record_calls",
+    "run_after_blocks",
+    "run_block",
+]
 
 
 @dataclass(frozen=True)
@@ -130,6 +138,11 @@ def record_calls(
 @torch.no_grad()
 def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
     """The hidden states `[B, T, H]` after a block."""
+    return forward_block(block, hidden, call)
+
+
+def forward_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
+    """`run_block` that gradients may flow through."""
     if call.by_name:
         output = block(*call.args, hidden_states=hidden, **call.kwargs)
     else:
@@ -144,6 +157,13 @@ def run_after_blocks(
     model: nn.Module, blocks: Sequence[nn.Module], batch: Tensor, hidden: Tensor
 ) -> Tensor:
     """The model's logits `[B, T, V]`, given what came out of the last of its blocks."""
+    return forward_after_blocks(model, blocks, batch, hidden)
+
+
+def forward_after_blocks(
+    model: nn.Module, blocks: Sequence[nn.Module], batch: Tensor, hidden: Tensor
+) -> Tensor:
+    """`run_after_blocks` that gradients may flow through."""
     with _acting(blocks, lambda index, _, call: hidden):
         logits = model(input_ids=batch, use_cache=False).logits
     assert isinstance(logits, Tensor)

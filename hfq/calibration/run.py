@@ -35,7 +35,9 @@ __all__ = [
     "Progress",
     "Stream",
     "calibrate",
+    "choose_codes",
     "fingerprint",
+    "orientations",
     "weight_names",
 ]
 
@@ -147,19 +149,27 @@ class Calibration:
         # A few tokens on their way through the blocks, for experiments with a block; made by `start`.
         self._probe: Stream | None = None
 
-    def start(self, sequences: Sequence[Tensor], batch_tokens: int = MOST_TOKENS) -> list[Stream]:
+    def start(
+        self,
+        sequences: Sequence[Tensor],
+        batch_tokens: int = MOST_TOKENS,
+        *,
+        divided: bool = True,
+    ) -> list[Stream]:
         """This process's batches in front of the first block. Needs the weights before it only.
 
         Args:
             sequences: of all processes.
             batch_tokens: how many run through a block at a time, at least one sequence. Sums are rounded in another
                 order with another number.
+            divided: this process gets its share of the sequences; False: all of them.
         """
         with self.ranks.together():
             device = next(p.device for p in self.model.parameters() if not p.is_meta)
             ordered = _by_length(sequences)
-            batches = _batches(self.ranks.part(ordered), batch_tokens)
-            draws = _batches(self.ranks.part(_draws(ordered)), batch_tokens)
+            part = self.ranks.part if divided else list
+            batches = _batches(part(ordered), batch_tokens)
+            draws = _batches(part(_draws(ordered)), batch_tokens)
             streams = [
                 self._stream(batch.to(device), drawn)
                 for batch, drawn in zip(batches, draws, strict=True)
@@ -185,7 +195,7 @@ class Calibration:
         name, block = list(self.blocks.items())[index]
         names = [each for each in self.recipes if each.startswith(f"{name}.")]
         with self.ranks.together():
-            with self._capture(names) as (capture, routed):
+            with self.captured(names) as (capture, routed):
                 for stream in streams if names or self.follows_drift else ():
                     call, beside = stream.calls[index], None
                     if self.follows_drift:
@@ -204,28 +214,44 @@ class Calibration:
         with self.ranks.together():
             for stream in (*streams, *followers):
                 stream.hidden = run_block(block, stream.hidden, stream.calls[index])
+        if not self.follows_drift:
+            # Nothing is compared: what entered the first block would only take memory, and space on disk.
+            for stream in streams:
+                stream.wanted = stream.hidden
 
     def skip(self, index: int) -> None:
         """Replace what is inside a block on meta, without values: it was done in another run."""
         name, block = list(self.blocks.items())[index]
-        for each in (each for each in self.recipes if each.startswith(f"{name}.")):
+        self._replace_empty([each for each in self.recipes if each.startswith(f"{name}.")])
+        for module in block.modules():
+            if isinstance(module, PackedModule):
+                for base in module.slots:
+                    module.drop_placeholder(base)
+
+    def skip_rest(self) -> None:
+        """The same outside of the blocks."""
+        inside = tuple(f"{name}." for name in self.blocks)
+        self._replace_empty(self.outside)
+        for name, module in self.model.named_modules():
+            if isinstance(module, PackedModule) and not name.startswith(inside):
+                for base in module.slots:
+                    module.drop_placeholder(base)
+
+    def _replace_empty(self, names: Sequence[str]) -> None:
+        for each in names:
             module, recipes = self.model.get_submodule(each), self.recipes[each]
             if is_fused_experts(module):
                 plan = {base: (recipe.format, recipe.spec) for base, recipe in recipes.items()}
                 pack_experts_(module, plan, dtype=next(module.parameters()).dtype)
             else:
                 self.model.set_submodule(each, self.make_twin(module, recipes["weight"]))
-        for module in block.modules():
-            if isinstance(module, PackedModule):
-                for base in module.slots:
-                    module.drop_placeholder(base)
 
     @torch.no_grad()
     def rest(self, streams: Sequence[Stream]) -> None:
         """Calibrate and replace what stands outside of the blocks: an output head."""
         if not self.outside:
             return
-        with self.ranks.together(), self._capture(self.outside) as (capture, routed):
+        with self.ranks.together(), self.captured(self.outside) as (capture, routed):
             for stream in streams:
                 capture.next_batch(draws=stream.draws.flatten())
                 run_after_blocks(
@@ -252,7 +278,7 @@ class Calibration:
         )
 
     @contextmanager
-    def _capture(self, names: Sequence[str]) -> Iterator[tuple[Capture, dict[str, ExpertsCapture]]]:
+    def captured(self, names: Sequence[str]) -> Iterator[tuple[Capture, dict[str, ExpertsCapture]]]:
         """Within, the inputs of these modules are summed up: those with one weight, and fused experts by name."""
         modules = {name: self.model.get_submodule(name) for name in names}
         recipes = [recipe for name in names for recipe in self.recipes[name].values()]
@@ -301,7 +327,7 @@ class Calibration:
             block,
             recipes,
             inside,
-            _orientations(block),
+            orientations(block),
             self._probe.calls[index],
             self._probe.hidden,
         )
@@ -388,7 +414,7 @@ class Calibration:
         self, name: str, weight: Tensor, recipe: Recipe, statistics: InputStatistics | None
     ) -> _Chosen:
         start = time.perf_counter()
-        quantized, method = _quantized(name, weight, recipe, statistics)
+        quantized, method = choose_codes(name, weight, recipe, statistics)
         packed = FORMATS.get(recipe.format).pack(quantized)
         if self.ranks.size > 1:
             packed = {key: tensor.cpu() for key, tensor in packed.items()}
@@ -454,7 +480,7 @@ def _cost(rows: int, columns: int) -> float:
     return float(rows) * columns * columns
 
 
-def _quantized(
+def choose_codes(
     name: str, weight: Tensor, recipe: Recipe, statistics: InputStatistics | None
 ) -> tuple[QuantizedWeight, str]:
     """Codes for float32 `[N, K]`, and the method that chose them.
@@ -498,7 +524,7 @@ def _input_scale(
     return fit_input_scale(statistics.sample, weight[rows], quantized.dequantize()[rows])
 
 
-def _orientations(block: nn.Module) -> dict[str, bool]:
+def orientations(block: nn.Module) -> dict[str, bool]:
     """Every linear layer of a block -> whether its weight is `[K, N]`."""
     found = {}
     for name, module in block.named_modules():

@@ -14,12 +14,12 @@ from typing import Any
 
 from .._version import __version__
 from ..core.errors import HfqError
-from . import doctor, evaluate, explain, inspect, push, quantize
+from . import doctor, evaluate, explain, inspect, plan, push, quantize
 from .command import Result, UsageError
 
 __all__ = ["main"]
 
-_COMMANDS = (quantize, evaluate, inspect, explain, doctor, push)
+_COMMANDS = (quantize, plan, evaluate, inspect, explain, doctor, push)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

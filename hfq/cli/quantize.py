@@ -21,6 +21,19 @@ NAME = "quantize"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder or Hub name of a float model")
     parser.add_argument("-o", "--output", metavar="OUT", required=True, help="folder to save into")
+    parser.add_argument("--push-to-hub", metavar="REPO", help="then upload to this repository")
+    parser.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="go on with an unfinished run in OUT (default), or delete it",
+    )
+    add_settings(parser)
+    add_loading(parser)
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Flags of `HfqConfig`; ``hfq plan`` has the same."""
     parser.add_argument(
         "--method",
         default="rtn",
@@ -28,6 +41,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--format", help="int, nf4, fp4, int8, spqr (default: the method's)")
     parser.add_argument("--bits", type=int, help="2 to 8 (default: the format's)")
+    parser.add_argument(
+        "--target-bits",
+        type=float,
+        metavar="BITS",
+        help="average bits per weight, scales included; shared out by what rounding costs (needs --dataset)",
+    )
+    parser.add_argument(
+        "--candidate-bits",
+        type=int,
+        nargs="+",
+        metavar="BITS",
+        help="what --target-bits chooses among (default: 2 3 4 8)",
+    )
     parser.add_argument("--group-size", type=int, help="columns that share a scale; -1: whole rows")
     grid = parser.add_mutually_exclusive_group()
     grid.add_argument("--sym", action="store_true", default=None, help="no zero points")
@@ -63,17 +89,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         help="keep modules of that name in float; repeatable",
     )
-    parser.add_argument("--push-to-hub", metavar="REPO", help="then upload to this repository")
-    parser.add_argument(
-        "--resume",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="go on with an unfinished run in OUT (default), or delete it",
-    )
     _add_calibration(
-        parser.add_argument_group("calibration (gptq, spqr, awq, smoothquant, static)")
+        parser.add_argument_group("calibration (gptq, spqr, awq, smoothquant, static, target-bits)")
     )
-    add_loading(parser)
 
 
 def _add_spqr(group: argparse._ArgumentGroup) -> None:
@@ -116,7 +134,7 @@ def run(args: argparse.Namespace) -> Result:
     from ..integrations.hub import push_to_hub
     from ..integrations.streaming import quantize
 
-    config = _config(args)
+    config = config_of(args)
     folders = Path(args.output), Path(args.model)
     if all(folder.exists() for folder in folders) and os.path.samefile(*folders):
         raise UsageError(f"--output {args.output} is the model itself: give another folder")
@@ -148,7 +166,12 @@ def _device(name: str | None) -> str:
 # ---- settings
 
 
-def _config(args: argparse.Namespace) -> HfqConfig:
+def config_of(args: argparse.Namespace) -> HfqConfig:
+    """From the flags of `add_settings`.
+
+    Raises:
+        UsageError: they contradict each other, or are unknown.
+    """
     from ..config import HfqConfig
 
     names = (
@@ -183,6 +206,8 @@ def _config(args: argparse.Namespace) -> HfqConfig:
             num_samples=args.num_samples,
             seqlen=args.seqlen,
             seed=args.seed,
+            target_bits=args.target_bits,
+            candidate_bits=args.candidate_bits,
             **{key: value for key, value in options.items() if value is not None},
         )
     except (ConfigError, UnknownNameError) as error:

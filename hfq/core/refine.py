@@ -177,7 +177,8 @@ class _State:
         rounders = affine.group_rounders(self.scales, self.zeros, self.spec)
         costs = self.hessian.diagonal()
         for block in torch.split(order, _BLOCK):
-            among = self.hessian[block][:, block]
+            ahead = self.hessian[block]
+            among = ahead[:, block]
             pull, changes = self.pull[block], torch.empty_like(self.pull[: len(block)])
             for index, column in enumerate(block.tolist()):
                 wanted = self.columns[column] - self.errors[column] + pull[index] / costs[column]
@@ -187,7 +188,7 @@ class _State:
                 torch.sub(error, self.errors[column], out=changes[index])
                 self.errors[column] = error
                 pull[index + 1 :].addr_(among[index, index + 1 :], changes[index])
-            self.pull.addmm_(self.hessian[:, block], changes)
+            self.pull.addmm_(ahead.T, changes)
         self.points = self._points(self.zeros)
 
     # ---- columns and groups

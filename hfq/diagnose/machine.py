@@ -12,7 +12,15 @@ import torch
 
 from ..kernels import huge_pages
 
-__all__ = ["available_memory", "cpu_count", "cpu_features", "cpu_name", "memory", "read_bandwidth"]
+__all__ = [
+    "available_memory",
+    "cpu_count",
+    "cpu_features",
+    "cpu_name",
+    "memory",
+    "read_bandwidth",
+    "resident_memory",
+]
 
 # Features that quantized kernels can use, as torch names them, from x86-64 and Arm.
 _FEATURES = (
@@ -84,6 +92,12 @@ def _own_limits() -> list[int]:
         if soft != resource.RLIM_INFINITY:
             left.append(max(0, soft - sizes[key]))
     return left
+
+
+def resident_memory() -> int:
+    """Bytes of this process that are in memory; 0 where the system cannot tell."""
+    sizes = Path("/proc/self/statm")
+    return int(sizes.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if sizes.is_file() else 0
 
 
 def read_bandwidth(size: int = 256 << 20) -> float:

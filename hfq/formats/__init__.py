@@ -19,7 +19,8 @@ count is a multiple of `ROW_CHUNK` is the slice of the pack), so a weight can be
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -40,6 +41,7 @@ __all__ = [
     "TensorLayout",
     "check_tensors",
     "chosen",
+    "stored_bytes",
 ]
 
 # Raised when a checkpoint can no longer be read by older releases. Readers refuse newer versions.
@@ -107,6 +109,15 @@ def chosen(settings: Mapping[str, object], names: tuple[str, ...], format: str) 
                 "leave it out or choose another format"
             )
     return given
+
+
+def stored_bytes(format: str, spec: QuantSpec, shape: Sequence[int]) -> int:
+    """Bytes of a weight `(N, K)`, or of a stack `(E, N, K)`, as a checkpoint has it, with scales and zero points."""
+    *experts, rows, columns = shape
+    layout = FORMATS.get(format).layout(spec, rows, columns).values()
+    return math.prod(experts) * sum(
+        math.prod(entry.shape) * entry.dtype.itemsize for entry in layout
+    )
 
 
 def check_tensors(

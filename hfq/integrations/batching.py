@@ -12,7 +12,7 @@ from ..calibration.run import MOST_TOKENS
 from ..diagnose.machine import available_memory
 from ..nn.experts import expert_weights, is_fused_experts
 
-__all__ = ["batch_tokens"]
+__all__ = ["batch_tokens", "batches"]
 
 # Of the free memory: blocks, statistics and packed tensors take theirs beside the activations.
 _SHARE = 0.25
@@ -36,6 +36,20 @@ def batch_tokens(
         return MOST_TOKENS
     room = _SHARE * free / processes / (4 * _COPIES * _widest(model, logits))
     return min(MOST_TOKENS, 1 << max(0, int(room).bit_length() - 1))
+
+
+def batches(
+    model: nn.Module, device: torch.device, *, head: bool, processes: int = 1
+) -> dict[str, int]:
+    """Tokens at a time, by kind of data.
+
+    Args:
+        head: what stands behind the blocks is calibrated, too.
+    """
+    return {
+        kind: batch_tokens(model, device, logits=logits, processes=processes)
+        for kind, logits in {"calibration": head, "held out": True}.items()
+    }
 
 
 def _widest(model: Any, logits: bool) -> int:

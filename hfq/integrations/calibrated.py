@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..calibration.blocks import find_blocks
 from ..calibration.report import CalibrationReport
-from ..calibration.run import calibrate, weight_names
+from ..calibration.run import Calibration, calibrate, weight_names
 from ..calibration.sample import TOGETHER, sample_sequences
-from ..config import HfqConfig, Recipe
+from ..config import HfqConfig
 from ..core.errors import ConfigError
 from ..evaluation.logits import input_device, position_limit
 from ..evaluation.tokenizer import tokenize_with
-from ..nn.packed import PackedModule
 from ..tokens import choose, sequences
 from .batching import batch_tokens
+from .bit_allocation import apply_allocation, measure, share_out
 from .live import live_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from .transformers import HfqQuantizer
 
 __all__ = [
     "HELD_OUT",
@@ -36,30 +38,30 @@ __all__ = [
 HELD_OUT = 8
 
 
-def calibrate_loaded(
-    model: PreTrainedModel,
-    config: HfqConfig,
-    recipes: Mapping[str, Mapping[str, Recipe]],
-    make_twin: Callable[[nn.Module, Recipe], PackedModule],
-) -> CalibrationReport:
-    """Replace the modules named in `recipes` by packed ones, with the data that `config` names.
+def calibrate_loaded(model: PreTrainedModel, quantizer: HfqQuantizer) -> CalibrationReport:
+    """Replace the modules in ``quantizer.calibrated`` by packed ones, with the data that its config names.
 
     Raises:
-        ConfigError: the data set cannot be used; a module is offloaded.
+        ConfigError: the data set cannot be used; a module is offloaded; the budget of `target_bits` is too small.
         CalibrationError: as `hfq.calibration.run.calibrate`.
     """
+    config, recipes = quantizer.quantization_config, quantizer.calibrated
     for name in recipes:
         if any(parameter.is_meta for parameter in model.get_submodule(name).parameters()):
             raise ConfigError(
                 f"{name} is offloaded, and a calibrated method needs all weights in memory: give a device_map that fits"
             )
     data, _ = calibration_sequences(model, config)
+    inside = tuple(f"{name}." for name in find_blocks(model))
+    tokens = batch_tokens(
+        model, input_device(model), logits=not all(name.startswith(inside) for name in recipes)
+    )
+    if config.target_bits is not None:
+        run = Calibration(model, recipes, quantizer.make_twin, None)
+        groups = measure(run, data, config, lambda index: nullcontext(), {}, tokens)
+        apply_allocation(model, quantizer, share_out(model, quantizer.selection, groups, config))
     with live_table(weight_names(recipes)) as show:
-        inside = tuple(find_blocks(model))
-        tokens = batch_tokens(
-            model, input_device(model), logits=not all(name.startswith(inside) for name in recipes)
-        )
-        return calibrate(model, recipes, data, make_twin, show, tokens)
+        return calibrate(model, recipes, data, quantizer.make_twin, show, tokens)
 
 
 def calibration_sequences(

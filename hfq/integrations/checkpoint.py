@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from ..core.errors import CheckpointError
 from ..formats import TensorLayout
 
-__all__ = ["read_headers"]
+__all__ = ["file_bytes", "read_headers"]
 
 _DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -48,3 +50,22 @@ def read_headers(files: Iterable[str | Path]) -> dict[str, TensorLayout]:
                 f"{file}: expected a complete safetensors file, got {err}; download or save it again"
             ) from err
     return found
+
+
+def file_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of the safetensors file that these tensors (on meta, too) would be written to, its header included.
+
+    The header is JSON: 8 bytes with its length, then for each tensor name, dtype, shape and place, padded to 8 bytes
+    (https://github.com/huggingface/safetensors, "Format").
+    """
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    # The library writes wide dtypes first, then by name; places have as many digits as they need.
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])):
+        places = [position, position + tensor.nbytes]
+        shape = list(tensor.shape)
+        header[name] = {"dtype": names[tensor.dtype], "shape": shape, "data_offsets": places}
+        position = places[1]
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return 8 + -(-len(text) // 8) * 8 + position

@@ -8,6 +8,7 @@ sampled side by side and are short, because a run would take days otherwise.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from .resume import fingerprint_of_files
 from .source import FloatCheckpoint
 from .staging import SaveError
 
-__all__ = ["own_sequences"]
+__all__ = ["OwnText", "own_sequences", "own_text"]
 
 logger = logging.get_logger(__name__)
 
@@ -37,6 +38,52 @@ _SHORT = 64
 
 # Share of the free memory that the float model and its keys and values may take.
 _SHARE = 0.8
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnText:
+    """How text will be sampled.
+
+    Attributes:
+        count, seqlen: sequences, and tokens of each.
+        together: sequences that are sampled side by side.
+        streamed: each token reads the float model from disk: it does not fit into memory.
+        free: bytes of memory, None where nobody can tell.
+        bytes: of memory that keys, values and, if it is not streamed, the float model take.
+    """
+
+    count: int
+    seqlen: int
+    together: int
+    streamed: bool
+    free: int | None
+    bytes: int
+
+    @property
+    def passes(self) -> int:
+        """Runs of the whole model."""
+        return -(-self.count // self.together) * (self.seqlen - 1)
+
+
+def own_text(source: FloatCheckpoint, config: HfqConfig) -> OwnText:
+    """What `own_sequences` will do, with the memory that is free now."""
+    count = config.num_samples
+    seqlen = min(config.seqlen, position_limit(source.model) or config.seqlen)
+    free = available_memory(source.device)
+    cache = TOGETHER * seqlen * _bytes_per_token(source)
+    needed = source.float_bytes + cache
+    streamed = free is not None and needed > _SHARE * free
+    if streamed:
+        seqlen = min(seqlen, _SHORT)
+        needed = count * seqlen * _bytes_per_token(source)
+    return OwnText(
+        count=count,
+        seqlen=seqlen,
+        together=count if streamed else TOGETHER,
+        streamed=streamed,
+        free=free,
+        bytes=needed,
+    )
 
 
 def own_sequences(source: FloatCheckpoint, config: HfqConfig, kept: Path) -> list[Tensor]:
@@ -80,26 +127,25 @@ def _read(kept: Path, key: str) -> list[Tensor] | None:
 
 
 def _sampled(source: FloatCheckpoint, config: HfqConfig) -> list[Tensor]:
-    seqlen = min(config.seqlen, position_limit(source.model) or config.seqlen)
-    free = available_memory(source.device)
-    needed = source.float_bytes + TOGETHER * seqlen * _bytes_per_token(source)
-    if free is None or needed <= _SHARE * free:
+    text = own_text(source, config)
+    if not text.streamed:
         model = AutoModelForCausalLM.from_pretrained(
             source.folder, dtype=source.dtype, device_map={"": source.device}
         )
         model.eval()  # type: ignore[no-untyped-call]
-        found = sample(model, config, seqlen, TOGETHER)
+        found = sample(model, config, text.seqlen, text.together)
         del model
         return_free_memory()
         return found
-    short = min(seqlen, _SHORT)
+    assert text.free is not None
+    wanted = min(config.seqlen, position_limit(source.model) or config.seqlen)
     logger.warning(
         f"hfq: no dataset is given, and the float model ({format_bytes(source.float_bytes)}) does not fit into the free "
-        f"memory ({format_bytes(free)}): {config.num_samples} sequences of {short} tokens are sampled from it, for which "
-        f"it is read {short - 1} times from disk. Sequences of {seqlen} tokens of real text (dataset=...) calibrate better "
+        f"memory ({format_bytes(text.free)}): {text.count} sequences of {text.seqlen} tokens are sampled from it, for which "
+        f"it is read {text.passes} times from disk. Sequences of {wanted} tokens of real text (dataset=...) calibrate better "
         "and cost nothing"
     )
-    return sample(source.float_model(), config, short, config.num_samples)
+    return sample(source.float_model(), config, text.seqlen, text.together)
 
 
 def _bytes_per_token(source: FloatCheckpoint) -> int:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..calibration.allocation import Allocation
 from ..calibration.report import CalibrationReport
 from ..evaluation.speed import Speed
 from ..plot import Series, log_plot
@@ -56,6 +57,7 @@ class Report:
     resumed_blocks: blocks that an earlier run had finished.
     batch_tokens: that ran through a block at a time; sums are rounded accordingly. None without data.
     calibration: what was done to each weight; None without data.
+    allocation: what `target_bits` came to; None without it.
     held_out: None without data, or where all of it was used.
     speed: of the written model, in the process that loaded it again; None where it could not be measured.
     """
@@ -74,6 +76,7 @@ class Report:
     resumed_blocks: int = 0
     batch_tokens: int | None = None
     calibration: CalibrationReport | None = None
+    allocation: Allocation | None = None
     held_out: HeldOut | None = None
     speed: Speed | None = None
 
@@ -91,7 +94,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return asdict(self)
+        allocation = None if self.allocation is None else self.allocation.to_dict()
+        return {**asdict(self), "allocation": allocation}
 
     def table(self) -> str:
         """The report as text."""
@@ -124,7 +128,8 @@ class Report:
             rows.append(["gone on after", f"{self.resumed_blocks} finished blocks"])
         together = f" of {self.processes} processes" if self.processes > 1 else ""
         rows += [["time", f"{self.seconds:.1f} s{together}"], ["output", self.output]]
-        return format_table(["model", self.model], rows)
+        table = format_table(["model", self.model], rows)
+        return table if self.allocation is None else f"{table}\n\n{self.allocation.table()}"
 
     def write(self, folder: Path) -> None:
         """`REPORT`, and `PICTURE` where there are errors to show."""

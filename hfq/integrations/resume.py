@@ -4,6 +4,8 @@
     out/.hfq-resume/block-00003.safetensors   packed tensors of a block, as the checkpoint will have them
     out/.hfq-resume/own_text.safetensors   calibration text, where the model sampled it
     out/.hfq-resume/streams-00003-00000.safetensors  hidden states behind that block, of each process its own
+    out/.hfq-resume-bits/                  the same while costs of bits are measured (`target_bits`), and
+    out/.hfq-resume-bits/gradients-00000-00003.safetensors  of each process, what an error behind that block costs
 
 A block counts as done when ``state.json`` says so; that file is replaced in one step, after all others are complete.
 """
@@ -27,9 +29,10 @@ from ..calibration.ranks import ALONE, Ranks
 from ..core.errors import HfqError
 from .staging import SaveError
 
-__all__ = ["FOLDER", "Resume", "ResumeError", "fingerprint_of_files"]
+__all__ = ["FOLDER", "MEASURED", "Resume", "ResumeError", "TensorFiles", "fingerprint_of_files"]
 
 FOLDER = ".hfq-resume"
+MEASURED = ".hfq-resume-bits"
 _STATE = "state.json"
 
 # Of each file, for its fingerprint.
@@ -48,6 +51,7 @@ class Resume:
         fingerprint: of all that determines the result, by name.
         batches: tokens that run through a block at a time, by kind of data.
         ranks: the processes of the run; each comes to each method. The first one writes all but the streams.
+        folder: name of the folder in `output`.
 
     Attributes:
         batches: those of the unfinished run, where there is one: others would give other roundings.
@@ -64,8 +68,9 @@ class Resume:
         fingerprint: Mapping[str, str],
         batches: Mapping[str, int],
         ranks: Ranks = ALONE,
+        folder: str = FOLDER,
     ) -> None:
-        self.folder, self.ranks = output / FOLDER, ranks
+        self.folder, self.ranks = output / folder, ranks
         self.fingerprint, self.batches = dict(fingerprint), dict(batches)
         self.done = 0
         self.reports: list[dict[str, Any]] = []
@@ -88,10 +93,11 @@ class Resume:
     @staticmethod
     def forget(output: Path) -> None:
         """Delete what a run left, and the output folder if there is nothing else in it."""
-        if (output / FOLDER).exists():
-            shutil.rmtree(output / FOLDER, ignore_errors=True)
-            if not any(output.iterdir()):
-                output.rmdir()
+        left = [output / name for name in (FOLDER, MEASURED) if (output / name).exists()]
+        for folder in left:
+            shutil.rmtree(folder, ignore_errors=True)
+        if left and not any(output.iterdir()):
+            output.rmdir()
 
     def block_file(self, index: int) -> Path:
         """Where the packed tensors of a block are."""
@@ -123,7 +129,7 @@ class Resume:
         }
         with self._writing(index):
             self.folder.mkdir(parents=True, exist_ok=True)
-            if self.ranks.first:
+            if self.ranks.first and tensors:
                 _write_tensors(self.block_file(index), tensors)
             _write_tensors(self._stream_file(index), streams)
         with self._writing(index):
@@ -168,9 +174,40 @@ class Resume:
             state = None
         if isinstance(state, dict) and "fingerprint" in state:
             return state
-        for file in (*self.folder.glob("block-*"), *self.folder.glob("streams-*")):
+        for file in (
+            path
+            for kind in ("block", "streams", "gradients")
+            for path in self.folder.glob(f"{kind}-*")
+        ):
             file.unlink()
         return None
+
+
+class TensorFiles:
+    """Tensors by number, one file for each; see `hfq.calibration.sensitivity.Kept`.
+
+    Raises:
+        SaveError: they cannot be written.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.name = folder, name
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return load_file(self._file(index))
+
+    def __setitem__(self, index: int, tensors: dict[str, Tensor]) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write_tensors(self._file(index), tensors)
+        except (OSError, SafetensorError) as error:
+            raise SaveError(
+                f"could not write to {self.folder}: {error}. Free space or change the folder's permissions and make the "
+                "same call again"
+            ) from error
+
+    def _file(self, index: int) -> Path:
+        return self.folder / f"{self.name}-{index:05d}.safetensors"
 
 
 def fingerprint_of_files(files: Sequence[str]) -> str:

@@ -105,6 +105,8 @@ class FloatCheckpoint:
             self.quantizer.preprocess_model(
                 model=self.model, device_map={"": device}, checkpoint_files=self.files
             )
+        # Packed modules are new ones; in training mode they compute with exact activations.
+        self.model.eval()  # type: ignore[no-untyped-call]
         self._materialize_buffers(self.model)
 
     def load(self, wanted: Callable[[str], bool]) -> None:
@@ -119,6 +121,13 @@ class FloatCheckpoint:
         """Forget the weights of a block; what it consists of stays known."""
         self.model.get_submodule(name).to("meta")
         return_free_memory()
+
+    @contextmanager
+    def visit(self, name: str) -> Iterator[None]:
+        """Within, the weights of a block are in memory; it may be loaded again afterwards."""
+        self.load(lambda each: each.startswith(f"{name}."))
+        yield
+        _forget(self.model.get_submodule(name))
 
     def float_model(self) -> PreTrainedModel:
         """The float model with the memory of one block: each is read when it runs, and forgotten afterwards."""
@@ -135,13 +144,8 @@ class FloatCheckpoint:
             return hook
 
         def forget(module: nn.Module, *_: Any) -> None:
-            for each in module.modules():
-                for key, parameter in each._parameters.items():
-                    if parameter is not None:
-                        empty = torch.empty_like(parameter, device="meta")
-                        each._parameters[key] = nn.Parameter(empty, requires_grad=False)
             release_pages(self._real_files)
-            return_free_memory()
+            _forget(module)
 
         for name, block in blocks.items():
             block.register_forward_pre_hook(read(name))
@@ -187,6 +191,16 @@ class FloatCheckpoint:
         """Buffers that no file has (rotary tables) get their values from the model's own initialisation."""
         model._move_missing_keys_from_meta_to_device(set(), {"": self.device}, None, None)  # type: ignore[arg-type]
         model.initialize_weights()  # type: ignore[no-untyped-call]
+
+
+def _forget(block: nn.Module) -> None:
+    """Back to meta, but for its buffers: no file has them, so they would be lost."""
+    for module in block.modules():
+        for base, parameter in module._parameters.items():
+            if parameter is not None:
+                empty = torch.empty_like(parameter, device="meta")
+                module._parameters[base] = nn.Parameter(empty, parameter.requires_grad)
+    return_free_memory()
 
 
 def save_tokenizer(source: Path, target: Path) -> None:

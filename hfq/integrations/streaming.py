@@ -1,6 +1,7 @@
 """`hfq.quantize`: a checkpoint of any size, with the memory of about one block.
 
 skeleton on meta -> everything outside of the blocks is loaded -> calibration text enters the first block
+with `target_bits`: the float model forward and backward, block by block, to measure what bits cost
 block by block: loaded, calibrated, packed, written, freed; what comes out of it enters the next
 the rest is written -> index, config, tokenizer, card -> loaded again in a new process, logits compared
 only then do the files move into the output folder
@@ -14,7 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .._version import __version__
@@ -36,7 +37,8 @@ from ..evaluation.divergence import Totals, compare, score
 from ..evaluation.size import weight_size
 from ..evaluation.speed import Speed
 from ..formats import FORMAT_VERSION
-from .batching import batch_tokens
+from .batching import batches
+from .bit_allocation import apply_allocation, measure, share_out
 from .calibrated import HELD_OUT, calibration_sequences, of_its_own
 from .card import CARD, has_foreign_card, model_card
 from .checkpoint import read_headers
@@ -45,11 +47,12 @@ from .live import live_table
 from .manifest import manifest
 from .own_text import own_sequences
 from .report import HeldOut, Report
-from .resume import FOLDER, Resume, fingerprint_of_files
+from .resume import FOLDER, MEASURED, Resume, TensorFiles, fingerprint_of_files
 from .source import FloatCheckpoint, save_tokenizer
 from .staging import SaveError, staged
+from .transformers import HfqQuantizer
 
-__all__ = ["quantize"]
+__all__ = ["is_one_file", "quantize", "stored_tensors"]
 
 logger = logging.get_logger(__name__)
 
@@ -162,9 +165,15 @@ class _Run:
         )
         with ranks.together():
             fingerprint = self._fingerprint()
-            batches = self._batches(device)
+            own = self._batches(device)
         self._agree(fingerprint)
-        self.resume = Resume(self.output, fingerprint, self._least(batches), ranks)
+        tokens = self._least(own)
+        self.measured: Resume | None = None
+        if config.target_bits is not None:
+            self.measured = Resume(self.output, fingerprint, tokens, ranks, MEASURED)
+            # One run, although it goes on from two places.
+            tokens = self.measured.batches
+        self.resume = Resume(self.output, fingerprint, tokens, ranks)
         self.resumed = self.resume.done
 
     def _fingerprint(self) -> dict[str, str]:
@@ -180,13 +189,9 @@ class _Run:
         }
 
     def _batches(self, device: torch.device) -> dict[str, int]:
-        """Tokens at a time, by kind of data."""
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks.size))
-        through_head = {"calibration": bool(self.calibration.outside), "held out": True}
-        return {
-            kind: batch_tokens(self.model, device, logits=logits, processes=processes)
-            for kind, logits in through_head.items()
-        }
+        head = bool(self.calibration.outside)
+        return batches(self.model, device, head=head, processes=processes)
 
     def _least(self, own: Mapping[str, int]) -> dict[str, int]:
         everybody = self.ranks.gather(own)
@@ -225,6 +230,8 @@ class _Run:
         """All blocks that are not done."""
         with self.ranks.together():
             self.source.load(lambda name: not name.startswith(self.inside))
+        if self.measured is not None:
+            self._allocate(self.measured)
         streams = self.calibration.start(self.sequences, self.resume.batches["calibration"])
         self.followers = self._followers()
         done = self.resume.done
@@ -254,6 +261,23 @@ class _Run:
             totals = self._compare(floats)
         self.held_out_result = self._held_out(totals)
 
+    def _allocate(self, measured: Resume) -> None:
+        """Choose bits; that is all on disk already where it was finished before."""
+
+        def visit(index: int) -> AbstractContextManager[None]:
+            return self.source.visit(self.names[index])
+
+        kept = TensorFiles(measured.folder, f"gradients-{self.ranks.rank:05d}")
+        tokens = measured.batches["calibration"]
+        groups = measure(
+            self.calibration, self.sequences, self.config, visit, kept, tokens, resume=measured
+        )
+        with self.ranks.together():
+            selection = self.quantizer.selection
+            allocation = share_out(self.model, selection, groups, self.config)
+            apply_allocation(self.model, self.quantizer, allocation)
+        self.config = self.quantizer.quantization_config
+
     def _followers(self) -> list[Stream]:
         """Streams that the quantized model is compared on."""
         try:
@@ -274,8 +298,7 @@ class _Run:
         calibration = None
         if self.sequences:
             calibration = self.calibration.report(self.sequences)
-            self.quantizer.calibration = calibration
-            self.config.calibration = calibration.provenance()
+            self.quantizer.keep_calibration(calibration)
         size, selection = weight_size(self.model), self.quantizer.selection
         with staged(self.output) as new:
             self._write_weights(new)
@@ -303,6 +326,7 @@ class _Run:
                 resumed_blocks=self.resumed,
                 batch_tokens=self.resume.batches["calibration"] if self.sequences else None,
                 calibration=calibration,
+                allocation=self.quantizer.allocation,
                 held_out=self.held_out_result,
                 speed=speed,
             )
@@ -333,23 +357,14 @@ class _Run:
         return run_after_blocks(self.model, list(self.calibration.blocks.values()), batch, hidden)
 
     def _tensors(self, prefix: str) -> dict[str, Tensor]:
-        """Tensors of a part of the model under the names of the checkpoint; "" stands for all that is in no block."""
-        found: dict[str, Tensor] = {}
-        for name, module in self.model.named_modules():
-            inside = f"{name}.".startswith(f"{prefix}." if prefix else self.inside)
-            if inside == bool(prefix):
-                module._save_to_state_dict(found, f"{name}." if name else "", False)
-        tied = self.model.all_tied_weights_keys
-        return self.quantizer.names_for_saving(
-            self.model, {name: tensor for name, tensor in found.items() if name not in tied}
-        )
+        return stored_tensors(self.model, self.quantizer, self.inside, prefix)
 
     def _write_weights(self, folder: Path) -> None:
         """A shard for each block, one for the rest, and the index; a single file where that is small."""
         files = [self.resume.block_file(index) for index in range(len(self.names))]
         rest = _contiguous(self._tensors(""))
         size = sum(file.stat().st_size for file in files) + sum(t.nbytes for t in rest.values())
-        if size <= _SINGLE_FILE_BYTES:
+        if is_one_file(size):
             for file in files:
                 rest |= load_file(file)
             save_file(rest, folder / "model.safetensors", metadata=_METADATA)
@@ -414,6 +429,30 @@ class _Run:
             kl=ours.kl / ours.count,
             top1_agreement=ours.agreed / ours.count,
         )
+
+
+def is_one_file(size: int) -> bool:
+    """Whether weights of so many bytes are written into a single file."""
+    return size <= _SINGLE_FILE_BYTES
+
+
+def stored_tensors(
+    model: PreTrainedModel, quantizer: HfqQuantizer, inside: tuple[str, ...], prefix: str
+) -> dict[str, Tensor]:
+    """Tensors of a part of the model under the names of the checkpoint; "" stands for all that is in no block.
+
+    Args:
+        inside: what names of blocks begin with.
+    """
+    found: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        is_inside = f"{name}.".startswith(f"{prefix}." if prefix else inside)
+        if is_inside == bool(prefix):
+            module._save_to_state_dict(found, f"{name}." if name else "", False)
+    tied = model.all_tied_weights_keys
+    return quantizer.names_for_saving(
+        model, {name: tensor for name, tensor in found.items() if name not in tied}
+    )
 
 
 def _begins_with(prefix: str, name: str) -> bool:

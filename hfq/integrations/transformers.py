@@ -24,6 +24,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
 from ..algorithms import ALGORITHMS
+from ..calibration.blocks import find_blocks
 from ..config import HfqConfig, Recipe
 from ..core.errors import CheckpointError, ConfigError, HfqError
 from ..core.weight import QuantizedWeight
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     # This module is imported while Transformers is (see `registration`): modeling code is out of reach then.
     from transformers import PreTrainedModel
 
+    from ..calibration.allocation import Allocation
     from ..calibration.report import CalibrationReport
 
 __all__ = ["HfqQuantizer"]
@@ -57,6 +59,7 @@ class HfqQuantizer(HfQuantizer):
         checkpoint_files: the files that the model was loaded from; in the Hub's cache their paths name the commit.
         calibrated: what is quantized with data, after loading: module -> parameter -> recipe.
         calibration: what a calibrated method did to each weight; None without one.
+        allocation: what `target_bits` came to; None without it. `quantization_config` is the outcome then.
     """
 
     requires_calibration = False
@@ -66,6 +69,7 @@ class HfqQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.selection = Selection()
         self.calibration: CalibrationReport | None = None
+        self.allocation: Allocation | None = None
         self.checkpoint_files: tuple[str, ...] = ()
         self._prefix = ""
         self._recipes: dict[str, Recipe] = {}
@@ -105,8 +109,9 @@ class HfqQuantizer(HfQuantizer):
                 f"hfq: no weight of {type(model).__name__} was quantized: {self.selection.summary()}"
             )
         tied = _tied_modules(model)
+        measured = () if self.pre_quantized else self._measured(model)
         for name, recipes in self.selection.recipes.items():
-            if not self.pre_quantized and _needs_data(recipes):
+            if not self.pre_quantized and (_needs_data(recipes) or name.startswith(measured)):
                 self.calibrated[name] = recipes
             else:
                 self._swap(model, name, recipes, has_tensor=name not in tied)
@@ -114,6 +119,12 @@ class HfqQuantizer(HfQuantizer):
         if packed is not None and headers is not None and available is not None:
             self._check_headers(model, headers, available)
         return model
+
+    def _measured(self, model: PreTrainedModel) -> tuple[str, ...]:
+        """What names begin with of weights whose bits are still to be chosen: they arrive as float."""
+        if self.quantization_config.target_bits is None:
+            return ()
+        return tuple(f"{name}." for name in find_blocks(model))
 
     def _headers(self, files: list[str]) -> dict[str, TensorLayout] | None:
         if not all(file.endswith(".safetensors") for file in files):
@@ -254,12 +265,16 @@ class HfqQuantizer(HfQuantizer):
         self, model: PreTrainedModel, **unused: Any
     ) -> PreTrainedModel:
         self._raise_failures()
-        if self.calibrated:
-            self._calibrate(model)
-        self._keep_transforms(model)
         for name, module in _packed_modules(model):
             self._make_ready(name, module)
+        # Before anything runs: a head that a kernel has its own layout of is read by the embedding, too.
         self._share_tied(model)
+        if self.calibrated:
+            self._calibrate(model)
+            for name, module in _packed_modules(model):
+                if name in self.calibrated:
+                    self._make_ready(name, module)
+        self._keep_transforms(model)
         if self.quantization_config.dequantize:
             return self._dequantize(model)
         for _, module in _packed_modules(model):
@@ -305,14 +320,17 @@ class HfqQuantizer(HfQuantizer):
 
     def _calibrate(self, model: PreTrainedModel) -> None:
         """Quantize with data what arrived as float."""
-        from .calibrated import (
-            calibrate_loaded,
-        )  # modeling code is out of reach when this module is imported
+        # Modeling code is out of reach when this module is imported.
+        from .calibrated import calibrate_loaded
 
-        config = self.quantization_config
         model.eval()  # type: ignore[no-untyped-call]
-        self.calibration = calibrate_loaded(model, config, self.calibrated, self.make_twin)
-        config.calibration = self.calibration.provenance()
+        self.keep_calibration(calibrate_loaded(model, self))
+
+    def keep_calibration(self, report: CalibrationReport) -> None:
+        """What a checkpoint tells about its data, and the target that its overrides came from."""
+        self.calibration = report
+        target = {} if self.allocation is None else {"target_bits": self.allocation.target_bits}
+        self.quantization_config.calibration = report.provenance() | target
 
     def _raise_failures(self) -> None:
         if not self._failures:

@@ -291,13 +291,17 @@ def test_a_layer_that_never_runs_needs_another_setting(tokens: Tensor, tmp_path:
         calibrate(model, recipes, list(tokens), _filled_twin)
 
 
-def test_static_scales_need_data(tmp_path: Path) -> None:
+def test_static_scales_without_a_dataset_are_found_on_text_of_the_models_own(
+    tmp_path: Path,
+) -> None:
     build("llama").save_pretrained(tmp_path / "float")
     config = HfqConfig(format="int8", activation="static", num_samples=4, seqlen=8)
-    with pytest.raises(ConfigError, match="activation='static' needs calibration text"):
-        hfq.quantize(tmp_path / "float", tmp_path / "packed", config)
+    report = hfq.quantize(tmp_path / "float", tmp_path / "packed", config)
     model = load(tmp_path / "float", quantization_config=config, dtype=torch.float32)
-    assert model.hf_quantizer.calibration.sequences == 4
+    packed = load(tmp_path / "packed", dtype=torch.float32)
+    assert report.calibration is not None and report.calibration.sequences == 4
+    tokens = torch.arange(6).unsqueeze(0)
+    assert torch.equal(packed(tokens).logits, model(tokens).logits)
 
 
 def test_data_is_refused_where_nothing_reads_it() -> None:

@@ -27,7 +27,7 @@ import torch, transformers, hfq
 from datetime import timedelta
 from torch import distributed
 from transformers import AutoModelForCausalLM
-from hfq.calibration import ranks, run
+from hfq.calibration import ranks, run, sensitivity
 from hfq.cli import main
 from hfq.integrations import gate, streaming
 
@@ -53,7 +53,7 @@ def work(scenario, rank, size, port):
             distributed.distributed_c10d._get_default_store().wait(["done"], timedelta(seconds=60))
             os._exit(0)
     if name in ("fails", "breaks", "dies") and rank == 1:
-        quantized, count = run._quantized, [0]
+        quantized, count = run.choose_codes, [0]
         def fail(*args):
             count[0] += 1
             if count[0] == 5:
@@ -61,7 +61,21 @@ def work(scenario, rank, size, port):
                     os._exit(9)
                 raise (hfq.CalibrationError if name == "fails" else ZeroDivisionError)("on purpose")
             return quantized(*args)
-        run._quantized = fail
+        run.choose_codes = fail
+    if name in ("measures", "dies measuring") and rank == 1:
+        block = sensitivity.Sensitivity.block
+        def fail_at_second(self, index):
+            if index == 1:
+                if name == "dies measuring":
+                    os._exit(9)
+                ranks_before = self.run.ranks.divided
+                def divided(costs, work):
+                    def failing(choice):
+                        raise hfq.CalibrationError("on purpose")
+                    return ranks_before(costs, failing)
+                self.run.ranks.divided = divided
+            return block(self, index)
+        sensitivity.Sensitivity.block = fail_at_second
     config = hfq.HfqConfig(dataset=torch.load(tokens), kernel_mode="exact", **settings)
     if name == "differs" and rank == 1:
         config.seqlen = 7
@@ -98,15 +112,20 @@ SCENARIOS: list[tuple[str, str, int, str, dict[str, object]]] = [
     ("experts-3", "mixtral", 3, "", GPTQ),
     ("awq-1", "llama", 1, "", {**GPTQ, "method": "awq", "awq_steps": 5, "quantize_lm_head": True}),
     ("awq-2", "llama", 2, "", {**GPTQ, "method": "awq", "awq_steps": 5, "quantize_lm_head": True}),
+    ("target-1", "mixtral", 1, "", {**GPTQ, "target_bits": 4.1}),
+    ("target-3", "mixtral", 3, "", {**GPTQ, "target_bits": 4.1}),
     ("few-3", "llama", 3, "", {**GPTQ, "num_samples": 2}),
     ("few-1", "llama", 1, "", {**GPTQ, "num_samples": 2}),
     ("fails-2", "llama", 2, "fails", GPTQ),
+    ("measuring-2", "llama", 2, "measures", {**GPTQ, "target_bits": 4.1}),
     ("breaks-2", "llama", 2, "breaks", GPTQ),
     ("differs-2", "llama", 2, "differs", GPTQ),
     ("absent-2", "llama", 2, "absent", GPTQ),
     ("cli-2", "llama", 2, "cli", {}),
     ("resumed-2", "llama", 2, "dies", {**GPTQ, "gptaq": 0.5}),
     ("resumed-2", "llama", 2, "again", {**GPTQ, "gptaq": 0.5}),
+    ("target_resumed-3", "mixtral", 3, "dies measuring", {**GPTQ, "target_bits": 4.1}),
+    ("target_resumed-3", "mixtral", 3, "again", {**GPTQ, "target_bits": 4.1}),
 ]
 
 
@@ -169,6 +188,8 @@ def logits(folder: Path) -> Tensor:
         ("awq-1", "awq-2"),
         ("few-1", "few-3"),
         ("gptaq-2", "resumed-2"),
+        ("target-1", "target-3"),
+        ("target-3", "target_resumed-3"),
     ],
 )
 def test_several_processes_give_what_one_gives(results: Path, one: str, several: str) -> None:
@@ -190,6 +211,19 @@ def test_several_processes_give_what_one_gives(results: Path, one: str, several:
     assert reports[0]["held_out"] == pytest.approx(reports[1]["held_out"], rel=0.05)
 
 
+def test_several_processes_share_out_the_same_bits(results: Path) -> None:
+    names = ("target-1", "target-3", "target_resumed-3")
+    one, several, resumed = (
+        json.loads((results / name / REPORT).read_text())["allocation"] for name in names
+    )
+    assert several == resumed
+    assert one["bits"] == several["bits"] and len(set(one["bits"])) > 1
+    for before, after in zip(one["groups"], several["groups"], strict=True):
+        assert before["names"] == after["names"] and before["bytes"] == after["bytes"]
+        assert before["costs"] == pytest.approx(after["costs"], rel=0.02)
+    assert not list((results / "target_resumed-3").glob(".*"))
+
+
 def test_all_processes_have_the_report_and_one_writes(results: Path) -> None:
     assert said(results, "experts-3") == ["resumed 0 processes 3"] * 3
     assert not list((results / "experts-3").glob(".*"))
@@ -209,6 +243,10 @@ def test_an_error_in_one_process_is_told_by_all(results: Path) -> None:
     assert second.startswith("CalibrationError: on purpose")
     assert first == "CalibrationError: process 1 of 2: on purpose"
     assert not (results / "fails-2").exists()
+    first, second = said(results, "measuring-2")
+    assert second == "CalibrationError: on purpose"
+    assert first == "CalibrationError: process 1 of 2: on purpose"
+    assert not (results / "measuring-2").exists()
     first, second = said(results, "breaks-2")
     assert second == "ZeroDivisionError: on purpose"
     assert first == "ProcessError: process 1 of 2: ZeroDivisionError('on purpose')"

@@ -168,6 +168,30 @@ def test_another_seed_gives_other_files(source: Path, tokens: Tensor, tmp_path: 
     assert found[0]["model.safetensors"] != found[2]["model.safetensors"]
 
 
+def test_16_bits_without_data_pass_the_check(source: Path, tmp_path: Path) -> None:
+    """Packed modules compute with exact activations in training mode, and with int8 ones when they are loaded."""
+    report = hfq.quantize(source, tmp_path / "out", HfqConfig(group_size=32), dtype="bfloat16")
+    assert report.logit_difference == 0
+
+
+@pytest.mark.parametrize("gptaq", [0.0, 0.5])
+def test_only_what_is_compared_is_kept_twice(
+    gptaq: float, source: Path, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[set[str]] = []
+    finish = resume.Resume.finish
+
+    def watch(self: resume.Resume, index: int, tensors: Any, streams: Any, *args: Any) -> None:
+        kept.append(set(streams))
+        finish(self, index, tensors, streams, *args)
+
+    monkeypatch.setattr(resume.Resume, "finish", watch)
+    run(source, tmp_path / "out", gptq(tokens, gptaq=gptaq))
+    # One batch to calibrate with, one to compare the models on.
+    both = {"hidden.0", "hidden.1", "wanted.1"}
+    assert kept == [both | ({"wanted.0"} if gptaq else set())] * 2
+
+
 # ---- killed and resumed
 
 _CHILD = """
