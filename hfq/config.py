@@ -106,7 +106,7 @@ class HfqConfig(QuantizationConfigMixin):
         kernel_mode: "auto", "exact" or "int8"; see `hfq.nn.packed.KERNEL_MODES`. Not stored in checkpoints.
         dequantize: load a packed checkpoint as a float model. Not stored in checkpoints.
         options: the method's own settings ("rtn": scale_search; "hqq": iterations; "gptq": damp_percent, desc_act,
-            scale_search, refine, gptaq; "spqr": damp_percent, desc_act; "awq": awq_steps, "smoothquant": smoothing, and
+            scale_search, refine, gptaq; "spqr": damp_percent, desc_act, refine; "awq": awq_steps, "smoothquant": smoothing, and
             those of what follows). They are explained in the method's file.
 
     Attributes:

@@ -15,6 +15,7 @@ Options:
 
     damp_percent   added to the diagonal of the inputs' second moment, as a share of its mean
     desc_act       columns with the largest activations first; groups stay runs of neighbours
+    refine         how often all codes and outliers are chosen again afterwards, all others known (`hfq.core.refine`)
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from ..core.errors import CalibrationError, ConfigError
 from ..core.fit import column_costs
 from ..core.fit_bilevel import fit_bilevel_grid
 from ..core.outliers import collect_outliers, largest
+from ..core.refine import refine_codes
 from ..core.spec import SCALE_BLOCK, QuantSpec, SpqrSpec, outlier_count
 from ..core.statistics import Factor, InputStatistics
 from ..core.weight import QuantizedWeight
@@ -42,7 +44,7 @@ class Spqr:
 
     calibrated = True
     defaults: Mapping[str, object] = {"format": "spqr"}
-    options: Mapping[str, object] = {"damp_percent": 0.01, "desc_act": True}
+    options: Mapping[str, object] = {"damp_percent": 0.01, "desc_act": True, "refine": 2}
 
     def check(self, spec: QuantSpec, options: Mapping[str, object]) -> None:
         if not isinstance(spec, SpqrSpec):
@@ -52,6 +54,9 @@ class Spqr:
             )
         if not isinstance(options["desc_act"], bool):
             raise ConfigError(f"desc_act must be True or False, got {options['desc_act']!r}")
+        turns = options["refine"]
+        if not isinstance(turns, int) or isinstance(turns, bool) or turns < 0:
+            raise ConfigError(f"refine must be an integer of at least 0, got {turns!r}")
         damp = options["damp_percent"]
         if isinstance(damp, bool) or not isinstance(damp, (int, float)) or not 0 <= damp <= 1:
             raise ConfigError(f"damp_percent must be a number from 0 to 1, got {damp!r}")
@@ -68,13 +73,15 @@ class Spqr:
                 "method 'spqr' needs statistics of the activations: give calibration data (dataset=...)"
             )
         affine.check_finite(weight)
-        damp_percent = options["damp_percent"]
+        damp_percent, turns = options["damp_percent"], options["refine"]
         assert isinstance(spec, SpqrSpec) and isinstance(damp_percent, (int, float))
+        assert isinstance(turns, int)
         factor = statistics.factor(float(damp_percent), bool(options["desc_act"]))
         outliers = _most_sensitive(weight, spec, factor)
         importance = torch.where(outliers, 0.0, _damped(statistics.importance, factor))
         grid = fit_bilevel_grid(weight, spec, importance)
-        return _round(weight, spec, factor, grid, outliers)
+        hessian = statistics.damped(factor.damping)
+        return _round(weight, spec, factor, grid, outliers, hessian, turns)
 
 
 def _damped(importance: Tensor, factor: Factor) -> Tensor:
@@ -136,6 +143,8 @@ def _round(
     factor: Factor,
     grid: affine.StoredGrid,
     outliers: Tensor,
+    hessian: Tensor,
+    turns: int,
 ) -> QuantizedWeight:
     """Codes and outliers on a grid that is stored already."""
     rounding = ColumnRounding(weight, factor)
@@ -147,8 +156,14 @@ def _round(
         )
     ]
     rounding.round(0, rounders)
-    stored = collect_outliers(outliers, differences, spec)
-    return replace(grid.weight(rounding.codes(), spec), outliers=stored)
+    quantized = grid.weight(rounding.codes(), spec)
+    if turns and weight.numel():
+        rounded = quantized.dequantize() + differences
+        codes = refine_codes(
+            weight, rounded, quantized.codes, hessian, factor.order, rounders, turns
+        )
+        quantized = replace(quantized, codes=codes)
+    return replace(quantized, outliers=collect_outliers(outliers, differences, spec))
 
 
 def _beside(rounder: ColumnRounder, outliers: Tensor, differences: Tensor) -> ColumnRounder:

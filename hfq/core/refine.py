@@ -9,6 +9,7 @@ error at 3 bits, up to a quarter at 2. (Behdin et al., "QuantEase", 2023, for th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -17,13 +18,11 @@ from torch import Tensor
 
 from . import affine
 from .codebooks import codebook
+from .columns import COLUMN_BLOCK, ColumnRounder
 from .spec import CodebookSpec, IntSpec, QuantSpec
 from .weight import QuantizedWeight
 
-__all__ = ["refine"]
-
-# Columns whose corrections of each other are made one by one; all others get a block's as one product.
-_BLOCK = 128
+__all__ = ["refine", "refine_codes"]
 
 # Of the linear systems of a slice of rows.
 _SYSTEM_BYTES = 64 << 20
@@ -54,6 +53,32 @@ def refine(
             state.fit_grid()
         state.choose_codes(order)
     return state.finished()
+
+
+def refine_codes(
+    weight: Tensor,
+    rounded: Tensor,
+    codes: Tensor,
+    hessian: Tensor,
+    order: Tensor,
+    rounders: Sequence[ColumnRounder],
+    turns: int,
+) -> Tensor:
+    """Codes with an error that is no larger, on a grid that stays as it is: uint8 `[N, K]`.
+
+    Args:
+        weight: float32 `[N, K]`, what the codes should stand for.
+        rounded: float32 `[N, K]`, what they stand for now, with all that is stored beside them.
+        codes: uint8 `[N, K]`.
+        hessian, order, turns: see `refine`.
+        rounders: of each column in that order; what they store beside the codes is that of their last call.
+    """
+    columns, chosen = weight.T.contiguous(), codes.T.contiguous()
+    errors = columns - rounded.T
+    pull = hessian @ errors
+    for _ in range(turns):
+        _visit(columns, chosen, errors, pull, hessian, order, rounders)
+    return chosen.T.contiguous()
 
 
 class _State:
@@ -174,21 +199,9 @@ class _State:
 
     def choose_codes(self, order: Tensor) -> None:
         """Visit every column once: the best code for it while all others stay."""
-        rounders = affine.group_rounders(self.scales, self.zeros, self.spec)
-        costs = self.hessian.diagonal()
-        for block in torch.split(order, _BLOCK):
-            ahead = self.hessian[block]
-            among = ahead[:, block]
-            pull, changes = self.pull[block], torch.empty_like(self.pull[: len(block)])
-            for index, column in enumerate(block.tolist()):
-                wanted = self.columns[column] - self.errors[column] + pull[index] / costs[column]
-                codes, rounded = rounders[column // self._group_size](wanted)
-                self.codes[column] = codes
-                error = self.columns[column] - rounded
-                torch.sub(error, self.errors[column], out=changes[index])
-                self.errors[column] = error
-                pull[index + 1 :].addr_(among[index, index + 1 :], changes[index])
-            self.pull.addmm_(ahead.T, changes)
+        of_groups = affine.group_rounders(self.scales, self.zeros, self.spec)
+        rounders = [of_groups[column // self._group_size] for column in order.tolist()]
+        _visit(self.columns, self.codes, self.errors, self.pull, self.hessian, order, rounders)
         self.points = self._points(self.zeros)
 
     # ---- columns and groups
@@ -212,6 +225,38 @@ class _State:
         """`[K, X]` -> `[G, X]`."""
         size = self._group_size
         return torch.stack([part.sum(0) for part in torch.split(columns, size)])
+
+
+def _visit(
+    columns: Tensor,
+    codes: Tensor,
+    errors: Tensor,
+    pull: Tensor,
+    hessian: Tensor,
+    order: Tensor,
+    rounders: Sequence[ColumnRounder],
+) -> None:
+    """Round every column once more, from the best value for it while all others stay.
+
+    Args:
+        columns, codes, errors, pull: `[K, N]`, see `_State`; all but the first are changed.
+        rounders: of each column in the order of the visits.
+    """
+    costs = hessian.diagonal()
+    for start in range(0, len(order), COLUMN_BLOCK):
+        block = order[start : start + COLUMN_BLOCK]
+        ahead = hessian[block]
+        among = ahead[:, block]
+        pulled, changes = pull[block], torch.empty_like(pull[: len(block)])
+        for index, column in enumerate(block.tolist()):
+            rounder = rounders[start + index]
+            wanted = columns[column] - errors[column] + pulled[index] / costs[column]
+            codes[column], rounded = rounder(wanted)
+            error = columns[column] - rounded
+            torch.sub(error, errors[column], out=changes[index])
+            errors[column] = error
+            pulled[index + 1 :].addr_(among[index, index + 1 :], changes[index])
+        pull.addmm_(ahead.T, changes)
 
 
 def _columns(per_group: Tensor) -> Tensor:

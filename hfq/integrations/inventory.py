@@ -63,7 +63,7 @@ def module_table(model: PreTrainedModel) -> list[dict[str, Any]]:
 
 
 def described(slot: PackedSlot) -> str:
-    """How a weight is stored: ``int, 4 bits, groups of 128``."""
+    """How a weight is stored: ``int, 4 bits, groups of 128, 4.12 bits per weight``."""
     size = slot.spec.group_size
     groups = "one group per row" if size == -1 else f"groups of {size}"
     return f"{slot.format}, {slot.spec.bits} bits, {groups}, {slot.bits_per_weight:.2f} bits per weight"

@@ -69,7 +69,7 @@ class Output:
     Attributes:
         file: name of its file.
         shape, dtype: as stored.
-        format: packed layout, bits and groups of the weight that it belongs to; empty for float tensors.
+        format: how the weight that it belongs to is stored (`hfq.integrations.inventory.described`); empty for float tensors.
     """
 
     file: str

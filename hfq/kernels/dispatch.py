@@ -29,17 +29,16 @@ class Choice:
     refused: tuple[tuple[str, str], ...]
 
 
-@cache
-def _table() -> dict[type[Grid], tuple[KernelRow[Any], ...]]:
-    return {
-        PackedGrid: (CpuRows16(), CpuInt8(), Neutral()),
-        SpqrGrid: (CpuSpqr(), NeutralSpqr()),
-    }
+# A plain table, not a cached function: `neutral` is called inside forwards that a compiler traces.
+_ROWS: dict[type[Grid], tuple[KernelRow[Any], ...]] = {
+    PackedGrid: (CpuRows16(), CpuInt8(), Neutral()),
+    SpqrGrid: (CpuSpqr(), NeutralSpqr()),
+}
 
 
 def rows(kind: type[Grid] = PackedGrid) -> tuple[KernelRow[Any], ...]:
     """All kernel rows for a class of grids, best first."""
-    return _table()[kind]
+    return _ROWS[kind]
 
 
 def neutral(grid: Grid) -> KernelRow[Any]:

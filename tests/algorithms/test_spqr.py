@@ -85,6 +85,28 @@ def test_more_outliers_are_better(inputs: Tensor, heavy_tailed_weight: MakeWeigh
     assert errors[1] < 0.8 * errors[0] and errors[2] < 0.8 * errors[1]
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("share", [0.0, 0.02])
+def test_a_second_look_takes_some_of_the_error(
+    bits: int, share: float, inputs: Tensor, heavy_tailed_weight: MakeWeight
+) -> None:
+    """On the grid and with the outliers of the first: no row gets worse."""
+    weight, known = heavy_tailed_weight(70, COLUMNS), statistics_of(inputs)
+    spec = SpqrSpec(bits=bits, outliers=share)
+    found = [quantize(weight, spec, known, refine=turns) for turns in (0, 1, 2)]
+    hessian = known.damped(known.damping).double()
+    errors = []
+    for each in found:
+        difference = (weight - each.dequantize()).double()
+        errors.append((difference @ hessian * difference).sum(1))
+        assert torch.equal(each.scales, found[0].scales)
+        assert each.zeros is not None and torch.equal(each.zeros, found[0].zeros)  # type: ignore[arg-type]
+        assert each.outliers is not None and found[0].outliers is not None
+        assert torch.equal(each.outliers.columns, found[0].outliers.columns)
+    assert bool((errors[1] <= 1.001 * errors[0]).all() and (errors[2] <= 1.001 * errors[1]).all())
+    assert errors[2].sum() < 0.97 * errors[0].sum()
+
+
 def test_leaving_one_out_is_what_it_says(generator: torch.Generator) -> None:
     """Against the definition: each weight left out in turn, its group on the range of the rest."""
     spec = SpqrSpec(bits=3, group_size=8)
@@ -140,6 +162,8 @@ def test_it_needs_statistics_and_finite_weights(inputs: Tensor, random_weight: M
     ("options", "message"),
     [
         ({"desc_act": 1}, "desc_act must be True or False"),
+        ({"refine": -1}, "refine must be an integer of at least 0, got -1"),
+        ({"refine": True}, "refine must be an integer of at least 0, got True"),
         ({"damp_percent": 2}, "damp_percent must be a number from 0 to 1, got 2"),
     ],
 )

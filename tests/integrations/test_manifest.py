@@ -54,7 +54,7 @@ def test_every_tensor_of_both_sides(
     for name, entry in sources.items():
         assert entry["outputs"] and not entry["dropped"], name
         for output in entry["outputs"]:
-            packed = outputs[output]["format"] == "int, 4 bits, groups of 32"
+            packed = outputs[output]["format"].startswith("int, 4 bits, groups of 32, ")
             assert packed == (len(entry["outputs"]) > 1) and packed == (
                 outputs[output]["dtype"] != "float32"
             )

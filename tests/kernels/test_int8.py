@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hfq.core.weight import PackedGrid
 from hfq.kernels import dispatch, native, ops, rows16
 from hfq.kernels.int8 import MAX_COLUMNS, _cuda_product, int8_linear, integer_product
 from hfq.kernels.row import Problem
@@ -241,8 +242,8 @@ def test_the_gradient_is_that_of_the_dequantized_weight(generator: torch.Generat
         bias = torch.randn(24, generator=generator, requires_grad=True)
         grad = torch.randn(5, 24, generator=generator)
         op(x, *packed, None, bias, *sizes).backward(grad)  # type: ignore[operator]
-        codes = packed[0] if len(sizes) == 1 else rows16.from_rows16(packed[0], 24, 37)
-        scales = packed[1] if len(sizes) == 1 else rows16.from_rows16(packed[1], 24, 37)
+        codes = packed[0] if len(sizes) == 1 else rows16.from_rows16(packed[0], (24, 37, 1))
+        scales = packed[1] if len(sizes) == 1 else rows16.from_rows16(packed[1], (24, 1))
         weight = (codes.squeeze(-1).float() - 128) * scales
         torch.testing.assert_close(x.grad, grad @ weight)
         torch.testing.assert_close(bias.grad, grad.sum(0))
@@ -269,6 +270,7 @@ def test_the_operator_checks_its_arguments(generator: torch.Generator) -> None:
 
 def problem(**changed: object) -> Problem:
     known = {
+        "kind": PackedGrid,
         "device": "cpu",
         "bits": 8,
         "group_size": 64,
@@ -276,6 +278,7 @@ def problem(**changed: object) -> Problem:
         "out_features": 32,
         "has_codebook": False,
         "has_g_idx": False,
+        "stat_group_size": 0,
         "activation": "dynamic",
     }
     return Problem(**{**known, **changed})  # type: ignore[arg-type]
