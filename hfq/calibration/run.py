@@ -3,52 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..algorithms import ALGORITHMS, find_method
 from ..config import Recipe
-from ..core.activations import fit_input_scale, rounded_tokens
-from ..core.errors import CalibrationError, HfqError
 from ..core.statistics import InputStatistics
-from ..core.weight import QuantizedWeight
 from ..formats import FORMATS
 from ..nn.experts import expert_weights, is_fused_experts, pack_experts_
 from ..nn.packed import PackedModule
 from .blocks import BlockCall, find_blocks, record_calls, run_after_blocks, run_block
 from .capture import Capture, recording
+from .choose import choose_codes, relative_error
 from .experts import ExpertsCapture
 from .fold import Folds
 from .ranks import ALONE, ProcessError, Ranks
 from .report import CalibrationReport, WeightReport
 from .rescale import rescale_block
+from .sequences import MOST_TOKENS, batches, by_length, fingerprint, token_draws
 
-__all__ = [
-    "MOST_TOKENS",
-    "Calibration",
-    "Progress",
-    "Stream",
-    "calibrate",
-    "choose_codes",
-    "fingerprint",
-    "orientations",
-    "weight_names",
-]
-
-# Tokens that run through a block at a time, at most: more of them are not faster.
-MOST_TOKENS = 8192
+__all__ = ["Calibration", "Progress", "Stream", "calibrate", "orientations", "weight_names"]
 
 # Tokens that experiments with a block are made on.
 _PROBE_TOKENS = 16
-
-# Rows of a weight that its error is measured on.
-_ERROR_ROWS = 256
 
 # Module name -> stack or "weight" -> recipe.
 Recipes = Mapping[str, Mapping[str, Recipe]]
@@ -166,13 +147,13 @@ class Calibration:
         """
         with self.ranks.together():
             device = next(p.device for p in self.model.parameters() if not p.is_meta)
-            ordered = _by_length(sequences)
+            ordered = by_length(sequences)
             part = self.ranks.part if divided else list
-            batches = _batches(part(ordered), batch_tokens)
-            draws = _batches(part(_draws(ordered)), batch_tokens)
+            split = batches(part(ordered), batch_tokens)
+            draws = batches(part(token_draws(ordered)), batch_tokens)
             streams = [
                 self._stream(batch.to(device), drawn)
-                for batch, drawn in zip(batches, draws, strict=True)
+                for batch, drawn in zip(split, draws, strict=True)
             ]
             if sequences and self._probe is None:
                 few = sequences[0][None, :_PROBE_TOKENS]
@@ -421,7 +402,7 @@ class Calibration:
         return _Chosen(
             packed=packed,
             method=method,
-            error=_error(weight, quantized, statistics),
+            error=relative_error(weight, quantized, statistics),
             damping=0.0 if statistics is None else statistics.damping,
             seconds=time.perf_counter() - start,
         )
@@ -480,50 +461,6 @@ def _cost(rows: int, columns: int) -> float:
     return float(rows) * columns * columns
 
 
-def choose_codes(
-    name: str, weight: Tensor, recipe: Recipe, statistics: InputStatistics | None
-) -> tuple[QuantizedWeight, str]:
-    """Codes for float32 `[N, K]`, and the method that chose them.
-
-    A weight that has seen nothing (a layer that never ran) is rounded to nearest on the best grid.
-    """
-    method, algorithm, options = (
-        recipe.method,
-        find_method(recipe.method).algorithm,
-        recipe.options,
-    )
-    if statistics is None and ALGORITHMS.get(algorithm).calibrated:
-        method = algorithm = "rtn"
-        options = {"scale_search": True}
-    try:
-        if statistics is not None:
-            statistics.check_finite()
-        quantized = ALGORITHMS.get(algorithm).quantize(weight, recipe.spec, options, statistics)
-        if recipe.spec.activation == "static":
-            scale = _input_scale(weight, quantized, statistics)
-            quantized = replace(quantized, input_scale=scale)
-    except HfqError as error:
-        raise type(error)(f"{name}: {error}") from error
-    return quantized, method
-
-
-def _input_scale(
-    weight: Tensor, quantized: QuantizedWeight, statistics: InputStatistics | None
-) -> Tensor:
-    """The static scale of what a weight reads, float32 `[1]`.
-
-    Raises:
-        CalibrationError: it has seen nothing.
-    """
-    if statistics is None or statistics.sample is None:
-        raise CalibrationError(
-            "this weight never ran on the calibration data, so that no static scale of its activations can be found: "
-            "give data that it reads, or use activation='dynamic' for it (overrides)"
-        )
-    rows = slice(None, None, max(1, len(weight) // _ERROR_ROWS))
-    return fit_input_scale(statistics.sample, weight[rows], quantized.dequantize()[rows])
-
-
 def orientations(block: nn.Module) -> dict[str, bool]:
     """Every linear layer of a block -> whether its weight is `[K, N]`."""
     found = {}
@@ -542,55 +479,3 @@ def _paused(*captures: Capture | ExpertsCapture) -> Iterator[None]:
     yield
     for capture in captures:
         capture.enabled = True
-
-
-def _error(
-    weight: Tensor, quantized: QuantizedWeight, statistics: InputStatistics | None
-) -> float | None:
-    """Squared error of the output over the squared output, on some of the rows.
-
-    With quantized activations on some of the tokens, where those were kept; else it is that of the weight alone.
-    """
-    if statistics is None or not weight.numel():
-        return None
-    step = max(1, len(weight) // _ERROR_ROWS)
-    rows, rounded = weight[::step], quantized.dequantize()[::step]
-    if quantized.spec.activation is not None and statistics.sample is not None:
-        x = statistics.sample.float()
-        wanted = x @ rows.T
-        whole = float(wanted.square().sum())
-        found = rounded_tokens(x, quantized.input_scale) @ rounded.T
-        wrong = float((found - wanted).square().sum())
-    else:
-        whole, wrong = statistics.error(rows), statistics.error(rounded - rows)
-    return wrong / whole if whole else 0.0
-
-
-def _by_length(sequences: Sequence[Tensor]) -> list[Tensor]:
-    """In the order of the first of each length, so that equal ones are neighbours."""
-    place: dict[int, int] = {}
-    for sequence in sequences:
-        place.setdefault(len(sequence), len(place))
-    return sorted(sequences, key=lambda sequence: place[len(sequence)])
-
-
-def _draws(sequences: Sequence[Tensor]) -> list[Tensor]:
-    """A random number for each token, the same whichever process has it: as many `[T]` as there are sequences."""
-    lengths = list(map(len, sequences))
-    drawn = torch.rand(sum(lengths), generator=torch.Generator().manual_seed(0))
-    return list(torch.split(drawn, lengths))
-
-
-def _batches(sequences: Sequence[Tensor], tokens: int) -> Iterator[Tensor]:
-    """Neighbours of one length together, so that nothing has to be padded: int64 `[B, T]`."""
-    for length, equal in itertools.groupby(sequences, len):
-        yield from torch.split(torch.stack(list(equal)), max(1, tokens // length))
-
-
-def fingerprint(sequences: Sequence[Tensor]) -> str:
-    """SHA-256 of token sequences."""
-    digest = hashlib.sha256()
-    for sequence in sequences:
-        digest.update(len(sequence).to_bytes(8, "little"))
-        digest.update(sequence.cpu().numpy().tobytes())
-    return digest.hexdigest()

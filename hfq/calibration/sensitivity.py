@@ -36,8 +36,10 @@ from ..formats import stored_bytes
 from .allocation import Group
 from .blocks import forward_after_blocks, forward_block, run_block
 from .capture import Capture
+from .choose import choose_codes
 from .experts import ExpertsCapture
-from .run import MOST_TOKENS, Calibration, Stream, choose_codes, orientations
+from .run import Calibration, Stream, orientations
+from .sequences import MOST_TOKENS
 
 __all__ = ["BACKWARD", "LONGEST", "MEASURED_TOKENS", "Kept", "Sensitivity", "Visit"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..calibration.run import MOST_TOKENS
+from ..calibration.sequences import MOST_TOKENS
 from ..diagnose.machine import available_memory
 from ..nn.experts import expert_weights, is_fused_experts
 

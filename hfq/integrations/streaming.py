@@ -30,7 +30,8 @@ from .._version import __version__
 from ..calibration.blocks import run_after_blocks
 from ..calibration.ranks import ProcessError, Ranks, process_group
 from ..calibration.report import WeightReport
-from ..calibration.run import Calibration, Stream, fingerprint, weight_names
+from ..calibration.run import Calibration, Stream, weight_names
+from ..calibration.sequences import fingerprint
 from ..config import HfqConfig
 from ..core.errors import CalibrationError, ConfigError, HfqError
 from ..evaluation.divergence import Totals, compare, score

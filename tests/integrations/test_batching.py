@@ -12,7 +12,7 @@ from torch import Tensor
 
 import hfq
 from hfq import HfqConfig
-from hfq.calibration.run import MOST_TOKENS
+from hfq.calibration.sequences import MOST_TOKENS
 from hfq.integrations import batching, gate, resume
 from hfq.integrations.batching import batch_tokens
 
