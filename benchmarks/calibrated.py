@@ -39,6 +39,7 @@ SAMPLES, LENGTH = 64, 512
 GRIDS = [
     {"bits": bits, "sym": sym, "group_size": 128} for bits in (4, 3, 2) for sym in (False, True)
 ]
+ASYMMETRIC = [grid for grid in GRIDS if not grid["sym"]]
 SPQR = [
     {"bits": 4},
     {"bits": 4, "group_size": 64, "outliers": 0.0},
@@ -50,10 +51,10 @@ SPQR = [
 ]
 OURS: list[dict[str, Any]] = [
     *({"method": "rtn", **grid, "scale_search": True} for grid in GRIDS),
-    *({"method": "hqq", **grid} for grid in GRIDS if not grid["sym"]),
+    *({"method": "hqq", **grid} for grid in ASYMMETRIC),
     *({"method": "gptq", **grid} for grid in GRIDS),
-    *({"method": "awq", **grid} for grid in GRIDS),
-    *({"method": "awq+gptq", **grid} for grid in GRIDS),
+    *({"method": "awq", **grid} for grid in ASYMMETRIC),
+    *({"method": "awq+gptq", **grid} for grid in ASYMMETRIC),
     # The same bits as SpQR's.
     {"method": "gptq", "bits": 3, "sym": True, "group_size": 32},
     {"method": "gptq", "bits": 3, "sym": False, "group_size": 64},
@@ -61,7 +62,6 @@ OURS: list[dict[str, Any]] = [
     {"method": "gptq", "bits": 2, "sym": False, "group_size": 32},
     *({"method": "spqr", **each} for each in SPQR),
 ]
-ASYMMETRIC = [grid for grid in GRIDS if not grid["sym"]]
 THEIRS: dict[str, list[dict[str, Any]]] = {
     "gptqmodel": [
         *({"method": "gptq", **grid} for grid in GRIDS),
