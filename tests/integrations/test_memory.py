@@ -14,10 +14,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 MIB = 2**20
 
 # Peak above what the interpreter and its libraries take, in bytes.
+# `VmHWM`, not `ru_maxrss`: that one begins with what the parent had when it started the process.
 MEASURE = """
-import json, resource, sys, torch, hfq, transformers.models.llama.modeling_llama
+import json, sys, torch, hfq, transformers.models.llama.modeling_llama
 from transformers import AutoModelForCausalLM
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
 torch.ones(64, 64) @ torch.ones(64, 64)
 before = peak()
 settings = {"quantization_config": hfq.HfqConfig()} if sys.argv[2] else {}
@@ -30,16 +31,22 @@ print(json.dumps({"used": used, "packed": packed}))
 """
 
 
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def tied(request: pytest.FixtureRequest) -> bool:
+    found: bool = request.param
+    return found
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bfloat16 checkpoint of 560 MB, of which 420 MB are quantized."""
+def folder(tied: bool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bfloat16 checkpoint of 600 MB, of which 460 MB are quantized."""
     config = LlamaConfig(
         vocab_size=16384,
         hidden_size=2048,
         intermediate_size=8192,
         num_hidden_layers=4,
         num_attention_heads=16,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
     )
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("memory") / "float"
@@ -60,11 +67,14 @@ def measure(source: Path, target: Path | None) -> tuple[int, int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mapped pages are released on Linux only")
-def test_peak_is_the_packed_model_and_about_one_tensor(folder: Path, tmp_path: Path) -> None:
+def test_peak_is_the_packed_model_and_about_one_tensor(
+    tied: bool, folder: Path, tmp_path: Path
+) -> None:
     used, packed = measure(folder, tmp_path / "packed")
     largest = 16384 * 2048 * 2
     assert packed < 0.5 * sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    # 60 MiB: libraries that only a load touches.
-    assert used < 1.25 * (packed + largest) + 60 * MIB, (used / MIB, packed / MIB)
+    # 60 MiB: libraries that only a load touches. With a tied head it takes two tensors more (benchmarks/NOTES.md).
+    heads = 2 * largest if tied else 0
+    assert used < 1.25 * (packed + largest) + heads + 60 * MIB, (used / MIB, packed / MIB)
     loaded, _ = measure(tmp_path / "packed", None)
-    assert loaded < 1.5 * packed + 60 * MIB, (loaded / MIB, packed / MIB)
+    assert loaded < 1.5 * packed + heads + 60 * MIB, (loaded / MIB, packed / MIB)
