@@ -13,6 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ._version import __version__
 from .algorithms import find_method, method_names
+from .core.checks import check_flag, check_integer
 from .core.errors import ConfigError, HfqError, VersionError, nearest
 from .core.spec import QuantSpec
 from .formats import FORMAT_VERSION, FORMATS
@@ -180,16 +181,16 @@ class HfqConfig(QuantizationConfigMixin):
         self.options = dict(base.options)
         self.overrides = _overrides(overrides)
         self.modules_to_not_convert = _names(modules_to_not_convert)
-        self.quantize_embeddings = _flag("quantize_embeddings", quantize_embeddings)
-        self.quantize_lm_head = _flag("quantize_lm_head", quantize_lm_head)
+        self.quantize_embeddings = check_flag("quantize_embeddings", quantize_embeddings)
+        self.quantize_lm_head = check_flag("quantize_lm_head", quantize_lm_head)
         self.dataset, self.tokenizer = dataset, tokenizer
-        self.num_samples = _integer("num_samples", num_samples, 1)
-        self.seqlen = _integer("seqlen", seqlen, 2)
-        self.seed = _integer("seed", seed, 0)
+        self.num_samples = check_integer("num_samples", num_samples, 1)
+        self.seqlen = check_integer("seqlen", seqlen, 2)
+        self.seed = check_integer("seed", seed, 0)
         self.target_bits = _target_bits(target_bits, self.format)
         self.candidate_bits = _candidate_bits(candidate_bits, self.target_bits)
         self.kernel_mode = _choice("kernel_mode", kernel_mode, KERNEL_MODES)
-        self.dequantize = _flag("dequantize", dequantize)
+        self.dequantize = check_flag("dequantize", dequantize)
         self._patterns = [
             (_compiled(pattern), self._override(pattern, changed))
             for pattern, changed in self.overrides.items()
@@ -462,18 +463,6 @@ def _names(names: Sequence[str] | None) -> list[str] | None:
     return list(names)
 
 
-def _flag(key: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise ConfigError(f"{key} must be True or False, got {value!r}")
-    return value
-
-
-def _integer(key: str, value: object, least: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{key} must be an integer of at least {least}, got {value!r}")
-    return value
-
-
 def _target_bits(value: object, format: str) -> float | None:
     if value is None:
         return None
@@ -499,7 +488,7 @@ def _candidate_bits(values: object, target: float | None) -> list[int] | None:
         return list(_CANDIDATES)
     if not isinstance(values, (list, tuple)) or not values or len(set(values)) < len(values):
         raise ConfigError(f"candidate_bits must be a list of different bits, got {values!r}")
-    return sorted(_integer("candidate_bits: each", value, 2) for value in values)
+    return sorted(check_integer("candidate_bits: each", value, 2) for value in values)
 
 
 def _pattern(names: Sequence[str]) -> str:

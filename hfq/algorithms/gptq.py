@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ..core import affine
+from ..core.checks import check_flag, check_integer, check_share
 from ..core.columns import ColumnRounding, static_rounders
 from ..core.errors import CalibrationError, ConfigError
 from ..core.fit import fit_grid
@@ -60,19 +61,10 @@ class Gptq:
                 "method 'gptq' chooses no outliers and no bilevel scales: format 'spqr' needs method 'spqr'"
             )
         for name in ("desc_act", "scale_search"):
-            if not isinstance(options[name], bool):
-                raise ConfigError(f"{name} must be True or False, got {options[name]!r}")
-        turns = options["refine"]
-        if not isinstance(turns, int) or isinstance(turns, bool) or turns < 0:
-            raise ConfigError(f"refine must be an integer of at least 0, got {turns!r}")
+            check_flag(name, options[name])
+        check_integer("refine", options["refine"], 0)
         for name in ("damp_percent", "gptaq"):
-            value = options[name]
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, (int, float))
-                or not 0 <= value <= 1
-            ):
-                raise ConfigError(f"{name} must be a number from 0 to 1, got {value!r}")
+            check_share(name, options[name])
 
     def quantize(
         self,

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ..core import affine
-from ..core.errors import ConfigError
+from ..core.checks import check_flag
 from ..core.fit import fit_grid
 from ..core.spec import QuantSpec
 from ..core.statistics import InputStatistics
@@ -29,10 +29,7 @@ class RoundToNearest:
     options: Mapping[str, object] = {"scale_search": False}
 
     def check(self, spec: QuantSpec, options: Mapping[str, object]) -> None:
-        if not isinstance(options["scale_search"], bool):
-            raise ConfigError(
-                f"scale_search must be True or False, got {options['scale_search']!r}"
-            )
+        check_flag("scale_search", options["scale_search"])
 
     def quantize(
         self,

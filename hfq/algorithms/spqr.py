@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ..core import affine
+from ..core.checks import check_flag, check_integer, check_share
 from ..core.columns import ColumnRounder, ColumnRounding, static_rounders
 from ..core.errors import CalibrationError, ConfigError
 from ..core.fit import column_costs
@@ -52,14 +53,9 @@ class Spqr:
                 "method 'spqr' chooses outliers and bilevel scales, which only format 'spqr' stores; use method 'gptq' "
                 "for other formats"
             )
-        if not isinstance(options["desc_act"], bool):
-            raise ConfigError(f"desc_act must be True or False, got {options['desc_act']!r}")
-        turns = options["refine"]
-        if not isinstance(turns, int) or isinstance(turns, bool) or turns < 0:
-            raise ConfigError(f"refine must be an integer of at least 0, got {turns!r}")
-        damp = options["damp_percent"]
-        if isinstance(damp, bool) or not isinstance(damp, (int, float)) or not 0 <= damp <= 1:
-            raise ConfigError(f"damp_percent must be a number from 0 to 1, got {damp!r}")
+        check_flag("desc_act", options["desc_act"])
+        check_integer("refine", options["refine"], 0)
+        check_share("damp_percent", options["damp_percent"])
 
     def quantize(
         self,

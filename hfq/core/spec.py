@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 
 from .activations import ACTIVATIONS
+from .checks import check_flag
 from .codebooks import CODEBOOKS
 from .errors import ConfigError, nearest
 
@@ -57,8 +58,7 @@ class IntSpec:
     def __post_init__(self) -> None:
         if not _is_int(self.bits) or not 2 <= self.bits <= 8:
             raise ConfigError(f"bits must be an integer from 2 to 8, got {self.bits!r}")
-        if not isinstance(self.sym, bool):
-            raise ConfigError(f"sym must be True or False, got {self.sym!r}")
+        check_flag("sym", self.sym)
         _check_group_size(self.group_size)
         _check_scale_dtype(self.scale_dtype)
 
@@ -137,8 +137,7 @@ class CodebookSpec:
                 f"unknown codebook {self.codebook!r}: expected one of {', '.join(CODEBOOKS)}."
                 f"{nearest(str(self.codebook), CODEBOOKS)}"
             )
-        if not isinstance(self.double_quant, bool):
-            raise ConfigError(f"double_quant must be True or False, got {self.double_quant!r}")
+        check_flag("double_quant", self.double_quant)
         _check_group_size(self.group_size)
         _check_scale_dtype(self.scale_dtype)
 
