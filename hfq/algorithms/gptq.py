@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..core import affine
 from ..core.checks import check_flag, check_integer, check_share
-from ..core.columns import ColumnRounding, static_rounders
+from ..core.columns import ColumnRounding, StaticGrid
 from ..core.errors import CalibrationError, ConfigError
 from ..core.fit import fit_grid
 from ..core.refine import refine
@@ -91,7 +91,8 @@ class Gptq:
             quantized = _group_by_group(weight, spec, factor, find_grid)
         if not turns:
             return quantized
-        return refine(weight, quantized, statistics.damped(factor.damping), factor.order, turns)
+        with statistics.damped(factor.damping) as hessian:
+            return refine(weight, quantized, hessian, factor.order, turns)
 
 
 def _drift_correction(weight: Tensor, drift: Tensor, factor: Factor) -> Tensor:
@@ -115,9 +116,7 @@ def _group_by_group(
         expected = rounding.expected(start, stop).T.contiguous()
         grid = affine.store_grid(*find_grid(expected, spec, factor.costs[start:stop]), spec)
         grids.append(grid)
-        zeros = None if grid.float_zeros is None else grid.float_zeros[:, 0]
-        rounder = affine.column_rounder(grid.scales[:, 0].float(), zeros, spec)
-        rounding.round(start, [rounder] * (stop - start))
+        rounding.round(start, stop, StaticGrid(grid, spec, len(rounding)))
     return affine.join_grids(grids).weight(rounding.codes(), spec)
 
 
@@ -127,7 +126,8 @@ def _static_groups(
     """All grids from the weight as it is, before the first column is rounded."""
     grid = affine.store_grid(*find_grid(weight, spec, importance), spec)
     rounding = ColumnRounding(weight, factor)
-    rounding.round(0, static_rounders(grid, spec, factor.order))
+    size = len(rounding) if spec.group_size == -1 else spec.group_size
+    rounding.round(0, len(rounding), StaticGrid(grid, spec, size))
     return grid.weight(rounding.codes(), spec)
 
 

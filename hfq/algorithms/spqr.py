@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..core import affine
 from ..core.checks import check_flag, check_integer, check_share
-from ..core.columns import ColumnRounder, ColumnRounding, static_rounders
+from ..core.columns import ColumnRounder, ColumnRounding, StaticGrid, round_one_by_one
 from ..core.errors import CalibrationError, ConfigError
 from ..core.fit import column_costs
 from ..core.fit_bilevel import fit_bilevel_grid
@@ -76,8 +76,8 @@ class Spqr:
         outliers = _most_sensitive(weight, spec, factor)
         importance = torch.where(outliers, 0.0, _damped(statistics.importance, factor))
         grid = fit_bilevel_grid(weight, spec, importance)
-        hessian = statistics.damped(factor.damping)
-        return _round(weight, spec, factor, grid, outliers, hessian, turns)
+        with statistics.damped(factor.damping) as hessian:
+            return _round(weight, spec, factor, grid, outliers, hessian, turns)
 
 
 def _damped(importance: Tensor, factor: Factor) -> Tensor:
@@ -144,22 +144,39 @@ def _round(
 ) -> QuantizedWeight:
     """Codes and outliers on a grid that is stored already."""
     rounding = ColumnRounding(weight, factor)
-    differences = torch.zeros(weight.shape, dtype=spec.torch_stat_dtype, device=weight.device)
-    rounders = [
-        _beside(rounder, outliers[:, column], differences[:, column])
-        for rounder, column in zip(
-            static_rounders(grid, spec, factor.order), factor.order.tolist(), strict=True
-        )
-    ]
-    rounding.round(0, rounders)
+    size = len(rounding) if spec.group_size == -1 else spec.group_size
+    beside = _WithOutliers(StaticGrid(grid, spec, size), outliers, spec)
+    rounding.round(0, len(rounding), beside)
     quantized = grid.weight(rounding.codes(), spec)
     if turns and weight.numel():
-        rounded = quantized.dequantize() + differences
-        codes = refine_codes(
-            weight, rounded, quantized.codes, hessian, factor.order, rounders, turns
-        )
+        rounded = quantized.dequantize() + beside.differences
+        codes = refine_codes(weight, rounded, quantized.codes, hessian, factor.order, beside, turns)
         quantized = replace(quantized, codes=codes)
-    return replace(quantized, outliers=collect_outliers(outliers, differences, spec))
+    return replace(quantized, outliers=collect_outliers(outliers, beside.differences, spec))
+
+
+class _WithOutliers:
+    """A `ColumnGrid` beside which the outliers keep what it misses of them.
+
+    Attributes:
+        differences: that of the last call for each column, `[N, K]` in the dtype of the outliers; 0 for all others.
+    """
+
+    def __init__(self, grid: StaticGrid, outliers: Tensor, spec: SpqrSpec) -> None:
+        self.grid, self.outliers = grid, outliers
+        self.differences = torch.zeros(
+            outliers.shape, dtype=spec.torch_stat_dtype, device=outliers.device
+        )
+
+    def round(
+        self, columns: Tensor, targets: Tensor, origins: Tensor, asked: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `ColumnGrid`."""
+        rounders = [
+            _beside(rounder, self.outliers[:, column], self.differences[:, column])
+            for rounder, column in zip(self.grid.rounders(columns), columns.tolist(), strict=True)
+        ]
+        return round_one_by_one(targets, origins, asked, rounders)
 
 
 def _beside(rounder: ColumnRounder, outliers: Tensor, differences: Tensor) -> ColumnRounder:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import CalibrationError
+from ..core.precision import bfloat16_products
 from ..core.statistics import InputStatistics
 from .ranks import Ranks
 
@@ -19,6 +20,9 @@ __all__ = ["Capture", "RowSample", "SecondMoment", "drawn_for", "recording"]
 # Columns per product: only the upper triangle of the sum is computed, in pieces of this width, so that a moment of
 # many columns takes little more than half of the operations.
 _WIDTH = 1024
+
+# Tokens that are widened to float32 at a time.
+_TOKENS = 2048
 
 # Tokens that are kept of what a module reads, where a method asks for them.
 _SAMPLE = 256
@@ -37,7 +41,15 @@ class SecondMoment:
         self.symmetric = symmetric
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Add tokens `[T, K]`, float32."""
+        """Add tokens `[T, K]` of any float dtype."""
+        # Of values that were bfloat16 before, products in bfloat16 lose nothing: their sums are float32.
+        exact = x.dtype == y.dtype == torch.bfloat16
+        with bfloat16_products() if exact else nullcontext():
+            for some, others in zip(torch.split(x, _TOKENS), torch.split(y, _TOKENS), strict=True):
+                wide = some.float()
+                self._add(wide, wide if y is x else others.float())
+
+    def _add(self, x: Tensor, y: Tensor) -> None:
         columns = self.total.shape[0]
         for start in range(0, columns, _WIDTH):
             stop = min(start + _WIDTH, columns)
@@ -48,9 +60,13 @@ class SecondMoment:
         """The mean `[K, K]`; nothing can be added afterwards."""
         self.total /= max(tokens, 1)
         if self.symmetric:
-            # The lower triangle of each piece on the diagonal is there; all others are mirrored.
-            upper = self.total.triu()
-            self.total = upper + upper.triu(1).T
+            # Square by square: at no time is there a second matrix.
+            columns = self.total.shape[0]
+            for start in range(0, columns, _WIDTH):
+                stop = min(start + _WIDTH, columns)
+                square = self.total[start:stop, start:stop]
+                square.copy_(square.triu() + square.triu(1).T)
+                self.total[stop:, start:stop] = self.total[start:stop, stop:].T
         return self.total
 
 
@@ -254,7 +270,7 @@ class Capture:
             read = x.detach().reshape(-1, x.shape[-1])
             sample = self._samples.setdefault(name, RowSample())
             sample.add(read, drawn_for(read, self._draws))
-        tokens = x.detach().reshape(-1, x.shape[-1]).float()
+        tokens = x.detach().reshape(-1, x.shape[-1])
         if name not in self._moments:
             self._moments[name] = SecondMoment(tokens.shape[1], tokens.device)
             self.tokens[name] = 0
@@ -264,7 +280,7 @@ class Capture:
             if name not in self._drifts:
                 self._drifts[name] = SecondMoment(tokens.shape[1], tokens.device, symmetric=False)
             wanted = self._beside[name].reshape(-1, x.shape[-1]).float()
-            self._drifts[name].add(wanted - tokens, tokens)
+            self._drifts[name].add(wanted - tokens.float(), tokens)
 
 
 def drawn_for(tokens: Tensor, draws: Tensor | None) -> Tensor | None:

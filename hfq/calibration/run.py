@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..config import Recipe
 from ..core.statistics import InputStatistics
 from ..formats import FORMATS
+from ..kernels import native
 from ..nn.experts import expert_weights, is_fused_experts, pack_experts_
 from ..nn.packed import PackedModule
 from .blocks import BlockCall, find_blocks, record_calls, run_after_blocks, run_block
@@ -119,6 +120,7 @@ class Calibration:
         progress: Progress | None,
         ranks: Ranks = ALONE,
     ) -> None:
+        native.load()  # codes are chosen by its code, too
         self.model, self.recipes, self.make_twin = model, recipes, make_twin
         self.progress, self.ranks = progress, ranks
         self.blocks = find_blocks(model)

@@ -17,24 +17,25 @@ from .bilevel import decode_bilevel, encode_bilevel
 from .codebooks import codebook
 from .errors import ConfigError, WeightError
 from .outliers import collect_outliers, largest_of_pieces
-from .spec import SCALE_BLOCK, CodebookSpec, IntSpec, QuantSpec, SpqrSpec, group_count
+from .spec import SCALE_BLOCK, CodebookSpec, QuantSpec, SpqrSpec, group_count
 from .weight import QuantizedWeight, ScaleCodes
 
 __all__ = [
     "StoredGrid",
     "bilevel_grid",
     "check_finite",
+    "codebook_of",
     "column_rounder",
     "decode_scales",
     "encode",
     "grid_points",
     "group_columns",
     "group_mean",
-    "group_rounders",
     "join_grids",
     "range_grid",
     "residual",
     "round_to_grid",
+    "rounded_away",
     "store_grid",
     "stored_scales",
 ]
@@ -106,7 +107,12 @@ def stored_scales(scales: Tensor, spec: QuantSpec) -> Tensor:
     This matters most for scales too small for a normal number of that dtype: to nearest, they would lose up to
     all of their bits. Scales that the dtype holds exactly stay as they are; too large ones become infinite.
     """
-    stored = scales.to(spec.torch_scale_dtype)
+    return rounded_away(scales, spec.torch_scale_dtype)
+
+
+def rounded_away(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """In that dtype, away from zero; see `stored_scales`."""
+    stored = scales.to(dtype)
     if stored.dtype == torch.float32:
         return stored
     # In IEEE formats the next larger magnitude is the next larger integer, whatever the sign.
@@ -211,7 +217,8 @@ def round_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor | None, spec: Qu
     A group whose scale is 0 gets the code of 0.
     """
     scaled = _in_steps(group_columns(weight, spec.group_size), scales)
-    codes = _nearest(scaled, zeros, spec).to(torch.uint8)
+    points = codebook_of(spec, weight.device)
+    codes = _nearest(scaled, zeros, points, spec.bits).to(torch.uint8)
     return codes.flatten(1)[:, : weight.shape[1]].contiguous()
 
 
@@ -225,44 +232,34 @@ def join_grids(grids: Sequence[StoredGrid]) -> StoredGrid:
 
 
 def column_rounder(
-    scales: Tensor, zeros: Tensor | None, spec: QuantSpec
+    scales: Tensor, zeros: Tensor | None, points: Tensor | None, bits: int
 ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """Rounds one column of a weight after the other, for methods that correct what is still to be rounded.
 
     Args:
-        scales, zeros: of the column's group as stored, float32 `[N]`.
+        scales, zeros: of the column's group as stored, float32 `[N]`; no zeros where the grid is symmetric.
+        points: the values of a codebook, float32 `[16]`, or None.
 
     Returns:
         A function from float32 `[N]` to (codes, rounded values): whole float32 or uint8, and float32, both `[N]`.
     """
     inverse = _reciprocal(scales)
-    if isinstance(spec, CodebookSpec):
-        values = codebook(spec.codebook, scales.device)
-        boundaries = (values[1:] + values[:-1]) / 2
+    if points is not None:
+        boundaries = (points[1:] + points[:-1]) / 2
 
         def round_to_codebook(column: Tensor) -> tuple[Tensor, Tensor]:
             codes = torch.bucketize(column * inverse, boundaries)
-            return codes, values[codes] * scales
+            return codes, points[codes] * scales
 
         return round_to_codebook
-    zero = spec.implied_zero if zeros is None else zeros
-    most = spec.levels - 1
+    zero = 1 << (bits - 1) if zeros is None else zeros
+    most = (1 << bits) - 1
 
     def round_to_integers(column: Tensor) -> tuple[Tensor, Tensor]:
         codes = (column * inverse).add_(zero).round_().clamp_(0, most)
         return codes, (codes - zero) * scales
 
     return round_to_integers
-
-
-def group_rounders(
-    scales: Tensor, zeros: Tensor | None, spec: QuantSpec
-) -> list[Callable[[Tensor], tuple[Tensor, Tensor]]]:
-    """`column_rounder` of each group. Scales and zeros as stored, groups in rows: float32 `[G, N]`."""
-    return [
-        column_rounder(scale, None if zeros is None else zeros[group], spec)
-        for group, scale in enumerate(scales)
-    ]
 
 
 def residual(groups: Tensor, scales: Tensor, zeros: Tensor | None, spec: QuantSpec) -> Tensor:
@@ -272,15 +269,26 @@ def residual(groups: Tensor, scales: Tensor, zeros: Tensor | None, spec: QuantSp
         groups: float32 `[N, G, S]`, see `group_columns`.
         scales, zeros: float32 `[N, G]`, as they would be stored.
     """
-    return _in_steps(groups, scales).sub_(grid_points(groups, scales, zeros, spec))
+    points = grid_points(groups, scales, zeros, codebook_of(spec, groups.device), spec.bits)
+    return _in_steps(groups, scales).sub_(points)
 
 
-def grid_points(groups: Tensor, scales: Tensor, zeros: Tensor | None, spec: QuantSpec) -> Tensor:
-    """The rounded weight in units of the scale: `[N, G, S]`, float32. Arguments as for `residual`."""
-    nearest = _nearest(_in_steps(groups, scales), zeros, spec)
-    if isinstance(spec, CodebookSpec):
-        return codebook(spec.codebook, groups.device)[nearest.int()]
-    return nearest.sub_(_zero(zeros, spec))
+def codebook_of(spec: QuantSpec, device: torch.device) -> Tensor | None:
+    """The values that codes stand for, float32 `[16]`; None where they are numbers themselves."""
+    return codebook(spec.codebook, device) if isinstance(spec, CodebookSpec) else None
+
+
+def grid_points(
+    groups: Tensor, scales: Tensor, zeros: Tensor | None, points: Tensor | None, bits: int
+) -> Tensor:
+    """The rounded weight in units of the scale: `[N, G, S]`, float32.
+
+    Args:
+        groups, scales, zeros: as for `residual`.
+        points: the values of a codebook, float32 `[16]`, or None.
+    """
+    nearest = _nearest(_in_steps(groups, scales), zeros, points, bits)
+    return nearest.sub_(_zero(zeros, bits)) if points is None else points[nearest.int()]
 
 
 def _in_steps(groups: Tensor, scales: Tensor) -> Tensor:
@@ -288,21 +296,20 @@ def _in_steps(groups: Tensor, scales: Tensor) -> Tensor:
     return groups * _reciprocal(scales).unsqueeze(-1)
 
 
-def _nearest(scaled: Tensor, zeros: Tensor | None, spec: QuantSpec) -> Tensor:
+def _nearest(scaled: Tensor, zeros: Tensor | None, points: Tensor | None, bits: int) -> Tensor:
     """The nearest code of ``weight / scale``, `[N, G, S]`: uint8 for codebooks, whole float32 for integers."""
-    if isinstance(spec, CodebookSpec):
-        values = codebook(spec.codebook, scaled.device)
+    if points is not None:
         codes = torch.zeros_like(scaled, dtype=torch.uint8)
         # Fifteen comparisons take half the time of a binary search.
-        for boundary in (values[1:] + values[:-1]) / 2:
+        for boundary in (points[1:] + points[:-1]) / 2:
             codes += scaled > boundary
         return codes
-    return (scaled + _zero(zeros, spec)).round_().clamp_(0, spec.levels - 1)
+    return (scaled + _zero(zeros, bits)).round_().clamp_(0, (1 << bits) - 1)
 
 
-def _zero(zeros: Tensor | None, spec: IntSpec) -> Tensor | int:
+def _zero(zeros: Tensor | None, bits: int) -> Tensor | int:
     """What stands at 0, ready to be added to `[N, G, S]`."""
-    return spec.implied_zero if zeros is None else zeros.unsqueeze(-1)
+    return 1 << (bits - 1) if zeros is None else zeros.unsqueeze(-1)
 
 
 def _store(scales: Tensor, spec: QuantSpec) -> tuple[Tensor, ScaleCodes | None]:

@@ -1,11 +1,19 @@
 """Rounding column by column, each column answering for the errors of those before it: the loop of GPTQ and SpQR.
 
 The equations are in `hfq.core.statistics.Factor`; what a method adds are grids, and which weights are stored apart.
+Operator of the loop (all columns lie in rows, so that each is one run of memory):
+
+    hfq::round_columns(targets [B, N], origins [B, N], asked [B, B], groups [B], scales [G, N], zeros? [G, N],
+                       codebook? [16], bits) -> (codes uint8 [B, N], changes float32 [B, N])
+
+Column i is rounded from ``targets[i] + sum over j < i of asked[i, j] * changes[j]``, and what it changes is its
+origin less its rounded value. All float32, groups int32. In PyTorch here; native code for the CPU (kernels/cpu).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,13 +22,102 @@ from . import affine
 from .spec import QuantSpec
 from .statistics import Factor
 
-__all__ = ["COLUMN_BLOCK", "ColumnRounder", "ColumnRounding", "static_rounders"]
+__all__ = [
+    "COLUMN_BLOCK",
+    "ColumnGrid",
+    "ColumnRounder",
+    "ColumnRounding",
+    "StaticGrid",
+    "round_one_by_one",
+]
 
 # One column of corrected weights, float32 `[N]`, to (codes, rounded weights); see `affine.column_rounder`.
 ColumnRounder = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 # Columns that are corrected one by one; those further on get the sum of a block's corrections as one product.
 COLUMN_BLOCK = 128
+
+_LIBRARY: Any = torch.library.Library("hfq", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define(
+    "round_columns(Tensor targets, Tensor origins, Tensor asked, Tensor groups, Tensor scales, Tensor? zeros, "
+    "Tensor? codebook, int bits) -> (Tensor, Tensor)"
+)
+
+
+def _round_columns(
+    targets: Tensor,
+    origins: Tensor,
+    asked: Tensor,
+    groups: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    points: Tensor | None,
+    bits: int,
+) -> tuple[Tensor, Tensor]:
+    of_groups = [
+        affine.column_rounder(scale, None if zeros is None else zeros[group], points, bits)
+        for group, scale in enumerate(scales)
+    ]
+    return round_one_by_one(targets, origins, asked, [of_groups[g] for g in groups.tolist()])
+
+
+_LIBRARY.impl("round_columns", _round_columns, "CompositeExplicitAutograd")
+
+
+def round_one_by_one(
+    targets: Tensor, origins: Tensor, asked: Tensor, rounders: Sequence[ColumnRounder]
+) -> tuple[Tensor, Tensor]:
+    """``hfq::round_columns`` with any rounder for each column."""
+    codes = torch.empty(targets.shape, dtype=torch.uint8, device=targets.device)
+    changes, targets = torch.empty_like(targets), targets.clone()
+    for index, rounder in enumerate(rounders):
+        codes[index], rounded = rounder(targets[index])
+        torch.sub(origins[index], rounded, out=changes[index])
+        targets[index + 1 :].addr_(asked[index + 1 :, index], changes[index])
+    return codes, changes
+
+
+class ColumnGrid(Protocol):
+    """What columns are rounded to."""
+
+    def round(
+        self, columns: Tensor, targets: Tensor, origins: Tensor, asked: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`round_columns` of some columns, int64 `[B]`."""
+
+
+class StaticGrid:
+    """A grid that is known before the first column is rounded."""
+
+    def __init__(self, grid: affine.StoredGrid, spec: QuantSpec, group_size: int) -> None:
+        self.scales = grid.scales.float().T.contiguous()
+        self.zeros = None if grid.float_zeros is None else grid.float_zeros.T.contiguous()
+        self.codebook = affine.codebook_of(spec, self.scales.device)
+        self.bits, self.group_size = spec.bits, group_size
+
+    def round(
+        self, columns: Tensor, targets: Tensor, origins: Tensor, asked: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `ColumnGrid`."""
+        groups = (columns // self.group_size).int()
+        found: tuple[Tensor, Tensor] = torch.ops.hfq.round_columns(
+            *(targets, origins, asked.contiguous(), groups),
+            *(self.scales, self.zeros, self.codebook, self.bits),
+        )
+        return found
+
+    def rounders(self, columns: Tensor) -> list[ColumnRounder]:
+        """Of each of some columns, int64 `[B]`: for those who do more than to round."""
+        groups = (columns // self.group_size).tolist()
+        return [
+            affine.column_rounder(
+                self.scales[g],
+                None if self.zeros is None else self.zeros[g],
+                self.codebook,
+                self.bits,
+            )
+            for g in groups
+        ]
 
 
 class ColumnRounding:
@@ -51,10 +148,15 @@ class ColumnRounding:
         )
         return self.columns[first:last] + taken
 
-    def round(self, first: int, rounders: Sequence[ColumnRounder]) -> None:
-        """Round neighbouring columns from `first` on, each correcting the ones after it."""
-        for start in range(0, len(rounders), COLUMN_BLOCK):
-            self._round_block(first + start, rounders[start : start + COLUMN_BLOCK])
+    def round(self, first: int, last: int, grid: ColumnGrid) -> None:
+        """Round neighbouring columns, each correcting the ones after it."""
+        for start in range(first, last, COLUMN_BLOCK):
+            block = slice(start, min(start + COLUMN_BLOCK, last))
+            origins = self.columns[block]
+            targets = origins + self._corrections(block.start, block.stop)
+            asked = self.factor.feedback[block, block].T
+            codes, errors = grid.round(self.factor.order[block], targets, origins, asked)
+            self._codes[block], self.errors[block] = codes, errors
 
     def codes(self) -> Tensor:
         """Uint8 `[N, K]`, in the order of the weight."""
@@ -65,24 +167,3 @@ class ColumnRounding:
         """What columns before `first` ask of the columns from `first` to `last`: `[last - first, N]`."""
         corrections: Tensor = self.factor.feedback[:first, first:last].T @ self.errors[:first]
         return corrections
-
-    def _round_block(self, first: int, rounders: Sequence[ColumnRounder]) -> None:
-        last = first + len(rounders)
-        block = self.columns[first:last] + self._corrections(first, last)
-        for index, rounder in enumerate(rounders):
-            column = first + index
-            codes, rounded = rounder(block[index])
-            self._codes[column] = codes
-            torch.sub(self.columns[column], rounded, out=self.errors[column])
-            block[index + 1 :].addr_(
-                self.factor.feedback[column, column + 1 : last], self.errors[column]
-            )
-
-
-def static_rounders(grid: affine.StoredGrid, spec: QuantSpec, order: Tensor) -> list[ColumnRounder]:
-    """A rounder for each column in the order of rounding, where all grids are known before the first is rounded."""
-    scales = grid.scales.float().T.contiguous()
-    zeros = None if grid.float_zeros is None else grid.float_zeros.T.contiguous()
-    rounders = affine.group_rounders(scales, zeros, spec)
-    size = spec.group_size
-    return [rounders[0 if size == -1 else column // size] for column in order.tolist()]

@@ -47,7 +47,7 @@ def _fit(weight: Tensor, spec: SpqrSpec, importance: Tensor) -> tuple[ScaleCodes
     assert zeros is not None
     groups = group_columns(weight, spec.group_size)
     costs = column_costs(groups, weight.shape[1], importance)
-    points = grid_points(groups, scales, zeros, spec)
+    points = grid_points(groups, scales, zeros, None, spec.bits)
     stored = encode_bilevel(scales, spec, weighted_sum(points.square(), costs))
     decoded = bilevel_grid(stored, stored, spec).scales
     stored_zeros = encode_bilevel(
@@ -86,7 +86,7 @@ def _search(
         for pair in _neighbours(*codes, most=(1 << spec.stat_bits) - 1):
             grid = bilevel_grid(replace(scales, codes=pair[0]), replace(zeros, codes=pair[1]), spec)
             assert grid.zeros is not None
-            points = grid_points(groups, grid.scales, grid.zeros, spec)
+            points = grid_points(groups, grid.scales, grid.zeros, None, spec.bits)
             error = weighted_sum((groups - points * grid.scales.unsqueeze(-1)).square_(), costs)
             better = error < least
             codes = (

@@ -10,6 +10,9 @@ Weights that read the same activations (q, k and v; gate and up) share one `Inpu
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -95,11 +98,19 @@ class InputStatistics:
             self._factors[key] = _factorize(self.hessian, order, damp_percent)
         return self._factors[key]
 
-    def damped(self, damping: float) -> Tensor:
-        """H with that share of the mean of its diagonal added to it: positive definite after a factorisation with it."""
-        alive, mean = _without_zeros(self.hessian)
-        alive.diagonal().add_(damping * mean)
-        return alive
+    @contextmanager
+    def damped(self, damping: float) -> Iterator[Tensor]:
+        """Within, H itself with that share of the mean of its diagonal added to it.
+
+        It is positive definite where a factorisation has succeeded with that damping.
+        """
+        diagonal = self.hessian.diagonal()
+        before = diagonal.clone()
+        _damp(self.hessian, damping)
+        try:
+            yield self.hessian
+        finally:
+            diagonal.copy_(before)
 
     @property
     def damping(self) -> float:
@@ -130,41 +141,49 @@ class InputStatistics:
         return float(((difference @ self.hessian) * difference).sum())
 
 
-def _without_zeros(hessian: Tensor) -> tuple[Tensor, float]:
-    """A copy of H with the mean of its diagonal in place of zeros there, and that mean.
+def _damp(hessian: Tensor, damping: float) -> None:
+    """Put the mean of H's diagonal in place of zeros there, and add a share of it.
 
     Columns that never carry anything must not be corrected by others, nor correct them.
     """
     diagonal = hessian.diagonal()
     # Where nothing ever arrives all roundings are as good as each other.
-    mean = diagonal.mean().item() or 1.0
-    return hessian + torch.diag(torch.where(diagonal == 0, mean, 0.0)), mean
+    mean = diagonal.float().mean().item() or 1.0
+    diagonal.masked_fill_(diagonal == 0, mean).add_(damping * mean)
+
+
+def _all_finite(values: Tensor) -> bool:
+    # Both extremes are NaN where any value is; without a matrix of booleans.
+    return values.numel() == 0 or all(math.isfinite(extreme) for extreme in values.aminmax())
 
 
 def _factorize(hessian: Tensor, order: Tensor, damp_percent: float) -> Factor:
-    if not torch.isfinite(hessian).all():
+    if not _all_finite(hessian):
         raise CalibrationError(
             "the activations that this weight reads are NaN, infinite or too large to square in float32: check the "
             "model on the calibration text in bfloat16 or float32, or keep this module in float"
         )
-    alive, mean = _without_zeros(hessian)
-    permuted = alive[order][:, order]
+    # Cholesky goes from the first column on; M goes from the last.
+    backwards = order.flip(0)
     damping = max(damp_percent, torch.finfo(torch.float32).eps)
     while True:
         for dtype in (torch.float32, torch.float64):
-            damped = permuted.to(dtype)
-            damped.diagonal().add_(damping * mean)
-            # Cholesky goes from the first column on; M goes from the last.
-            lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
-            if info.item() == 0 and bool(torch.isfinite(lower).all()):
-                upper = lower.flip(0, 1)
-                roots = upper.diagonal()
+            # As few matrices of this size at a time as can be: they are the largest that calibration meets.
+            damped = hessian[backwards.unsqueeze(1), backwards].to(dtype)
+            _damp(damped, damping)
+            lower, info = torch.linalg.cholesky_ex(damped)
+            del damped
+            if info.item() == 0 and _all_finite(lower):
+                roots = lower.diagonal().clone()
+                lower /= roots
+                lower = lower.float()
                 return Factor(
                     order=order,
-                    feedback=(upper / roots).float(),
-                    costs=roots.square().float(),
+                    feedback=lower.flip(0, 1),
+                    costs=roots.flip(0).square().float(),
                     damping=damping,
                 )
+            del lower
         if damping >= _MOST_DAMPING:
             raise CalibrationError(
                 "the second moment of the activations cannot be factorised even when fully damped: the activations "

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from ..algorithms import ALGORITHMS, TRANSFORMS, find_method
 from ..config import Recipe
 from ..core.activations import fit_input_scale
+from ..core.precision import bfloat16_products
 from ..core.statistics import InputStatistics
 from ..formats import FORMATS
+from ..kernels import native
 
 __all__ = ["COLUMNS", "Choosing", "Rates", "measure_rates", "recipe_key"]
 
@@ -52,7 +54,8 @@ class Rates:
 
     Attributes:
         forward: operations (a multiplication and an addition are two) per second of a product in the model's dtype.
-        float32: the same of a sum of second moments in float32.
+        float32: the same of a product in float32.
+        rounded: the same within `bfloat16_products`.
         factor: K^3 per second of a factorisation.
         read: bytes per second of reading a file; of one that the system has in memory already, if it has it.
         choosing: by `recipe_key`.
@@ -60,6 +63,7 @@ class Rates:
 
     forward: float
     float32: float
+    rounded: float
     factor: float
     read: float
     choosing: Mapping[tuple[object, ...], Choosing]
@@ -81,6 +85,7 @@ def measure_rates(
         file: one of those that will be read.
         dtype, device: of activations.
     """
+    native.load()
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(_TOKENS, _SIZE, generator=generator).to(device)
     weight = torch.randn(_SIZE, _SIZE, generator=generator).to(device)
@@ -92,10 +97,16 @@ def measure_rates(
     return Rates(
         forward=products / _seconds(lambda: nn.functional.linear(*typed)),
         float32=products / _seconds(lambda: total.addmm_(x.T, x)),
+        rounded=products / _seconds(lambda: _rounded_product(total, x)),
         factor=_SIZE**3 / _seconds(lambda: _statistics(moment).factor(0.01, False)),
         read=_read_rate(file),
         choosing={key: _choosing(recipe, x, weight) for key, recipe in order.items()},
     )
+
+
+def _rounded_product(total: Tensor, x: Tensor) -> None:
+    with bfloat16_products():
+        total.addmm_(x.T, x)
 
 
 def _statistics(moment: Tensor) -> InputStatistics:

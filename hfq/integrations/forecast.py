@@ -6,8 +6,8 @@ For T calibration and D held-out tokens, a block with P parameters that a token 
     statistics         T * K^2 for each distinct input        half of a product: the other half mirrors it
     factorisations     K^3 for each distinct input
     choosing codes     the method's own time, measured on small weights, + 2 * N * K^2 operations where it is calibrated,
-                       + 6 * N * K^2 for each turn of `refine`, and for its U grid parameters of a row N * U^3 as in
-                       factorisations
+                       + 5 * N * K^2 for each turn of `refine`, 2 of them rounded to bfloat16, and for its U grid
+                       parameters of a row N * U^3 as in factorisations
     sampling text      without a data set the whole model once for each token of a few sequences side by side
     reading, writing   the checkpoint once, the packed weights twice (while it runs, and when it is done)
     check              a new process imports everything, loads what was written, runs some tokens, and times some more
@@ -151,12 +151,14 @@ def forecast(
         own: text that the model samples; None without.
     """
     text = model.config.get_text_config()
+    size = next(model.parameters()).element_size()
     work = _Work(text, blocks, weights, tokens, config.target_bits is not None)
     seconds = {
         "reading and writing": (file_bytes[0] * (4 if work.measures else 1) + 2 * file_bytes[1])
         / rates.read,
         "forward": work.forward() / rates.forward,
-        "statistics": work.statistics() / rates.float32,
+        # Sums of bfloat16 activations take the faster products.
+        "statistics": work.statistics() / (rates.rounded if size == 2 else rates.float32),
         "factorisations": work.factors() / rates.factor,
         "choosing codes": work.choosing(rates),
         "check in a new process": _NEW_PROCESS
@@ -165,7 +167,6 @@ def forecast(
     }
     if own is not None:
         seconds["sampling text"] = _sampling(own, work, rates, file_bytes[0])
-    size = next(model.parameters()).element_size()
     inside = sum(p.nbytes for block in blocks for p in block.parameters())
     outside = sum(p.nbytes for p in model.parameters()) - inside
     drifts = 2 if work.drifts else 1
@@ -261,8 +262,10 @@ class _Work:
                 if ALGORITHMS.get(method.algorithm).calibrated:
                     turns = _turns(recipe)
                     # Small weights have told about their own products.
-                    products = (2 + 6 * turns) * rows * columns * max(0, columns - COLUMNS)
-                    one += products / rates.float32 + _grids(recipe, rows, columns) / rates.factor
+                    product = rows * columns * max(0, columns - COLUMNS)
+                    one += (2 + 3 * turns) * product / rates.float32
+                    one += 2 * turns * product / rates.rounded
+                    one += _grids(recipe, rows, columns) / rates.factor
                 total += weight.experts * one
             total += rates.choosing[recipe_key(weight.recipes[0])].transform * columns
         return total

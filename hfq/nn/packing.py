@@ -10,6 +10,7 @@ from torch import Tensor
 from ..core.errors import WeightError
 from ..core.weight import QuantizedWeight
 from ..formats import FORMATS, INPUT_SCALE, ROW_CHUNK
+from ..kernels import native
 from .slot import PackedSlot
 
 __all__ = ["Encode", "pack_weight"]
@@ -41,6 +42,7 @@ def pack_weight(weight: Tensor, slot: PackedSlot, encode: Encode) -> dict[str, T
         raise WeightError(
             f"expected a weight of shape {slot.float_shape}, got {tuple(weight.shape)}"
         )
+    native.load()  # codes are chosen by its code, too
     out = {
         key: torch.empty(layout.shape, dtype=layout.dtype, device=weight.device)
         for key, layout in slot.layout().items()

@@ -1,6 +1,7 @@
 // AVX2 (any x86 since 2013): vpmaddubsw adds two products in 16 bits with saturation.
 #include <immintrin.h>
 
+#include "rounding.h"
 #include "rows16.h"
 #include "spqr.h"
 
@@ -38,9 +39,10 @@ inline I byte_dot(I sum, Line codes, uint32_t x) {
 #include "rows16_body.h"
 #include "int8_body.h"
 #include "spqr_body.h"
+#include "rounding_body.h"
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {"avx2", kMaxTokens, kSpqrTokens, prepare, linear, dequantize, quantize, int8_linear, spqr_prepare, spqr_linear, spqr_dequantize};
+const Kernels kAvx2Kernels = {"avx2", kMaxTokens, kSpqrTokens, prepare, linear, dequantize, quantize, int8_linear, spqr_prepare, spqr_linear, spqr_dequantize, round_columns, search_grid};
 
 }  // namespace hfq

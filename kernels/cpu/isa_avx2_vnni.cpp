@@ -1,6 +1,7 @@
 // AVX2 with AVX-VNNI (Alder Lake and later, Zen 5): vpdpbusd on 256 bits, without saturation.
 #include <immintrin.h>
 
+#include "rounding.h"
 #include "rows16.h"
 #include "spqr.h"
 
@@ -21,9 +22,10 @@ inline I small_end(SmallSum sum, int32_t) { return sum; }
 #include "rows16_body.h"
 #include "int8_body.h"
 #include "spqr_body.h"
+#include "rounding_body.h"
 
 }  // namespace
 
-const Kernels kAvx2VnniKernels = {"avx2_vnni", kMaxTokens, kSpqrTokens, prepare, linear, dequantize, quantize, int8_linear, spqr_prepare, spqr_linear, spqr_dequantize};
+const Kernels kAvx2VnniKernels = {"avx2_vnni", kMaxTokens, kSpqrTokens, prepare, linear, dequantize, quantize, int8_linear, spqr_prepare, spqr_linear, spqr_dequantize, round_columns, search_grid};
 
 }  // namespace hfq

@@ -2,6 +2,7 @@
 // the sum to 32 bits, without saturation.
 #include <immintrin.h>
 
+#include "rounding.h"
 #include "rows16.h"
 #include "spqr.h"
 
@@ -19,9 +20,10 @@ inline I small_end(SmallSum sum, int32_t) { return sum; }
 #include "rows16_body.h"
 #include "int8_body.h"
 #include "spqr_body.h"
+#include "rounding_body.h"
 
 }  // namespace
 
-const Kernels kAvx512VnniKernels = {"avx512_vnni", kMaxTokens, kSpqrTokens, prepare, linear, dequantize, quantize, int8_linear, spqr_prepare, spqr_linear, spqr_dequantize};
+const Kernels kAvx512VnniKernels = {"avx512_vnni", kMaxTokens, kSpqrTokens, prepare, linear, dequantize, quantize, int8_linear, spqr_prepare, spqr_linear, spqr_dequantize, round_columns, search_grid};
 
 }  // namespace hfq

@@ -1,6 +1,7 @@
 // Launchers: split the work over tokens, row blocks and threads. Arguments are validated by the caller (torch_binding.cpp).
 #pragma once
 
+#include "rounding.h"
 #include "rows16.h"
 #include "spqr.h"
 
@@ -29,5 +30,7 @@ void launch_dequantize(const DequantizeParams& params);
 // params.values and .group_sums are set here; params.tokens likewise, a few of `tokens` at a time.
 void launch_spqr_linear(const SpqrLinearParams& params, int64_t tokens);
 void launch_spqr_dequantize(const SpqrDequantizeParams& params);
+void launch_round_columns(const RoundParams& params);
+void launch_search_grid(const SearchParams& params);
 
 }  // namespace hfq

@@ -97,8 +97,11 @@ struct DequantizeParams {
 
 struct SpqrLinearParams;  // spqr.h
 struct SpqrDequantizeParams;
+struct RoundParams;  // rounding.h
+struct SearchParams;
 
-// What one instruction set offers. prepare() covers groups [first, last), spqr_prepare() units, quantize() all tokens, the others row blocks.
+// What one instruction set offers. prepare() covers groups [first, last), spqr_prepare() units, quantize() all tokens, round_columns()
+// tiles of kTileRows rows, search_grid() groups of row blocks, the others row blocks.
 struct Kernels {
   const char* name;
   int32_t max_tokens;
@@ -111,6 +114,8 @@ struct Kernels {
   void (*spqr_prepare)(const SpqrLinearParams& params, int64_t first, int64_t last);
   void (*spqr_linear)(const SpqrLinearParams& params, int64_t first, int64_t last);
   void (*spqr_dequantize)(const SpqrDequantizeParams& params, int64_t first, int64_t last);
+  void (*round_columns)(const RoundParams& params, float* scratch, int64_t first, int64_t last);
+  void (*search_grid)(const SearchParams& params, float* scratch, int64_t first, int64_t last);
 };
 
 extern const Kernels kGenericKernels;

@@ -44,7 +44,13 @@ StableIValue filled(const char* op, StableIValue y, const Fill& fill) {
   return y;
 }
 
-// torch_binding_spqr.cpp. Returns false on failure.
+inline const float* float32_data(const Tensor& tensor) {
+  if (tensor.dtype() != aoti_torch_dtype_float32()) tensor.refuse("float32");
+  return static_cast<const float*>(tensor.data(aoti_torch_device_type_cpu(), 4));
+}
+
+// torch_binding_spqr.cpp and torch_binding_rounding.cpp. Return false on failure.
 bool register_spqr(TorchLibraryHandle library);
+bool register_rounding(TorchLibraryHandle library);
 
 }  // namespace hfq

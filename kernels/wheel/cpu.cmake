@@ -26,12 +26,13 @@ function(link_torch_stubs target)
 endfunction()
 
 add_library(hfq_cpu MODULE "${KERNELS}/torch-ext/torch_binding.cpp" "${KERNELS}/torch-ext/torch_binding_spqr.cpp"
-                           "${KERNELS}/cpu/launch.cpp" "${KERNELS}/cpu/launch_spqr.cpp" "${KERNELS}/cpu/isa.cpp"
+                           "${KERNELS}/torch-ext/torch_binding_rounding.cpp" "${KERNELS}/cpu/launch.cpp"
+                           "${KERNELS}/cpu/launch_spqr.cpp" "${KERNELS}/cpu/launch_rounding.cpp" "${KERNELS}/cpu/isa.cpp"
                            "${KERNELS}/cpu/isa_generic.cpp")
 set(cpu_isas generic)
 
-# GCC's own AVX-512 headers read uninitialized variables on purpose.
-set(common -O3 -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized)
+# GCC's own AVX-512 headers read uninitialized variables on purpose. Vectors are passed inside of one file only (psabi).
+set(common -O3 -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized -Wno-psabi)
 target_compile_options(hfq_cpu PRIVATE ${common})
 
 function(add_isa name)

@@ -69,7 +69,14 @@ def textbook(weight: Tensor, hessian: Tensor, spec: QuantSpec, damp: float) -> T
         scales = stored.scales.float()
         codes[:, k] = affine.round_to_grid(column, scales, zeros, spec)[:, 0]
         rounded = (
-            affine.grid_points(column.unsqueeze(1), scales, zeros, spec)[:, 0, 0] * scales[:, 0]
+            affine.grid_points(
+                column.unsqueeze(1),
+                scales,
+                zeros,
+                affine.codebook_of(spec, column.device),
+                spec.bits,
+            )[:, 0, 0]
+            * scales[:, 0]
         )
         error = (remaining[:, k] - rounded) / upper[k, k]
         remaining[:, k + 1 :] -= error.outer(upper[k, k + 1 :])
@@ -121,7 +128,8 @@ def test_a_second_look_lowers_the_error(
     spec: QuantSpec, desc_act: bool, inputs: Tensor, random_weight: MakeWeight
 ) -> None:
     weight, known = random_weight(40, COLUMNS), statistics_of(inputs)
-    damped = known.damped(0.01)
+    with known.damped(0.01) as hessian:
+        damped = hessian.clone()
     errors = []
     for turns in (0, 1, 3):
         quantized = quantize(weight, spec, known, desc_act=desc_act, refine=turns)

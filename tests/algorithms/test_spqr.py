@@ -94,7 +94,8 @@ def test_a_second_look_takes_some_of_the_error(
     weight, known = heavy_tailed_weight(70, COLUMNS), statistics_of(inputs)
     spec = SpqrSpec(bits=bits, outliers=share)
     found = [quantize(weight, spec, known, refine=turns) for turns in (0, 1, 2)]
-    hessian = known.damped(known.damping).double()
+    with known.damped(known.damping) as damped:
+        hessian = damped.double()
     errors = []
     for each in found:
         difference = (weight - each.dequantize()).double()
