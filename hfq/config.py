@@ -27,6 +27,7 @@ _SPEC_SETTINGS = (
     "group_size",
     "sym",
     "scale_dtype",
+    "static_groups",
     "double_quant",
     "activation",
     "stat_bits",
@@ -80,6 +81,8 @@ class HfqConfig(QuantizationConfigMixin):
         group_size: columns that share a scale, -1 for whole rows. Default 128 ("int"), 64 ("nf4", "fp4"), 16 ("spqr").
         sym: no zero points. Default True, False for method "hqq" and format "spqr".
         scale_dtype: "float16" (default), "bfloat16" or "float32".
+        static_groups: for "int": False lets groups follow the order in which gptq rounds columns; such weights decode on
+            the slower PyTorch path. Default True: groups are runs of neighbours.
         double_quant: 8-bit scales, for "nf4" and "fp4".
         activation: for "int8": None keeps activations in float, "dynamic" rounds each token to int8 on the way in,
             "static" with one scale per weight that calibration finds. Default None ("dynamic" for smoothquant).
@@ -128,6 +131,7 @@ class HfqConfig(QuantizationConfigMixin):
         group_size: int | None = None,
         sym: bool | None = None,
         scale_dtype: str | None = None,
+        static_groups: bool | None = None,
         double_quant: bool | None = None,
         activation: str | None = None,
         stat_bits: int | None = None,
@@ -160,6 +164,7 @@ class HfqConfig(QuantizationConfigMixin):
             "group_size": group_size,
             "sym": sym,
             "scale_dtype": scale_dtype,
+            "static_groups": static_groups,
             "double_quant": double_quant,
             "activation": activation,
             "stat_bits": stat_bits,
@@ -173,6 +178,7 @@ class HfqConfig(QuantizationConfigMixin):
         self.group_size = base.spec.group_size
         self.sym = base.spec.sym
         self.scale_dtype = base.spec.scale_dtype
+        self.static_groups = base.spec.static_groups
         self.double_quant = bool(getattr(base.spec, "double_quant", False))
         self.activation = base.spec.activation
         self.stat_bits: int | None = getattr(base.spec, "stat_bits", None)
@@ -307,6 +313,8 @@ class HfqConfig(QuantizationConfigMixin):
             "quantize_lm_head": self.quantize_lm_head,
             **self.options,
         }
+        if not self.static_groups:
+            written["static_groups"] = False
         if self.double_quant:
             written["double_quant"] = True
         if self.activation is not None:
@@ -401,9 +409,10 @@ def _recipe(
                 f"{nearest(key, names)}"
             )
     stored = {key: value for key, value in settings.items() if key != "format"}
-    if stored.get("double_quant") is False:
-        # What a format without it does anyway.
-        del stored["double_quant"]
+    for key, usual in (("double_quant", False), ("static_groups", True)):
+        if stored.get(key) is usual:
+            # What a format without it does anyway.
+            del stored[key]
     spec = FORMATS.get(settings["format"]).spec(stored)
     merged = {**found.options, **options}
     found.check(spec, merged)

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..core.errors import UnknownNameError, nearest
+from ..core.errors import ConfigError, UnknownNameError, nearest
 from ..core.registry import Registry
 from ..core.spec import QuantSpec
 from ..core.statistics import InputStatistics
@@ -141,6 +141,11 @@ class Method:
 
     def check(self, spec: QuantSpec, options: Mapping[str, object]) -> None:
         """`ConfigError` where it cannot produce that spec or an option is out of range."""
+        if not spec.static_groups and self.algorithm != "gptq":
+            raise ConfigError(
+                f"static_groups=False stores groups that follow gptq's order of rounding: method {self.algorithm!r} has "
+                "no order; set static_groups=True, or use method 'gptq'"
+            )
         ALGORITHMS.get(self.algorithm).check(spec, options)
         if self.transform is not None:
             TRANSFORMS.get(self.transform).check(spec, options)

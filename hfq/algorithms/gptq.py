@@ -17,12 +17,14 @@ Transformers", 2022; the equations are in `hfq.core.statistics.Factor`. Options:
 
 Grids are chosen when the first column of their group comes up, from weights that carry the corrections so far. With
 `desc_act`, and where scales are quantized themselves, all grids are chosen before the first column ("static groups"),
-so that groups stay runs of neighbours and reading the weight costs nothing extra.
+so that groups stay runs of neighbours and reading the weight costs nothing extra. The setting ``static_groups=False``
+of format "int" makes groups of columns that are rounded one after the other instead, and stores which is which.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -65,6 +67,11 @@ class Gptq:
         check_integer("refine", options["refine"], 0)
         for name in ("damp_percent", "gptaq"):
             check_share(name, options[name])
+        if not spec.static_groups and not options["desc_act"]:
+            raise ConfigError(
+                "static_groups=False lets groups follow the order of rounding, which desc_act=False leaves as it is: "
+                "set desc_act=True or leave static_groups out"
+            )
 
     def quantize(
         self,
@@ -85,6 +92,8 @@ class Gptq:
         if gptaq and statistics.drift is not None:
             weight = weight + gptaq * _drift_correction(weight, statistics.drift, factor)
         find_grid = fit_grid if options["scale_search"] else _range_grid
+        if not spec.static_groups:
+            return _groups_in_order(weight, spec, factor, find_grid, statistics, turns)
         if options["desc_act"] or (isinstance(spec, CodebookSpec) and spec.double_quant):
             quantized = _static_groups(weight, spec, factor, find_grid, statistics.importance)
         else:
@@ -118,6 +127,32 @@ def _group_by_group(
         grids.append(grid)
         rounding.round(start, stop, StaticGrid(grid, spec, len(rounding)))
     return affine.join_grids(grids).weight(rounding.codes(), spec)
+
+
+def _groups_in_order(
+    weight: Tensor,
+    spec: QuantSpec,
+    factor: Factor,
+    find_grid: _FindGrid,
+    statistics: InputStatistics,
+    turns: int,
+) -> QuantizedWeight:
+    """Groups of columns that are rounded one after the other; each column names its group."""
+    order = factor.order
+    position = torch.empty_like(order).index_copy_(
+        0, order, torch.arange(len(order), device=order.device)
+    )
+    size = len(order) if spec.group_size == -1 else spec.group_size
+    quantized = _group_by_group(weight, spec, factor, find_grid)
+    if turns:
+        # In the order of rounding groups are runs of neighbours again.
+        sorted_codes = replace(quantized, codes=quantized.codes[:, order])
+        with statistics.damped(factor.damping) as hessian:
+            permuted = hessian[order.unsqueeze(1), order]
+        visits = torch.arange(len(order), device=order.device)
+        quantized = refine(weight[:, order], sorted_codes, permuted, visits, turns)
+        quantized = replace(quantized, codes=quantized.codes[:, position])
+    return replace(quantized, g_idx=(position // max(1, size)).int())
 
 
 def _static_groups(

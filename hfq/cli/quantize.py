@@ -61,6 +61,13 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     _add_spqr(parser.add_argument_group("format spqr"))
     parser.add_argument("--scale-dtype", help="float16, bfloat16, float32")
     parser.add_argument(
+        "--no-static-groups",
+        action="store_false",
+        dest="static_groups",
+        default=None,
+        help="groups follow the order of rounding (gptq, int)",
+    )
+    parser.add_argument(
         "--double-quant", action="store_true", default=None, help="8-bit scales (nf4, fp4)"
     )
     parser.add_argument(
@@ -192,6 +199,7 @@ def config_of(args: argparse.Namespace) -> HfqConfig:
             group_size=args.group_size,
             sym=args.sym,
             scale_dtype=args.scale_dtype,
+            static_groups=args.static_groups,
             double_quant=args.double_quant,
             activation=args.activation,
             stat_bits=args.stat_bits,

@@ -48,17 +48,20 @@ class IntSpec:
         sym: True fixes the zero point at ``2**(bits-1)`` and stores none. False stores one per group, as a
             float, so that it may be fractional (HQQ).
         scale_dtype: dtype of scales and zero points, "float16", "bfloat16" or "float32".
+        static_groups: groups are runs of neighbours. False: each column has the number of its group stored.
     """
 
     bits: int = 4
     group_size: int = 128
     sym: bool = True
     scale_dtype: str = "float16"
+    static_groups: bool = True
 
     def __post_init__(self) -> None:
         if not _is_int(self.bits) or not 2 <= self.bits <= 8:
             raise ConfigError(f"bits must be an integer from 2 to 8, got {self.bits!r}")
         check_flag("sym", self.sym)
+        check_flag("static_groups", self.static_groups)
         _check_group_size(self.group_size)
         _check_scale_dtype(self.scale_dtype)
 
@@ -129,6 +132,7 @@ class CodebookSpec:
     scale_dtype: str = "float16"
     bits: ClassVar[int] = 4
     sym: ClassVar[bool] = True
+    static_groups: ClassVar[bool] = True
     activation: ClassVar[None] = None
 
     def __post_init__(self) -> None:

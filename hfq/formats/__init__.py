@@ -13,7 +13,7 @@ Names start with ``weight``: the packed codes keep the name of the float weight,
 know the format meets a size mismatch instead of reading codes as numbers. The layout is the same on every
 device; what a kernel likes better is made in memory (`hfq.kernels`) and never stored.
 
-All tensors but `INPUT_SCALE` are cut along dimension 0 like the rows of the weight (`pack` of a slice of rows whose
+All tensors but `INPUT_SCALE` and `GROUP_INDEX` are cut along dimension 0 like the rows of the weight (`pack` of a slice of rows whose
 count is a multiple of `ROW_CHUNK` is the slice of the pack), so a weight can be packed in pieces.
 """
 
@@ -35,6 +35,7 @@ from ..core.weight import Grid, QuantizedWeight
 __all__ = [
     "FORMATS",
     "FORMAT_VERSION",
+    "GROUP_INDEX",
     "INPUT_SCALE",
     "ROW_CHUNK",
     "Format",
@@ -47,8 +48,10 @@ __all__ = [
 # Raised when a checkpoint can no longer be read by older releases. Readers refuse newer versions.
 FORMAT_VERSION = 1
 
-# The one tensor that is not cut along the rows: the scale of the activations, float32 [1].
+# The tensors that are not cut along the rows: the scale of the activations, float32 [1], and the group of each column
+# where groups are not runs of neighbours, int32 [K].
 INPUT_SCALE = "weight_input_scale"
+GROUP_INDEX = "weight_g_idx"
 
 # Pieces of this many rows start on a boundary of every format's blocks.
 ROW_CHUNK = SCALE_BLOCK

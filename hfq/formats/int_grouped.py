@@ -3,7 +3,7 @@
     weight        uint8 [N, ceil(K * bits / 8), 1]   codes, a little-endian bit stream per row (hfq.core.bits)
     weight_scale  scale_dtype [N, G]
     weight_zero   scale_dtype [N, G]                 only where sym=False
-    weight_g_idx  int32 [K]                          only where groups are not runs of neighbours
+    weight_g_idx  int32 [K]                          only where static_groups=False
     weight_input_scale  float32 [1]                  only where activation="static" (int8)
 
 ``w[n, k] = (code[n, k] - zero[n, g]) * scale[n, g]`` with g = k // group_size (or g_idx[k]) and
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from ..core import bits
+from ..core.errors import CheckpointError
 from ..core.spec import Int8Spec, IntSpec, QuantSpec, group_count
 from ..core.weight import PackedGrid, QuantizedWeight
-from . import FORMATS, INPUT_SCALE, TensorLayout, chosen
+from . import FORMATS, GROUP_INDEX, INPUT_SCALE, TensorLayout, chosen
 
 _SETTINGS = ("bits", "group_size", "sym", "scale_dtype")
 
@@ -31,7 +32,7 @@ class IntGrouped:
     name = "int"
 
     def spec(self, settings: Mapping[str, object]) -> IntSpec:
-        return IntSpec(**chosen(settings, _SETTINGS, self.name))
+        return IntSpec(**chosen(settings, (*_SETTINGS, "static_groups"), self.name))
 
     def layout(
         self, spec: QuantSpec, out_features: int, in_features: int
@@ -45,6 +46,8 @@ class IntGrouped:
         }
         if not spec.sym:
             stored["weight_zero"] = TensorLayout(groups, spec.torch_scale_dtype)
+        if not spec.static_groups:
+            stored[GROUP_INDEX] = TensorLayout((in_features,), torch.int32)
         if spec.activation == "static":
             stored[INPUT_SCALE] = TensorLayout((1,), torch.float32)
         return stored
@@ -56,8 +59,8 @@ class IntGrouped:
         }
         if weight.zeros is not None:
             tensors["weight_zero"] = weight.zeros.contiguous()
-        if weight.g_idx is not None:
-            tensors["weight_g_idx"] = weight.g_idx.contiguous()
+        if not weight.spec.static_groups:
+            tensors[GROUP_INDEX] = _group_index(weight)
         if weight.input_scale is not None:
             tensors[INPUT_SCALE] = weight.input_scale
         return tensors
@@ -70,7 +73,7 @@ class IntGrouped:
             codes=bits.unpack(tensors["weight"].squeeze(-1), spec.bits, in_features),
             scales=tensors["weight_scale"],
             zeros=tensors.get("weight_zero"),
-            g_idx=tensors.get("weight_g_idx"),
+            g_idx=tensors.get(GROUP_INDEX),
             input_scale=tensors.get(INPUT_SCALE),
         )
 
@@ -82,7 +85,7 @@ class IntGrouped:
             scales=tensors["weight_scale"],
             zeros=tensors.get("weight_zero"),
             codebook=None,
-            g_idx=tensors.get("weight_g_idx"),
+            g_idx=tensors.get(GROUP_INDEX),
             bits=spec.bits,
             group_size=in_features if spec.group_size == -1 else spec.group_size,
             in_features=in_features,
@@ -92,7 +95,26 @@ class IntGrouped:
         )
 
     def check_values(self, tensors: Mapping[str, Tensor], in_features: int) -> None:
-        """Every code stands for a value."""
+        """Every code stands for a value, but a column may name a group that is none."""
+        groups = tensors.get(GROUP_INDEX)
+        if groups is None or not groups.numel():
+            return
+        least, most = (int(extreme) for extreme in groups.aminmax())
+        count = tensors["weight_scale"].shape[-1]
+        if least < 0 or most >= count:
+            raise CheckpointError(
+                f"expected groups from 0 to {count - 1} for the columns, got {least} to {most}; the checkpoint is "
+                "damaged"
+            )
+
+
+def _group_index(weight: QuantizedWeight) -> Tensor:
+    """Int32 `[K]`; methods that make groups of neighbours do not number them."""
+    if weight.g_idx is not None:
+        return weight.g_idx.contiguous()
+    columns = torch.arange(weight.codes.shape[1], dtype=torch.int32, device=weight.codes.device)
+    size = len(columns) if weight.spec.group_size == -1 else weight.spec.group_size
+    return columns // max(1, size)
 
 
 class Int8PerChannel(IntGrouped):

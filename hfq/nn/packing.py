@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.errors import WeightError
 from ..core.weight import QuantizedWeight
-from ..formats import FORMATS, INPUT_SCALE, ROW_CHUNK
+from ..formats import FORMATS, GROUP_INDEX, INPUT_SCALE, ROW_CHUNK
 from ..kernels import native
 from .slot import PackedSlot
 
@@ -64,6 +64,9 @@ def _pack_rows(weight: Tensor, out: dict[str, Tensor], slot: PackedSlot, encode:
     for start in range(0, rows, step):
         packed = packed_format.pack(encode(weight[start : start + step].float()))
         for key, tensor in packed.items():
+            if key == GROUP_INDEX:
+                out[key].copy_(tensor)
+                continue
             end = position[key] + tensor.shape[0]
             out[key][position[key] : end] = tensor
             position[key] = end

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from hfq.algorithms import ALGORITHMS
+from hfq.algorithms import ALGORITHMS, find_method
 from hfq.core import affine
 from hfq.core.errors import CalibrationError, ConfigError, WeightError
 from hfq.core.spec import CodebookSpec, Int8Spec, IntSpec, QuantSpec
@@ -122,6 +123,30 @@ def test_important_columns_first_is_better(inputs: Tensor, random_weight: MakeWe
     assert errors[1] < 0.95 * errors[0]
 
 
+@pytest.mark.parametrize("group_size", [32, 200, -1])
+@pytest.mark.parametrize("sym", [False, True])
+def test_groups_follow_the_order_of_rounding(
+    group_size: int, sym: bool, inputs: Tensor, random_weight: MakeWeight
+) -> None:
+    """It is the same as without act-order where columns are sorted beforehand."""
+    spec = IntSpec(bits=3, group_size=group_size, sym=sym, static_groups=False)
+    known, weight = statistics_of(inputs), random_weight(20, COLUMNS)
+    order = known.factor(0.01, True).order
+    for turns in (0, 2):
+        found = quantize(weight, spec, known, refine=turns)
+        usual = replace(spec, static_groups=True)
+        in_order = statistics_of(inputs[:, order])
+        expected = quantize(weight[:, order], usual, in_order, refine=turns, desc_act=False)
+        same = (found.codes[:, order] == expected.codes).float().mean()
+        assert same > 0.97  # products of other sizes round otherwise
+        assert found.g_idx is not None and found.g_idx.dtype == torch.int32
+        sizes = found.g_idx.bincount()
+        assert sizes.tolist() == [len(part) for part in order.split(sizes.max().item())]
+        ours = known.error(weight - found.dequantize())
+        theirs = in_order.error(weight[:, order] - expected.dequantize())
+        assert ours == pytest.approx(theirs, rel=0.02)
+
+
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 @pytest.mark.parametrize("desc_act", [False, True])
 def test_a_second_look_lowers_the_error(
@@ -220,3 +245,12 @@ def test_options_are_checked(options: dict[str, Any], message: str) -> None:
     gptq = ALGORITHMS.get("gptq")
     with pytest.raises(ConfigError, match=message):
         gptq.check(IntSpec(), {**gptq.options, **options})
+
+
+def test_groups_without_an_order_are_refused() -> None:
+    spec = IntSpec(static_groups=False)
+    gptq = ALGORITHMS.get("gptq")
+    with pytest.raises(ConfigError, match="set desc_act=True or leave static_groups out"):
+        gptq.check(spec, {**gptq.options, "desc_act": False})
+    with pytest.raises(ConfigError, match="method 'rtn' has no order"):
+        find_method("rtn").check(spec, ALGORITHMS.get("rtn").options)

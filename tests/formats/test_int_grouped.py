@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from hfq.core.errors import ConfigError
+from hfq.core.errors import CheckpointError, ConfigError
 from hfq.core.spec import Int8Spec, IntSpec
 from hfq.core.weight import QuantizedWeight
 from hfq.formats import FORMATS
@@ -46,7 +48,7 @@ def test_the_layout_of_the_module(generator: torch.Generator) -> None:
 
 def test_groups_of_scattered_columns(generator: torch.Generator) -> None:
     """With ``g_idx`` each column names its group."""
-    integers, spec = FORMATS.get("int"), IntSpec(group_size=4)
+    integers, spec = FORMATS.get("int"), IntSpec(group_size=4, static_groups=False)
     weight = QuantizedWeight(
         spec=spec,
         codes=torch.randint(0, 16, (3, 8), generator=generator, dtype=torch.uint8),
@@ -57,3 +59,10 @@ def test_groups_of_scattered_columns(generator: torch.Generator) -> None:
     assert tensors["weight_g_idx"].dtype == torch.int32
     assert torch.equal(integers.unpack(tensors, spec, 8).dequantize(), weight.dequantize())
     assert integers.grid(tensors, spec, 3, 8).g_idx is tensors["weight_g_idx"]
+    integers.check_values(tensors, 8)
+    neighbours = integers.pack(replace(weight, g_idx=None))
+    assert neighbours["weight_g_idx"].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    for wrong in (-1, 2):
+        tensors["weight_g_idx"][3] = wrong
+        with pytest.raises(CheckpointError, match="groups from 0 to 1"):
+            integers.check_values(tensors, 8)

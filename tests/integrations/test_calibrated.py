@@ -56,6 +56,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama_tied", {"quantize_embeddings": True}),
     ("gpt2", {"group_size": -1, "format": "int8"}),
     ("mixtral", {"group_size": 40, "desc_act": False}),
+    *((kind, {"group_size": 40, "static_groups": False}) for kind in ("llama", "mixtral")),
 ]
 
 
@@ -66,7 +67,9 @@ def test_save_and_load_give_the_same_logits(
     reference = build(kind)
     reference.save_pretrained(tmp_path / "float")
     model = quantize(tmp_path / "float", tokens, **settings)
-    rounded_settings = {k: v for k, v in settings.items() if k not in ("gptaq", "desc_act")}
+    rounded_settings = {
+        k: v for k, v in settings.items() if k not in ("gptaq", "desc_act", "static_groups")
+    }
     rounded = load(
         tmp_path / "float",
         quantization_config=HfqConfig(**{"group_size": 32, **rounded_settings}),
