@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -303,3 +304,17 @@ def test_wrong_shape_is_refused() -> None:
     packed = QuantLinear(32, 24, format="int", spec=IntSpec(group_size=16))
     with pytest.raises(WeightError, match=r"\(24, 32\).*\(32, 24\)"):
         packed.requantize("weight", torch.zeros(32, 24))
+
+
+def test_new_values_have_groups_of_neighbours(generator: torch.Generator) -> None:
+    """Also where the groups of what was there before followed an order, and over several slices of rows."""
+    spec = IntSpec(bits=8, group_size=16, static_groups=False)
+    linear = nn.Linear(4100, 600, bias=False)
+    packed = QuantLinear.from_linear(linear, format="int", spec=spec)
+    assert packed.packed_parameters("weight")["weight_g_idx"].tolist() == [
+        k // 16 for k in range(4100)
+    ]
+    usual = QuantLinear.from_linear(linear, format="int", spec=replace(spec, static_groups=True))
+    assert torch.equal(packed.dequantize(), usual.dequantize())
+    x = torch.randn(3, 4100, generator=generator)
+    torch.testing.assert_close(packed(x), x @ usual.dequantize().T, rtol=1e-4, atol=1e-4)
