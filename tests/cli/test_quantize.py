@@ -16,6 +16,8 @@ from hfq.cli import main
 from hfq.inspection import inspect_checkpoint
 from hfq.integrations import gate, streaming
 
+pytestmark = pytest.mark.usefixtures("gate_in_this_process")
+
 
 def tree(folder):
     """Relative path -> digest of every file below, hidden ones included."""

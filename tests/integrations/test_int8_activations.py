@@ -20,14 +20,13 @@ from transformers import PreTrainedModel
 import hfq
 from hfq import CalibrationError, CheckpointError, ConfigError, HfqConfig
 from hfq.inspection import inspect_checkpoint
-from hfq.integrations import gate
 from hfq.nn.experts import QuantExperts
 from hfq.nn.linear import QuantLinear
 
 from .tiny_models import build, load
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.usefixtures("one_thread", "gate_in_this_process"),
     # PEFT still uses the names that Transformers 5.23 renames.
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),
 ]
@@ -35,12 +34,6 @@ pytestmark = [
 HELD_OUT = torch.arange(34).view(2, 17)
 # A channel of the hidden states, of the values and of the MLP, and how much larger it becomes.
 OUTLIER, FACTOR = 5, 80.0
-
-
-@pytest.fixture(autouse=True)
-def gate_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A new process takes seconds to import everything; one test starts one."""
-    monkeypatch.setattr(gate, "_from_new_process", lambda *args: (gate.logits_of(*args), None))
 
 
 @pytest.fixture

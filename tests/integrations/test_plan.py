@@ -18,15 +18,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import hfq
 from hfq import CheckpointError, ConfigError, HfqConfig
-from hfq.integrations import gate, obstacles, resume, streaming
+from hfq.integrations import obstacles, resume, streaming
 from hfq.integrations.checkpoint import file_bytes
 
 from .tiny_models import CONFIGS, build, load
 
-
-@pytest.fixture(autouse=True)
-def gate_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "_from_new_process", lambda *args: (gate.logits_of(*args), None))
+pytestmark = pytest.mark.usefixtures("gate_in_this_process")
 
 
 @pytest.fixture

@@ -35,14 +35,9 @@ from hfq.integrations.report import PICTURE, REPORT
 
 from .tiny_models import CONFIGS, build, load, stored_names
 
+pytestmark = pytest.mark.usefixtures("gate_in_this_process")
+
 HELD_OUT = torch.arange(34).view(2, 17)
-
-
-@pytest.fixture(autouse=True)
-def gate_in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A new process takes seconds to import everything; tests marked so start one."""
-    if not request.node.get_closest_marker("real_gate"):
-        monkeypatch.setattr(gate, "_from_new_process", lambda *args: (gate.logits_of(*args), None))
 
 
 @pytest.fixture

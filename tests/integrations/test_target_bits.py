@@ -13,17 +13,14 @@ from torch import Tensor
 import hfq
 from hfq import ConfigError, HfqConfig, ResumeError
 from hfq.calibration import sensitivity
-from hfq.integrations import batching, gate, resume
+from hfq.integrations import batching, resume
 from hfq.nn.packed import PackedModule
 
 from .tiny_models import CONFIGS, build, load, stored_names
 
+pytestmark = pytest.mark.usefixtures("gate_in_this_process")
+
 HELD_OUT = torch.arange(34).view(2, 17)
-
-
-@pytest.fixture(autouse=True)
-def gate_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "_from_new_process", lambda *args: (gate.logits_of(*args), None))
 
 
 @pytest.fixture
