@@ -144,6 +144,18 @@ def heavy_tailed_weight(generator: torch.Generator) -> Callable[..., Tensor]:
 
 
 @pytest.fixture
+def gate_in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`hfq.quantize` loads what it wrote in the test's process: a new one takes seconds to import everything.
+
+    Tests marked ``real_gate`` start one, as users do.
+    """
+    if not request.node.get_closest_marker("real_gate"):
+        from hfq.integrations import gate
+
+        monkeypatch.setattr(gate, "_from_new_process", lambda *args: (gate.logits_of(*args), None))
+
+
+@pytest.fixture
 def one_thread() -> Iterator[None]:
     """For tests on tiny tensors: threads would wait for each other longer than they work."""
     before = torch.get_num_threads()

@@ -9,8 +9,6 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hfq.integrations import gate
-
 WORDS = [
     "the",
     "a",
@@ -29,12 +27,6 @@ WORDS = [
     "reads",
     "writes",
 ]
-
-
-@pytest.fixture(autouse=True)
-def gate_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A new process takes seconds to import everything; tests of `hfq.quantize` start some."""
-    monkeypatch.setattr(gate, "_from_new_process", lambda *args: (gate.logits_of(*args), None))
 
 
 @pytest.fixture(scope="session")

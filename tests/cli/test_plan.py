@@ -9,6 +9,8 @@ import pytest
 from hfq.cli import main
 from hfq.cli.program import _parser
 
+pytestmark = pytest.mark.usefixtures("gate_in_this_process")
+
 
 def test_it_says_what_quantize_will_do(float_model, text, tmp_path, capsys):
     flags = ["--method", "gptq", "--group-size", "16", "--dataset", str(text), "--seqlen", "16"]

@@ -13,17 +13,14 @@ from torch import Tensor
 import hfq
 from hfq import HfqConfig
 from hfq.calibration.sequences import MOST_TOKENS
-from hfq.integrations import batching, gate, resume
+from hfq.integrations import batching, resume
 from hfq.integrations.batching import batch_tokens
 
 from .tiny_models import build
 
+pytestmark = pytest.mark.usefixtures("gate_in_this_process")
+
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def gate_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "_from_new_process", lambda *args: (gate.logits_of(*args), None))
 
 
 def free(monkeypatch: pytest.MonkeyPatch, count: float | None) -> None:

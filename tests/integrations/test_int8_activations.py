@@ -1,11 +1,9 @@
-"""W8A8 and SmoothQuant as users run them: quantize, save, load in a new process, train adapters."""
+"""W8A8 and SmoothQuant as users run them: quantize, save, load, train adapters."""
 
 from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +18,13 @@ from transformers import PreTrainedModel
 import hfq
 from hfq import CalibrationError, CheckpointError, ConfigError, HfqConfig
 from hfq.inspection import inspect_checkpoint
-from hfq.integrations import gate
 from hfq.nn.experts import QuantExperts
 from hfq.nn.linear import QuantLinear
 
 from .tiny_models import build, load
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.usefixtures("one_thread", "gate_in_this_process"),
     # PEFT still uses the names that Transformers 5.23 renames.
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),
 ]
@@ -35,12 +32,6 @@ pytestmark = [
 HELD_OUT = torch.arange(34).view(2, 17)
 # A channel of the hidden states, of the values and of the MLP, and how much larger it becomes.
 OUTLIER, FACTOR = 5, 80.0
-
-
-@pytest.fixture(autouse=True)
-def gate_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A new process takes seconds to import everything; one test starts one."""
-    monkeypatch.setattr(gate, "_from_new_process", lambda *args: (gate.logits_of(*args), None))
 
 
 @pytest.fixture
@@ -152,26 +143,6 @@ def test_experts_have_scales_of_their_own(tokens: Tensor, tmp_path: Path) -> Non
     for base in ("gate_up_proj", "down_proj"):
         scales = experts.neutral_tensors(base)["weight_input_scale"]
         assert scales.shape == (4, 1) and len(scales.unique()) > 1 and bool((scales > 0).all())
-
-
-def test_a_new_process_computes_the_same(tokens: Tensor, tmp_path: Path) -> None:
-    build("llama").save_pretrained(tmp_path / "float")
-    model = quantize(tmp_path / "float", tokens, activation="static")
-    model.save_pretrained(tmp_path / "packed")
-    torch.save(logits(model), tmp_path / "logits.pt")
-    code = f"""
-import hfq, torch
-from transformers import AutoModelForCausalLM
-torch.set_num_threads(1)
-model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "packed")!r})
-with torch.no_grad():
-    found = model(torch.arange(34).view(2, 17)).logits
-print(torch.equal(found, torch.load({str(tmp_path / "logits.pt")!r})))
-"""
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert run.stdout.strip() == "True", run.stderr
 
 
 @pytest.mark.parametrize("settings", [{}, {"activation": "static"}], ids=str)

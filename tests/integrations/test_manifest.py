@@ -15,15 +15,12 @@ from torch import Tensor
 
 import hfq
 from hfq import CheckpointError, HfqConfig
-from hfq.integrations import gate, streaming
+from hfq.integrations import streaming
 from hfq.integrations.manifest import MANIFEST
 
 from .tiny_models import CONFIGS, build, stored_names
 
-
-@pytest.fixture(autouse=True)
-def gate_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "_from_new_process", lambda *args: (gate.logits_of(*args), None))
+pytestmark = pytest.mark.usefixtures("gate_in_this_process")
 
 
 def quantized(folder: Path, **settings: Any) -> dict[str, Any]:

@@ -12,15 +12,12 @@ from safetensors.torch import load_file
 import hfq
 from hfq import HfqConfig
 from hfq.calibration.sample import sample_sequences
-from hfq.integrations import gate, own_text, resume, streaming
+from hfq.integrations import own_text, resume, streaming
 from hfq.integrations.source import FloatCheckpoint
 
 from .tiny_models import CONFIGS, build, load
 
-
-@pytest.fixture(autouse=True)
-def gate_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "_from_new_process", lambda *args: (gate.logits_of(*args), None))
+pytestmark = pytest.mark.usefixtures("gate_in_this_process")
 
 
 def config(**settings: Any) -> HfqConfig:

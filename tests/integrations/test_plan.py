@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections import namedtuple
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import hfq
 from hfq import CheckpointError, ConfigError, HfqConfig
-from hfq.integrations import gate, obstacles, resume, streaming
+from hfq.integrations import obstacles, resume, streaming
 from hfq.integrations.checkpoint import file_bytes
 
-from .tiny_models import CONFIGS, build, load
+from .tiny_models import CONFIGS, QUICK, build, load
 
-
-@pytest.fixture(autouse=True)
-def gate_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "_from_new_process", lambda *args: (gate.logits_of(*args), None))
+pytestmark = pytest.mark.usefixtures("gate_in_this_process")
 
 
 @pytest.fixture
@@ -42,6 +40,8 @@ def source(tmp_path: Path) -> Path:
 
 def gptq(tokens: Tensor, **settings: Any) -> HfqConfig:
     merged = {"method": "gptq", "dataset": tokens, "num_samples": 8, "group_size": 32, **settings}
+    if merged["method"] == "gptq":
+        merged = {**QUICK, **merged}
     return HfqConfig(**merged)
 
 
@@ -68,8 +68,16 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-@pytest.mark.parametrize(("kind", "changed"), CASES, ids=lambda value: str(value).replace(" ", ""))
+def cases_and_shards() -> Iterator[Any]:
+    """Each case in one file or in several by turns; the other way is slow."""
+    for number, (kind, changed) in enumerate(CASES):
+        for sharded in (False, True):
+            rest = (number + sharded) % 2
+            name = f"{kind}-{changed}-{sharded}".replace(" ", "")
+            yield pytest.param(kind, changed, sharded, id=name, marks=[pytest.mark.slow] * rest)
+
+
+@pytest.mark.parametrize(("kind", "changed", "sharded"), list(cases_and_shards()))
 def test_weights_and_bytes_are_those_of_the_run(
     kind: str,
     changed: dict[str, Any],

@@ -17,7 +17,7 @@ from torch import Tensor
 from hfq.integrations.report import REPORT
 from hfq.integrations.resume import FOLDER
 
-from .tiny_models import build, load
+from .tiny_models import QUICK, build, load
 
 # Libraries are imported once; each scenario forks its processes. They leave one line: the error, or how many blocks
 # were found finished.
@@ -48,7 +48,7 @@ def work(scenario, rank, size, port):
         distributed.init_process_group("gloo", rank=rank, world_size=size)
     report = None
     if name == "absent":
-        ranks._ARRIVAL = timedelta(seconds=3)
+        ranks._ARRIVAL = timedelta(seconds=1)
         if rank == 1:
             distributed.distributed_c10d._get_default_store().wait(["done"], timedelta(seconds=60))
             os._exit(0)
@@ -104,14 +104,17 @@ for port, size, scenario in json.loads(sys.argv[1]):
             print("hangs:", scenario[0])
 """
 
-GPTQ = {"method": "gptq", "group_size": 32, "num_samples": 21}
+DATA = {"group_size": 32, "num_samples": 21}
+GPTQ = {"method": "gptq", **DATA, **QUICK}
+GPTAQ = {"method": "gptq", **DATA, "gptaq": 0.5}
+AWQ = {"method": "awq", **DATA, "awq_steps": 3, "quantize_lm_head": True}
 SCENARIOS: list[tuple[str, str, int, str, dict[str, object]]] = [
-    ("gptaq-1", "llama", 1, "", {**GPTQ, "gptaq": 0.5}),
-    ("gptaq-2", "llama", 2, "", {**GPTQ, "gptaq": 0.5}),
+    ("gptaq-1", "llama", 1, "", GPTAQ),
+    ("gptaq-2", "llama", 2, "", GPTAQ),
     ("experts-1", "mixtral", 1, "", GPTQ),
     ("experts-3", "mixtral", 3, "", GPTQ),
-    ("awq-1", "llama", 1, "", {**GPTQ, "method": "awq", "awq_steps": 5, "quantize_lm_head": True}),
-    ("awq-2", "llama", 2, "", {**GPTQ, "method": "awq", "awq_steps": 5, "quantize_lm_head": True}),
+    ("awq-1", "llama", 1, "", AWQ),
+    ("awq-2", "llama", 2, "", AWQ),
     ("target-1", "mixtral", 1, "", {**GPTQ, "target_bits": 4.1}),
     ("target-3", "mixtral", 3, "", {**GPTQ, "target_bits": 4.1}),
     ("few-3", "llama", 3, "", {**GPTQ, "num_samples": 2}),
@@ -122,8 +125,8 @@ SCENARIOS: list[tuple[str, str, int, str, dict[str, object]]] = [
     ("differs-2", "llama", 2, "differs", GPTQ),
     ("absent-2", "llama", 2, "absent", GPTQ),
     ("cli-2", "llama", 2, "cli", {}),
-    ("resumed-2", "llama", 2, "dies", {**GPTQ, "gptaq": 0.5}),
-    ("resumed-2", "llama", 2, "again", {**GPTQ, "gptaq": 0.5}),
+    ("resumed-2", "llama", 2, "dies", GPTAQ),
+    ("resumed-2", "llama", 2, "again", GPTAQ),
     ("target_resumed-3", "mixtral", 3, "dies measuring", {**GPTQ, "target_bits": 4.1}),
     ("target_resumed-3", "mixtral", 3, "again", {**GPTQ, "target_bits": 4.1}),
 ]

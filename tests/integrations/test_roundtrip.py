@@ -131,39 +131,95 @@ def test_tied_weights_are_stored_and_held_once(tmp_path: Path) -> None:
     assert torch.isfinite(logits(again)).all()
 
 
-def test_a_new_process_computes_the_same(tmp_path: Path) -> None:
-    build("llama").save_pretrained(tmp_path / "float")
-    model = quantize(tmp_path / "float", {"format": "nf4"})
-    model.save_pretrained(tmp_path / "packed")
-    torch.save({"ids": IDS, "logits": logits(model)}, tmp_path / "expected.pt")
-    code = (
-        "import sys, torch, hfq\nfrom transformers import AutoModelForCausalLM\n"
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-        "expected = torch.load(sys.argv[2], weights_only=True)\n"
-        "with torch.no_grad():\n    assert torch.equal(model(expected['ids']).logits, expected['logits'])\n"
-    )
+# ---- other processes: one each for all of the cases, because imports take seconds
+
+DATA = torch.arange(240).view(8, 30) % 128
+LOADED: dict[str, dict[str, Any]] = {
+    "nf4": {"format": "nf4"},
+    "static": {"method": "smoothquant", "activation": "static", "dataset": DATA},
+    "spqr": {"method": "spqr", "group_size": 8, "outliers": 0.02, "dataset": DATA},
+}
+_WITH_HFQ = """
+import sys, torch, hfq
+from transformers import AutoModelForCausalLM
+torch.set_num_threads(1)
+for folder in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        torch.save(model(torch.arange(34).view(2, 17)).logits, folder + "/logits.pt")
+"""
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tensor, Tensor]]:
+    """Logits of the quantized model, and of a new process that loads what it saved."""
+    folder, expected = tmp_path_factory.mktemp("loaded"), {}
+    build("llama").save_pretrained(folder / "float")
+    for name, settings in LOADED.items():
+        model = quantize(folder / "float", settings)
+        expected[name] = logits(model)
+        model.save_pretrained(folder / name)
     subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "packed"), str(tmp_path / "expected.pt")],
-        check=True,
+        [sys.executable, "-c", _WITH_HFQ, *(str(folder / name) for name in LOADED)], check=True
     )
+    return {
+        name: (logits, torch.load(folder / name / "logits.pt")) for name, logits in expected.items()
+    }
 
 
-@pytest.mark.parametrize(
-    ("kind", "settings"),
-    [("llama", {}), ("llama", {"format": "int8"}), ("gpt2", {}), ("mixtral", {}), ("gpt_oss", {})],
-    ids=str,
-)
-def test_without_hfq_a_packed_checkpoint_raises(
-    kind: str, settings: dict[str, Any], tmp_path: Path
+@pytest.mark.parametrize("name", LOADED)
+def test_a_new_process_computes_the_same(
+    name: str, found: dict[str, tuple[Tensor, Tensor]]
 ) -> None:
-    build(kind).save_pretrained(tmp_path / "float")
-    quantize(tmp_path / "float", settings).save_pretrained(tmp_path / "packed")
-    code = "import sys\nfrom transformers import AutoModelForCausalLM\nAutoModelForCausalLM.from_pretrained(sys.argv[1])"
+    expected, logits = found[name]
+    assert bool(expected.isfinite().all()) and torch.equal(logits, expected)
+
+
+UNKNOWN = {
+    "llama": ("llama", {}),
+    "int8": ("llama", {"format": "int8"}),
+    "gpt2": ("gpt2", {}),
+    "mixtral": ("mixtral", {}),
+    "gpt_oss": ("gpt_oss", {}),
+}
+_WITHOUT_HFQ = """
+import json, sys
+from transformers import AutoModelForCausalLM
+answers = {}
+for name in sys.argv[2:]:
+    try:
+        AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/" + name)
+        answers[name] = "it was loaded"
+    except Exception as error:
+        answers[name] = f"{type(error).__name__}: {error}"
+assert "hfq" not in sys.modules
+print(json.dumps(answers))
+"""
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What a process that does not import hfq says about each folder."""
+    folder = tmp_path_factory.mktemp("unknown")
+    for name, (kind, settings) in UNKNOWN.items():
+        build(kind).save_pretrained(folder / f"{name}-float")
+        quantize(folder / f"{name}-float", settings).save_pretrained(folder / name)
     run = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "packed")], capture_output=True, text=True
+        [sys.executable, "-c", _WITHOUT_HFQ, str(folder), *UNKNOWN],
+        capture_output=True,
+        text=True,
     )
-    assert run.returncode != 0
-    assert "RuntimeError" in run.stderr and "mismatch" in run.stderr, run.stderr
+    assert run.returncode == 0, run.stderr
+    answers: dict[str, str] = json.loads(run.stdout.splitlines()[-1])
+    return answers
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_without_hfq_a_packed_checkpoint_raises(name: str, answers: dict[str, str]) -> None:
+    assert answers[name].startswith("RuntimeError: ") and "mismatch" in answers[name], answers[name]
+
+
+# ---- details
 
 
 def test_config_survives_json(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -41,20 +42,28 @@ def logits(model: PreTrainedModel) -> Tensor:
         return model(IDS).logits
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    build("llama").save_pretrained(tmp_path / "float")
-    return tmp_path / "float"
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Never written to."""
+    folder = tmp_path_factory.mktemp("spqr") / "float"
+    build("llama").save_pretrained(folder)
+    return folder
 
 
-@pytest.fixture
-def model(source: Path) -> PreTrainedModel:
+@pytest.fixture(scope="module")
+def quantized(source: Path) -> PreTrainedModel:
+    """Tests get copies."""
     return load(source, quantization_config=config(), dtype=torch.float32)
 
 
 @pytest.fixture
-def packed(model: PreTrainedModel, tmp_path: Path) -> Path:
-    model.save_pretrained(tmp_path / "packed")
+def model(quantized: PreTrainedModel) -> PreTrainedModel:
+    return copy.deepcopy(quantized)
+
+
+@pytest.fixture
+def packed(quantized: PreTrainedModel, tmp_path: Path) -> Path:
+    quantized.save_pretrained(tmp_path / "packed")
     return tmp_path / "packed"
 
 
@@ -81,8 +90,8 @@ def test_all_that_is_stored_counts(model: PreTrainedModel, packed: Path) -> None
     assert hfq.inspect_checkpoint(packed).packed_bytes == size
 
 
+@pytest.mark.usefixtures("gate_in_this_process")
 def test_block_by_block_is_the_same(source: Path, model: PreTrainedModel, tmp_path: Path) -> None:
-    """`hfq.quantize` also loads the folder in a new process, which must give the same logits."""
     report = hfq.quantize(source, tmp_path / "out", config(), dtype="float32")
     assert report.logit_difference == 0
     assert torch.equal(logits(load(tmp_path / "out")), logits(model))

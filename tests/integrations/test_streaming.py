@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +35,11 @@ from hfq.integrations import gate, resume, streaming
 from hfq.integrations.card import CARD
 from hfq.integrations.report import PICTURE, REPORT
 
-from .tiny_models import CONFIGS, build, load, stored_names
+from .tiny_models import CONFIGS, QUICK, build, load, stored_names
+
+pytestmark = pytest.mark.usefixtures("gate_in_this_process")
 
 HELD_OUT = torch.arange(34).view(2, 17)
-
-
-@pytest.fixture(autouse=True)
-def gate_in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A new process takes seconds to import everything; tests marked so start one."""
-    if not request.node.get_closest_marker("real_gate"):
-        monkeypatch.setattr(gate, "_from_new_process", lambda *args: (gate.logits_of(*args), None))
 
 
 @pytest.fixture
@@ -57,7 +54,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def gptq(tokens: Tensor, **settings: Any) -> HfqConfig:
-    merged = {"group_size": 32, "num_samples": 24, "kernel_mode": "exact", **settings}
+    merged = {"group_size": 32, "num_samples": 24, "kernel_mode": "exact", **QUICK, **settings}
     return HfqConfig("gptq", dataset=tokens, **merged)
 
 
@@ -84,9 +81,15 @@ def digests(folder: Path) -> dict[str, str]:
 # ---- the result
 
 
-@pytest.mark.parametrize("kind", list(CONFIGS))
-@pytest.mark.parametrize("method", ["gptq", "rtn"])
-@pytest.mark.parametrize("sharded", [True, False])
+def architectures() -> Iterator[Any]:
+    """Every pair of architecture, method and sharding; the other half of the triples is slow."""
+    for number, kind in enumerate(CONFIGS):
+        for method, sharded in itertools.product(["gptq", "rtn"], [True, False]):
+            rest = (number + (method == "rtn") + sharded) % 2
+            yield pytest.param(kind, method, sharded, marks=[pytest.mark.slow] * rest)
+
+
+@pytest.mark.parametrize(("kind", "method", "sharded"), list(architectures()))
 def test_it_writes_what_from_pretrained_gives(
     kind: str,
     method: str,
@@ -101,7 +104,8 @@ def test_it_writes_what_from_pretrained_gives(
 
     def config() -> HfqConfig:
         if method == "gptq":
-            return gptq(tokens, quantize_embeddings=kind == "llama_tied")
+            slowly = {"refine": 2, "scale_search": True} if kind in ("llama", "mixtral") else {}
+            return gptq(tokens, quantize_embeddings=kind == "llama_tied", **slowly)
         return HfqConfig(group_size=32, kernel_mode="exact")
 
     report = run(tmp_path / "float", tmp_path / "out", config())
@@ -230,7 +234,11 @@ def test_a_killed_run_goes_on_and_gives_the_same_files(
     """SIGKILL at random moments after the block whose turn it is; ``HFQ_TEST_KILLS`` times (1)."""
     data = tmp_path / "tokens.pt"
     torch.save(tokens, data)
-    assert start(deep, tmp_path / "whole" / "out", data).wait() == 0
+
+    def config() -> HfqConfig:
+        return HfqConfig("gptq", dataset=tokens, num_samples=24, group_size=32, gptaq=0.5)
+
+    run(deep, tmp_path / "whole" / "out", config())
     output = tmp_path / "cut" / "out"
     state = output / resume.FOLDER / "state.json"
     chance = random.Random(0)
@@ -246,9 +254,8 @@ def test_a_killed_run_goes_on_and_gives_the_same_files(
         child.wait()
         assert json.loads(state.read_text())["done"] >= wanted
         assert not (output / "config.json").exists()
-    assert start(deep, output, data).wait() == 0
+    assert run(deep, output, config()).resumed_blocks >= 1
     assert digests(output) == digests(tmp_path / "whole" / "out")
-    assert json.loads((output / REPORT).read_text())["resumed_blocks"] >= 1
 
 
 @pytest.fixture
@@ -433,6 +440,8 @@ peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0
 torch.set_num_threads(1)
 torch.randn(300, 300) @ torch.randn(300, 300)
 import transformers.models.llama.modeling_llama, hfq.integrations.streaming, hfq.kernels.dispatch
+# That process has memory of its own.
+hfq.integrations.streaming.check_reloaded = lambda *args: (0.0, None)
 before = peak()
 tokens = torch.randint(64, (4, 32), generator=torch.Generator().manual_seed(0))
 config = hfq.HfqConfig(overrides={"o_proj": {"method": "gptq"}}, dataset=tokens, num_samples=4)

@@ -13,17 +13,14 @@ from torch import Tensor
 import hfq
 from hfq import ConfigError, HfqConfig, ResumeError
 from hfq.calibration import sensitivity
-from hfq.integrations import batching, gate, resume
+from hfq.integrations import batching, resume
 from hfq.nn.packed import PackedModule
 
-from .tiny_models import CONFIGS, build, load, stored_names
+from .tiny_models import CONFIGS, QUICK, build, load, stored_names
+
+pytestmark = pytest.mark.usefixtures("gate_in_this_process")
 
 HELD_OUT = torch.arange(34).view(2, 17)
-
-
-@pytest.fixture(autouse=True)
-def gate_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "_from_new_process", lambda *args: (gate.logits_of(*args), None))
 
 
 @pytest.fixture
@@ -40,7 +37,7 @@ def source(tmp_path: Path) -> Path:
 def settings(tokens: Tensor, **changed: Any) -> HfqConfig:
     merged: dict[str, Any] = {"method": "gptq", "target_bits": 4.1, "group_size": 32, **changed}
     if "gptq" in merged["method"]:
-        merged.setdefault("refine", 0)  # a third of the time
+        merged = {**QUICK, **merged}
     return HfqConfig(dataset=tokens, num_samples=8, kernel_mode="exact", **merged)
 
 
@@ -66,7 +63,7 @@ def average_bits(model: torch.nn.Module) -> float:
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((kind, {}) for kind in CONFIGS),
-    ("llama", {"refine": 1}),
+    ("llama", {"refine": 1, "scale_search": True}),
     ("llama", {"method": "rtn", "sym": False, "target_bits": 5, "candidate_bits": [3, 5]}),
     ("llama", {"method": "awq+gptq", "awq_steps": 2, "quantize_lm_head": True}),
     ("llama_tied", {"quantize_embeddings": True, "overrides": {"down_proj": {"method": "rtn"}}}),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,15 +22,54 @@ assert ops.LIBRARY is not None  # defines torch.ops.hfq
 TORCH_LIBRARIES = Path(torch.__file__).parent / "lib"
 
 
-def _run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+# Runs pieces of code in processes of their own, forked from one that has imported torch, which takes seconds, and nothing
+# of hfq.
+_FORKS = """
+import json, os, sys, traceback
+import torch
+for line in sys.stdin:
+    code, environment, files = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.environ.update(environment)
+        for stream, file in zip((1, 2), files):
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
+        failed = "hfq" in sys.modules
+        try:
+            exec(code, {"__name__": "__main__"})
+        except BaseException:
+            traceback.print_exc()
+            failed = True
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(failed)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def run_code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    folder = tmp_path_factory.mktemp("forks")
+    words = [sys.executable, "-c", _FORKS]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(words, env=environment, **pipes) as process:
+        assert process.stdin is not None and process.stdout is not None
+
+        def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+            files = [folder / name for name in ("stdout", "stderr")]
+            for file in files:
+                file.unlink(missing_ok=True)
+            words = code, environment, [str(file) for file in files]
+            print(json.dumps(words), file=process.stdin, flush=True)
+            returncode = int(process.stdout.readline())
+            said = [file.read_text() for file in files]
+            return subprocess.CompletedProcess([], returncode, *said)
+
+        yield run
+        process.stdin.close()
 
 
 @pytest.fixture
@@ -85,16 +126,16 @@ def test_use_isa_selects_and_restores(library: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["generic", "auto", ""])
-def test_environment_variable_forces_an_isa(library: Path, name: str) -> None:
+def test_environment_variable_forces_an_isa(library: Path, name: str, run_code: Run) -> None:
     code = "from hfq.kernels import native; print(native.load().isa)"
-    run = _run(code, HFQ_CPU_ISA=name)
+    run = run_code(code, HFQ_CPU_ISA=name)
     assert run.stdout.strip() == ("generic" if name == "generic" else native.load().isas[0]), (
         run.stderr
     )
 
 
-def test_unknown_isa_in_the_environment_is_refused(library: Path) -> None:
-    run = _run("from hfq.kernels import native; native.load()", HFQ_CPU_ISA="avx1024")
+def test_unknown_isa_in_the_environment_is_refused(library: Path, run_code: Run) -> None:
+    run = run_code("from hfq.kernels import native; native.load()", HFQ_CPU_ISA="avx1024")
     assert run.returncode != 0
     assert (
         "KernelError: the environment variable HFQ_CPU_ISA asks for the instruction set 'avx1024'"
@@ -102,14 +143,14 @@ def test_unknown_isa_in_the_environment_is_refused(library: Path) -> None:
     )
 
 
-def test_import_loads_no_library() -> None:
-    run = _run(
+def test_import_loads_no_library(run_code: Run) -> None:
+    run = run_code(
         "import hfq; from hfq.kernels import native; print('libhfq' in open('/proc/self/maps').read())"
     )
     assert run.stdout.strip() == "False", run.stderr
 
 
-def test_missing_libraries_warn_once_and_say_why() -> None:
+def test_missing_libraries_warn_once_and_say_why(run_code: Run) -> None:
     code = """
 import warnings
 from hfq.kernels import native
@@ -125,14 +166,14 @@ try:
 except native.KernelError as error:
     print(error)
 """
-    run = _run(code)
+    run = run_code(code)
     assert run.returncode == 0, run.stderr
     assert "1 RuntimeWarning hfq runs without its native CPU kernels" in run.stdout
     assert "install a C++ compiler" in run.stdout
     assert "cannot select the instruction set 'generic'" in run.stdout
 
 
-def test_first_load_is_thread_safe(library: Path) -> None:
+def test_first_load_is_thread_safe(library: Path, run_code: Run) -> None:
     code = """
 import threading
 from hfq.kernels import native
@@ -141,7 +182,7 @@ threads = [threading.Thread(target=lambda: found.append(native.load())) for _ in
 [t.start() for t in threads], [t.join() for t in threads]
 print(len(found), len(set(map(id, found))))
 """
-    assert _run(code).stdout.split() == ["8", "1"]
+    assert run_code(code).stdout.split() == ["8", "1"]
 
 
 @pytest.mark.gpu
