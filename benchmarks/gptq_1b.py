@@ -44,7 +44,7 @@ def make(folder: Path, blocks: int, samples: int) -> None:
     save_file({"tokens": tokens}, folder / "tokens.safetensors")
 
 
-def ours(folder: Path, refine: int) -> None:
+def ours(folder: Path, refine: int | None) -> None:
     """Quantize with hfq and write what it took."""
     import torch
     from safetensors.torch import load_file
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64, help=f"sequences of {LENGTH} tokens")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ours", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--refine", type=int, default=2, help=argparse.SUPPRESS)
+    parser.add_argument("--refine", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.ours:
         return ours(args.ours, args.refine)

@@ -6,7 +6,8 @@ Transformers", 2022; the equations are in `hfq.core.statistics.Factor`. Options:
     damp_percent   added to the diagonal of the inputs' second moment, as a share of its mean
     desc_act       columns with the largest activations first ("act-order"): they are rounded before errors pile up
     scale_search   grids with the least squared error (`hfq.core.fit`) instead of those that cover the range
-    refine         how often grids and codes are chosen again afterwards, all others known (`hfq.core.refine`)
+    refine         how often grids and codes are chosen again afterwards, all others known (`hfq.core.refine`); None: once,
+                   and twice below 4 bits
     gptaq          0 to 1: which share of the drift of the inputs is made good. The layers before are quantized, so
                    this one reads x instead of the float model's x'; its best float weight for that is
 
@@ -34,7 +35,7 @@ from ..core.checks import check_flag, check_integer, check_share
 from ..core.columns import ColumnRounding, StaticGrid
 from ..core.errors import CalibrationError, ConfigError
 from ..core.fit import fit_grid
-from ..core.refine import refine
+from ..core.refine import default_turns, refine
 from ..core.spec import CodebookSpec, QuantSpec, SpqrSpec
 from ..core.statistics import Factor, InputStatistics
 from ..core.weight import QuantizedWeight
@@ -53,7 +54,7 @@ class Gptq:
         "damp_percent": 0.01,
         "desc_act": True,
         "scale_search": True,
-        "refine": 2,
+        "refine": None,
         "gptaq": 0.0,
     }
 
@@ -64,7 +65,8 @@ class Gptq:
             )
         for name in ("desc_act", "scale_search"):
             check_flag(name, options[name])
-        check_integer("refine", options["refine"], 0)
+        if options["refine"] is not None:
+            check_integer("refine", options["refine"], 0)
         for name in ("damp_percent", "gptaq"):
             check_share(name, options[name])
         if not spec.static_groups and not options["desc_act"]:
@@ -87,6 +89,8 @@ class Gptq:
         affine.check_finite(weight)
         damp_percent, gptaq, turns = (options[key] for key in ("damp_percent", "gptaq", "refine"))
         assert isinstance(damp_percent, (int, float)) and isinstance(gptaq, (int, float))
+        if turns is None:
+            turns = default_turns(spec)
         assert isinstance(turns, int)
         factor = statistics.factor(float(damp_percent), bool(options["desc_act"]))
         if gptaq and statistics.drift is not None:

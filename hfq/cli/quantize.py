@@ -128,7 +128,11 @@ def _add_calibration(group: argparse._ArgumentGroup) -> None:
         help="round columns with large activations first (default: on)",
     )
     group.add_argument("--damp-percent", type=float, help="share of the diagonal (default: 0.01)")
-    group.add_argument("--refine", type=int, help="second looks at grids and codes (gptq, spqr: 2)")
+    group.add_argument(
+        "--refine",
+        type=int,
+        help="second looks at grids and codes (gptq: 1, below 4 bits 2; spqr: 2)",
+    )
     group.add_argument("--gptaq", type=float, help="share of input drift made good (default: 0)")
     group.add_argument(
         "--smoothing",

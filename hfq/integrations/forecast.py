@@ -6,8 +6,8 @@ For T calibration and D held-out tokens, a block with P parameters that a token 
     statistics         T * K^2 for each distinct input        half of a product: the other half mirrors it
     factorisations     K^3 for each distinct input
     choosing codes     the method's own time, measured on small weights, + 2 * N * K^2 operations where it is calibrated,
-                       + 5 * N * K^2 for each turn of `refine`, 2 of them rounded to bfloat16, and for its U grid
-                       parameters of a row N * U^3 as in factorisations
+                       + 5 * N * K^2 for each turn of `refine`, and for its U grid parameters of a row
+                       N * U^3 as in factorisations
     sampling text      without a data set the whole model once for each token of a few sequences side by side
     reading, writing   the checkpoint once, the packed weights twice (while it runs, and when it is done)
     check              a new process imports everything, loads what was written, runs some tokens, and times some more
@@ -35,6 +35,7 @@ from torch import nn
 from ..algorithms import ALGORITHMS, find_method
 from ..calibration.sensitivity import BACKWARD, LONGEST, MEASURED_TOKENS
 from ..config import HfqConfig, Recipe
+from ..core.refine import default_turns
 from ..core.spec import group_count
 from ..diagnose.rates import COLUMNS, Rates, recipe_key
 from ..nn.experts import is_fused_experts
@@ -263,8 +264,7 @@ class _Work:
                     turns = _turns(recipe)
                     # Small weights have told about their own products.
                     product = rows * columns * max(0, columns - COLUMNS)
-                    one += (2 + 3 * turns) * product / rates.float32
-                    one += 2 * turns * product / rates.rounded
+                    one += (2 + 5 * turns) * product / rates.float32
                     one += _grids(recipe, rows, columns) / rates.factor
                 total += weight.experts * one
             total += rates.choosing[recipe_key(weight.recipes[0])].transform * columns
@@ -345,6 +345,8 @@ class _Work:
 def _turns(recipe: Recipe) -> int:
     """Of `hfq.core.refine`."""
     turns = recipe.options.get("refine", 0)
+    if turns is None:
+        turns = default_turns(recipe.spec)
     assert isinstance(turns, int)
     return turns
 
