@@ -83,7 +83,7 @@ class ExpertsCapture:
 
     def _add(self, expert: int, x: Tensor, draws: Tensor | None = None) -> None:
         for base, read in ((self.first, x), (self.second, self._inner(expert, x))):
-            self._moments[base][expert].add(read.float(), read.float())
+            self._moments[base][expert].add(read, read)
             if self.sampled:
                 self._samples[base][expert].add(read, draws)
 

@@ -10,7 +10,6 @@ Weights that read the same activations (q, k and v; gate and up) share one `Inpu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -152,9 +151,12 @@ def _damp(hessian: Tensor, damping: float) -> None:
     diagonal.masked_fill_(diagonal == 0, mean).add_(damping * mean)
 
 
-def _all_finite(values: Tensor) -> bool:
-    # Both extremes are NaN where any value is; without a matrix of booleans.
-    return values.numel() == 0 or all(math.isfinite(extreme) for extreme in values.aminmax())
+def _all_finite(matrix: Tensor) -> bool:
+    """Whether no value of a second moment or a Cholesky factor is NaN or infinite.
+
+    Its diagonal tells: there each row's squares are summed up.
+    """
+    return bool(matrix.diagonal().isfinite().all())
 
 
 def _factorize(hessian: Tensor, order: Tensor, damp_percent: float) -> Factor:
