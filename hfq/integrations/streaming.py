@@ -9,6 +9,7 @@ only then do the files move into the output folder
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -146,6 +147,9 @@ class _Run:
         device: torch.device,
     ) -> None:
         self.start = time.perf_counter()
+        # A copy: what calibration leaves in it belongs to this run, and must not make the next one another.
+        config = copy.copy(config)
+        config.calibration = None
         self.ranks, self.config, self.output = ranks, config, Path(output)
         with ranks.together():
             if self.output.exists() and Path(model).exists() and self.output.samefile(model):

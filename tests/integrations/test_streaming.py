@@ -299,6 +299,16 @@ def test_another_run_does_not_go_on(
     assert report.resumed_blocks == 0 and not (unfinished / resume.FOLDER).exists()
 
 
+def test_a_config_that_was_used_before_goes_on(
+    unfinished: Path, source: Path, tokens: Tensor, tmp_path: Path
+) -> None:
+    config = gptq(tokens)
+    before = config.to_dict()
+    run(source, tmp_path / "other", config)
+    assert config.to_dict() == before
+    assert run(source, unfinished, config).resumed_blocks == 1
+
+
 def test_a_damaged_state_is_no_state(unfinished: Path, source: Path, tokens: Tensor) -> None:
     (unfinished / resume.FOLDER / "state.json").write_text("{")
     assert run(source, unfinished, gptq(tokens)).resumed_blocks == 0
