@@ -85,7 +85,7 @@ class Tensor {
     for (int64_t i = 0; i < dim_; ++i) elements *= sizes_[i];
     check_shim(aoti_torch_get_storage_offset(handle_, &offset), "storage_offset");
     check_shim(aoti_torch_get_storage_size(handle_, &bytes), "storage size");
-    if ((offset + elements) * element_size > bytes) refuse("backed by enough storage");
+    if (elements > 0 && (offset + elements) * element_size > bytes) refuse("backed by enough storage");
     void* pointer = nullptr;
     check_shim(aoti_torch_get_data_ptr(handle_, &pointer), "data_ptr");
     if (!pointer && elements > 0) refuse("backed by memory");

