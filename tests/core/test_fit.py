@@ -96,3 +96,17 @@ def test_groups_of_one_value(spec: QuantSpec, value: float) -> None:
     for importance in (None, torch.zeros(21)):
         quantized = affine.encode(weight, *fit_grid(weight, spec, importance), spec)
         torch.testing.assert_close(quantized.dequantize(), weight, rtol=1e-2, atol=0)
+
+
+def test_importance_of_weights_goes_with_its_rows(
+    heavy_tailed_weight: MakeWeight, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where rows are searched in slices."""
+    spec = IntSpec(bits=3, group_size=16, sym=False)
+    weight, importance = heavy_tailed_weight(20, 48), torch.rand(20, 48, generator=generator)
+    whole = fit_grid(weight, spec, importance)
+    monkeypatch.setattr("hfq.core.fit._SLICE", 7 * 48)
+    monkeypatch.setattr("hfq.core.fit._CACHED", 3 * 48)
+    for one, other in zip(whole, fit_grid(weight, spec, importance), strict=True):
+        assert one is not None and other is not None
+        torch.testing.assert_close(one, other)
