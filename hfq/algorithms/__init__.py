@@ -37,11 +37,13 @@ class Algorithm(Protocol):
 
     Attributes:
         calibrated: the method cannot do without statistics.
+        orders_columns: groups may follow an order of its own (`IntSpec.static_groups` False).
         defaults: settings that the method prefers where the user names none ("format", "sym", ...).
         options: the method's own settings with their defaults; `HfqConfig` accepts them by these names.
     """
 
     calibrated: bool
+    orders_columns: bool
     defaults: Mapping[str, object]
     options: Mapping[str, object]
 
@@ -141,7 +143,7 @@ class Method:
 
     def check(self, spec: QuantSpec, options: Mapping[str, object]) -> None:
         """`ConfigError` where it cannot produce that spec or an option is out of range."""
-        if not spec.static_groups and self.algorithm != "gptq":
+        if not spec.static_groups and not ALGORITHMS.get(self.algorithm).orders_columns:
             raise ConfigError(
                 f"static_groups=False stores groups that follow gptq's order of rounding: method {self.algorithm!r} has "
                 "no order; set static_groups=True, or use method 'gptq'"

@@ -35,8 +35,8 @@ from ..core.checks import check_flag, check_integer, check_share
 from ..core.columns import ColumnRounding, StaticGrid
 from ..core.errors import CalibrationError, ConfigError
 from ..core.fit import fit_grid
-from ..core.refine import default_turns, refine
-from ..core.spec import CodebookSpec, QuantSpec, SpqrSpec
+from ..core.refine import refine, turns_for
+from ..core.spec import CodebookSpec, QuantSpec, SpqrSpec, columns_per_group
 from ..core.statistics import Factor, InputStatistics
 from ..core.weight import QuantizedWeight
 from . import ALGORITHMS
@@ -49,6 +49,7 @@ class Gptq:
     """Second-order rounding with calibrated inputs."""
 
     calibrated = True
+    orders_columns = True
     defaults: Mapping[str, object] = {"format": "int"}
     options: Mapping[str, object] = {
         "damp_percent": 0.01,
@@ -87,11 +88,9 @@ class Gptq:
                 "method 'gptq' needs statistics of the activations: give calibration data (dataset=...)"
             )
         affine.check_finite(weight)
-        damp_percent, gptaq, turns = (options[key] for key in ("damp_percent", "gptaq", "refine"))
+        damp_percent, gptaq = options["damp_percent"], options["gptaq"]
         assert isinstance(damp_percent, (int, float)) and isinstance(gptaq, (int, float))
-        if turns is None:
-            turns = default_turns(spec)
-        assert isinstance(turns, int)
+        turns = turns_for(spec, options["refine"])
         factor = statistics.factor(float(damp_percent), bool(options["desc_act"]))
         if gptaq and statistics.drift is not None:
             weight = weight + gptaq * _drift_correction(weight, statistics.drift, factor)
@@ -122,7 +121,7 @@ def _group_by_group(
 ) -> QuantizedWeight:
     """Each group's grid from weights that carry the corrections of the groups before it."""
     rounding = ColumnRounding(weight, factor)
-    size = len(rounding) if spec.group_size == -1 else spec.group_size
+    size = columns_per_group(len(rounding), spec.group_size)
     grids = []
     for start in range(0, len(rounding), size):
         stop = min(start + size, len(rounding))
@@ -143,10 +142,7 @@ def _groups_in_order(
 ) -> QuantizedWeight:
     """Groups of columns that are rounded one after the other; each column names its group."""
     order = factor.order
-    position = torch.empty_like(order).index_copy_(
-        0, order, torch.arange(len(order), device=order.device)
-    )
-    size = len(order) if spec.group_size == -1 else spec.group_size
+    position = order.argsort()
     quantized = _group_by_group(weight, spec, factor, find_grid)
     if turns:
         # In the order of rounding groups are runs of neighbours again.
@@ -156,7 +152,8 @@ def _groups_in_order(
         visits = torch.arange(len(order), device=order.device)
         quantized = refine(weight[:, order], sorted_codes, permuted, visits, turns)
         quantized = replace(quantized, codes=quantized.codes[:, position])
-    return replace(quantized, g_idx=(position // max(1, size)).int())
+    groups = position // columns_per_group(len(order), spec.group_size)
+    return replace(quantized, g_idx=groups.int())
 
 
 def _static_groups(
@@ -165,7 +162,7 @@ def _static_groups(
     """All grids from the weight as it is, before the first column is rounded."""
     grid = affine.store_grid(*find_grid(weight, spec, importance), spec)
     rounding = ColumnRounding(weight, factor)
-    size = len(rounding) if spec.group_size == -1 else spec.group_size
+    size = columns_per_group(len(rounding), spec.group_size)
     rounding.round(0, len(rounding), StaticGrid(grid, spec, size))
     return grid.weight(rounding.codes(), spec)
 

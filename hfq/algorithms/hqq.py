@@ -38,6 +38,7 @@ class HalfQuadratic:
     """Range scales with zero points that minimise the l_0.7 norm of the error."""
 
     calibrated = False
+    orders_columns = False
     defaults: Mapping[str, object] = {"format": "int", "sym": False}
     options: Mapping[str, object] = {"iterations": 20}
 

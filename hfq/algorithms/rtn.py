@@ -25,6 +25,7 @@ class RoundToNearest:
     """Round every weight to the nearest point of a grid that covers (or nearly covers) its group."""
 
     calibrated = False
+    orders_columns = False
     defaults: Mapping[str, object] = {"format": "int"}
     options: Mapping[str, object] = {"scale_search": False}
 

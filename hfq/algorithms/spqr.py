@@ -34,7 +34,7 @@ from ..core.fit import column_costs
 from ..core.fit_bilevel import fit_bilevel_grid
 from ..core.outliers import collect_outliers, largest
 from ..core.refine import refine_codes
-from ..core.spec import SCALE_BLOCK, QuantSpec, SpqrSpec, outlier_count
+from ..core.spec import SCALE_BLOCK, QuantSpec, SpqrSpec, columns_per_group, outlier_count
 from ..core.statistics import Factor, InputStatistics
 from ..core.weight import QuantizedWeight
 from . import ALGORITHMS
@@ -44,6 +44,7 @@ class Spqr:
     """Second-order rounding with outliers and bilevel scales."""
 
     calibrated = True
+    orders_columns = False
     defaults: Mapping[str, object] = {"format": "spqr"}
     options: Mapping[str, object] = {"damp_percent": 0.01, "desc_act": True, "refine": 2}
 
@@ -144,7 +145,7 @@ def _round(
 ) -> QuantizedWeight:
     """Codes and outliers on a grid that is stored already."""
     rounding = ColumnRounding(weight, factor)
-    size = len(rounding) if spec.group_size == -1 else spec.group_size
+    size = columns_per_group(len(rounding), spec.group_size)
     beside = _WithOutliers(StaticGrid(grid, spec, size), outliers, spec)
     rounding.round(0, len(rounding), beside)
     quantized = grid.weight(rounding.codes(), spec)

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.moments import SecondMoment
 from ..core.statistics import InputStatistics
 from ..nn.experts import expert_weights
-from .capture import RowSample, SecondMoment, drawn_for
+from .capture import RowSample, drawn_for
 from .ranks import Ranks
 
 __all__ = ["ExpertsCapture"]

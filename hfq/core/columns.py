@@ -54,11 +54,22 @@ def _round_columns(
     points: Tensor | None,
     bits: int,
 ) -> tuple[Tensor, Tensor]:
-    of_groups = [
-        affine.column_rounder(scale, None if zeros is None else zeros[group], points, bits)
-        for group, scale in enumerate(scales)
-    ]
-    return round_one_by_one(targets, origins, asked, [of_groups[g] for g in groups.tolist()])
+    rounders = _rounders(groups, scales, zeros, points, bits)
+    return round_one_by_one(targets, origins, asked, rounders)
+
+
+def _rounders(
+    groups: Tensor, scales: Tensor, zeros: Tensor | None, points: Tensor | None, bits: int
+) -> list[ColumnRounder]:
+    """One for each column; columns of one group share it."""
+    numbers = groups.tolist()
+    of_group = {
+        group: affine.column_rounder(
+            scales[group], None if zeros is None else zeros[group], points, bits
+        )
+        for group in set(numbers)
+    }
+    return [of_group[group] for group in numbers]
 
 
 _LIBRARY.impl("round_columns", _round_columns, "CompositeExplicitAutograd")
@@ -87,7 +98,11 @@ class ColumnGrid(Protocol):
 
 
 class StaticGrid:
-    """A grid that is known before the first column is rounded."""
+    """A grid that is known before the first column is rounded.
+
+    Args:
+        group_size: columns per group; more than there are where the grid has one group.
+    """
 
     def __init__(self, grid: affine.StoredGrid, spec: QuantSpec, group_size: int) -> None:
         self.scales = grid.scales.float().T.contiguous()
@@ -99,7 +114,7 @@ class StaticGrid:
         self, columns: Tensor, targets: Tensor, origins: Tensor, asked: Tensor
     ) -> tuple[Tensor, Tensor]:
         """See `ColumnGrid`."""
-        groups = (columns // self.group_size).int()
+        groups = self._groups(columns)
         found: tuple[Tensor, Tensor] = torch.ops.hfq.round_columns(
             *(targets, origins, asked.contiguous(), groups),
             *(self.scales, self.zeros, self.codebook, self.bits),
@@ -108,16 +123,10 @@ class StaticGrid:
 
     def rounders(self, columns: Tensor) -> list[ColumnRounder]:
         """Of each of some columns, int64 `[B]`: for those who do more than to round."""
-        groups = (columns // self.group_size).tolist()
-        return [
-            affine.column_rounder(
-                self.scales[g],
-                None if self.zeros is None else self.zeros[g],
-                self.codebook,
-                self.bits,
-            )
-            for g in groups
-        ]
+        return _rounders(self._groups(columns), self.scales, self.zeros, self.codebook, self.bits)
+
+    def _groups(self, columns: Tensor) -> Tensor:
+        return (columns // self.group_size).int()
 
 
 class ColumnRounding:

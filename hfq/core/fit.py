@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import affine
-from .spec import CodebookSpec, IntSpec, QuantSpec, SpqrSpec
+from .spec import IntSpec, QuantSpec, SpqrSpec
 
 __all__ = ["column_costs", "fit_grid", "weighted_sum"]
 
@@ -61,7 +61,7 @@ def fit_grid(
         for rows in _slices(weight, _SLICE)
     ]
     scales, zeros = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return scales, zeros if _has_zeros(spec) else None
+    return scales, None if spec.sym else zeros
 
 
 def _fit_rows(weight: Tensor, spec: QuantSpec, importance: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -73,10 +73,6 @@ def _fit_rows(weight: Tensor, spec: QuantSpec, importance: Tensor | None) -> tup
         *(spec.torch_scale_dtype, _TURNS),
     )
     return _near_zero(*found, weight, spec) if isinstance(spec, SpqrSpec) else found
-
-
-def _has_zeros(spec: QuantSpec) -> bool:
-    return not (isinstance(spec, CodebookSpec) or spec.sym)
 
 
 def _slices(weight: Tensor, size: int) -> list[slice]:

@@ -23,6 +23,7 @@ __all__ = [
     "IntSpec",
     "QuantSpec",
     "SpqrSpec",
+    "columns_per_group",
     "group_count",
     "outlier_count",
 ]
@@ -31,6 +32,11 @@ _SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32"
 
 # Scales of a double-quantized codebook are 8-bit codes in blocks of this many (QLoRA, section 3).
 SCALE_BLOCK = 256
+
+
+def columns_per_group(in_features: int, group_size: int) -> int:
+    """Columns from one group of a row to the next, at least 1; `group_size` -1 is one group."""
+    return max(1, in_features) if group_size == -1 else group_size
 
 
 def group_count(in_features: int, group_size: int) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..algorithms import ALGORITHMS, TRANSFORMS, find_method
 from ..config import Recipe
 from ..core.activations import fit_input_scale
-from ..core.precision import bfloat16_products
+from ..core.moments import SecondMoment
 from ..core.statistics import InputStatistics
 from ..formats import FORMATS
 from ..kernels import native
@@ -55,7 +55,7 @@ class Rates:
     Attributes:
         forward: operations (a multiplication and an addition are two) per second of a product in the model's dtype.
         float32: the same of a product in float32.
-        rounded: the same within `bfloat16_products`.
+        moments: the same of summing up second moments of such activations.
         factor: K^3 per second of a factorisation.
         read: bytes per second of reading a file; of one that the system has in memory already, if it has it.
         choosing: by `recipe_key`.
@@ -63,7 +63,7 @@ class Rates:
 
     forward: float
     float32: float
-    rounded: float
+    moments: float
     factor: float
     read: float
     choosing: Mapping[tuple[object, ...], Choosing]
@@ -91,22 +91,17 @@ def measure_rates(
     weight = torch.randn(_SIZE, _SIZE, generator=generator).to(device)
     products = 2 * _TOKENS * _SIZE * _SIZE
     typed = x.to(dtype), weight.to(dtype)
-    total = torch.zeros(_SIZE, _SIZE, device=device)
+    sums = SecondMoment(_SIZE, device)
     moment = x.T @ x / _TOKENS
     order = {recipe_key(recipe): recipe for recipe in recipes}
     return Rates(
         forward=products / _seconds(lambda: nn.functional.linear(*typed)),
-        float32=products / _seconds(lambda: total.addmm_(x.T, x)),
-        rounded=products / _seconds(lambda: _rounded_product(total, x)),
+        float32=products / _seconds(lambda: x.T @ x),
+        moments=products / _seconds(lambda: sums.add(typed[0], typed[0])),
         factor=_SIZE**3 / _seconds(lambda: _statistics(moment).factor(0.01, False)),
         read=_read_rate(file),
         choosing={key: _choosing(recipe, x, weight) for key, recipe in order.items()},
     )
-
-
-def _rounded_product(total: Tensor, x: Tensor) -> None:
-    with bfloat16_products():
-        total.addmm_(x.T, x)
 
 
 def _statistics(moment: Tensor) -> InputStatistics:

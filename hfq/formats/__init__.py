@@ -13,8 +13,8 @@ Names start with ``weight``: the packed codes keep the name of the float weight,
 know the format meets a size mismatch instead of reading codes as numbers. The layout is the same on every
 device; what a kernel likes better is made in memory (`hfq.kernels`) and never stored.
 
-All tensors but `INPUT_SCALE` and `GROUP_INDEX` are cut along dimension 0 like the rows of the weight (`pack` of a slice of rows whose
-count is a multiple of `ROW_CHUNK` is the slice of the pack), so a weight can be packed in pieces.
+All tensors but `INPUT_SCALE` and `GROUP_INDEX` are cut along dimension 0 like the rows of the weight (`pack` of a slice
+of rows whose count is a multiple of `ROW_CHUNK` is the slice of the pack), so a weight can be packed in pieces.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from ..core import bits
 from ..core.affine import decode_scales
 from ..core.codebooks import CODEBOOKS, codebook
 from ..core.errors import ConfigError
-from ..core.spec import SCALE_BLOCK, CodebookSpec, QuantSpec, group_count
+from ..core.spec import SCALE_BLOCK, CodebookSpec, QuantSpec, columns_per_group, group_count
 from ..core.weight import PackedGrid, QuantizedWeight, ScaleCodes
 from . import FORMATS, TensorLayout, chosen
 
@@ -93,7 +93,7 @@ class Codebook:
             codebook=codebook(self.name, tensors["weight"].device),
             g_idx=None,
             bits=4,
-            group_size=in_features if spec.group_size == -1 else spec.group_size,
+            group_size=columns_per_group(in_features, spec.group_size),
             in_features=in_features,
             out_features=out_features,
         )

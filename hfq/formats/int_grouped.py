@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..core import bits
 from ..core.errors import CheckpointError
-from ..core.spec import Int8Spec, IntSpec, QuantSpec, group_count
+from ..core.spec import Int8Spec, IntSpec, QuantSpec, columns_per_group, group_count
 from ..core.weight import PackedGrid, QuantizedWeight
 from . import FORMATS, GROUP_INDEX, INPUT_SCALE, TensorLayout, chosen
 
@@ -87,7 +87,7 @@ class IntGrouped:
             codebook=None,
             g_idx=tensors.get(GROUP_INDEX),
             bits=spec.bits,
-            group_size=in_features if spec.group_size == -1 else spec.group_size,
+            group_size=columns_per_group(in_features, spec.group_size),
             in_features=in_features,
             out_features=out_features,
             activation=spec.activation,
@@ -113,8 +113,7 @@ def _group_index(weight: QuantizedWeight) -> Tensor:
     if weight.g_idx is not None:
         return weight.g_idx.contiguous()
     columns = torch.arange(weight.codes.shape[1], dtype=torch.int32, device=weight.codes.device)
-    size = len(columns) if weight.spec.group_size == -1 else weight.spec.group_size
-    return columns // max(1, size)
+    return columns // columns_per_group(len(columns), weight.spec.group_size)
 
 
 class Int8PerChannel(IntGrouped):

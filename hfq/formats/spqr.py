@@ -30,7 +30,7 @@ from torch import Tensor
 from ..core import bits
 from ..core.bilevel import decode_bilevel
 from ..core.errors import CheckpointError
-from ..core.spec import QuantSpec, SpqrSpec, group_count, outlier_count
+from ..core.spec import QuantSpec, SpqrSpec, columns_per_group, group_count, outlier_count
 from ..core.weight import Outliers, QuantizedWeight, ScaleCodes, SpqrGrid, index_dtype
 from . import FORMATS, TensorLayout, chosen
 
@@ -122,7 +122,7 @@ class Spqr:
             columns=tensors["weight_outlier_column"],
             values=tensors["weight_outlier"],
             bits=spec.bits,
-            group_size=in_features if spec.group_size == -1 else spec.group_size,
+            group_size=columns_per_group(in_features, spec.group_size),
             stat_bits=spec.stat_bits,
             stat_group_size=spec.stat_group_size,
             in_features=in_features,

@@ -35,7 +35,7 @@ from torch import nn
 from ..algorithms import ALGORITHMS, find_method
 from ..calibration.sensitivity import BACKWARD, LONGEST, MEASURED_TOKENS
 from ..config import HfqConfig, Recipe
-from ..core.refine import default_turns
+from ..core.refine import turns_for
 from ..core.spec import group_count
 from ..diagnose.rates import COLUMNS, Rates, recipe_key
 from ..nn.experts import is_fused_experts
@@ -158,8 +158,7 @@ def forecast(
         "reading and writing": (file_bytes[0] * (4 if work.measures else 1) + 2 * file_bytes[1])
         / rates.read,
         "forward": work.forward() / rates.forward,
-        # Sums of bfloat16 activations take the faster products.
-        "statistics": work.statistics() / (rates.rounded if size == 2 else rates.float32),
+        "statistics": work.statistics() / rates.moments,
         "factorisations": work.factors() / rates.factor,
         "choosing codes": work.choosing(rates),
         "check in a new process": _NEW_PROCESS
@@ -343,12 +342,8 @@ class _Work:
 
 
 def _turns(recipe: Recipe) -> int:
-    """Of `hfq.core.refine`."""
-    turns = recipe.options.get("refine", 0)
-    if turns is None:
-        turns = default_turns(recipe.spec)
-    assert isinstance(turns, int)
-    return turns
+    """Of `hfq.core.refine`; 0 for methods that have no second look."""
+    return turns_for(recipe.spec, recipe.options.get("refine", 0))
 
 
 def _grids(recipe: Recipe, rows: int, columns: int) -> float:

@@ -20,11 +20,14 @@ MakeWeight = Callable[..., Tensor]
 SPECS: list[QuantSpec] = [IntSpec(bits=3), IntSpec(bits=4, sym=False), CodebookSpec(group_size=128)]
 
 
+LARGE = list(range(3, 256, 32))
+
+
 @pytest.fixture
 def statistics(generator: torch.Generator) -> InputStatistics:
-    """Three of 256 channels are fifty times as large as the others."""
+    """One of 32 channels is fifty times as large as the others."""
     x = torch.randn(500, 256, generator=generator)
-    x[:, [3, 70, 200]] *= 50
+    x[:, LARGE] *= 50
     return InputStatistics(tokens=500, hessian=x.T @ x / 500)
 
 
@@ -41,9 +44,11 @@ def factors(
 def test_large_activations_get_finer_weights(
     spec: QuantSpec, statistics: InputStatistics, random_weight: MakeWeight
 ) -> None:
+    # Small weights beside large ones: a grid alone cannot be finer for them.
     weight = random_weight(64, 256)
+    weight[:, LARGE] *= 0.3
     found = factors([(weight, spec)], statistics)
-    assert found[[3, 70, 200]].min() > 1.1 * found.median()
+    assert found[LARGE].min() > 2 * found.median()
 
     def error(by: Tensor) -> float:
         method = {"scale_search": True}
@@ -51,7 +56,7 @@ def test_large_activations_get_finer_weights(
         quantized = ALGORITHMS.get("rtn").quantize(weight * by, spec, method, scaled)
         return statistics.error(quantized.dequantize() / by - weight)
 
-    assert error(found) < 0.97 * error(torch.ones(256))
+    assert error(found) < 0.5 * error(torch.ones(256))
 
 
 def test_shared_channels_get_equal_factors(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hfq.calibration.capture import Capture, RowSample, SecondMoment, recording
+from hfq.calibration.capture import Capture, RowSample, recording
 from hfq.calibration.ranks import Ranks
 from hfq.core.errors import CalibrationError
 
@@ -27,18 +27,6 @@ class Attention(nn.Module):
 
 def modules(model: nn.Module) -> dict[str, nn.Module]:
     return dict(model.named_children())
-
-
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("columns", [3, 1024, 1500])
-def test_moments_add_up(columns: int, symmetric: bool, generator: torch.Generator) -> None:
-    moment = SecondMoment(columns, torch.device("cpu"), symmetric)
-    x = [torch.randn(tokens, columns, generator=generator) for tokens in (1, 7)]
-    y = x if symmetric else [torch.randn(each.shape, generator=generator) for each in x]
-    for pair in zip(x, y, strict=True):
-        moment.add(*pair)
-    expected = torch.cat(x).double().T @ torch.cat(y).double() / 8
-    torch.testing.assert_close(moment.mean(8).double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_modules_that_read_the_same_share(generator: torch.Generator) -> None:

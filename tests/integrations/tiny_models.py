@@ -50,7 +50,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 # Settings of ``gptq`` that take a fifth of the time. What they switch off changes which codes are chosen and not where
-# they go: tests/algorithms is about it, and each file that uses this has cases without.
+# they go, and has its tests in tests/algorithms.
 QUICK = {"refine": 0, "scale_search": False}
 
 
