@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -15,7 +16,7 @@ from ..core.moments import SecondMoment
 from ..core.statistics import InputStatistics
 from .ranks import Ranks
 
-__all__ = ["Capture", "RowSample", "drawn_for", "recording"]
+__all__ = ["Capture", "EverythingRead", "RowSample", "drawn_for", "recording"]
 
 # Tokens that are kept of what a module reads, where a method asks for them.
 _SAMPLE = 256
@@ -93,6 +94,10 @@ def _most_extreme(x: Tensor) -> Tensor:
     return x[x.abs().amax(-1).argmax()].unsqueeze(0).clone()
 
 
+class EverythingRead(Exception):
+    """What a pass would compute from here on is of no interest; see `Capture`."""
+
+
 class Capture:
     """Context in which the inputs of some modules are summed up; modules that read the same tensor share one sum.
 
@@ -102,14 +107,18 @@ class Capture:
     Args:
         modules: name -> module `[..., K] -> [..., N]`.
         sampled: keep some of the activations, too.
+        cuts: end a pass with `EverythingRead` as soon as all modules have read, so that the last of them need not
+            compute. The first pass runs to its end: it shows whether every module reads once.
 
     Attributes:
         enabled: False while a pass is not to be counted.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], sampled: bool = False) -> None:
+    def __init__(
+        self, modules: Mapping[str, nn.Module], sampled: bool = False, cuts: bool = False
+    ) -> None:
         self.modules = dict(modules)
-        self.sampled = sampled
+        self.sampled, self.cuts = sampled, cuts
         self.enabled = True
         self.leader: dict[str, str] = {}
         self.tokens: dict[str, int] = {}
@@ -119,6 +128,8 @@ class Capture:
         self._drifts: dict[str, SecondMoment] = {}
         self._samples: dict[str, RowSample] = {}
         self._seen: dict[int, tuple[str, Tensor]] = {}
+        self._reads: Counter[str] = Counter()
+        self._passes = 0
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> Capture:
@@ -145,7 +156,11 @@ class Capture:
             beside: what the same modules read in the float model over the same tokens (see `recording`).
             draws: a random number for each token `[T]`, for the sample.
         """
+        if self._passes and set(self._reads.values()) != {1}:
+            self.cuts = False
+        self._passes += 1
         self._seen.clear()
+        self._reads.clear()
         self._beside, self._draws = beside, draws
 
     def sum_over(self, ranks: Ranks) -> None:
@@ -203,6 +218,9 @@ class Capture:
             if self.enabled:
                 # Detached tensors are new objects; the one that was handed over tells who reads the same.
                 self._read(name, args[0])
+                self._reads[name] += 1
+                if self.cuts and self._passes > 1 and len(self._reads) == len(self.modules):
+                    raise EverythingRead
 
         return hook
 

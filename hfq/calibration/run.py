@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from ..kernels import native
 from ..nn.experts import expert_weights, is_fused_experts, pack_experts_
 from ..nn.packed import PackedModule
 from .blocks import BlockCall, find_blocks, record_calls, run_after_blocks, run_block
-from .capture import Capture, recording
+from .capture import Capture, EverythingRead, recording
 from .choose import choose_codes, relative_error
 from .experts import ExpertsCapture
 from .fold import Folds
@@ -178,7 +178,7 @@ class Calibration:
         name, block = list(self.blocks.items())[index]
         names = [each for each in self.recipes if each.startswith(f"{name}.")]
         with self.ranks.together():
-            with self.captured(names) as (capture, routed):
+            with self.captured(names, cuts=True) as (capture, routed):
                 for stream in streams if names or self.follows_drift else ():
                     call, beside = stream.calls[index], None
                     if self.follows_drift:
@@ -190,7 +190,8 @@ class Calibration:
                     capture.next_batch(beside, stream.draws.flatten())
                     for experts in routed.values():
                         experts.draws = stream.draws.flatten()
-                    run_block(block, stream.hidden, call)
+                    with suppress(EverythingRead):
+                        run_block(block, stream.hidden, call)
             for stream in followers:
                 stream.wanted = run_block(block, stream.wanted, stream.calls[index])
         self._quantize(capture, routed, index)
@@ -234,12 +235,13 @@ class Calibration:
         """Calibrate and replace what stands outside of the blocks: an output head."""
         if not self.outside:
             return
-        with self.ranks.together(), self.captured(self.outside) as (capture, routed):
+        with self.ranks.together(), self.captured(self.outside, cuts=True) as (capture, routed):
             for stream in streams:
                 capture.next_batch(draws=stream.draws.flatten())
-                run_after_blocks(
-                    self.model, list(self.blocks.values()), stream.batch, stream.hidden
-                )
+                with suppress(EverythingRead):
+                    run_after_blocks(
+                        self.model, list(self.blocks.values()), stream.batch, stream.hidden
+                    )
         self._quantize(capture, routed)
 
     def report(self, sequences: Sequence[Tensor]) -> CalibrationReport:
@@ -261,15 +263,21 @@ class Calibration:
         )
 
     @contextmanager
-    def captured(self, names: Sequence[str]) -> Iterator[tuple[Capture, dict[str, ExpertsCapture]]]:
-        """Within, the inputs of these modules are summed up: those with one weight, and fused experts by name."""
+    def captured(
+        self, names: Sequence[str], cuts: bool = False
+    ) -> Iterator[tuple[Capture, dict[str, ExpertsCapture]]]:
+        """Within, the inputs of these modules are summed up: those with one weight, and fused experts by name.
+
+        Args:
+            cuts: passes may end where nothing is left to sum up; see `Capture`.
+        """
         modules = {name: self.model.get_submodule(name) for name in names}
         recipes = [recipe for name in names for recipe in self.recipes[name].values()]
         sampled = any(recipe.sampled for recipe in recipes)
         experts = {name: module for name, module in modules.items() if is_fused_experts(module)}
         linear = {name: module for name, module in modules.items() if name not in experts}
         with ExitStack() as stack:
-            capture = stack.enter_context(Capture(linear, sampled))
+            capture = stack.enter_context(Capture(linear, sampled, cuts and not experts))
             yield (
                 capture,
                 {

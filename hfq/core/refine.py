@@ -17,10 +17,10 @@ from torch import Tensor
 
 from .affine import StoredGrid, codebook_of
 from .columns import COLUMN_BLOCK, ColumnGrid, StaticGrid
-from .spec import IntSpec, QuantSpec, columns_per_group
+from .spec import CodebookSpec, IntSpec, QuantSpec, columns_per_group
 from .weight import QuantizedWeight
 
-__all__ = ["refine", "refine_codes", "turns_for"]
+__all__ = ["fits_grid", "refine", "refine_codes", "turns_for"]
 
 # Of the linear systems of a slice of rows.
 _SYSTEM_BYTES = 64 << 20
@@ -43,6 +43,16 @@ def turns_for(spec: QuantSpec, asked: object) -> int:
     return asked
 
 
+def fits_grid(spec: QuantSpec) -> bool:
+    """Whether turns fit the grid as well: not where scales are stored as codes, and where it pays.
+
+    For symmetric integers from 4 bits on it changes nothing (benchmarks/NOTES.md).
+    """
+    if isinstance(spec, IntSpec):
+        return not spec.sym or spec.bits < 4
+    return isinstance(spec, CodebookSpec) and not spec.double_quant
+
+
 def refine(
     weight: Tensor, quantized: QuantizedWeight, hessian: Tensor, order: Tensor, turns: int
 ) -> QuantizedWeight:
@@ -52,13 +62,13 @@ def refine(
         weight: float32 `[N, K]`, what the codes should stand for.
         hessian: float32 `[K, K]`, positive definite: damped.
         order: int64 `[K]`, in which columns are visited.
-        turns: how often the grid is fitted and every code chosen again.
+        turns: how often the grid is fitted (where that pays) and every code chosen again.
     """
     if not weight.numel():
         return quantized
     state = _State(weight, quantized, hessian)
     for _ in range(turns):
-        if quantized.scale_codes is None:
+        if fits_grid(quantized.spec):
             state.fit_grid()
         state.choose_codes(order)
     return state.finished()

@@ -35,7 +35,7 @@ from torch import nn
 from ..algorithms import ALGORITHMS, find_method
 from ..calibration.sensitivity import BACKWARD, LONGEST, MEASURED_TOKENS
 from ..config import HfqConfig, Recipe
-from ..core.refine import turns_for
+from ..core.refine import fits_grid, turns_for
 from ..core.spec import group_count
 from ..diagnose.rates import COLUMNS, Rates, recipe_key
 from ..nn.experts import is_fused_experts
@@ -263,7 +263,8 @@ class _Work:
                     turns = _turns(recipe)
                     # Small weights have told about their own products.
                     product = rows * columns * max(0, columns - COLUMNS)
-                    one += (2 + 5 * turns) * product / rates.float32
+                    turn = 5 if fits_grid(recipe.spec) else 2
+                    one += (2 + turn * turns) * product / rates.float32
                     one += _grids(recipe, rows, columns) / rates.factor
                 total += weight.experts * one
             total += rates.choosing[recipe_key(weight.recipes[0])].transform * columns
@@ -348,6 +349,8 @@ def _turns(recipe: Recipe) -> int:
 
 def _grids(recipe: Recipe, rows: int, columns: int) -> float:
     """K^3 of the systems that `refine` solves for the grids of a row, beyond those of small weights."""
+    if not fits_grid(recipe.spec):
+        return 0.0
     unknowns = [
         (1 if recipe.spec.sym else 2) * group_count(each, recipe.spec.group_size)
         for each in (columns, min(columns, COLUMNS))

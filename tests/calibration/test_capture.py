@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from hfq.calibration.capture import Capture, RowSample, recording
+from hfq.calibration.capture import Capture, EverythingRead, RowSample, recording
 from hfq.calibration.ranks import Ranks
 from hfq.core.errors import CalibrationError
 
@@ -166,3 +167,42 @@ def test_samples_of_two_processes_are_that_of_one(cut: int, generator: torch.Gen
     first.sum_over(Pair([second._kept]), x.device)
     for ours, theirs in ((first.rows(), alone.rows()), (first.largest(), alone.largest())):
         assert ours is not None and theirs is not None and torch.equal(ours, theirs)
+
+
+class Counted(nn.Module):
+    """Two layers, the second one `times` times; counts the passes that came to its end."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 12), nn.Linear(12, 12)
+        self.times, self.ended = times, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for _ in range(self.times):
+            x = self.second(x)
+        self.ended += 1
+        return x
+
+
+@pytest.mark.parametrize("times, ended", [(1, 1), (2, 3), (0, 3)])
+def test_passes_end_when_everything_is_read(
+    times: int, ended: int, generator: torch.Generator
+) -> None:
+    """The first one never; none where a module reads twice, or not at all."""
+    model = Counted(times)
+    inputs = [torch.randn(2, 5, 12, generator=generator) for _ in range(3)]
+    found = []
+    for cuts in (False, True):
+        model.ended = 0
+        with torch.no_grad(), Capture(modules(model), cuts=cuts) as capture:
+            for x in inputs:
+                capture.next_batch()
+                with suppress(EverythingRead):
+                    model(x)
+        found.append(capture.statistics())
+    assert model.ended == ended
+    for plain, cut in zip(*(each.values() for each in found), strict=True):
+        assert (plain is None) == (cut is None)
+        if plain is not None and cut is not None:
+            assert plain.tokens == cut.tokens and torch.equal(plain.hessian, cut.hessian)
