@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import CalibrationError
-from ..core.moments import SecondMoment
 from ..core.statistics import InputStatistics
+from ..kernels.moments import SecondMoment
 from .ranks import Ranks
 
 __all__ = ["Capture", "EverythingRead", "RowSample", "drawn_for", "recording"]

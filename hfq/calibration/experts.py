@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.moments import SecondMoment
 from ..core.statistics import InputStatistics
+from ..kernels.moments import SecondMoment
 from ..nn.experts import expert_weights
 from .capture import RowSample, drawn_for
 from .ranks import Ranks

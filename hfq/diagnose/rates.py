@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ..algorithms import ALGORITHMS, TRANSFORMS, find_method
 from ..config import Recipe
 from ..core.activations import fit_input_scale
-from ..core.moments import SecondMoment
 from ..core.statistics import InputStatistics
 from ..formats import FORMATS
 from ..kernels import native
+from ..kernels.moments import SecondMoment
 
 __all__ = ["COLUMNS", "Choosing", "Rates", "measure_rates", "recipe_key"]
 

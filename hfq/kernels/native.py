@@ -24,7 +24,7 @@ import torch
 
 from ..core.errors import KernelError
 
-__all__ = ["ISA_VARIABLE", "NativeStatus", "load", "use_isa"]
+__all__ = ["ISA_VARIABLE", "NativeStatus", "isa", "load", "use_isa"]
 
 ISA_VARIABLE = "HFQ_CPU_ISA"
 _REMEDY = "install a C++ compiler (Debian: apt install g++) and reinstall hfq, or run scripts/build_native in a checkout"
@@ -74,6 +74,13 @@ def load() -> NativeStatus:
                 if not _loaded.status.cpu:
                     _warn(_loaded.status)
     return _loaded.status
+
+
+def isa() -> str:
+    """The instruction set that the CPU kernels use now, empty without them; see `load`."""
+    load()
+    assert _loaded is not None
+    return "" if _loaded.library is None else _isa(_loaded.library)
 
 
 @contextlib.contextmanager

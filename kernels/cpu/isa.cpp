@@ -8,6 +8,10 @@
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
 #define HFQ_X86 1
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace hfq {
@@ -28,6 +32,28 @@ namespace {
 }
 
 [[maybe_unused]] bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+
+// Leaf 7, EDX: bit 22 AMX-BF16, bit 24 AMX-TILE. Linux gives the 8 KiB of registers to processes that ask for them.
+[[maybe_unused]] bool has_amx() {
+#ifdef SYS_arch_prctl
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kWanted = (1u << 22) | (1u << 24);
+  return has_avx512_vnni() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kWanted) == kWanted &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+#ifdef HFQ_WITH_AVX512_AMX
+Kernels with_amx(Kernels kernels) {
+  kernels.name = "avx512_amx";
+  kernels.pack_moment = amx_pack_moment;
+  kernels.multiply_moment = amx_multiply_moment;
+  return kernels;
+}
 #endif
 
 std::vector<const Kernels*> detect() {
@@ -35,6 +61,10 @@ std::vector<const Kernels*> detect() {
   __builtin_cpu_init();
 #endif
   std::vector<const Kernels*> found;
+#ifdef HFQ_WITH_AVX512_AMX
+  static const Kernels amx = with_amx(kAvx512VnniKernels);
+  if (has_amx()) found.push_back(&amx);
+#endif
 #ifdef HFQ_WITH_AVX512_VNNI
   if (has_avx512_vnni()) found.push_back(&kAvx512VnniKernels);
 #endif

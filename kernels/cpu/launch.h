@@ -1,6 +1,7 @@
 // Launchers: split the work over tokens, row blocks and threads. Arguments are validated by the caller (torch_binding.cpp).
 #pragma once
 
+#include "moments.h"
 #include "rounding.h"
 #include "rows16.h"
 #include "spqr.h"
@@ -32,5 +33,7 @@ void launch_spqr_linear(const SpqrLinearParams& params, int64_t tokens);
 void launch_spqr_dequantize(const SpqrDequantizeParams& params);
 void launch_round_columns(const RoundParams& params);
 void launch_search_grid(const SearchParams& params);
+// params.strips, .blocks, .left and .right are set here; kernels().multiply_moment must not be null.
+void launch_add_moment(MomentParams params);
 
 }  // namespace hfq

@@ -99,6 +99,7 @@ struct SpqrLinearParams;  // spqr.h
 struct SpqrDequantizeParams;
 struct RoundParams;  // rounding.h
 struct SearchParams;
+struct MomentParams;  // moments.h
 
 // What one instruction set offers. prepare() covers groups [first, last), spqr_prepare() units, quantize() all tokens, round_columns()
 // tiles of kTileRows rows, search_grid() groups of row blocks, the others row blocks.
@@ -116,7 +117,14 @@ struct Kernels {
   void (*spqr_dequantize)(const SpqrDequantizeParams& params, int64_t first, int64_t last);
   void (*round_columns)(const RoundParams& params, float* scratch, int64_t first, int64_t last);
   void (*search_grid)(const SearchParams& params, float* scratch, int64_t first, int64_t last);
+  // Null without matrix units. Strips are packed, then tasks (kBand) multiplied.
+  void (*pack_moment)(const MomentParams& params, int64_t first, int64_t last);
+  void (*multiply_moment)(const MomentParams& params, int64_t first, int64_t last);
 };
+
+// The matrix units come with everything that kAvx512VnniKernels needs.
+void amx_pack_moment(const MomentParams& params, int64_t first, int64_t last);
+void amx_multiply_moment(const MomentParams& params, int64_t first, int64_t last);
 
 extern const Kernels kGenericKernels;
 extern const Kernels kAvx2Kernels;

@@ -49,8 +49,9 @@ inline const float* float32_data(const Tensor& tensor) {
   return static_cast<const float*>(tensor.data(aoti_torch_device_type_cpu(), 4));
 }
 
-// torch_binding_spqr.cpp and torch_binding_rounding.cpp. Return false on failure.
+// torch_binding_*.cpp. Return false on failure.
 bool register_spqr(TorchLibraryHandle library);
 bool register_rounding(TorchLibraryHandle library);
+bool register_moments(TorchLibraryHandle library);
 
 }  // namespace hfq

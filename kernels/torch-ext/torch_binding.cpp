@@ -148,7 +148,8 @@ bool register_all() {
   TorchLibraryHandle library = nullptr;  // lives as long as the process, like the operators
   if (aoti_torch_library_init_impl("hfq", "CPU", __FILE__, __LINE__, &library) != 0) return false;
   return register_impl(library, "cpu_linear", cpu_linear) && register_impl(library, "cpu_int8_linear", cpu_int8_linear) &&
-         register_impl(library, "cpu_dequantize", cpu_dequantize) && register_spqr(library) && register_rounding(library);
+         register_impl(library, "cpu_dequantize", cpu_dequantize) && register_spqr(library) && register_rounding(library) &&
+         register_moments(library);
 }
 
 const bool registered = register_all();

@@ -1,4 +1,10 @@
-"""Second moments of activations: the sums that calibration takes while a model runs."""
+"""Second moments of activations: the sums that calibration takes while a model runs.
+
+    cpu_add_moment(total [K, K], x [T, K]) -> ()      total += x^T x, on and above the diagonal
+
+``total`` float32, x bfloat16, both contiguous. Native code for processors with matrix units (instruction set
+"avx512_amx"); all else is PyTorch's products, in `SecondMoment`. What lies below the diagonal of a total means nothing.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import native
+from .ops import LIBRARY
+
 __all__ = ["SecondMoment"]
 
 # Columns per product: only the upper triangle of the sum is computed, in pieces of this width, so that a moment of
@@ -17,6 +26,8 @@ _WIDTH = 1024
 
 # Tokens that are widened to float32 at a time.
 _TOKENS = 4096
+
+LIBRARY.define("cpu_add_moment(Tensor(a!) total, Tensor x) -> ()")
 
 
 class SecondMoment:
@@ -33,6 +44,9 @@ class SecondMoment:
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add tokens `[T, K]` of any float dtype."""
+        if self.symmetric and x.dtype == torch.bfloat16 and x.is_cpu and _has_matrix_units():
+            torch.ops.hfq.cpu_add_moment(self.total, x.contiguous())
+            return
         # Of values that were bfloat16 before, products in bfloat16 lose nothing: their sums are float32.
         exact = x.dtype == y.dtype == torch.bfloat16
         with _bfloat16_products() if exact else nullcontext():
@@ -59,6 +73,10 @@ class SecondMoment:
                 square.copy_(square.triu() + square.triu(1).T)
                 self.total[stop:, start:stop] = self.total[start:stop, stop:].T
         return self.total
+
+
+def _has_matrix_units() -> bool:
+    return native.isa() == "avx512_amx"
 
 
 def _columns(tokens: Tensor) -> Tensor:
