@@ -170,10 +170,11 @@ class Calibration:
     def block(
         self, index: int, streams: Sequence[Stream], followers: Sequence[Stream] = ()
     ) -> None:
-        """Calibrate and replace what is inside a block, then move all streams past it.
+        """Calibrate and replace what is inside a block, then move all streams past it if anything is left to calibrate.
 
         Args:
-            followers: streams that nothing is calibrated with; they run through the float model as well.
+            followers: streams that nothing is calibrated with; they run through the float model as well, and past every
+                block.
         """
         name, block = list(self.blocks.items())[index]
         names = [each for each in self.recipes if each.startswith(f"{name}.")]
@@ -195,8 +196,10 @@ class Calibration:
             for stream in followers:
                 stream.wanted = run_block(block, stream.wanted, stream.calls[index])
         self._quantize(capture, routed, index)
+        # What comes out of the last block is of use to what stands behind it only.
+        done = index == len(self.blocks) - 1 and not self.outside
         with self.ranks.together():
-            for stream in (*streams, *followers):
+            for stream in followers if done else (*streams, *followers):
                 stream.hidden = run_block(block, stream.hidden, stream.calls[index])
         if not self.follows_drift:
             # Nothing is compared: what entered the first block would only take memory, and space on disk.

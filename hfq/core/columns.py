@@ -139,7 +139,7 @@ class ColumnRounding:
 
     def __init__(self, weight: Tensor, factor: Factor) -> None:
         self.factor = factor
-        self.columns = weight[:, factor.order].T.contiguous()
+        self.columns = weight.T.contiguous()[factor.order]
         self.errors = torch.empty_like(self.columns)
         self._codes = torch.empty(self.columns.shape, dtype=torch.uint8, device=weight.device)
 
