@@ -216,6 +216,8 @@ class _Work:
         """Operations of all passes through all blocks, and of the head."""
         t, d = self.tokens.calibration, self.tokens.held_out
         passes: float = (3 if self.drifts else 2) * t + 2 * d
+        if None not in self.inputs:
+            passes -= t / max(1, len(self.blocks))  # nothing goes on behind the last block
         if self.measures:
             groups = sum(map(len, self.inputs.values())) / max(1, len(self.blocks))
             candidates = max(len(weight.recipes) for weight in self.weights)
