@@ -48,7 +48,7 @@ def batches(
     """
     return {
         kind: batch_tokens(model, device, logits=logits, processes=processes)
-        for kind, logits in {"calibration": head, "held out": True}.items()
+        for kind, logits in {"calibration": head, "held out": False}.items()
     }
 
 

@@ -52,12 +52,9 @@ _CALL = 5e-4
 # Tokens whose time the check takes: prompts, and single ones.
 _PROMPTS, _DECODED = 4 * 128, 33
 
-# Numbers of 4 bytes that are alive for each weight while a grid is searched and columns are rounded, and for each entry
-# of a second moment while it is factorised: counted in the code, checked by benchmarks/plan.py.
-_PER_WEIGHT, _PER_ENTRY = 8, 6
-
-# More of them while grids and codes are chosen again.
-_REFINED = 4
+# Numbers of 4 bytes that are alive for each weight while its codes are chosen, and for each entry of a second moment
+# while it is factorised, of which one stays: counted in the code, checked by benchmarks/plan.py.
+_PER_WEIGHT, _PER_ENTRY = 9, 3
 
 # Weights that are quantized as they arrive are worked on in slices of this many.
 _SLICE = 1 << 20
@@ -69,7 +66,7 @@ class Tokens:
     calibration, held_out: tokens of the data.
     longest: of a sequence.
     compared: whether both models are compared on what is held out.
-    batch, held_out_batch: tokens that run through a block at a time, at most.
+    batch: tokens that run through a block at a time, at most.
     """
 
     calibration: int
@@ -77,7 +74,6 @@ class Tokens:
     longest: int
     compared: bool
     batch: int
-    held_out_batch: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,9 +283,7 @@ class _Work:
         rows = max((weight.shape[-2] for weight in self.weights), default=0)
         batch = min(self.tokens.batch, _all(self.tokens))
         runs = batch * (4 * rows * size + 6 * self.text.hidden_size * size + 4 * widest)
-        refines = any(_turns(recipe) for weight in self.with_data for recipe in weight.recipes)
-        numbers = _PER_WEIGHT + (_REFINED if refines else 0)
-        chooses = 4 * (_PER_ENTRY * widest**2 + numbers * largest)
+        chooses = 4 * max(_PER_ENTRY * widest**2 + largest, widest**2 + _PER_WEIGHT * largest)
         if self.measures:
             chooses += size * self._largest_group()
         peak: int = block + max(4 * sums + max(runs, chooses), size * self._backward())
@@ -316,8 +310,8 @@ class _Work:
         return 2 * at_once * max(widths.values(), default=0)
 
     def logits_memory(self, size: int) -> int:
-        """Bytes of the logits that are alive at a time: two models' and a copy, or a batch before its head is packed."""
-        held_out = min(self.tokens.held_out_batch, self.tokens.held_out) * (3 * size + 8)
+        """Bytes of the logits alive at a time: two models' of a sequence and a copy, or a batch before its head is packed."""
+        held_out = min(self.tokens.longest, self.tokens.held_out) * (3 * size + 8)
         outside = any(weight.block is None for weight in self.with_data)
         batch = min(self.tokens.batch, self.tokens.calibration) * size if outside else 0
         # While gradients are measured: one sequence, in float32.

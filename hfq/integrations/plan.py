@@ -189,7 +189,6 @@ def _tokens(source: FloatCheckpoint, config: HfqConfig, own: OwnText | None, hea
         longest=longest,
         compared=bool(others),
         batch=max(at_once["calibration"], longest),
-        held_out_batch=max(at_once["held out"], longest),
     )
 
 

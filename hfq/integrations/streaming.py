@@ -284,9 +284,14 @@ class _Run:
         self.config = self.quantizer.quantization_config
 
     def _followers(self) -> list[Stream]:
-        """Streams that the quantized model is compared on."""
+        """Streams that the quantized model is compared on; the first one is a sequence that the written model runs, too."""
+        tokens = self.resume.batches["held out"]
         try:
-            return self.calibration.start(self.held_out, self.resume.batches["held out"])
+            return [
+                stream
+                for part in (self.held_out[:1], self.held_out[1:])
+                for stream in self.calibration.start(part, tokens)
+            ]
         except CalibrationError as error:
             if self.sequences:
                 raise
@@ -411,13 +416,17 @@ class _Run:
         """
         ours, theirs = Totals(), Totals()
         for stream in self.followers if self.has_held_out else ():
-            targets = stream.batch[:, 1:].flatten()
-            with _instead(self.model, floats):
-                reference = self._logits(stream.batch, stream.wanted)[:, :-1].flatten(0, 1)
-            logits = self._logits(stream.batch, stream.hidden)[:, :-1].flatten(0, 1)
-            score(logits, targets, ours)
-            score(reference, targets, theirs)
-            compare(logits, reference, ours)
+            # One by one: logits of a whole batch would be the largest tensors of all.
+            sequences = (
+                torch.split(each, 1) for each in (stream.batch, stream.wanted, stream.hidden)
+            )
+            for tokens, wanted, hidden in zip(*sequences, strict=True):
+                with _instead(self.model, floats):
+                    reference = self._logits(tokens, wanted)[0, :-1]
+                logits = self._logits(tokens, hidden)[0, :-1]
+                score(logits, tokens[0, 1:], ours)
+                score(reference, tokens[0, 1:], theirs)
+                compare(logits, reference, ours)
         return ours, theirs
 
     def _held_out(self, totals: tuple[Totals, Totals]) -> HeldOut | None:
