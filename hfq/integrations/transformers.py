@@ -50,6 +50,9 @@ __all__ = ["HfqQuantizer"]
 
 logger = logging.get_logger(__name__)
 
+# Bytes that may lie freed, but not given back to the system, while modules are brought into their kernels' layouts.
+_FREED_AT_ONCE = 16 << 20
+
 
 class HfqQuantizer(HfQuantizer):
     """Transformers' side of hfq; created by ``from_pretrained`` for an `HfqConfig`.
@@ -277,12 +280,23 @@ class HfqQuantizer(HfQuantizer):
         self._keep_transforms(model)
         if self.quantization_config.dequantize:
             return self._dequantize(model)
-        for _, module in _packed_modules(model):
-            module.prepare()
-        return_free_memory()
+        self._prepare_all(model)
         _saving().attach(model)
         logger.info(f"hfq: {self.selection.summary()}")
         return model
+
+    def _prepare_all(self, model: PreTrainedModel) -> None:
+        """Into the layouts of the kernels; what that frees goes back on the way, or both layouts would add up."""
+        freed = 0
+        for _, module in _packed_modules(model):
+            freed += sum(
+                p.nbytes for base in module.slots for p in module.packed_parameters(base).values()
+            )
+            module.prepare()
+            if freed > _FREED_AT_ONCE:
+                return_free_memory()
+                freed = 0
+        return_free_memory()
 
     def finish_loading(self, model: PreTrainedModel, names: Collection[str]) -> None:
         """What has to follow where only some modules were loaded (see `source.FloatCheckpoint`)."""
