@@ -1,6 +1,6 @@
 """Loading what was written in a new process, before success is reported; there its speed is measured as well.
 
-    python -m hfq.integrations.gate FOLDER TOKENS LOGITS SPEED DEVICE
+    python -m hfq.integrations.gate FOLDER TOKENS LOGITS SPEED DEVICE KERNEL_MODE
 
 reads token ids from one safetensors file, writes the loaded model's logits to another, and then its speed as JSON.
 """
@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from ..core.errors import CheckpointError
 from ..evaluation.speed import Speed, measure_speed_within_limit
+from ..nn.packed import PackedModule
 
 __all__ = ["check_reloaded", "logits_of"]
 
@@ -37,13 +38,18 @@ _PROMPT = 128
 
 
 def check_reloaded(
-    folder: Path, ids: Tensor, expected: Tensor | None, device: torch.device
+    folder: Path,
+    ids: Tensor,
+    expected: Tensor | None,
+    device: torch.device,
+    kernel_mode: str = "auto",
 ) -> tuple[float | None, Speed | None]:
     """Load the model in `folder` in a new process.
 
     Args:
         ids: int64 `[B, T]`.
         expected: logits of the model in memory, `[B, T, V]`; None where they are not known: then finite ones will do.
+        kernel_mode: of the model in memory; checkpoints do not name one.
 
     Returns:
         The largest difference of its logits, over the largest logit (None if nothing was expected), and its speed.
@@ -51,7 +57,7 @@ def check_reloaded(
     Raises:
         CheckpointError: it cannot be loaded, gives NaN or other logits.
     """
-    found, speed = _from_new_process(folder, ids, device)
+    found, speed = _from_new_process(folder, ids, device, kernel_mode)
     if expected is None:
         if not bool(torch.isfinite(found).all()):
             raise CheckpointError(
@@ -70,13 +76,13 @@ def check_reloaded(
 
 
 def _from_new_process(
-    folder: Path, ids: Tensor, device: torch.device
+    folder: Path, ids: Tensor, device: torch.device, kernel_mode: str
 ) -> tuple[Tensor, Speed | None]:
     with tempfile.TemporaryDirectory() as temporary:
         tokens, logits, speed = (Path(temporary) / name for name in ("tokens", "logits", "speed"))
         save_file({"ids": ids.cpu()}, tokens)
         paths = [str(path) for path in (folder, tokens, logits, speed)]
-        words = [sys.executable, "-m", __name__, *paths, str(device)]
+        words = [sys.executable, "-m", __name__, *paths, str(device), kernel_mode]
         done = subprocess.run(words, capture_output=True, text=True)
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         if not logits.is_file():
@@ -89,15 +95,20 @@ def _from_new_process(
         return load_file(logits)["logits"], Speed(**json.loads(speed.read_text()))
 
 
-def logits_of(folder: Path, ids: Tensor, device: torch.device) -> Tensor:
+def logits_of(folder: Path, ids: Tensor, device: torch.device, kernel_mode: str) -> Tensor:
     """Logits float32 `[B, T, V]` of the model in `folder`."""
-    return _logits(_loaded(folder, device), ids)
+    return _logits(_loaded(folder, device, kernel_mode), ids)
 
 
-def _loaded(folder: Path, device: torch.device) -> Any:
+def _loaded(folder: Path, device: torch.device, kernel_mode: str) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, device_map={"": device})
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device})
+    # A `quantization_config` of ours would say so as well, and Transformers would warn that the file has one.
+    for module in model.modules():
+        if isinstance(module, PackedModule):
+            module.kernel_mode = kernel_mode
+    return model
 
 
 @torch.no_grad()
@@ -106,9 +117,9 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
     return logits.float().cpu().contiguous()
 
 
-def _main(folder: str, tokens: str, logits: str, speed: str, device: str) -> None:
+def _main(folder: str, tokens: str, logits: str, speed: str, device: str, kernel_mode: str) -> None:
     ids = load_file(tokens)["ids"]
-    model = _loaded(Path(folder), torch.device(device))
+    model = _loaded(Path(folder), torch.device(device), kernel_mode)
     # Complete or not there: the speed is worth less than the run.
     save_file({"logits": _logits(model, ids)}, f"{logits}.partial")
     os.replace(f"{logits}.partial", logits)

@@ -357,11 +357,11 @@ class _Run:
         (folder / CARD).write_text(str(card), encoding="utf-8")
 
     def _check(self, folder: Path) -> tuple[float | None, Speed | None]:
-        if not self.followers:
-            return check_reloaded(folder, self.held_out[0].unsqueeze(0), None, self.source.device)
-        first = self.followers[0]
-        expected = self._logits(first.batch, first.hidden)
-        return check_reloaded(folder, first.batch, expected, self.source.device)
+        ids, expected = self.held_out[0].unsqueeze(0), None
+        if self.followers:
+            first = self.followers[0]
+            ids, expected = first.batch, self._logits(first.batch, first.hidden)
+        return check_reloaded(folder, ids, expected, self.source.device, self.config.kernel_mode)
 
     def _logits(self, batch: Tensor, hidden: Tensor) -> Tensor:
         return run_after_blocks(self.model, list(self.calibration.blocks.values()), batch, hidden)

@@ -191,8 +191,8 @@ def test_only_what_is_compared_is_kept_twice(
 
     monkeypatch.setattr(resume.Resume, "finish", watch)
     run(source, tmp_path / "out", gptq(tokens, gptaq=gptaq))
-    # One batch to calibrate with, one to compare the models on.
-    both = {"hidden.0", "hidden.1", "wanted.1"}
+    # One batch to calibrate with; the sequence that is checked again and a batch of others to compare the models on.
+    both = {"hidden.0", "hidden.1", "wanted.1", "hidden.2", "wanted.2"}
     assert kept == [both | ({"wanted.0"} if gptaq else set())] * 2
 
 
@@ -481,3 +481,14 @@ def test_memory_is_that_of_a_block(tmp_path: Path) -> None:
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
     peak = int(done.stdout)
     assert size > 200e6 and peak < 0.5 * size, f"peak {peak / 1e6:.0f} MB of {size / 1e6:.0f} MB"
+
+
+@pytest.mark.parametrize("mode", ["auto", "exact", "int8"])
+@pytest.mark.parametrize("length", [8, 64])
+def test_the_check_runs_the_kernels_of_the_run(
+    mode: str, length: int, source: Path, generator: torch.Generator, tmp_path: Path
+) -> None:
+    """With few tokens in bfloat16 kernels may quantize activations: both sides do, or none."""
+    config = gptq(torch.randint(128, (32, length), generator=generator), kernel_mode=mode)
+    report = hfq.quantize(source, tmp_path / "out", config, dtype="bfloat16")
+    assert report.logit_difference is not None and report.logit_difference <= 1e-3
