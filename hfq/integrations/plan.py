@@ -26,7 +26,7 @@ from ..diagnose.rates import measure_rates, recipe_key
 from ..formats import FORMATS, stored_bytes
 from ..kernels import dispatch
 from ..kernels.row import Problem
-from .batching import batches
+from .batching import batch_tokens
 from .bit_allocation import float_shape
 from .calibrated import HELD_OUT, calibration_sequences, of_its_own
 from .checkpoint import file_bytes
@@ -182,13 +182,13 @@ def _tokens(source: FloatCheckpoint, config: HfqConfig, own: OwnText | None, hea
         found = calibration_sequences(source.model, config)
         chosen, others = ([len(sequence) for sequence in part] for part in found)
     longest = max(chosen, default=_PROBE)
-    at_once = batches(source.model, source.device, head=head)
+    at_once = batch_tokens(source.model, source.device, logits=head)
     return Tokens(
         calibration=sum(chosen),
         held_out=sum(others[:HELD_OUT]) or min(_PROBE, longest),
         longest=longest,
         compared=bool(others),
-        batch=max(at_once["calibration"], longest),
+        batch=max(at_once, longest),
     )
 
 

@@ -33,6 +33,6 @@ inline I byte_dot(I sum, Line codes, uint32_t x) {
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {"avx512", kMaxTokens, kSpqrTokens, prepare, linear, dequantize, quantize, int8_linear, spqr_prepare, spqr_linear, spqr_dequantize, round_columns, search_grid, nullptr, nullptr};
+const Kernels kAvx512Kernels = {"avx512", kMaxTokens, kSpqrTokens, prepare, linear, dequantize, quantize, int8_linear, spqr_prepare, spqr_linear, spqr_dequantize, round_columns, search_grid};
 
 }  // namespace hfq

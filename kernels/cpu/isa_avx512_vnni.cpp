@@ -24,6 +24,6 @@ inline I small_end(SmallSum sum, int32_t) { return sum; }
 
 }  // namespace
 
-const Kernels kAvx512VnniKernels = {"avx512_vnni", kMaxTokens, kSpqrTokens, prepare, linear, dequantize, quantize, int8_linear, spqr_prepare, spqr_linear, spqr_dequantize, round_columns, search_grid, nullptr, nullptr};
+const Kernels kAvx512VnniKernels = {"avx512_vnni", kMaxTokens, kSpqrTokens, prepare, linear, dequantize, quantize, int8_linear, spqr_prepare, spqr_linear, spqr_dequantize, round_columns, search_grid};
 
 }  // namespace hfq

@@ -1,5 +1,3 @@
-#include <memory>
-
 #include "isa.h"
 #include "launch.h"
 #include "launch_parts.h"
@@ -9,16 +7,10 @@ namespace {
 
 constexpr int64_t kPackedTokens = 4096;  // at a time: packed operands take as much memory as these tokens in float32
 
-struct Freed {
-  void operator()(void* data) const { std::free(data); }
-};
-
-std::unique_ptr<uint16_t, Freed> allocate(int64_t numbers) {
-  const int64_t bytes = round_up(numbers * 2, 64);
-  std::unique_ptr<uint16_t, Freed> data(static_cast<uint16_t*>(std::aligned_alloc(64, static_cast<size_t>(bytes))));
-  if (!data) throw std::bad_alloc();
-  advise_huge_pages(data.get(), bytes);
-  return data;
+uint16_t* reserve(Scratch& scratch, int64_t numbers) {
+  char* data = scratch.reserve(static_cast<size_t>(numbers * 2));
+  advise_huge_pages(data, numbers * 2);
+  return reinterpret_cast<uint16_t*>(data);
 }
 
 }  // namespace
@@ -28,10 +20,10 @@ void launch_add_moment(MomentParams params) {
   if (!params.tokens || !params.columns) return;
   const int64_t tokens = params.tokens, most = tokens < kPackedTokens ? tokens : kPackedTokens;
   params.strips = round_up(ceil_div(params.columns, kTileSide), 2);
-  const auto left = allocate(params.strips * ceil_div(most, kTileTokens) * kTileNumbers);
-  const auto right = allocate(params.strips * ceil_div(most, kTileTokens) * kTileNumbers);
-  params.left = left.get();
-  params.right = right.get();
+  const int64_t numbers = params.strips * ceil_div(most, kTileTokens) * kTileNumbers;
+  Scratch left, right;  // of this call only: as much as the activations
+  params.left = reserve(left, numbers);
+  params.right = reserve(right, numbers);
   int64_t tasks = 0;
   for (int64_t band = 0; band < params.strips; band += kBand) tasks += (params.strips - band) / 2;
   for (int64_t first = 0; first < tokens; first += most) {

@@ -118,8 +118,8 @@ struct Kernels {
   void (*round_columns)(const RoundParams& params, float* scratch, int64_t first, int64_t last);
   void (*search_grid)(const SearchParams& params, float* scratch, int64_t first, int64_t last);
   // Null without matrix units. Strips are packed, then tasks (kBand) multiplied.
-  void (*pack_moment)(const MomentParams& params, int64_t first, int64_t last);
-  void (*multiply_moment)(const MomentParams& params, int64_t first, int64_t last);
+  void (*pack_moment)(const MomentParams& params, int64_t first, int64_t last) = nullptr;
+  void (*multiply_moment)(const MomentParams& params, int64_t first, int64_t last) = nullptr;
 };
 
 // The matrix units come with everything that kAvx512VnniKernels needs.
