@@ -53,7 +53,7 @@ OURS: list[dict[str, Any]] = [
     *({"method": "rtn", **grid, "scale_search": True} for grid in GRIDS),
     *({"method": "hqq", **grid} for grid in ASYMMETRIC),
     *({"method": "gptq", **grid} for grid in GRIDS),
-    *({"method": "awq", **grid} for grid in ASYMMETRIC),
+    *({"method": "awq", **grid} for grid in GRIDS),
     *({"method": "awq+gptq", **grid} for grid in ASYMMETRIC),
     # The same bits as SpQR's.
     {"method": "gptq", "bits": 3, "sym": True, "group_size": 32},
