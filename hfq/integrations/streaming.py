@@ -112,6 +112,7 @@ def quantize(
         CalibrationError: activations are NaN or infinite.
         ProcessError: another process of the group ended, or never came.
         SaveError: the folder cannot be written.
+        MemoryError: a block does not fit; what was done before it stays.
     """
     with process_group() as ranks:
         return _quantize(
@@ -129,8 +130,21 @@ def _quantize(run: _Run, command: str | None) -> Report:
         # The same call would fail again, and another one could not go on from here.
         run.forget()
         raise
+    except RuntimeError as error:
+        if not _out_of_memory(error):
+            raise
+        raise MemoryError(
+            f"not enough memory: {error}. Blocks that are done stay: the same call goes on with the next one when there is "
+            "more memory; fewer tokens (num_samples, seqlen) need less; hfq plan tells how much"
+        ) from error
     run.forget()
     return report
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """PyTorch has a class for it on accelerators only; safetensors maps files with the system's words."""
+    words = ("can't allocate memory", "Cannot allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 class _Run:

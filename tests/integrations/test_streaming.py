@@ -277,6 +277,22 @@ def unfinished(
     return tmp_path / "out"
 
 
+def test_a_run_out_of_memory_says_so_and_keeps_its_blocks(
+    source: Path, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: resume.Resume, index: int, *args: Any) -> None:
+        if index == 1:
+            torch.empty(1 << 60, dtype=torch.uint8)  # more than any machine has
+        finish(self, index, *args)
+
+    finish = resume.Resume.finish
+    with monkeypatch.context() as patch:
+        patch.setattr(resume.Resume, "finish", full)
+        with pytest.raises(MemoryError, match=r"not enough memory: .* Blocks that are done stay"):
+            run(source, tmp_path / "out", gptq(tokens))
+    assert run(source, tmp_path / "out", gptq(tokens)).resumed_blocks == 1
+
+
 @pytest.mark.parametrize("changed", ["settings", "calibration data", "model", "dtype"])
 def test_another_run_does_not_go_on(
     unfinished: Path, source: Path, tokens: Tensor, changed: str
