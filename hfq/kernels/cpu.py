@@ -1,7 +1,8 @@
-"""CPU kernels on the ``rows16`` layout: 4-bit integers and codebooks, 8-bit integers.
+"""CPU kernels on the ``rows16`` layout: integers of 2, 3, 4 and 8 bits, codebooks of 4.
 
-Few tokens: the packed weight is read directly (`cpu_linear`). Many tokens: dequantize into the dtype of x and let
-the matrix library multiply, which costs one more pass over the weight and reuses it for all tokens.
+Few tokens: the packed weight is read directly (`cpu_linear`). Many tokens: the same operator multiplies on matrix units
+where there are some, with int8 or bfloat16 activations; otherwise dequantize into the dtype of x and let the matrix library
+multiply, which costs one more pass over the weight and reuses it for all tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ..core.bits import packed_bytes
 from ..core.weight import PackedGrid
 from . import native, rows16
 from .ops import rows16_weight
-from .row import Problem
+from .row import OneByOne, Problem
 
 __all__ = ["MAX_DIRECT_TOKENS", "CpuRows16", "call", "no_native_code"]
 
@@ -25,8 +26,13 @@ __all__ = ["MAX_DIRECT_TOKENS", "CpuRows16", "call", "no_native_code"]
 # AMX, benchmarks/NOTES.md), by whether activations are quantized to int8.
 MAX_DIRECT_TOKENS = {False: 32, True: 128}
 
+# Columns that begin with a new word, by bits: groups have to.
+_UNITS = {2: 16, 3: 32, 4: 8, 8: 4}
+# Columns of a tile of the matrix units, by whether activations are quantized to int8: groups end with a tile.
+_TILE_COLUMNS = {False: 32, True: 64}
 
-class CpuRows16:
+
+class CpuRows16(OneByOne):
     """Native CPU kernels; see `kernels/cpu/`."""
 
     name = "cpu_rows16"
@@ -37,20 +43,20 @@ class CpuRows16:
             return reason
         if problem.activation is not None:
             return f"takes float activations, this weight asks for int8 ({problem.activation})"
-        if problem.bits not in (4, 8):
-            return f"takes 4 and 8 bits, not {problem.bits}"
+        if problem.bits not in _UNITS:
+            return f"takes 2, 3, 4 and 8 bits, not {problem.bits}"
         if problem.has_g_idx:
             return "takes groups of neighbouring columns only, the weight has a g_idx"
-        unit = 8 if problem.bits == 4 else 4
+        unit = _UNITS[problem.bits]
         if problem.group_size % unit and problem.group_size < problem.in_features:
             return f"takes group sizes that are multiples of {unit} at {problem.bits} bits, not {problem.group_size}"
         return None
 
-    def prepare(self, tensor: Tensor) -> Tensor:
-        return rows16.to_rows16(tensor)
+    def prepare(self, tensor: Tensor, bits: int) -> Tensor:
+        return rows16.to_rows16(tensor, split=bits == 3)
 
-    def restore(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-        return rows16.from_rows16(tensor, shape)
+    def restore(self, tensor: Tensor, shape: tuple[int, ...], bits: int) -> Tensor:
+        return rows16.from_rows16(tensor, shape, split=bits == 3)
 
     def linear(
         self, x: Tensor, grid: PackedGrid, bias: Tensor | None, int8_activations: bool
@@ -58,8 +64,7 @@ class CpuRows16:
         tokens = x.reshape(-1, grid.in_features)
         operands = (grid.qweight, grid.scales, grid.zeros, grid.codebook, bias)
         sizes = (grid.bits, grid.group_size, grid.in_features, grid.out_features)
-        # The direct kernel computes in float32: too little for float64, which nobody uses for speed.
-        if tokens.shape[0] <= MAX_DIRECT_TOKENS[int8_activations] and x.dtype != torch.float64:
+        if _directly(tokens.shape[0], x.dtype, grid, int8_activations):
             op = torch.ops.hfq.cpu_linear
             y = call(op, tokens.contiguous(), *operands, *sizes, int8_activations)
         else:
@@ -67,12 +72,35 @@ class CpuRows16:
         out: Tensor = y.view(*x.shape[:-1], grid.out_features)
         return out
 
+    def experts(
+        self,
+        x: Tensor,
+        counts: Tensor,
+        grid: PackedGrid,
+        bias: Tensor | None,
+        int8_activations: bool,
+    ) -> Tensor:
+        learns = torch.is_grad_enabled() and x.requires_grad
+        if learns or not _directly(int(counts.max()), x.dtype, grid, int8_activations):
+            return super().experts(x, counts, grid, bias, int8_activations)
+        y: Tensor = torch.ops.hfq.cpu_experts_linear(
+            x.contiguous(),
+            counts,
+            *(grid.qweight, grid.scales, grid.zeros, grid.codebook, bias),
+            *(grid.bits, grid.group_size, grid.in_features, grid.out_features),
+            int8_activations,
+        )
+        return y
+
     def rows(self, grid: PackedGrid, index: Tensor) -> PackedGrid:
         block, lane = index // rows16.ROWS, index % rows16.ROWS
         return replace(
             grid,
             qweight=rows16.pick_rows(
-                grid.qweight, index, packed_bytes(grid.in_features, grid.bits)
+                grid.qweight,
+                index,
+                packed_bytes(grid.in_features, grid.bits),
+                split=grid.bits == 3,
             ),
             scales=grid.scales[block, :, lane],
             zeros=None if grid.zeros is None else grid.zeros[block, :, lane],
@@ -83,6 +111,18 @@ class CpuRows16:
         operands = (grid.qweight, grid.scales, grid.zeros, grid.codebook)
         sizes = (grid.bits, grid.group_size, grid.in_features, grid.out_features)
         return rows16_weight(operands, sizes, dtype)
+
+
+def _directly(tokens: int, dtype: torch.dtype, grid: PackedGrid, int8_activations: bool) -> bool:
+    """Whether `cpu_linear` is the faster way."""
+    if dtype == torch.float64:
+        return False  # the kernel computes in float32: too little for what nobody uses for speed
+    if tokens <= MAX_DIRECT_TOKENS[int8_activations]:
+        return True
+    if not native.has_tiles() or not (int8_activations or dtype == torch.bfloat16):
+        return False
+    columns = _TILE_COLUMNS[int8_activations]
+    return grid.group_size >= grid.in_features or grid.group_size % columns == 0
 
 
 def no_native_code(problem: Problem) -> str | None:

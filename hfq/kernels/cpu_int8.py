@@ -8,7 +8,7 @@ from torch import Tensor
 from ..core.weight import PackedGrid
 from .cpu import CpuRows16, call, no_native_code
 from .int8 import MAX_COLUMNS
-from .row import Problem
+from .row import OneByOne, Problem
 
 __all__ = ["CpuInt8"]
 
@@ -24,6 +24,8 @@ class CpuInt8(CpuRows16):
         if problem.in_features > MAX_COLUMNS:
             return f"takes up to {MAX_COLUMNS} columns, not {problem.in_features}"
         return no_native_code(problem)
+
+    experts = OneByOne.experts
 
     def linear(
         self, x: Tensor, grid: PackedGrid, bias: Tensor | None, int8_activations: bool

@@ -17,7 +17,7 @@ from ..core.weight import SpqrGrid
 from . import rows16
 from .cpu import call, no_native_code
 from .neutral_spqr import operands, pick_outliers, sizes
-from .row import Problem
+from .row import OneByOne, Problem
 from .spqr_ops import spqr_rows16_weight
 
 __all__ = ["MAX_DIRECT_TOKENS", "CpuSpqr"]
@@ -29,7 +29,7 @@ MAX_DIRECT_TOKENS = 32
 _QUAD = 4
 
 
-class CpuSpqr:
+class CpuSpqr(OneByOne):
     """Native CPU kernels; see `kernels/cpu/spqr_body.h`."""
 
     name = "cpu_spqr"
@@ -47,10 +47,10 @@ class CpuSpqr:
             return f"takes stat_group_size in multiples of {rows16.ROWS}, not {problem.stat_group_size}"
         return None
 
-    def prepare(self, tensor: Tensor) -> Tensor:
+    def prepare(self, tensor: Tensor, bits: int) -> Tensor:
         return rows16.to_rows16(tensor) if tensor.dtype == torch.uint8 else tensor
 
-    def restore(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def restore(self, tensor: Tensor, shape: tuple[int, ...], bits: int) -> Tensor:
         return rows16.from_rows16(tensor, shape)
 
     def linear(

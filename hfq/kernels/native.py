@@ -24,13 +24,14 @@ import torch
 
 from ..core.errors import KernelError
 
-__all__ = ["ISA_VARIABLE", "NativeStatus", "isa", "load", "use_isa"]
+__all__ = ["ISA_VARIABLE", "NativeStatus", "has_tiles", "isa", "load", "use_isa"]
 
 ISA_VARIABLE = "HFQ_CPU_ISA"
 _REMEDY = "install a C++ compiler (Debian: apt install g++) and reinstall hfq, or run scripts/build_native in a checkout"
 
 _lock = threading.Lock()
 _loaded: _Loaded | None = None
+_selected = ""  # a plain value: compilers trace code that asks for it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +80,12 @@ def load() -> NativeStatus:
 def isa() -> str:
     """The instruction set that the CPU kernels use now, empty without them; see `load`."""
     load()
-    assert _loaded is not None
-    return "" if _loaded.library is None else _isa(_loaded.library)
+    return _selected
+
+
+def has_tiles() -> bool:
+    """Whether the instruction set in use multiplies many tokens with int8 activations on matrix units."""
+    return isa() == "avx512_amx"
 
 
 @contextlib.contextmanager
@@ -96,7 +101,7 @@ def use_isa(name: str) -> Iterator[None]:
         raise KernelError(
             f"cannot select the instruction set {name!r}: {_loaded.status.cpu_reason}"
         )
-    before = _isa(_loaded.library)
+    before = _selected
     _select_isa(_loaded.library, name, source="use_isa")
     try:
         yield
@@ -114,7 +119,7 @@ def _load() -> _Loaded:
         cuda=not cuda_reason,
         cpu_reason=cpu_reason,
         cuda_reason=cuda_reason,
-        isa="" if library is None else _isa(library),
+        isa="" if library is None else _selected,
         isas=() if library is None else _isas(library),
         build=MappingProxyType(build),
     )
@@ -207,11 +212,13 @@ def _isas(library: ctypes.CDLL) -> tuple[str, ...]:
 
 
 def _select_isa(library: ctypes.CDLL, name: str, source: str) -> None:
+    global _selected
     if not library.hfq_cpu_select_isa(name.encode()):
         supported = ", ".join(("auto", *_isas(library)))
         raise KernelError(
             f"{source} asks for the instruction set {name!r}; this build and processor support {supported}"
         )
+    _selected = _isa(library)
 
 
 def _warn(status: NativeStatus) -> None:

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from ..core.weight import PackedGrid
 from . import ops  # noqa: F401  (defines torch.ops.hfq)
-from .row import Problem
+from .row import OneByOne, Problem
 
 __all__ = ["Neutral"]
 
 
-class Neutral:
+class Neutral(OneByOne):
     """Dequantize and multiply."""
 
     name = "dequantize"
@@ -26,10 +26,10 @@ class Neutral:
     def reject(self, problem: Problem) -> str | None:
         return None
 
-    def prepare(self, tensor: Tensor) -> Tensor:
+    def prepare(self, tensor: Tensor, bits: int) -> Tensor:
         return tensor
 
-    def restore(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def restore(self, tensor: Tensor, shape: tuple[int, ...], bits: int) -> Tensor:
         return tensor
 
     def linear(

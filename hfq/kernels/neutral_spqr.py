@@ -10,12 +10,12 @@ from torch import Tensor
 
 from ..core.weight import SpqrGrid
 from . import spqr_ops  # noqa: F401  (defines torch.ops.hfq.spqr_*)
-from .row import Problem
+from .row import OneByOne, Problem
 
 __all__ = ["NeutralSpqr", "operands", "pick_outliers", "sizes"]
 
 
-class NeutralSpqr:
+class NeutralSpqr(OneByOne):
     """Dequantize and multiply, any device and shape."""
 
     name = "dequantize_spqr"
@@ -23,10 +23,10 @@ class NeutralSpqr:
     def reject(self, problem: Problem) -> str | None:
         return None
 
-    def prepare(self, tensor: Tensor) -> Tensor:
+    def prepare(self, tensor: Tensor, bits: int) -> Tensor:
         return tensor
 
-    def restore(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def restore(self, tensor: Tensor, shape: tuple[int, ...], bits: int) -> Tensor:
         return tensor
 
     def linear(

@@ -11,6 +11,7 @@ M tokens, N out_features, K in_features, G groups per row. A weight is ``(code -
     cpu_dequantize           rows16 -> [N, K]                     native
     cpu_linear               x, rows16 -> x W^T + bias            native; float32 or int8 activations
     cpu_linear_dequantized   x, rows16 -> x W^T + bias            cpu_dequantize, then a matrix product
+    cpu_experts_linear       x, counts, stacks of rows16          native; no gradient (hfq.kernels.row)
     int8_linear              x, neutral -> x W^T + bias           x quantized to int8, integers (hfq.kernels.int8)
     cpu_int8_linear          x, rows16 -> x W^T + bias            the same, native
 
@@ -45,6 +46,7 @@ for _schema in (
     f"cpu_dequantize({_GRID}, {_SIZES}, int out_features, ScalarType dtype) -> Tensor",
     f"cpu_linear(Tensor x, {_ROWS16}, bool int8_activations) -> Tensor",
     f"cpu_linear_dequantized(Tensor x, {_ROWS16}) -> Tensor",
+    f"cpu_experts_linear(Tensor x, Tensor counts, {_ROWS16}, bool int8_activations) -> Tensor",
     f"int8_linear({_INT8}, int in_features) -> Tensor",
     f"cpu_int8_linear({_INT8}, int in_features, int out_features) -> Tensor",
 ):
@@ -154,6 +156,7 @@ for _name, _fake in {
     "cpu_dequantize": _fake_cpu_dequantize,
     "cpu_linear": _fake_cpu_linear,
     "cpu_linear_dequantized": _fake_cpu_linear_dequantized,
+    "cpu_experts_linear": _fake_cpu_linear,
     "int8_linear": _fake_linear,
     "cpu_int8_linear": _fake_cpu_linear_dequantized,  # out_features stands last, too
 }.items():

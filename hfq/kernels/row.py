@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..core.weight import Grid, PackedGrid, SpqrGrid
 
-__all__ = ["KernelRow", "Problem"]
+__all__ = ["KernelRow", "OneByOne", "Problem", "each_expert"]
 
 # The one class of grids that a kernel reads.
 G = TypeVar("G", PackedGrid, SpqrGrid)
@@ -60,10 +61,12 @@ class KernelRow(Protocol[G]):
     def reject(self, problem: Problem) -> str | None:
         """Why this kernel cannot take the problem, or None."""
 
-    def prepare(self, tensor: Tensor) -> Tensor:
-        """Turn one neutral tensor (one of the grid's operands) into the kernel's layout, or leave it as it is."""
+    def prepare(self, tensor: Tensor, bits: int) -> Tensor:
+        """Turn one neutral tensor (one of the operands of a grid with codes of so many bits) into the kernel's layout,
+        or leave it as it is.
+        """
 
-    def restore(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def restore(self, tensor: Tensor, shape: tuple[int, ...], bits: int) -> Tensor:
         """The inverse of `prepare`, bit-exact, for what it has changed. `shape`: of the neutral tensor."""
 
     def linear(self, x: Tensor, grid: G, bias: Tensor | None, int8_activations: bool) -> Tensor:
@@ -72,8 +75,40 @@ class KernelRow(Protocol[G]):
         Where ``grid.activation`` is set, x is quantized to int8 whatever `int8_activations` says.
         """
 
+    def experts(
+        self, x: Tensor, counts: Tensor, grid: G, bias: Tensor | None, int8_activations: bool
+    ) -> Tensor:
+        """`linear` with a stack of weights: the first ``counts[0]`` tokens meet weight 0, the next ones weight 1, ...
+
+        Args:
+            x: `[M, K]`.
+            counts: int64 `[E]`, on the CPU or where x is; they add up to M.
+            grid: every tensor has one more dimension in front, E.
+            bias: `[E, N]`.
+        """
+
     def rows(self, grid: G, index: Tensor) -> G:
         """The rows `index` (int64 `[T]`) of a grid in the kernel's layout, as a neutral grid `[T, ...]`."""
 
     def dequantize(self, grid: G, dtype: torch.dtype) -> Tensor:
         """The weight `[N, K]` behind a grid in the kernel's layout."""
+
+
+def each_expert(x: Tensor, counts: Tensor, linear: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """``linear(tokens, expert)`` for each expert that has tokens, one after the other; see `KernelRow.experts`."""
+    parts = x.split_with_sizes(counts.tolist())
+    return torch.cat([linear(part, expert) for expert, part in enumerate(parts) if len(part)])
+
+
+class OneByOne:
+    """`KernelRow.experts` for kernels that take one weight at a time."""
+
+    def experts(
+        self: Any, x: Tensor, counts: Tensor, grid: Any, bias: Tensor | None, int8_activations: bool
+    ) -> Tensor:
+        def linear(tokens: Tensor, expert: int) -> Tensor:
+            own = None if bias is None else bias[expert]
+            y: Tensor = self.linear(tokens, grid.expert(expert), own, int8_activations)
+            return y
+
+        return each_expert(x, counts, linear)

@@ -9,14 +9,18 @@ N16 = ceil(N / 16) blocks of 16 rows, W = ceil(B / 4) words per row. Word w of r
     line (b, w):  | row 16b: bytes 4w .. 4w+3 | row 16b+1: bytes 4w .. 4w+3 | ... | row 16b+15 |
 
 Padding is zero: codes of padded columns meet activations that count as zero, padded rows are not stored to.
+
+3-bit codes are split into planes first, see `hfq.kernels.planes`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from . import huge_pages
+from . import huge_pages, planes  # noqa: F401  (defines the operators)
 
 __all__ = ["ROWS", "from_rows16", "pick_rows", "to_rows16"]
 
@@ -24,16 +28,26 @@ ROWS = 16
 _WORD = 4  # bytes
 
 
-def to_rows16(neutral: Tensor) -> Tensor:
-    """Codes (uint8 `[..., N, B, 1]`) or scales (float `[..., N, G]`) in layout rows16, in huge pages if large."""
+def to_rows16(neutral: Tensor, split: bool = False) -> Tensor:
+    """Codes (uint8 `[..., N, B, 1]`) or scales (float `[..., N, G]`) in layout rows16, in huge pages if large.
+
+    Args:
+        split: the codes have 3 bits, and their planes are wanted.
+    """
     if neutral.dtype == torch.uint8:
+        if split:
+            neutral = _by_rows(torch.ops.hfq.split_planes, neutral)
         *lead, rows, size, _ = neutral.shape
         words = -(-size // _WORD)
-        padded = _pad(neutral.reshape(*lead, rows, size), words * _WORD)
+        padded = _pad(neutral.reshape(*lead, rows, size), words * _WORD, rows + -rows % ROWS)
         lines = padded.reshape(*lead, -1, ROWS, words, _WORD).transpose(-3, -2)
     else:
         *lead, rows, groups = neutral.shape
-        lines = _pad(neutral, groups).reshape(*lead, -1, ROWS, groups).transpose(-2, -1)
+        lines = (
+            _pad(neutral, groups, rows + -rows % ROWS)
+            .reshape(*lead, -1, ROWS, groups)
+            .transpose(-2, -1)
+        )
     if lines.device.type != "cpu":
         return lines.contiguous()
     out = huge_pages.empty(lines.shape, lines.dtype)
@@ -44,12 +58,15 @@ def to_rows16(neutral: Tensor) -> Tensor:
     return out
 
 
-def from_rows16(lines: Tensor, shape: tuple[int, ...]) -> Tensor:
+def from_rows16(lines: Tensor, shape: tuple[int, ...], split: bool = False) -> Tensor:
     """The inverse of `to_rows16`, bit-exact, to the neutral `shape` `[..., N, B, 1]` or `[..., N, G]`."""
     if lines.dtype == torch.uint8:
         *lead, blocks, words, _, _ = lines.shape
-        rows = lines.transpose(-3, -2).reshape(*lead, blocks * ROWS, words * _WORD)
-        return rows[..., : shape[-3], : shape[-2]].contiguous().unsqueeze(-1)
+        rows = lines.transpose(-3, -2).reshape(*lead, blocks * ROWS, words * _WORD, 1)
+        rows = rows[..., : shape[-3], :, :]
+        if split:
+            rows = _by_rows(torch.ops.hfq.join_planes, rows)
+        return rows[..., : shape[-2], :].contiguous()
     *lead, blocks, groups, _ = lines.shape
     return (
         lines.transpose(-2, -1)
@@ -58,18 +75,27 @@ def from_rows16(lines: Tensor, shape: tuple[int, ...]) -> Tensor:
     )
 
 
-def pick_rows(lines: Tensor, index: Tensor, row_bytes: int) -> Tensor:
+def pick_rows(lines: Tensor, index: Tensor, row_bytes: int, split: bool = False) -> Tensor:
     """The rows `index` (int64 `[T]`) of codes `[N16, W, 16, 4]` in the neutral layout: uint8 `[T, row_bytes, 1]`."""
     words = lines[index // ROWS, :, index % ROWS]  # [T, W, 4]
-    return words.flatten(-2)[:, :row_bytes, None]
+    rows = words.flatten(-2).unsqueeze(-1)
+    if split:
+        rows = _by_rows(torch.ops.hfq.join_planes, rows)
+    return rows[:, :row_bytes]
 
 
-def _pad(rows: Tensor, columns: int) -> Tensor:
-    """Zeros below and to the right: `[..., N, C]` -> `[..., 16 * N16, columns]`."""
-    missing = (columns - rows.shape[-1], -rows.shape[-2] % ROWS)
+def _by_rows(convert: Callable[[Tensor], Tensor], codes: Tensor) -> Tensor:
+    """A conversion of `[N, B]` for `[..., N, B, 1]`."""
+    rows = convert(codes.flatten(0, -3).squeeze(-1).contiguous())
+    return rows.view(*codes.shape[:-2], rows.shape[1], 1)
+
+
+def _pad(values: Tensor, columns: int, rows: int) -> Tensor:
+    """Zeros below and to the right: `[..., N, C]` -> `[..., rows, columns]`."""
+    missing = (columns - values.shape[-1], rows - values.shape[-2])
     if missing == (0, 0):
-        return rows
-    return torch.nn.functional.pad(rows, (0, missing[0], 0, missing[1]))
+        return values
+    return torch.nn.functional.pad(values, (0, missing[0], 0, missing[1]))
 
 
 def _in_words(lines: Tensor) -> bool:

@@ -23,11 +23,15 @@ from torch import Tensor, nn
 
 from ..core.errors import WeightError
 from ..core.spec import QuantSpec
+from ..kernels.row import each_expert
 from .packed import PackedModule
 from .parameters import PackedParameters
 from .slot import PackedSlot
 
 __all__ = ["QuantExperts", "expert_weights", "is_fused_experts", "pack_experts_", "unpack_experts_"]
+
+# More go through one expert after the other.
+_TOKENS_AT_ONCE = 1024
 
 # Instance attributes that the decorator sets in every release from 5.17 to 5.23.
 _MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
@@ -62,46 +66,60 @@ class QuantExperts(PackedModule):
             `[T, H]` in the dtype of hidden_states, summed in float32.
         """
         int8 = self.int8_activations(hidden_states)
-        positions, counts = self._by_expert(top_k_index.flatten())
+        choices = top_k_index.flatten()
+        counts = torch.bincount(choices, minlength=self._experts)[: self._experts]
+        positions = choices.argsort(stable=True)[: int(counts.sum())]
+        if not len(positions):
+            return torch.zeros_like(hidden_states)
         # Not [] and index_add_: those wake all threads for a single token, which on a busy machine
         # takes milliseconds.
-        routed = hidden_states.index_select(0, positions // top_k_index.shape[-1])
-        x = routed.split_with_sizes(list(counts.values()))
-        y = [self._expert(expert, rows, int8) for expert, rows in zip(counts, x, strict=True)]
-        if not y:
-            return torch.zeros_like(hidden_states)
+        x = hidden_states.index_select(0, positions // top_k_index.shape[-1])
+        y = (
+            self._run(x, counts, int8)
+            if len(x) <= _TOKENS_AT_ONCE
+            else self._in_turn(x, counts, int8)
+        )
         # Experts that are not here leave zeros.
-        chosen = y[0].new_zeros(top_k_index.numel(), hidden_states.shape[-1])
-        chosen = chosen.index_copy(0, positions, torch.cat(y)).view(*top_k_index.shape, -1)
+        chosen = y.new_zeros(top_k_index.numel(), hidden_states.shape[-1])
+        chosen = chosen.index_copy(0, positions, y).view(*top_k_index.shape, -1)
         weighted = chosen * top_k_weights.unsqueeze(-1)
         dtype = torch.promote_types(weighted.dtype, torch.float32)
         return weighted.sum(1, dtype=dtype).to(hidden_states.dtype)
 
-    def _by_expert(self, choices: Tensor) -> tuple[Tensor, dict[int, int]]:
-        """Positions in `choices` sorted by expert; expert -> how often it was chosen, if at all."""
-        counts = torch.bincount(choices, minlength=self._experts)[: self._experts].tolist()
-        hit = {expert: count for expert, count in enumerate(counts) if count}
-        return choices.argsort(stable=True)[: sum(hit.values())], hit
-
-    def _expert(self, expert: int, x: Tensor, int8: bool) -> Tensor:
-        """What one expert makes of its tokens: `[t, H]` -> `[t, H]`."""
-        y = self._product("gate_up_proj" if self.has_gate else "up_proj", x, expert, int8)
+    def _run(self, x: Tensor, counts: Tensor, int8: bool) -> Tensor:
+        """What experts make of tokens that are sorted by expert: `[t, H]` -> `[t, H]`, counts int64 `[E]`."""
+        y = self._products("gate_up_proj" if self.has_gate else "up_proj", x, counts, int8)
         y = self._apply_gate(y) if self.has_gate else self.act_fn(y)
-        y = self._product("down_proj", y, expert, int8)
+        y = self._products("down_proj", y, counts, int8)
         return self.post_expert_norm(y) if getattr(self, "has_post_expert_norm", False) else y
+
+    def _in_turn(self, x: Tensor, counts: Tensor, int8: bool) -> Tensor:
+        """The same, one expert after the other: what lies between the projections is much wider than x."""
+        done, alone = [], torch.zeros_like(counts)
+        for expert, tokens in enumerate(x.split_with_sizes(counts.tolist())):
+            if len(tokens):
+                alone[expert] = len(tokens)
+                done.append(self._run(tokens, alone, int8))
+                alone[expert] = 0
+        return torch.cat(done)
 
     @property
     def _experts(self) -> int:
         """E, as far as it is on this device."""
         return cast(int, next(iter(self.slots.values())).experts)
 
-    def _product(self, base: str, x: Tensor, expert: int, int8: bool) -> Tensor:
-        bias = getattr(self, f"{base}_bias")[expert] if self.has_bias else None
+    def _products(self, base: str, x: Tensor, counts: Tensor, int8: bool) -> Tensor:
+        bias = getattr(self, f"{base}_bias") if self.has_bias else None
         if base in self.slots:
             operands = self.operands(base)
-            return operands.choice.row.linear(x, operands.grid.expert(expert), bias, int8)
-        weight = getattr(self, base)[expert]
-        return nn.functional.linear(x, weight.T if self.is_transposed else weight, bias)
+            return operands.choice.row.experts(x, counts, operands.grid, bias, int8)
+        weights = getattr(self, base)
+
+        def linear(tokens: Tensor, expert: int) -> Tensor:
+            weight = weights[expert].T if self.is_transposed else weights[expert]
+            return nn.functional.linear(tokens, weight, None if bias is None else bias[expert])
+
+        return each_expert(x, counts, linear)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The class exists in this process only; any other one makes it again from the float class.

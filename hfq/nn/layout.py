@@ -62,7 +62,7 @@ def to_kernel(
         operand = getattr(grid, field)
         if operand is None:
             continue
-        operands[field] = row.prepare(operand)
+        operands[field] = row.prepare(operand, grid.bits)
         # Decoded operands (double-quantized scales) are extra; all others live in what is held.
         if operand.data_ptr() == held[key].data_ptr():
             prepared[key] = as_bits(operands[field])
@@ -84,6 +84,6 @@ def to_neutral(
     return {
         key: tensor
         if tensor.dim() == len(layout[key].shape)
-        else row.restore(tensor, layout[key].shape)
+        else row.restore(tensor, layout[key].shape, slot.spec.bits)
         for key, tensor in held.items()
     }

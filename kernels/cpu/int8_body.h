@@ -1,5 +1,6 @@
 // W8A8: activations quantized once per token, over the whole row, times 8-bit weights with one scale per row. The sum over all of K stays
-// an int32; the scales come in one multiplication at the end. Included after rows16_body.h, in the same anonymous namespace.
+// an int32; the scales come in one multiplication at the end. Included after rows16_body.h, in the
+// same anonymous namespace.
 //
 //   y[m, n] = sum_k (code[n, k] - 128) * x[m, k]  *  (token_scale[m] * scale[n])  + bias[n]
 //
@@ -9,10 +10,10 @@
 inline void quantize_token(const QuantizeParams& p, int64_t token) {
   const Shape& s = p.shape;
   const int64_t at = token * s.in_features;
-  alignas(64) float values[kActBlock];
+  alignas(64) float values[kSpan];
   uint32_t largest = 0;
-  for (int64_t k = 0; k < s.in_features; k += kActBlock) {
-    load_columns(values, p.x, at + k, smaller(kActBlock, s.in_features - k), p.x_dtype);
+  for (int64_t k = 0; k < s.in_features; k += kSpan) {
+    load_columns(values, p.x, at + k, smaller(kSpan, s.in_features - k), p.x_dtype);
     const uint32_t bits = largest_bits(values);
     largest = bits > largest ? bits : largest;
   }
@@ -32,15 +33,11 @@ inline void quantize_token(const QuantizeParams& p, int64_t token) {
   }
   p.out.block_scales[token] = finite ? scale : __builtin_nanf("");
   int32_t sum = 0;
-  for (int64_t k = 0; k < s.in_features; k += kActBlock) {
-    alignas(64) int32_t codes[kActBlock];
-    alignas(64) int8_t bytes[kActBlock];
-    load_columns(values, p.x, at + k, smaller(kActBlock, s.in_features - k), p.x_dtype);
-    sum += round_block(values, inverse, codes);
-    pack_codes<false>(bytes, codes);
-    const int64_t words = smaller(s.words - k / 4, kActBlock / 4);
-    int8_t* out = p.out.codes + (k / 4 * p.tokens + token) * 4;
-    for (int64_t w = 0; w < words; ++w) __builtin_memcpy(out + w * p.tokens * 4, bytes + w * 4, 4);
+  for (int64_t k = 0; k < s.in_features; k += kSpan) {
+    alignas(64) int32_t codes[kSpan];
+    load_columns(values, p.x, at + k, smaller(kSpan, s.in_features - k), p.x_dtype);
+    sum += round_span(values, inverse, codes);
+    pack_codes<8>(codes_at(p.out, k / kSpan, token), codes);
   }
   p.out.block_init[token] = -128 * sum;
 }
@@ -54,15 +51,15 @@ template <int BLOCKS, int M>
 inline void int8_tile(const LinearParams& p, int64_t block) {
   const int64_t words = p.shape.words;
   const uint8_t* line = p.qweight + block * words * kLineBytes;
-  const int8_t* x = p.x.codes;
   I dot[BLOCKS][M];
   for (int i = 0; i < BLOCKS; ++i)
     for (int m = 0; m < M; ++m) dot[i][m] = i_set1(p.x.block_init[m]);
-  for (int64_t w = 0; w < words; ++w, line += kLineBytes, x += M * 4) {
+  for (int64_t w = 0; w < words; ++w, line += kLineBytes) {
+    const int8_t* x = p.x.codes + w / 16 * M * kStepBytes + w % 16 * 4;
     Line codes[BLOCKS];
     for (int i = 0; i < BLOCKS; ++i) codes[i] = fetch(line + i * words * kLineBytes);
     for (int m = 0; m < M; ++m) {
-      const uint32_t word = load_word(x + 4 * m);
+      const uint32_t word = load_word(x + kStepBytes * m);
       for (int i = 0; i < BLOCKS; ++i) dot[i][m] = byte_dot(dot[i][m], codes[i], word);
     }
   }

@@ -33,13 +33,15 @@ namespace {
 
 [[maybe_unused]] bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 
-// Leaf 7, EDX: bit 22 AMX-BF16, bit 24 AMX-TILE. Linux gives the 8 KiB of registers to processes that ask for them.
+// Leaf 7, EDX: bit 22 AMX-BF16, bit 24 AMX-TILE, bit 25 AMX-INT8. Linux gives the 8 KiB of registers to processes that ask for them.
 [[maybe_unused]] bool has_amx() {
 #ifdef SYS_arch_prctl
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   unsigned a = 0, b = 0, c = 0, d = 0;
-  constexpr unsigned kWanted = (1u << 22) | (1u << 24);
-  return has_avx512_vnni() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kWanted) == kWanted &&
+  constexpr unsigned kWanted = (1u << 22) | (1u << 24) | (1u << 25);
+  // Leaf 7.1, EAX bit 5: AVX512-BF16.
+  return has_avx512_vnni() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5)) && __get_cpuid_count(7, 0, &a, &b, &c, &d) &&
+         (d & kWanted) == kWanted &&
          syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;
@@ -50,6 +52,8 @@ namespace {
 #ifdef HFQ_WITH_AVX512_AMX
 Kernels with_amx(Kernels kernels) {
   kernels.name = "avx512_amx";
+  kernels.tiles_linear = amx_tiles_linear;
+  kernels.tiles_bfloat16 = amx_tiles_bfloat16;
   kernels.pack_moment = amx_pack_moment;
   kernels.multiply_moment = amx_multiply_moment;
   return kernels;

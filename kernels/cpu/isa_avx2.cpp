@@ -12,17 +12,14 @@ namespace {
 
 inline __m256i madd_ones(__m256i v) { return _mm256_madd_epi16(v, _mm256_set1_epi16(1)); }
 
-// Codes 0..15 stay within 16 bits for a whole block (see kActBlock) and are widened once.
+// Codes 0..15 stay within 16 bits for a whole span (see kSpan) and are widened once.
 typedef I SmallSum;
-inline SmallSum small_begin(int32_t) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+inline SmallSum small_begin(I) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 inline SmallSum small_dot(SmallSum sum, Line codes, uint32_t x) {
   const __m256i xs = _mm256_set1_epi32(static_cast<int32_t>(x));
   return {_mm256_add_epi16(sum.a, _mm256_maddubs_epi16(codes.a, xs)), _mm256_add_epi16(sum.b, _mm256_maddubs_epi16(codes.b, xs))};
 }
-inline I small_end(SmallSum sum, int32_t init) {
-  const __m256i start = _mm256_set1_epi32(init);
-  return {_mm256_add_epi32(start, madd_ones(sum.a)), _mm256_add_epi32(start, madd_ones(sum.b))};
-}
+inline I small_end(SmallSum sum, I dot) { return {_mm256_add_epi32(dot.a, madd_ones(sum.a)), _mm256_add_epi32(dot.b, madd_ones(sum.b))}; }
 
 // Two products of codes up to 255 do not fit 16 bits. The upper bit is multiplied apart: 2 * 127 * 127 and 2 * 128 * 127 do fit.
 inline __m256i byte_dot(__m256i sum, __m256i codes, __m256i xs) {
@@ -36,6 +33,7 @@ inline I byte_dot(I sum, Line codes, uint32_t x) {
   return {byte_dot(sum.a, codes.a, xs), byte_dot(sum.b, codes.b, xs)};
 }
 
+#include "rows16_parts.h"
 #include "rows16_body.h"
 #include "int8_body.h"
 #include "spqr_body.h"

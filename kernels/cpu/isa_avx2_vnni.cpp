@@ -15,10 +15,11 @@ inline I byte_dot(I sum, Line codes, uint32_t x) {
   const __m256i xs = _mm256_set1_epi32(static_cast<int32_t>(x));
   return {_mm256_dpbusd_avx_epi32(sum.a, codes.a, xs), _mm256_dpbusd_avx_epi32(sum.b, codes.b, xs)};
 }
-inline SmallSum small_begin(int32_t init) { return i_set1(init); }
+inline SmallSum small_begin(I dot) { return dot; }
 inline SmallSum small_dot(SmallSum sum, Line codes, uint32_t x) { return byte_dot(sum, codes, x); }
-inline I small_end(SmallSum sum, int32_t) { return sum; }
+inline I small_end(SmallSum sum, I) { return sum; }
 
+#include "rows16_parts.h"
 #include "rows16_body.h"
 #include "int8_body.h"
 #include "spqr_body.h"

@@ -10,13 +10,13 @@ namespace {
 
 #include "lanes_avx512.h"
 
-// Codes 0..15 stay within 16 bits for a whole block (see kActBlock) and are widened once.
+// Codes 0..15 stay within 16 bits for a whole span (see kSpan) and are widened once.
 typedef __m512i SmallSum;
-inline SmallSum small_begin(int32_t) { return _mm512_setzero_si512(); }
+inline SmallSum small_begin(I) { return _mm512_setzero_si512(); }
 inline SmallSum small_dot(SmallSum sum, Line codes, uint32_t x) {
   return _mm512_add_epi16(sum, _mm512_maddubs_epi16(codes, _mm512_set1_epi32(static_cast<int32_t>(x))));
 }
-inline I small_end(SmallSum sum, int32_t init) { return _mm512_add_epi32(i_set1(init), _mm512_madd_epi16(sum, _mm512_set1_epi16(1))); }
+inline I small_end(SmallSum sum, I dot) { return _mm512_add_epi32(dot, _mm512_madd_epi16(sum, _mm512_set1_epi16(1))); }
 
 // Two products of codes up to 255 do not fit 16 bits. The upper bit is multiplied apart: 2 * 127 * 127 and 2 * 128 * 127 do fit.
 inline I byte_dot(I sum, Line codes, uint32_t x) {
@@ -26,6 +26,7 @@ inline I byte_dot(I sum, Line codes, uint32_t x) {
   return _mm512_add_epi32(_mm512_add_epi32(sum, _mm512_madd_epi16(low, ones)), _mm512_madd_epi16(high, ones));
 }
 
+#include "rows16_parts.h"
 #include "rows16_body.h"
 #include "int8_body.h"
 #include "spqr_body.h"

@@ -1,5 +1,5 @@
 // AVX-512 with VNNI and AMX (Sapphire Rapids and later): what the matrix units do; all else is that of isa_avx512_vnni.cpp. tdpbf16ps multiplies
-// tiles of 16 x 32 and 32 x 16 bfloat16 numbers and adds to 16 x 16 float32 sums.
+// tiles of 16 x 32 and 32 x 16 bfloat16 numbers and adds to 16 x 16 float32 sums, tdpbsud 16 x 64 and 64 x 16 integers.
 #include <immintrin.h>
 
 #include "moments.h"
@@ -8,12 +8,11 @@
 namespace hfq {
 namespace {
 
-// What ldtilecfg reads (Intel's Software Developer's Manual, volume 1, 18.3): all eight tiles have 16 rows of 64 bytes.
-struct TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
+#include "lanes_avx512.h"
+#include "rows16_parts.h"
+#include "tiles_body.h"
+
+// ---- second moments ----
 
 constexpr int64_t kRowBytes = 64;
 
@@ -74,7 +73,7 @@ void amx_pack_moment(const MomentParams& p, int64_t first, int64_t last) {
     for (int64_t block = 0; block < p.blocks; ++block) {
       alignas(64) uint32_t pairs[kTileSide][kTileSide] = {};  // [pair of tokens][column]
       for (int64_t pair = 0; pair < kTileSide; ++pair) {
-        const int64_t token = block * kTileTokens + 2 * pair;
+        const int64_t token = block * kMomentTokens + 2 * pair;
         const uint16_t* x = p.x + token * p.columns + column;
         if (token + 1 < p.tokens)
           for (int64_t c = 0; c < width; ++c) pairs[pair][c] = x[c] | static_cast<uint32_t>(x[p.columns + c]) << 16;
@@ -102,6 +101,22 @@ void amx_multiply_moment(const MomentParams& p, int64_t first, int64_t last) {
       for (int64_t i = band; i < band + kBand && i <= j; i += 2) multiply_pairs(p, i, j);
     }
   }
+  _tile_release();
+}
+
+void amx_tiles_linear(const LinearParams& p, uint8_t* scratch, int64_t first, int64_t last) {
+  const TileConfig config;
+  _tile_loadconfig(&config);
+  for (int64_t pair = first; pair < last; ++pair) multiply_int8(p, scratch, 2 * pair);
+  _tile_release();
+}
+
+void amx_tiles_bfloat16(const LinearParams& p, uint8_t* scratch, int64_t first, int64_t last) {
+  const TileConfig config;
+  _tile_loadconfig(&config);
+  const int64_t pairs = (p.shape.out_features + 2 * kRows - 1) / (2 * kRows);
+  for (int64_t pair = first * kTilePairs; pair < last * kTilePairs && pair < pairs; pair += kTilePairs)
+    multiply_bfloat16(p, scratch, 2 * pair, smaller(kTilePairs, pairs - pair));
   _tile_release();
 }
 

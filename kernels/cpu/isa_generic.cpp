@@ -60,6 +60,10 @@ inline I i_set1(int32_t x) {
   for (int i = 0; i < 16; ++i) a.v[i] = x;
   return a;
 }
+inline I i_add(I a, I b) {
+  for (int i = 0; i < 16; ++i) a.v[i] += b.v[i];
+  return a;
+}
 
 inline uint32_t float_bits(float f) {
   uint32_t bits;
@@ -113,9 +117,14 @@ inline void f_store_as(void* p, int64_t i, DType dtype, F f) {
   for (int j = 0; j < 16; ++j) out[j] = dtype == kFloat16 ? float_to_half(f.v[j]) : float_to_bfloat16(f.v[j]);
 }
 
-template <bool interleave>
+template <int bits>
 inline void pack_codes(int8_t* out, const int32_t* codes) {
-  for (int k = 0; k < kActBlock; ++k) out[interleave ? (k & ~7) + ((k & 1) << 2) + ((k & 7) >> 1) : k] = static_cast<int8_t>(codes[k]);
+  // 8 columns are four bytes of two nibbles; 16 are four bytes of four pairs of bits.
+  constexpr int kRun = bits == 4 ? 8 : bits == 8 ? 4 : 16, kFields = kRun / 4;
+  for (int k = 0; k < kSpan; ++k) {
+    const int i = k % kRun;
+    out[k - i + i % kFields * 4 + i / kFields] = static_cast<int8_t>(codes[k]);
+  }
 }
 
 inline Line line_load(const uint8_t* p) {
@@ -157,17 +166,15 @@ inline F table_value(Line words, FloatTable t) {
   for (int j = 0; j < 16; ++j) f.v[j] = t.v[(words.v[j] >> (4 * i)) & 15u];
   return f;
 }
-template <int i>
-inline F nibble_value(Line words, FloatTable) {
+template <int shift, int bits>
+inline F field_value(Line words) {
   F f;
-  for (int j = 0; j < 16; ++j) f.v[j] = static_cast<float>(static_cast<int32_t>((words.v[j] >> (4 * i)) & 15u));
+  for (int j = 0; j < 16; ++j) f.v[j] = static_cast<float>(static_cast<int32_t>((words.v[j] >> shift) & ((1u << bits) - 1)));
   return f;
 }
 template <int i>
 inline F byte_value(Line words) {
-  F f;
-  for (int j = 0; j < 16; ++j) f.v[j] = static_cast<float>(static_cast<int32_t>((words.v[j] >> (8 * i)) & 255u));
-  return f;
+  return field_value<8 * i, 8>(words);
 }
 
 inline I byte_dot(I sum, Line codes, uint32_t x) {
@@ -181,9 +188,9 @@ inline I byte_dot(I sum, Line codes, uint32_t x) {
   }
   return sum;
 }
-inline SmallSum small_begin(int32_t init) { return i_set1(init); }
+inline SmallSum small_begin(I dot) { return dot; }
 inline SmallSum small_dot(SmallSum sum, Line codes, uint32_t x) { return byte_dot(sum, codes, x); }
-inline I small_end(SmallSum sum, int32_t) { return sum; }
+inline I small_end(SmallSum sum, I) { return sum; }
 
 // ---- words ----
 
@@ -240,6 +247,7 @@ inline void lookup_words(uint8_t* y, const uint32_t* words, int64_t count, F val
   }
 }
 
+#include "rows16_parts.h"
 #include "rows16_body.h"
 #include "int8_body.h"
 #include "spqr_body.h"

@@ -28,6 +28,7 @@ inline F f_add(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y
 inline F f_fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
 inline F f_from_i(I v) { return {_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
 inline I i_set1(int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
+inline I i_add(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 
 inline float half_to_float(uint16_t bits) { return _cvtsh_ss(bits); }
 
@@ -62,14 +63,20 @@ inline void f_store_as(void* p, int64_t i, DType dtype, F v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<uint16_t*>(p) + i), to_16_bits(v, dtype));
 }
 
-template <bool interleave>
+// Within 16 columns.
+template <int bits>
+inline __m128i order_of_columns() {
+  if (bits == 4) return _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+  return _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+}
+
+template <int bits>
 inline void pack_codes(int8_t* out, const int32_t* codes) {
-  const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
   for (int i = 0; i < 2; ++i) {
     const __m128i* in = reinterpret_cast<const __m128i*>(codes + 16 * i);
     const __m128i low = _mm_packs_epi32(_mm_loadu_si128(in), _mm_loadu_si128(in + 1));
     const __m128i bytes = _mm_packs_epi16(low, _mm_packs_epi32(_mm_loadu_si128(in + 2), _mm_loadu_si128(in + 3)));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 16 * i), interleave ? _mm_shuffle_epi8(bytes, order) : bytes);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 16 * i), bits == 8 ? bytes : _mm_shuffle_epi8(bytes, order_of_columns<bits>()));
   }
 }
 
@@ -101,18 +108,18 @@ template <int i>
 inline F table_value(Line words, FloatTable t) {
   return {table_value<i>(words.a, t), table_value<i>(words.b, t)};
 }
-template <int bits, int i>
-inline __m256 code_value(__m256i words) {
-  const __m256i shifted = i ? _mm256_srli_epi32(words, bits * i) : words;
-  return _mm256_cvtepi32_ps(bits * (i + 1) == 32 ? shifted : _mm256_and_si256(shifted, _mm256_set1_epi32((1 << bits) - 1)));
+template <int shift, int bits>
+inline __m256 field_value(__m256i words) {
+  const __m256i shifted = shift ? _mm256_srli_epi32(words, shift) : words;
+  return _mm256_cvtepi32_ps(shift + bits == 32 ? shifted : _mm256_and_si256(shifted, _mm256_set1_epi32((1 << bits) - 1)));
 }
-template <int i>
-inline F nibble_value(Line words, FloatTable) {
-  return {code_value<4, i>(words.a), code_value<4, i>(words.b)};
+template <int shift, int bits>
+inline F field_value(Line words) {
+  return {field_value<shift, bits>(words.a), field_value<shift, bits>(words.b)};
 }
 template <int i>
 inline F byte_value(Line words) {
-  return {code_value<8, i>(words.a), code_value<8, i>(words.b)};
+  return field_value<8 * i, 8>(words);
 }
 
 // ---- words ----

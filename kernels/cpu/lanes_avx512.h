@@ -18,6 +18,7 @@ inline F f_add(F a, F b) { return _mm512_add_ps(a, b); }
 inline F f_fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 inline F f_from_i(I v) { return _mm512_cvtepi32_ps(v); }
 inline I i_set1(int32_t v) { return _mm512_set1_epi32(v); }
+inline I i_add(I a, I b) { return _mm512_add_epi32(a, b); }
 
 inline float half_to_float(uint16_t bits) { return _cvtsh_ss(bits); }
 
@@ -46,12 +47,18 @@ inline void f_store_as(void* p, int64_t i, DType dtype, F v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<uint16_t*>(p) + i), to_16_bits(v, dtype));
 }
 
-template <bool interleave>
+// Within 16 columns.
+template <int bits>
+inline __m128i order_of_columns() {
+  if (bits == 4) return _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+  return _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+}
+
+template <int bits>
 inline void pack_codes(int8_t* out, const int32_t* codes) {
-  const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
   for (int i = 0; i < 2; ++i) {
     const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_loadu_si512(codes + 16 * i));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 16 * i), interleave ? _mm_shuffle_epi8(bytes, order) : bytes);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 16 * i), bits == 8 ? bytes : _mm_shuffle_epi8(bytes, order_of_columns<bits>()));
   }
 }
 
@@ -65,18 +72,17 @@ inline Table table_load(const uint8_t* codebook) {
 }
 inline Line table_lookup(Table table, Line codes) { return _mm512_shuffle_epi8(table, codes); }
 
-// Without a codebook the table holds 0..15: one vpermps also masks the upper bits away, cheaper than mask and convert.
-inline FloatTable float_table_load(const float* codebook) {
-  if (codebook) return _mm512_loadu_ps(codebook);
-  return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-}
+inline FloatTable float_table_load(const float* codebook) { return codebook ? _mm512_loadu_ps(codebook) : _mm512_setzero_ps(); }
 template <int i>
 inline F table_value(Line words, FloatTable table) {
   return _mm512_permutexvar_ps(i ? _mm512_srli_epi32(words, 4 * i) : words, table);
 }
-template <int i>
-inline F nibble_value(Line words, FloatTable table) {
-  return table_value<i>(words, table);
+// vpermps reads the lower 4 bits of each lane: a table of period 2^bits masks the others away, cheaper than mask and convert.
+template <int shift, int bits>
+inline F field_value(Line words) {
+  constexpr int n = (1 << bits) - 1;
+  const F table = _mm512_setr_ps(0, 1 & n, 2 & n, 3 & n, 4 & n, 5 & n, 6 & n, 7 & n, 8 & n, 9 & n, 10 & n, 11 & n, 12 & n, 13 & n, 14 & n, 15 & n);
+  return _mm512_permutexvar_ps(shift ? _mm512_srli_epi32(words, shift) : words, table);
 }
 template <int i>
 inline F byte_value(Line words) {

@@ -1,6 +1,8 @@
 #include "launch.h"
 
 #include <cmath>
+#include <cstring>
+#include <vector>
 
 #include "isa.h"
 #include "launch_parts.h"
@@ -10,6 +12,10 @@ namespace {
 
 constexpr int64_t kMaxInt8Tokens = 256;        // tokens per sweep where activations are bytes
 constexpr int64_t kPrepareGrain = 16 * 1024;   // activations per thread
+constexpr int64_t kMaxTokensAtOnce = 1024;     // of several products: bounds the scratch memory
+constexpr int64_t kLeastTileTokens = 16;       // from here on matrix units beat vectors
+constexpr int64_t kMaxWideTokens = 512;        // whose sums of 128 rows stay in the L2 cache
+constexpr int64_t kCachedActivations = 1 << 20;  // bytes of activations that stay in the L2 cache while weights pass by
 
 // Offsets of the activation buffers, each sized for `tokens` tokens and aligned to a cache line.
 struct ScratchLayout {
@@ -17,7 +23,7 @@ struct ScratchLayout {
   int64_t values = 0, codes = 0, block_scales = 0, block_init = 0, group_sums = 0, bytes = 0;
 
   ScratchLayout(const Shape& s, int64_t tokens, bool int8_activations)
-      : per_token_values(s.words * (32 / s.bits)), per_token_blocks(s.groups * s.blocks_per_group), groups(s.groups) {
+      : per_token_values(round_up(s.groups * s.spans_per_group, 2) * kSpan), per_token_blocks(s.groups * s.blocks_per_group), groups(s.groups) {
     const auto take = [this](int64_t size) {
       const int64_t at = bytes;
       bytes += round_up(size, 64);
@@ -33,9 +39,10 @@ struct ScratchLayout {
     group_sums = take(tokens * groups * 4);
   }
 
-  // The buffers of the pass that begins with token `first`: passes follow each other in every buffer.
-  Activations pass(char* base, int64_t first) const {
+  // The buffers of the pass that begins with token `first` and has room for `stride`: passes follow each other in every buffer.
+  Activations pass(char* base, int64_t first, int64_t stride) const {
     Activations a;
+    a.stride = stride;
     a.values = reinterpret_cast<float*>(base + values) + first * per_token_values;
     a.codes = reinterpret_cast<int8_t*>(base + codes) + first * per_token_values;
     a.block_scales = reinterpret_cast<float*>(base + block_scales) + first * per_token_blocks;
@@ -56,88 +63,218 @@ float quantize_codebook(const float* codebook, uint8_t* bytes) {
   return largest / 127.0f;
 }
 
-void sweep(const Kernels& isa, const LinearCall& call, LinearParams params, int64_t begin, int64_t tokens) {
+// Activations of the tokens [first, first + tokens) of a call into `out`: groups [first_group, last_group), or whole rows.
+void prepare(const Kernels& isa, const LinearCall& call, const Shape& shape, int64_t first, int64_t tokens, Activations out, int64_t first_group,
+             int64_t last_group) {
+  const void* x = static_cast<const char*>(call.x) + first * shape.in_features * element_size(call.x_dtype);
+  if (call.whole_rows) {
+    QuantizeParams p;
+    p.shape = shape;
+    p.x = x;
+    p.x_dtype = call.x_dtype;
+    p.tokens = tokens;
+    p.input_scale = call.input_scale;
+    p.out = out;
+    return isa.quantize(p);
+  }
+  PrepareParams p;
+  p.shape = shape;
+  p.x = x;
+  p.x_dtype = call.x_dtype;
+  p.tokens = tokens;
+  p.int8_activations = call.int8_activations;
+  p.code_offset = call.zeros ? 0 : call.codebook ? 128 : 1 << (shape.bits - 1);
+  p.out = out;
+  isa.prepare(p, first_group, last_group);
+}
+
+LinearParams weight_of(const LinearCall& call, const uint8_t* codebook_u8, float output_factor) {
+  LinearParams p = {};
+  p.shape = call.shape;
+  p.qweight = call.qweight;
+  p.scales = call.scales;
+  p.zeros = call.zeros;
+  p.codebook = call.codebook;
+  p.codebook_u8 = codebook_u8;
+  p.output_factor = output_factor;
+  p.bias = call.bias;
+  p.scale_dtype = call.scale_dtype;
+  p.bias_dtype = call.bias_dtype;
+  p.y_dtype = call.x_dtype;
+  p.int8_activations = call.int8_activations;
+  return p;
+}
+
+// A call of at most kMaxTokensPerSweep tokens, a few of which are kept in registers at a time while packed weights are read.
+struct Sweep {
+  const LinearCall* call;
+  LinearParams params;
+  Passes passes;
+  int64_t first_token;  // in the scratch memory, where calls with the same activations share them
+  int64_t first_block;  // row blocks of all sweeps before
+  int64_t blocks;
+};
+
+// Sweeps side by side: their activations in one parallel loop, all their row blocks in another.
+void run(const Kernels& isa, std::vector<Sweep>& sweeps, int64_t tokens) {
   static thread_local Scratch scratch;
-  const Shape& s = call.shape;
-  const ScratchLayout layout(s, tokens, call.int8_activations);
+  const LinearCall& first = *sweeps.front().call;
+  const Shape& s = first.shape;
+  const ScratchLayout layout(s, tokens, first.int8_activations);
   char* base = scratch.reserve(static_cast<size_t>(layout.bytes));
-  const Passes passes{tokens, ceil_div(tokens, isa.max_tokens)};
-  const int64_t size = element_size(call.x_dtype);
-  const auto activations_of = [&](int64_t pass) { return static_cast<const char*>(call.x) + (begin + passes.first(pass)) * s.in_features * size; };
-
-  const auto prepare = [&](int64_t first_group, int64_t last_group) {
-    for (int64_t i = 0; i < passes.count; ++i) {
-      PrepareParams p;
-      p.shape = s;
-      p.x = activations_of(i);
-      p.x_dtype = call.x_dtype;
-      p.tokens = passes.size(i);
-      p.int8_activations = call.int8_activations;
-      p.code_offset = call.codebook || s.bits == 8 ? 128 : 8;
-      if (call.zeros) p.code_offset = 0;
-      p.out = layout.pass(base, passes.first(i));
-      isa.prepare(p, first_group, last_group);
-    }
+  const auto activations_of = [&](const Sweep& sweep, int64_t pass) {
+    return layout.pass(base, sweep.first_token + sweep.passes.first(pass), sweep.passes.size(pass));
   };
-  const auto quantize = [&](int64_t first_pass, int64_t last_pass) {
-    for (int64_t i = first_pass; i < last_pass; ++i) {
-      QuantizeParams p;
-      p.shape = s;
-      p.x = activations_of(i);
-      p.x_dtype = call.x_dtype;
-      p.tokens = passes.size(i);
-      p.input_scale = call.input_scale;
-      p.out = layout.pass(base, passes.first(i));
-      isa.quantize(p);
-    }
-  };
-  if (call.whole_rows)
-    parallel_for(passes.count, at_least_one(kPrepareGrain / (isa.max_tokens * s.in_features)), quantize);
-  else
-    parallel_for(s.groups, at_least_one(kPrepareGrain / (tokens * s.group_size)), prepare);
 
-  const auto product = call.whole_rows ? isa.int8_linear : isa.linear;
-  const int64_t block_bytes = s.words * kLineBytes;
-  const int64_t step = at_least_one(kCachedBytes / block_bytes);
-  const auto multiply = [&](int64_t first_block, int64_t last_block) {
+  int64_t prepared = 0;
+  const int64_t units = first.whole_rows ? 1 : s.groups;
+  for (const Sweep& sweep : sweeps) {
+    if (sweep.first_token < prepared) continue;
+    prepared = sweep.first_token + sweep.passes.tokens;
+    parallel_for(sweep.passes.count * units, at_least_one(kPrepareGrain * units / (isa.max_tokens * s.in_features)), [&](int64_t from, int64_t to) {
+      for (int64_t at = from; at < to;) {
+        const int64_t pass = at / units, unit = at % units, last = units - unit < to - at ? units : unit + to - at;
+        prepare(isa, *sweep.call, s, sweep.passes.first(pass), sweep.passes.size(pass), activations_of(sweep, pass), unit, last);
+        at += last - unit;
+      }
+    });
+  }
+
+  const int64_t block_bytes = s.words * kLineBytes, step = at_least_one(kCachedBytes / block_bytes);
+  const auto multiply = [&](const Sweep& sweep, int64_t first_block, int64_t last_block) {
+    const auto product = sweep.call->whole_rows ? isa.int8_linear : isa.linear;
     for (int64_t from = first_block; from < last_block;) {
-      const int64_t to = passes.count == 1 || from + step > last_block ? last_block : from + step;
-      for (int64_t i = 0; i < passes.count; ++i) {
-        LinearParams p = params;
-        p.tokens = static_cast<int32_t>(passes.size(i));
-        p.x = layout.pass(base, passes.first(i));
-        p.y = static_cast<char*>(call.y) + (begin + passes.first(i)) * s.out_features * size;
+      const int64_t to = sweep.passes.count == 1 || from + step > last_block ? last_block : from + step;
+      for (int64_t i = 0; i < sweep.passes.count; ++i) {
+        LinearParams p = sweep.params;
+        p.tokens = static_cast<int32_t>(sweep.passes.size(i));
+        p.x = activations_of(sweep, i);
+        p.y = static_cast<char*>(sweep.call->y) + sweep.passes.first(i) * p.shape.out_features * element_size(sweep.call->x_dtype);
         product(p, from, to);
       }
       from = to;
     }
   };
-  parallel_for(ceil_div(s.out_features, kRows), at_least_one(kGrainBytes / (block_bytes * tokens)), multiply);
+  const Sweep& last = sweeps.back();
+  const int64_t grain = at_least_one(kGrainBytes / (block_bytes * ceil_div(tokens, static_cast<int64_t>(sweeps.size()))));
+  parallel_for(last.first_block + last.blocks, grain, [&](int64_t from, int64_t to) {
+    for (const Sweep& sweep : sweeps) {
+      const int64_t begin = from > sweep.first_block ? from - sweep.first_block : 0;
+      const int64_t end = to - sweep.first_block < sweep.blocks ? to - sweep.first_block : sweep.blocks;
+      if (begin < end) multiply(sweep, begin, end);
+    }
+  });
+}
+
+// Scratch memory of a thread: tiles of a chunk of weights, and sums of all tokens and `pairs` pairs of row blocks.
+int64_t tile_bytes(int64_t tokens, int64_t pairs) { return (16 << 10) + ceil_div(tokens, 2 * kTileTokens) * pairs * (4 << 10); }
+
+// Many tokens: weights are unpacked to bytes, two row blocks at a time, and meet all tokens on matrix units.
+void sweep_tiles(const Kernels& isa, const LinearCall& call, LinearParams params) {
+  Shape& s = params.shape;
+  s.spans_per_group = round_up(s.spans_per_group, 2);
+  const int64_t tokens = call.tokens;
+  const int64_t blocks = ceil_div(tokens, kTileTokens);
+  const ScratchLayout layout(s, blocks * kTileTokens, true);
+  static thread_local Scratch scratch;
+  char* base = scratch.reserve(static_cast<size_t>(layout.bytes));
+  parallel_for(blocks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t token = i * kTileTokens, left = tokens - token;
+      prepare(isa, call, s, token, left < kTileTokens ? left : kTileTokens, layout.pass(base, token, kTileTokens), 0, s.groups);
+    }
+  });
+  params.tokens = static_cast<int32_t>(tokens);
+  params.x = layout.pass(base, 0, kTileTokens);
+  params.y = call.y;
+  parallel_for(ceil_div(s.out_features, 2 * kRows), 1, [&](int64_t first, int64_t last) {
+    static thread_local Scratch tiles;
+    isa.tiles_linear(params, reinterpret_cast<uint8_t*>(tiles.reserve(static_cast<size_t>(tile_bytes(tokens, 1)))), first, last);
+  });
+}
+
+// The same with bfloat16 activations as they are.
+void sweep_bfloat16(const Kernels& isa, const LinearCall& call, LinearParams params) {
+  const Shape& s = call.shape;
+  const int64_t blocks = ceil_div(call.tokens, kTileTokens), spans = ceil_div(s.in_features, kSpan);
+  static thread_local Scratch scratch;
+  params.x.wide = reinterpret_cast<uint16_t*>(scratch.reserve(static_cast<size_t>(blocks * spans * kTileTokens * kSpan * 2)));
+  parallel_for(call.tokens, at_least_one(kPrepareGrain / s.in_features), [&](int64_t first, int64_t last) {
+    for (int64_t token = first; token < last; ++token) {
+      const uint16_t* x = static_cast<const uint16_t*>(call.x) + token * s.in_features;
+      for (int64_t span = 0; span < spans; ++span) {
+        uint16_t* out = params.x.wide + ((token / kTileTokens * spans + span) * kTileTokens + token % kTileTokens) * kSpan;
+        const int64_t left = s.in_features - span * kSpan;
+        if (left < kSpan) std::memset(out, 0, kSpan * 2);  // these meet weights of zero
+        std::memcpy(out, x + span * kSpan, static_cast<size_t>(left < kSpan ? left : kSpan) * 2);
+      }
+    }
+  });
+  params.tokens = static_cast<int32_t>(call.tokens);
+  params.y = call.y;
+  parallel_for(ceil_div(s.out_features, 2 * kRows * kTilePairs), 1, [&](int64_t first, int64_t last) {
+    static thread_local Scratch tiles;
+    isa.tiles_bfloat16(params, reinterpret_cast<uint8_t*>(tiles.reserve(static_cast<size_t>(tile_bytes(call.tokens, kTilePairs)))), first, last);
+  });
+}
+
+bool takes_bfloat16(const Kernels& isa, const LinearCall& call) {
+  const Shape& s = call.shape;
+  return isa.tiles_bfloat16 && call.x_dtype == kBFloat16 && !call.int8_activations && call.tokens >= kLeastTileTokens &&
+         (s.groups == 1 || s.group_size % kSpan == 0);
+}
+
+// Tiles take whole steps of columns.
+bool takes_tiles(const Kernels& isa, const LinearCall& call) {
+  const Shape& s = call.shape;
+  return isa.tiles_linear && call.int8_activations && call.tokens >= kLeastTileTokens && (s.groups == 1 || s.group_size % kStepBytes == 0);
 }
 
 }  // namespace
 
-void launch_linear(const LinearCall& call) {
+void launch_linears(const LinearCall* calls, int64_t count) {
   const Kernels& isa = kernels();
+  if (!count) return;
+  // One codebook for all.
   alignas(16) uint8_t codebook_u8[16] = {};
-  LinearParams params = {};
-  params.shape = call.shape;
-  params.qweight = call.qweight;
-  params.scales = call.scales;
-  params.zeros = call.zeros;
-  params.codebook = call.codebook;
-  params.codebook_u8 = codebook_u8;
-  params.output_factor = call.codebook && call.int8_activations ? quantize_codebook(call.codebook, codebook_u8) : 1.0f;
-  params.bias = call.bias;
-  params.scale_dtype = call.scale_dtype;
-  params.bias_dtype = call.bias_dtype;
-  params.y_dtype = call.x_dtype;
-  params.int8_activations = call.int8_activations;
-  const int64_t most = call.whole_rows ? kMaxInt8Tokens : kMaxTokensPerSweep;
-  for (int64_t token = 0; token < call.tokens; token += most) {
-    const int64_t left = call.tokens - token;
-    sweep(isa, call, params, token, left < most ? left : most);
+  const float factor = calls->codebook && calls->int8_activations ? quantize_codebook(calls->codebook, codebook_u8) : 1.0f;
+
+  static thread_local std::vector<LinearCall> parts;
+  parts.clear();
+  for (const LinearCall* call = calls; call < calls + count; ++call) {
+    const bool wide = takes_bfloat16(isa, *call), tiles = wide || takes_tiles(isa, *call);
+    const int64_t most = wide ? kMaxWideTokens : tiles ? round_up(at_least_one(kCachedActivations / call->shape.in_features), 2 * kTileTokens)
+                               : call->whole_rows ? kMaxInt8Tokens : kMaxTokensPerSweep;
+    const int64_t size = element_size(call->x_dtype);
+    for (int64_t token = 0; token < call->tokens; token += most) {
+      LinearCall part = *call;
+      part.tokens = call->tokens - token < most ? call->tokens - token : most;
+      part.x = static_cast<const char*>(call->x) + token * call->shape.in_features * size;
+      part.y = static_cast<char*>(call->y) + token * call->shape.out_features * size;
+      if (tiles)
+        (wide ? sweep_bfloat16 : sweep_tiles)(isa, part, weight_of(part, codebook_u8, wide ? 1.0f : factor));
+      else
+        parts.push_back(part);
+    }
   }
+
+  static thread_local std::vector<Sweep> sweeps;
+  sweeps.clear();
+  int64_t tokens = 0, blocks = 0;
+  for (const LinearCall& part : parts) {
+    if (tokens > kMaxTokensAtOnce) {
+      run(isa, sweeps, tokens);
+      sweeps.clear();
+      tokens = blocks = 0;
+    }
+    const bool shared = !sweeps.empty() && sweeps.back().call->x == part.x && sweeps.back().call->tokens == part.tokens;
+    const int64_t first_token = shared ? sweeps.back().first_token : tokens;
+    if (!shared) tokens += part.tokens;
+    const int64_t own = ceil_div(part.shape.out_features, kRows);
+    sweeps.push_back({&part, weight_of(part, codebook_u8, factor), {part.tokens, ceil_div(part.tokens, isa.max_tokens)}, first_token, blocks, own});
+    blocks += own;
+  }
+  if (!sweeps.empty()) run(isa, sweeps, tokens);
 }
 
 void launch_dequantize(const DequantizeParams& params) {

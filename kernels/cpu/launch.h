@@ -26,8 +26,18 @@ struct LinearCall {
   const float* input_scale;  // [1] or null; whole_rows only
 };
 
-void launch_linear(const LinearCall& call);
+struct PlanesCall {
+  int64_t rows, row_bytes;  // of `in`; rows of `out` are filled up to whole units of 12 bytes, and so are those of `in` when joining
+  const uint8_t* in;
+  uint8_t* out;
+  bool join;  // planes to the stored layout
+};
+
+// Products with weights of one kind: bits, groups, columns, codebook, dtypes and treatment of activations are the same in all calls. Neighbours
+// with the same x share its quantization, and all run in one parallel loop.
+void launch_linears(const LinearCall* calls, int64_t count);
 void launch_dequantize(const DequantizeParams& params);
+void launch_planes(const PlanesCall& call);
 // params.values and .group_sums are set here; params.tokens likewise, a few of `tokens` at a time.
 void launch_spqr_linear(const SpqrLinearParams& params, int64_t tokens);
 void launch_spqr_dequantize(const SpqrDequantizeParams& params);

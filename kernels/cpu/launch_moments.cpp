@@ -20,7 +20,7 @@ void launch_add_moment(MomentParams params) {
   if (!params.tokens || !params.columns) return;
   const int64_t tokens = params.tokens, most = tokens < kPackedTokens ? tokens : kPackedTokens;
   params.strips = round_up(ceil_div(params.columns, kTileSide), 2);
-  const int64_t numbers = params.strips * ceil_div(most, kTileTokens) * kTileNumbers;
+  const int64_t numbers = params.strips * ceil_div(most, kMomentTokens) * kTileNumbers;
   Scratch left, right;  // of this call only: as much as the activations
   params.left = reserve(left, numbers);
   params.right = reserve(right, numbers);
@@ -28,7 +28,7 @@ void launch_add_moment(MomentParams params) {
   for (int64_t band = 0; band < params.strips; band += kBand) tasks += (params.strips - band) / 2;
   for (int64_t first = 0; first < tokens; first += most) {
     params.tokens = tokens - first < most ? tokens - first : most;
-    params.blocks = ceil_div(params.tokens, kTileTokens);
+    params.blocks = ceil_div(params.tokens, kMomentTokens);
     parallel_for(params.strips, 1, [&](int64_t begin, int64_t end) { isa.pack_moment(params, begin, end); });
     parallel_for(tasks, 1, [&](int64_t begin, int64_t end) { isa.multiply_moment(params, begin, end); });
     params.x += params.tokens * params.columns;

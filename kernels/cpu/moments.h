@@ -6,7 +6,7 @@
 namespace hfq {
 
 constexpr int64_t kTileSide = 16;      // rows of a tile, and 32-bit columns
-constexpr int64_t kTileTokens = 32;    // bfloat16 numbers in a row of a tile
+constexpr int64_t kMomentTokens = 32;  // bfloat16 numbers in a row of a tile
 constexpr int64_t kTileNumbers = 512;  // bfloat16 numbers of a tile: 1 KiB
 constexpr int64_t kBand = 8;           // strips of 16 columns that are multiplied with all strips behind them, one pair after the other
 

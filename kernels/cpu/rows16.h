@@ -11,7 +11,14 @@
 //   qweight uint8 [ceil(N/16), W, 16, 4]     line (b, w):  | row 16b: 4 bytes | row 16b+1: 4 bytes | ... | row 16b+15: 4 bytes |
 //   scales  float [ceil(N/16), G, 16]        zeros likewise; scales of padded rows are 0
 //
-//   A word is little endian: 4-bit code k of a row is bits [4*(k%8), 4*(k%8)+4) of word k/8; 8-bit code k is byte k%4 of word k/4.
+//   A word is little endian: code k of a row is bits [bits*k, bits*(k+1)) of its words, as in the stored layout. Only 3-bit codes, some of
+//   which lie across two bytes there, are rearranged: each 32 columns have two words with the lower two bits of 16 codes each, and one
+//   with the upper bits, that of column 16*h + 4*b + j in bit 8*b + 4*h + j.
+//
+// A span is 32 columns of a group (fewer at its end): `bits` words. Dot products of integers take four codes of each row at a time, one in
+// each byte of a lane; the codes of activations stand in the order in which shifts and masks get those out of the words:
+//
+//   8 bits: 0 1 2 3 ...     4 bits: 0 2 4 6 1 3 5 7, 8 10 ...     2 and 3 bits: 0 4 8 12 1 5 9 13 2 6 10 14 3 7 11 15, 16 20 ...
 #pragma once
 
 #include <cstddef>
@@ -21,16 +28,21 @@ namespace hfq {
 
 enum DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kUnsupported = -1 };
 
-// Columns that share one activation scale in int8 mode; blocks start afresh in every weight group. 32 also bounds the 16-bit sums of
-// vpmaddubsw: 8 steps of 2 * 15 * 127 = 30480 < 32768.
-constexpr int64_t kActBlock = 32;
+// Also bounds the 16-bit sums of vpmaddubsw: 8 steps of 2 * 15 * 127 = 30480 < 32768.
+constexpr int64_t kSpan = 32;
+constexpr int64_t kActBlock = 128;   // columns that share one activation scale in int8 mode; blocks start afresh in every weight group
+constexpr int64_t kStepBytes = 64;   // activation codes of two spans of one token
+constexpr int64_t kTileTokens = 16;  // tokens per tile of the matrix units
+constexpr int64_t kTilePairs = 4;    // pairs of row blocks that share the activations of a chunk of columns
 constexpr int64_t kRows = 16;        // rows per block
 constexpr int64_t kLineBytes = 64;   // one word of each of the 16 rows
 
-// Up to `max_tokens` tokens of activations, interleaved so that the inner loop walks one pointer.
+// Some tokens of activations, side by side; S = G * spans_per_group spans.
 struct Activations {
-  float* values;        // [W, m, 32/bits]       exact mode: x as fp32, zero beyond K
-  int8_t* codes;        // [W, m, 32/bits]       int8 mode; 4-bit words: columns 0 2 4 6, then 1 3 5 7
+  int64_t stride;       // m: tokens that there is room for
+  float* values;        // [S, m, 32]            exact mode: x as fp32, zero beyond the group
+  int8_t* codes;        // [S / 2, m, 2, 32]     int8 mode, likewise
+  uint16_t* wide;       // [S, 16, 32]           tiles: bfloat16 as they are, blocks of 16 tokens one after the other
   float* block_scales;  // [G * blocks_per_group, m]
   int32_t* block_init;  // [G * blocks_per_group, m]  -code_offset * sum(codes): folds the constant zero point into the accumulator
   float* group_sums;    // [G, m]                sum of the (dequantized) activations: folds the zero point of each row
@@ -42,8 +54,9 @@ struct Shape {
   int64_t words;             // W
   int64_t group_size;
   int64_t groups;            // G
+  int64_t spans_per_group;   // ceil(group_size / kSpan)
   int64_t blocks_per_group;  // ceil(group_size / kActBlock)
-  int32_t bits;              // 4 or 8
+  int32_t bits;              // 2, 3, 4 or 8
 };
 
 struct PrepareParams {
@@ -52,7 +65,7 @@ struct PrepareParams {
   DType x_dtype;
   int64_t tokens;
   bool int8_activations;
-  int32_t code_offset;  // subtracted from every code in int8 mode: 8, 128, or 0 where each row has its own zero point
+  int32_t code_offset;  // subtracted from every code in int8 mode: 2^(bits-1), 128 for a codebook, 0 where each row has its own zero point
   Activations out;
 };
 
@@ -81,7 +94,7 @@ struct QuantizeParams {
   DType x_dtype;
   int64_t tokens;            // m
   const float* input_scale;  // [1] for all tokens; null: one for each token, from its largest magnitude
-  Activations out;           // codes [W, m, 4], block_scales [m], block_init [m]
+  Activations out;           // codes, block_scales [m], block_init [m]
 };
 
 struct DequantizeParams {
@@ -117,12 +130,21 @@ struct Kernels {
   void (*spqr_dequantize)(const SpqrDequantizeParams& params, int64_t first, int64_t last);
   void (*round_columns)(const RoundParams& params, float* scratch, int64_t first, int64_t last);
   void (*search_grid)(const SearchParams& params, float* scratch, int64_t first, int64_t last);
-  // Null without matrix units. Strips are packed, then tasks (kBand) multiplied.
+  // Null without matrix units. Many tokens with int8 activations in blocks of kTileTokens (stride), each as `Activations` has them and one after
+  // the other; groups end with whole steps. Row blocks go in pairs; `scratch` holds
+  // 16 KiB of weights and 4 KiB of sums for each 32 tokens.
+  void (*tiles_linear)(const LinearParams& params, uint8_t* scratch, int64_t first_pair, int64_t last_pair) = nullptr;
+  // Likewise with `x.wide`; groups end with whole spans. Row blocks go by kTilePairs pairs, which all
+  // have sums in `scratch`.
+  void (*tiles_bfloat16)(const LinearParams& params, uint8_t* scratch, int64_t first_task, int64_t last_task) = nullptr;
+  // Likewise. Strips are packed, then tasks (kBand) multiplied.
   void (*pack_moment)(const MomentParams& params, int64_t first, int64_t last) = nullptr;
   void (*multiply_moment)(const MomentParams& params, int64_t first, int64_t last) = nullptr;
 };
 
 // The matrix units come with everything that kAvx512VnniKernels needs.
+void amx_tiles_linear(const LinearParams& params, uint8_t* scratch, int64_t first_pair, int64_t last_pair);
+void amx_tiles_bfloat16(const LinearParams& params, uint8_t* scratch, int64_t first_task, int64_t last_task);
 void amx_pack_moment(const MomentParams& params, int64_t first, int64_t last);
 void amx_multiply_moment(const MomentParams& params, int64_t first, int64_t last);
 

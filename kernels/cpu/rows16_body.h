@@ -1,71 +1,11 @@
-// The CPU kernels, written once over 16 lanes. Included inside the anonymous namespace of each instruction set's file, after that file
-// has defined the primitives, so every copy has internal linkage (see rows16.h for why).
-//
-// Primitives: types F (16 floats), I (16 int32), Line (64 bytes), Table (16 entries), SmallSum; functions
-//   f_zero f_set1 f_load f_store f_mul f_fma f_from_i i_set1           lanes
-//   f_load_as f_store_as                                               16 contiguous values of a DType
-//   pack_codes<interleave>                                             32 int32 to bytes; columns 0 2 4 6 1 3 5 7 of each 8 if interleaved
-//   line_load low_nibbles high_nibbles table_load table_lookup         codes as bytes
-//   nibble_value<i> table_value<i> byte_value<i>                       code i of every word as float
-//   f_from_bytes transpose_words lookup_words                          dequantization
-//   small_begin small_dot small_end                                    int8 dot products of codes 0..15, at most kActBlock columns
-//   byte_dot                                                           int8 dot products of codes 0..255
-//   kMaxTokens                                                         tokens per pass that fit the register file
-//   kRowBlocks                                                         row blocks that one pass of int8_linear takes side by side
-
-// ---- reading and writing scales, activations and outputs ----
-
-inline float load_scalar(const void* p, int64_t i, DType dtype) {
-  if (dtype == kFloat32) return static_cast<const float*>(p)[i];
-  const uint16_t bits = static_cast<const uint16_t*>(p)[i];
-  if (dtype == kBFloat16) {
-    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-    float f;
-    __builtin_memcpy(&f, &wide, 4);
-    return f;
-  }
-  return half_to_float(bits);
-}
-
-inline int64_t element_size(DType dtype) { return dtype == kFloat32 ? 4 : 2; }
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// A block of columns [begin, begin + count) of one token as fp32, zeros beyond.
-inline void load_columns(float* out, const void* x, int64_t begin, int64_t count, DType dtype) {
-  if (count >= kActBlock) {
-    f_store(out, f_load_as(x, begin, dtype));
-    f_store(out + 16, f_load_as(x, begin + 16, dtype));
-    return;
-  }
-  for (int64_t k = 0; k < kActBlock; ++k) out[k] = k < count ? load_scalar(x, begin + k, dtype) : 0.0f;
-}
-
-// 16 outputs of one token: rows beyond N and bias are handled here, once per row block.
-inline void store_outputs(const LinearParams& p, int64_t block, int64_t token, F value) {
-  const int64_t row = block * kRows, rows = smaller(kRows, p.shape.out_features - row);
-  const int64_t at = token * p.shape.out_features + row;
-  if (rows == kRows) {
-    if (p.bias) value = f_add(value, f_load_as(p.bias, row, p.bias_dtype));
-    f_store_as(p.y, at, p.y_dtype, value);
-    return;
-  }
-  alignas(64) float lanes[16];
-  alignas(64) uint8_t bytes[64];
-  f_store(lanes, value);
-  if (p.bias)
-    for (int64_t r = 0; r < rows; ++r) lanes[r] += load_scalar(p.bias, row + r, p.bias_dtype);
-  f_store_as(bytes, 0, p.y_dtype, f_load(lanes));
-  const int64_t size = element_size(p.y_dtype);
-  __builtin_memcpy(static_cast<uint8_t*>(p.y) + at * size, bytes, static_cast<size_t>(rows * size));
-}
+// The CPU kernels for groups with one scale. Included after rows16_parts.h, inside the same anonymous namespace.
 
 // ---- activations ----
 
-// The largest magnitude of a block as bit pattern: these order like the values and keep NaN largest.
+// The largest magnitude of a span as bit pattern: these order like the values and keep NaN largest.
 inline uint32_t largest_bits(const float* x) {
   uint32_t largest = 0;
-  for (int k = 0; k < kActBlock; ++k) {
+  for (int k = 0; k < kSpan; ++k) {
     uint32_t bits;
     __builtin_memcpy(&bits, x + k, 4);
     bits &= 0x7fffffffu;
@@ -75,10 +15,10 @@ inline uint32_t largest_bits(const float* x) {
 }
 
 // Codes nearest to x * inverse within -127..127, halves to even; returns their sum.
-inline int32_t round_block(const float* x, float inverse, int32_t* codes) {
+inline int32_t round_span(const float* x, float inverse, int32_t* codes) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves round-to-nearest-even in the low mantissa bits
   int32_t total = 0;
-  for (int k = 0; k < kActBlock; ++k) {
+  for (int k = 0; k < kSpan; ++k) {
     // The clamp comes before the sum, where it also keeps the two from becoming one operation that rounds once.
     float value = x[k] * inverse;
     value = value > 127.0f ? 127.0f : value;
@@ -98,115 +38,111 @@ inline int32_t round_block(const float* x, float inverse, int32_t* codes) {
 // Below this the reciprocal of a scale overflows: what is that small counts as zero.
 constexpr float kLeastMagnitude = 1e-35f;
 
-// One block of at most 32 columns to int8, symmetric: x ~ codes * scale. Returns the scale; NaN and infinity make it NaN or infinity,
-// so they reach the output.
-inline float quantize_block(const float* x, int32_t* codes, int32_t* sum) {
-  const uint32_t largest = largest_bits(x);
-  float amax;
-  __builtin_memcpy(&amax, &largest, 4);
-  // Not-a-number compares false and gets codes 0, scale NaN.
-  *sum = round_block(x, amax > kLeastMagnitude ? 127.0f / amax : 0.0f, codes);
-  return amax > kLeastMagnitude || amax != amax ? amax * (1.0f / 127.0f) : 0.0f;
-}
-
-template <int COLUMNS>  // columns per word: 8 or 4
+// Columns of one token to int8, symmetric, with one scale: x ~ codes * scale. NaN and infinity make the scale NaN or infinity, so they
+// reach the output.
+template <int BITS>
 void prepare_int8(const PrepareParams& p, int64_t first, int64_t last) {
   const Shape& s = p.shape;
-  const int64_t m = p.tokens;
-  for (int64_t t = 0; t < m; ++t) {
+  for (int64_t t = 0; t < p.tokens; ++t) {
     for (int64_t g = first; g < last; ++g) {
       const int64_t begin = g * s.group_size, end = smaller(begin + s.group_size, s.in_features);
       float group_sum = 0.0f;
-      int64_t block = g * s.blocks_per_group;
+      int64_t block = g * s.blocks_per_group, span = g * s.spans_per_group;
       for (int64_t k = begin; k < end; k += kActBlock, ++block) {
+        const int64_t count = smaller(kActBlock, end - k);
         alignas(64) float values[kActBlock];
-        alignas(64) int32_t codes[kActBlock];
-        alignas(64) int8_t bytes[kActBlock];
-        int32_t sum;
-        load_columns(values, p.x, t * s.in_features + k, smaller(kActBlock, end - k), p.x_dtype);
-        const float scale = quantize_block(values, codes, &sum);
-        pack_codes<COLUMNS == 8>(bytes, codes);
-        p.out.block_scales[block * m + t] = scale;
-        p.out.block_init[block * m + t] = -p.code_offset * sum;
+        uint32_t largest = 0;
+        for (int64_t at = 0; at < count; at += kSpan) {
+          load_columns(values + at, p.x, t * s.in_features + k + at, smaller(kSpan, count - at), p.x_dtype);
+          const uint32_t bits = largest_bits(values + at);
+          largest = bits > largest ? bits : largest;
+        }
+        float amax;
+        __builtin_memcpy(&amax, &largest, 4);
+        const float inverse = amax > kLeastMagnitude ? 127.0f / amax : 0.0f;  // not-a-number compares false and gets codes 0
+        int32_t sum = 0;
+        for (int64_t at = 0; at < count; at += kSpan, ++span) {
+          alignas(64) int32_t codes[kSpan];
+          sum += round_span(values + at, inverse, codes);
+          pack_codes<BITS>(codes_at(p.out, span, t), codes);
+        }
+        const float scale = amax > kLeastMagnitude || amax != amax ? amax * (1.0f / 127.0f) : 0.0f;
+        p.out.block_scales[block * p.out.stride + t] = scale;
+        p.out.block_init[block * p.out.stride + t] = -p.code_offset * sum;
         group_sum += scale * static_cast<float>(sum);
-        const int64_t words = smaller((end - k + COLUMNS - 1) / COLUMNS, kActBlock / COLUMNS);
-        int8_t* out = p.out.codes + ((k / COLUMNS) * m + t) * COLUMNS;
-        for (int64_t w = 0; w < words; ++w) __builtin_memcpy(out + w * m * COLUMNS, bytes + w * COLUMNS, COLUMNS);
       }
-      p.out.group_sums[g * m + t] = group_sum;
+      for (; block < (g + 1) * s.blocks_per_group; ++block) {  // a last group that is shorter
+        p.out.block_scales[block * p.out.stride + t] = 0.0f;
+        p.out.block_init[block * p.out.stride + t] = 0;
+      }
+      p.out.group_sums[g * p.out.stride + t] = group_sum;
     }
   }
 }
 
-template <int COLUMNS>
 void prepare_exact(const PrepareParams& p, int64_t first, int64_t last) {
   const Shape& s = p.shape;
-  const int64_t m = p.tokens;
-  for (int64_t t = 0; t < m; ++t) {
+  for (int64_t t = 0; t < p.tokens; ++t) {
     for (int64_t g = first; g < last; ++g) {
       const int64_t begin = g * s.group_size, end = smaller(begin + s.group_size, s.in_features);
       F sums = f_zero();
-      for (int64_t k = begin; k < end; k += kActBlock) {
-        alignas(64) float values[kActBlock];
-        load_columns(values, p.x, t * s.in_features + k, smaller(kActBlock, end - k), p.x_dtype);
-        sums = f_add(sums, f_add(f_load(values), f_load(values + 16)));
-        const int64_t words = smaller((end - k + COLUMNS - 1) / COLUMNS, kActBlock / COLUMNS);
-        float* out = p.out.values + ((k / COLUMNS) * m + t) * COLUMNS;
-        for (int64_t w = 0; w < words; ++w) __builtin_memcpy(out + w * m * COLUMNS, values + w * COLUMNS, 4 * COLUMNS);
+      float* out = p.out.values + (g * s.spans_per_group * p.out.stride + t) * kSpan;
+      for (int64_t k = begin; k < end; k += kSpan, out += p.out.stride * kSpan) {
+        load_columns(out, p.x, t * s.in_features + k, smaller(kSpan, end - k), p.x_dtype);
+        sums = f_add(sums, f_add(f_load(out), f_load(out + 16)));
       }
       alignas(64) float lanes[16];
       f_store(lanes, sums);
       for (int width = 8; width > 0; width /= 2)
         for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
-      p.out.group_sums[g * m + t] = lanes[0];
+      p.out.group_sums[g * p.out.stride + t] = lanes[0];
     }
   }
 }
 
 void prepare(const PrepareParams& p, int64_t first, int64_t last) {
-  if (p.int8_activations)
-    p.shape.bits == 4 ? prepare_int8<8>(p, first, last) : prepare_int8<4>(p, first, last);
-  else
-    p.shape.bits == 4 ? prepare_exact<8>(p, first, last) : prepare_exact<4>(p, first, last);
+  if (!p.int8_activations) return prepare_exact(p, first, last);
+  switch (p.shape.bits) {
+    case 2: return prepare_int8<2>(p, first, last);
+    case 3: return prepare_int8<3>(p, first, last);
+    case 4: return prepare_int8<4>(p, first, last);
+    case 8: return prepare_int8<8>(p, first, last);
+  }
 }
 
 // ---- products ----
 
-template <int i>
-struct Column {
-  static constexpr int value = i;
-};
-
-// body(Column<0>), ..., body(Column<n-1>): shifts and lane numbers must be constants.
-template <int n, int i = 0, class Body>
-inline __attribute__((always_inline)) void each_column(const Body& body) {
-  body(Column<i>{});
-  if constexpr (i + 1 < n) each_column<n, i + 1>(body);
-}
-
-enum Codes { kNibbles, kTable, kBytes };  // 4-bit integers, 4-bit codebook, 8-bit integers
-
-// Weights come from memory, once. Asking for each line 4 KiB ahead, into the L2 cache, keeps more reads in flight than the hardware
-// prefetcher does: measured (2 cores, int4 M=1) 14.2 GB/s without, 18.7 with 2 KiB into L1, 21.8 so; the read bandwidth was 23.
-inline Line fetch(const uint8_t* line) {
-  __builtin_prefetch(line + 4096, 0, 2);
-  return line_load(line);
-}
-
-inline uint32_t load_word(const int8_t* p) {
-  uint32_t word;
-  __builtin_memcpy(&word, p, 4);
-  return word;
+// 32 columns times M tokens. Codes up to 15 are summed up in 16 bits where there is no better instruction.
+template <int M, Codes CODES, int PARTS>
+inline void dot_span(I (&dot)[PARTS][M], const Line* lines, const int8_t* x, Table table) {
+  if constexpr (CODES == kTable || CODES == kBytes) {
+    each_column<8>([&](auto column) {
+      constexpr int q = decltype(column)::value;
+      const Line codes = quad<CODES, q>(lines, table);
+      for (int m = 0; m < M; ++m) dot[q % PARTS][m] = byte_dot(dot[q % PARTS][m], codes, load_word(x + kStepBytes * m + 4 * q));
+    });
+  } else {
+    SmallSum small[PARTS][M];
+    for (int i = 0; i < PARTS; ++i)
+      for (int m = 0; m < M; ++m) small[i][m] = small_begin(dot[i][m]);
+    each_column<8>([&](auto column) {
+      constexpr int q = decltype(column)::value;
+      const Line codes = quad<CODES, q>(lines, table);
+      for (int m = 0; m < M; ++m) small[q % PARTS][m] = small_dot(small[q % PARTS][m], codes, load_word(x + kStepBytes * m + 4 * q));
+    });
+    for (int i = 0; i < PARTS; ++i)
+      for (int m = 0; m < M; ++m) dot[i][m] = small_end(small[i][m], dot[i][m]);
+  }
 }
 
 template <int M, Codes CODES>
 void linear_int8(const LinearParams& p, int64_t first, int64_t last) {
-  constexpr int kColumns = CODES == kBytes ? 4 : 8;
+  constexpr int64_t kLines = lines_of(CODES);
+  constexpr int kParts = M <= 2 ? 2 : 1;  // chains of dependent sums: one of them is too slow for one token
   const Shape& s = p.shape;
   const Table table = table_load(p.codebook_u8);
   for (int64_t b = first; b < last; ++b) {
     const uint8_t* line = p.qweight + b * s.words * kLineBytes;
-    const int8_t* x = p.x.codes;
     F total[M];
     for (int m = 0; m < M; ++m) total[m] = f_zero();
     for (int64_t g = 0; g < s.groups; ++g) {
@@ -216,41 +152,25 @@ void linear_int8(const LinearParams& p, int64_t first, int64_t last) {
         const F zero = f_load_as(p.zeros, (b * s.groups + g) * kRows, p.scale_dtype);
         for (int m = 0; m < M; ++m) sum[m] = f_mul(zero, f_set1(-p.x.group_sums[g * M + m]));
       }
-      int64_t words = smaller(s.group_size / kColumns + (s.group_size % kColumns != 0), s.words - g * (s.group_size / kColumns));
-      for (int64_t block = g * s.blocks_per_group; words > 0; ++block, words -= kActBlock / kColumns) {
-        const int64_t count = smaller(words, kActBlock / kColumns);
-        const int32_t* init = p.x.block_init + block * M;
-        I dot[M];
-        if constexpr (CODES == kNibbles) {
-          SmallSum small[M];
-          for (int m = 0; m < M; ++m) small[m] = small_begin(init[m]);
-          for (int64_t w = 0; w < count; ++w, line += kLineBytes, x += M * 8) {
-            const Line codes = fetch(line);
-            const Line even = low_nibbles(codes), odd = high_nibbles(codes);
-            for (int m = 0; m < M; ++m) {
-              small[m] = small_dot(small[m], even, load_word(x + 8 * m));
-              small[m] = small_dot(small[m], odd, load_word(x + 8 * m + 4));
-            }
-          }
-          for (int m = 0; m < M; ++m) dot[m] = small_end(small[m], init[m]);
-        } else {
-          for (int m = 0; m < M; ++m) dot[m] = i_set1(init[m]);
-          for (int64_t w = 0; w < count; ++w, line += kLineBytes, x += M * kColumns) {
-            const Line codes = fetch(line);
-            if constexpr (CODES == kTable) {
-              const Line even = table_lookup(table, low_nibbles(codes)), odd = table_lookup(table, high_nibbles(codes));
-              for (int m = 0; m < M; ++m) {
-                dot[m] = byte_dot(dot[m], even, load_word(x + 8 * m));
-                dot[m] = byte_dot(dot[m], odd, load_word(x + 8 * m + 4));
-              }
-            } else {
-              for (int m = 0; m < M; ++m) dot[m] = byte_dot(dot[m], codes, load_word(x + 4 * m));
-            }
-          }
+      int64_t words = words_of<CODES>(smaller(s.group_size, s.in_features - g * s.group_size));
+      int64_t span = g * s.spans_per_group;
+      for (int64_t block = g * s.blocks_per_group; words > 0; ++block) {
+        I dot[kParts][M];
+        for (int m = 0; m < M; ++m) dot[0][m] = i_set1(p.x.block_init[block * M + m]);
+        for (int i = 1; i < kParts; ++i)
+          for (int m = 0; m < M; ++m) dot[i][m] = i_set1(0);
+        for (int64_t i = 0; i < kActBlock / kSpan && words > 0; ++i, ++span, words -= kLines, line += kLines * kLineBytes) {
+          const int8_t* x = p.x.codes + (span / 2 * M) * kStepBytes + span % 2 * kSpan;
+          Line lines[kLines];
+          load_span<CODES>(lines, line, words);
+          dot_span<M, CODES, kParts>(dot, lines, x, table);
         }
-        const float* scales = p.x.block_scales + block * M;
-        for (int m = 0; m < M; ++m) sum[m] = f_fma(f_from_i(dot[m]), f_set1(scales[m]), sum[m]);
+        for (int m = 0; m < M; ++m) {
+          for (int i = 1; i < kParts; ++i) dot[0][m] = i_add(dot[0][m], dot[i][m]);
+          sum[m] = f_fma(f_from_i(dot[0][m]), f_set1(p.x.block_scales[block * M + m]), sum[m]);
+        }
       }
+      line += words * kLineBytes;  // back over what the last span lacked
       const F scale = f_load_as(p.scales, (b * s.groups + g) * kRows, p.scale_dtype);
       for (int m = 0; m < M; ++m) total[m] = f_fma(sum[m], scale, total[m]);
     }
@@ -260,14 +180,13 @@ void linear_int8(const LinearParams& p, int64_t first, int64_t last) {
 
 template <int M, Codes CODES>
 void linear_exact(const LinearParams& p, int64_t first, int64_t last) {
-  constexpr int kColumns = CODES == kBytes ? 4 : 8;
+  constexpr int64_t kLines = lines_of(CODES);
   // A chain of dependent multiply-adds runs at one per 4 cycles: few tokens take several partial sums.
   constexpr int kParts = M >= 4 ? 1 : (M == 1 ? 4 : 2);
   const Shape& s = p.shape;
   const FloatTable table = float_table_load(p.codebook);
   for (int64_t b = first; b < last; ++b) {
     const uint8_t* line = p.qweight + b * s.words * kLineBytes;
-    const float* x = p.x.values;
     F total[M];
     for (int m = 0; m < M; ++m) total[m] = f_zero();
     for (int64_t g = 0; g < s.groups; ++g) {
@@ -275,24 +194,21 @@ void linear_exact(const LinearParams& p, int64_t first, int64_t last) {
       for (int i = 0; i < kParts; ++i)
         for (int m = 0; m < M; ++m) sum[i][m] = f_zero();
       if constexpr (CODES != kTable) {
-        const F zero = p.zeros ? f_load_as(p.zeros, (b * s.groups + g) * kRows, p.scale_dtype) : f_set1(CODES == kBytes ? 128.0f : 8.0f);
+        const F zero = p.zeros ? f_load_as(p.zeros, (b * s.groups + g) * kRows, p.scale_dtype) : f_set1(static_cast<float>(1 << (s.bits - 1)));
         for (int m = 0; m < M; ++m) sum[0][m] = f_mul(zero, f_set1(-p.x.group_sums[g * M + m]));
       }
-      const int64_t words = smaller(s.group_size / kColumns + (s.group_size % kColumns != 0), s.words - g * (s.group_size / kColumns));
-      for (int64_t w = 0; w < words; ++w, line += kLineBytes, x += M * kColumns) {
-        const Line codes = fetch(line);
-        each_column<kColumns>([&](auto column) {
+      int64_t words = words_of<CODES>(smaller(s.group_size, s.in_features - g * s.group_size));
+      const float* x = p.x.values + g * s.spans_per_group * M * kSpan;
+      for (; words > 0; words -= kLines, line += kLines * kLineBytes, x += M * kSpan) {
+        Line lines[kLines];
+        load_span<CODES>(lines, line, words);
+        each_column<kSpan>([&](auto column) {
           constexpr int i = decltype(column)::value;
-          F value;
-          if constexpr (CODES == kBytes)
-            value = byte_value<i>(codes);
-          else if constexpr (CODES == kTable)
-            value = table_value<i>(codes, table);
-          else
-            value = nibble_value<i>(codes, table);
-          for (int m = 0; m < M; ++m) sum[i % kParts][m] = f_fma(value, f_set1(x[m * kColumns + i]), sum[i % kParts][m]);
+          const F value = column_value<CODES, i>(lines, table);
+          for (int m = 0; m < M; ++m) sum[i % kParts][m] = f_fma(value, f_set1(x[m * kSpan + i]), sum[i % kParts][m]);
         });
       }
+      line += words * kLineBytes;  // back over what the last span lacked
       const F scale = f_load_as(p.scales, (b * s.groups + g) * kRows, p.scale_dtype);
       for (int m = 0; m < M; ++m) {
         F group = sum[0][m];
@@ -304,16 +220,20 @@ void linear_exact(const LinearParams& p, int64_t first, int64_t last) {
   }
 }
 
+template <int M, Codes CODES>
+void linear_codes(const LinearParams& p, int64_t first, int64_t last) {
+  p.int8_activations ? linear_int8<M, CODES>(p, first, last) : linear_exact<M, CODES>(p, first, last);
+}
+
 template <int M>
 void linear_tokens(const LinearParams& p, int64_t first, int64_t last) {
-  if constexpr (M > kMaxTokens) {
-    return;
-  } else if (p.int8_activations) {
-    if (p.shape.bits == 8) return linear_int8<M, kBytes>(p, first, last);
-    return p.codebook ? linear_int8<M, kTable>(p, first, last) : linear_int8<M, kNibbles>(p, first, last);
-  } else {
-    if (p.shape.bits == 8) return linear_exact<M, kBytes>(p, first, last);
-    return p.codebook ? linear_exact<M, kTable>(p, first, last) : linear_exact<M, kNibbles>(p, first, last);
+  if constexpr (M <= kMaxTokens) {
+    switch (p.shape.bits) {
+      case 2: return linear_codes<M, kPairs>(p, first, last);
+      case 3: return linear_codes<M, kPlanes>(p, first, last);
+      case 4: return p.codebook ? linear_codes<M, kTable>(p, first, last) : linear_codes<M, kNibbles>(p, first, last);
+      case 8: return linear_codes<M, kBytes>(p, first, last);
+    }
   }
 }
 
@@ -359,7 +279,8 @@ inline void dequantize_bytes(uint8_t* y, const uint32_t* words, int64_t columns,
   }
 }
 
-void dequantize(const DequantizeParams& p, int64_t first, int64_t last) {
+// 4 and 8 bits: words are brought into rows first, then unpacked along a row.
+void dequantize_words(const DequantizeParams& p, int64_t first, int64_t last) {
   const Shape& s = p.shape;
   const int64_t columns = 32 / s.bits, size = element_size(p.y_dtype);
   alignas(64) float scales[16], zeros[16], codes[16];
@@ -386,5 +307,56 @@ void dequantize(const DequantizeParams& p, int64_t first, int64_t last) {
         }
       }
     }
+  }
+}
+
+// Up to 16 columns of a row.
+inline void store_columns(const DequantizeParams& p, int64_t row, int64_t k, const uint32_t* values, int64_t count) {
+  alignas(64) float lanes[16];
+  __builtin_memcpy(lanes, values, 64);
+  const int64_t at = row * p.shape.in_features + k, size = element_size(p.y_dtype);
+  if (count >= 16) return f_store_as(p.y, at, p.y_dtype, f_load(lanes));
+  alignas(64) uint8_t bytes[64];
+  f_store_as(bytes, 0, p.y_dtype, f_load(lanes));
+  __builtin_memcpy(static_cast<uint8_t*>(p.y) + at * size, bytes, static_cast<size_t>(count * size));
+}
+
+// 2 and 3 bits: unpacked to float as for a product, then brought into rows.
+template <Codes CODES>
+void dequantize_spans(const DequantizeParams& p, int64_t first, int64_t last) {
+  constexpr int64_t kLines = lines_of(CODES);
+  const Shape& s = p.shape;
+  for (int64_t b = first; b < last; ++b) {
+    const int64_t rows = smaller(kRows, s.out_features - b * kRows);
+    const uint8_t* line = p.qweight + b * s.words * kLineBytes;
+    for (int64_t g = 0; g < s.groups; ++g) {
+      const int64_t at = (b * s.groups + g) * kRows, end = smaller((g + 1) * s.group_size, s.in_features);
+      const F scale = f_load_as(p.scales, at, p.scale_dtype);
+      const F zero = p.zeros ? f_mul(f_load_as(p.zeros, at, p.scale_dtype), f_set1(-1.0f)) : f_set1(-static_cast<float>(1 << (s.bits - 1)));
+      int64_t words = words_of<CODES>(end - g * s.group_size);
+      for (int64_t k = g * s.group_size; words > 0; k += kSpan, words -= kLines, line += kLines * kLineBytes) {
+        Line lines[kLines];
+        load_span<CODES>(lines, line, words);
+        alignas(64) float lanes[kSpan * 16];  // [32 columns, 16 rows]
+        each_column<kSpan>([&](auto column) {
+          constexpr int i = decltype(column)::value;
+          f_store(lanes + 16 * i, f_mul(f_add(column_value<CODES, i>(lines, FloatTable{}), zero), scale));
+        });
+        for (int64_t half = 0; half < kSpan && k + half < end; half += 16) {
+          alignas(64) uint32_t values[16 * 16];  // [16 rows, 16 columns]
+          transpose_words(values, reinterpret_cast<const uint8_t*>(lanes + 16 * half), 16);
+          for (int64_t r = 0; r < rows; ++r) store_columns(p, b * kRows + r, k + half, values + 16 * r, end - k - half);
+        }
+      }
+      line += words * kLineBytes;  // back over what the last span lacked
+    }
+  }
+}
+
+void dequantize(const DequantizeParams& p, int64_t first, int64_t last) {
+  switch (p.shape.bits) {
+    case 2: return dequantize_spans<kPairs>(p, first, last);
+    case 3: return dequantize_spans<kPlanes>(p, first, last);
+    default: return dequantize_words(p, first, last);
   }
 }

@@ -53,5 +53,6 @@ inline const float* float32_data(const Tensor& tensor) {
 bool register_spqr(TorchLibraryHandle library);
 bool register_rounding(TorchLibraryHandle library);
 bool register_moments(TorchLibraryHandle library);
+bool register_planes(TorchLibraryHandle library);
 
 }  // namespace hfq

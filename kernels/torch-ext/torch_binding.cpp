@@ -1,4 +1,6 @@
 // Operators of hfq for the CPU: read the arguments, validate every one of them, launch. Schemas are defined in hfq/kernels/ops.py.
+#include <vector>
+
 #include "../cpu/isa.h"
 #include "../cpu/launch.h"
 #include "cpu_arguments.h"
@@ -7,9 +9,9 @@ namespace hfq {
 namespace {
 
 Shape make_shape(const char* op, int64_t bits, int64_t group_size, int64_t in_features, int64_t out_features) {
-  expect(bits == 4 || bits == 8, op, "bits must be 4 or 8, got " + std::to_string(bits));
+  expect(bits == 2 || bits == 3 || bits == 4 || bits == 8, op, "bits must be 2, 3, 4 or 8, got " + std::to_string(bits));
   expect_sizes(op, in_features, out_features);
-  const int64_t columns = 32 / bits;
+  const int64_t columns = bits == 3 ? kSpan : 32 / bits;  // that begin with a new word
   expect(group_size > 0 && (group_size >= in_features || group_size % columns == 0), op,
          "group_size must be a multiple of " + std::to_string(columns) + " or at least in_features (one group per row), got " +
              std::to_string(group_size));
@@ -18,13 +20,14 @@ Shape make_shape(const char* op, int64_t bits, int64_t group_size, int64_t in_fe
   s.out_features = out_features;
   s.group_size = group_size < in_features ? group_size : in_features;
   s.groups = (in_features + s.group_size - 1) / s.group_size;
-  s.words = (in_features + columns - 1) / columns;
+  s.words = (in_features + columns - 1) / columns * (bits == 3 ? 3 : 1);
+  s.spans_per_group = (s.group_size + kSpan - 1) / kSpan;
   s.blocks_per_group = (s.group_size + kActBlock - 1) / kActBlock;
   s.bits = static_cast<int32_t>(bits);
   return s;
 }
 
-// The weight's tensors in layout rows16.
+// The weight's tensors in layout rows16; of a stack of experts those of the first.
 struct Weight {
   const uint8_t* qweight;
   const void* scales;
@@ -33,19 +36,26 @@ struct Weight {
   DType scale_dtype;
 };
 
-Weight check_weight(const char* op, const Shape& s, const Tensor& qweight, const Tensor& scales, const Tensor& zeros, const Tensor& codebook) {
+// `experts`: their number where the tensors are stacks, 0 otherwise.
+Weight check_weight(const char* op, const Shape& s, const Tensor& qweight, const Tensor& scales, const Tensor& zeros, const Tensor& codebook,
+                    int64_t experts = 0) {
   const int32_t cpu = aoti_torch_device_type_cpu();
   const int64_t blocks = (s.out_features + kRows - 1) / kRows;
+  const auto expect_shape = [&](const Tensor& tensor, std::initializer_list<int64_t> sizes) {
+    if (!experts) return tensor.expect_shape(sizes);
+    const int64_t* each = sizes.begin();
+    sizes.size() == 4 ? tensor.expect_shape({experts, each[0], each[1], each[2], each[3]}) : tensor.expect_shape({experts, each[0], each[1], each[2]});
+  };
   Weight w = {};
   if (qweight.dtype() != aoti_torch_dtype_uint8()) qweight.refuse("uint8");
-  qweight.expect_shape({blocks, s.words, kRows, 4});
+  expect_shape(qweight, {blocks, s.words, kRows, 4});
   w.qweight = static_cast<const uint8_t*>(qweight.data(cpu, 1));
   w.scale_dtype = expect_float(scales);
-  scales.expect_shape({blocks, s.groups, kRows});
+  expect_shape(scales, {blocks, s.groups, kRows});
   w.scales = scales.data(cpu, element_size(w.scale_dtype));
   if (zeros.defined()) {
     if (zeros.dtype() != scales.dtype()) zeros.refuse("of the same dtype as scales");
-    zeros.expect_shape({blocks, s.groups, kRows});
+    expect_shape(zeros, {blocks, s.groups, kRows});
     w.zeros = zeros.data(cpu, element_size(w.scale_dtype));
   }
   if (codebook.defined()) {
@@ -58,13 +68,25 @@ Weight check_weight(const char* op, const Shape& s, const Tensor& qweight, const
   return w;
 }
 
-// Completes a call with the activations and the bias, runs it, and gives its result.
-StableIValue multiply(const char* op, LinearCall& call, const Tensor& x, const Tensor& bias) {
-  const int32_t cpu = aoti_torch_device_type_cpu();
+void set_activations(LinearCall& call, const Tensor& x) {
   call.x_dtype = expect_float(x);
   if (x.dim() != 2 || x.size(1) != call.shape.in_features) x.refuse("of shape [M, in_features=" + std::to_string(call.shape.in_features) + "]");
   call.tokens = x.size(0);
-  call.x = x.data(cpu, element_size(call.x_dtype));
+  call.x = x.data(aoti_torch_device_type_cpu(), element_size(call.x_dtype));
+}
+
+void set_weight(LinearCall& call, const Weight& w) {
+  call.qweight = w.qweight;
+  call.scales = w.scales;
+  call.zeros = w.zeros;
+  call.codebook = w.codebook;
+  call.scale_dtype = w.scale_dtype;
+}
+
+// Completes a call with the activations and the bias, runs it, and gives its result.
+StableIValue multiply(const char* op, LinearCall& call, const Tensor& x, const Tensor& bias) {
+  const int32_t cpu = aoti_torch_device_type_cpu();
+  set_activations(call, x);
   if (bias.defined()) {
     call.bias_dtype = expect_float(bias);
     bias.expect_shape({call.shape.out_features});
@@ -73,7 +95,7 @@ StableIValue multiply(const char* op, LinearCall& call, const Tensor& x, const T
 
   const int64_t sizes[2] = {call.tokens, call.shape.out_features};
   const StableIValue y = empty_tensor(sizes, 2, x.dtype(), cpu, x.device_index(), &call.y);
-  return filled(op, y, [&] { launch_linear(call); });
+  return filled(op, y, [&] { launch_linears(&call, 1); });
 }
 
 // hfq::cpu_linear(x, qweight, scales, zeros?, codebook?, bias?, bits, group_size, in_features, out_features, int8_activations) -> [M, N]
@@ -85,14 +107,67 @@ void cpu_linear(StableIValue* stack, uint64_t, uint64_t) {
 
   LinearCall call = {};
   call.shape = make_shape(op, as_int(stack[6]), as_int(stack[7]), as_int(stack[8]), as_int(stack[9]));
-  const Weight w = check_weight(op, call.shape, qweight, scales, zeros, codebook);
-  call.qweight = w.qweight;
-  call.scales = w.scales;
-  call.zeros = w.zeros;
-  call.codebook = w.codebook;
-  call.scale_dtype = w.scale_dtype;
+  set_weight(call, check_weight(op, call.shape, qweight, scales, zeros, codebook));
   call.int8_activations = as_bool(stack[10]);
   stack[0] = multiply(op, call, x, bias);
+}
+
+// hfq::cpu_experts_linear(x, counts, qweight, scales, zeros?, codebook?, bias?, bits, group_size, in_features, out_features,
+//                         int8_activations) -> [M, N]; the first counts[0] tokens go to expert 0, the next counts[1] to expert 1, ...
+void cpu_experts_linear(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "cpu_experts_linear";
+  const Tensor x(op, "x", stack[0]), counts(op, "counts", stack[1]), qweight(op, "qweight", stack[2]), scales(op, "scales", stack[3]);
+  const Tensor zeros(op, "zeros", Tensor::unwrap(stack[4])), codebook(op, "codebook", Tensor::unwrap(stack[5]));
+  const Tensor bias(op, "bias", Tensor::unwrap(stack[6]));
+  const int32_t cpu = aoti_torch_device_type_cpu();
+
+  LinearCall all = {};
+  all.shape = make_shape(op, as_int(stack[7]), as_int(stack[8]), as_int(stack[9]), as_int(stack[10]));
+  const Shape& s = all.shape;
+  if (qweight.dim() != 5) qweight.refuse("of shape [E, N16, W, 16, 4]");
+  const int64_t experts = qweight.size(0);
+  set_weight(all, check_weight(op, s, qweight, scales, zeros, codebook, experts));
+  all.int8_activations = as_bool(stack[11]);
+  set_activations(all, x);
+  if (bias.defined()) {
+    all.bias_dtype = expect_float(bias);
+    bias.expect_shape({experts, s.out_features});
+    all.bias = bias.data(cpu, element_size(all.bias_dtype));
+  }
+  if (counts.dtype() != aoti_torch_dtype_int64()) counts.refuse("int64");
+  counts.expect_shape({experts});
+  const int64_t* count = static_cast<const int64_t*>(counts.data(cpu, 8));
+
+  const int64_t blocks = (s.out_features + kRows - 1) / kRows, size = element_size(all.x_dtype);
+  const int64_t scale_bytes = blocks * s.groups * kRows * element_size(all.scale_dtype);
+  std::vector<LinearCall> calls;
+  int64_t token = 0;
+  for (int64_t e = 0; e < experts; ++e) {
+    expect(count[e] >= 0 && count[e] <= all.tokens - token, op, "counts must be at least 0 and add up to M");
+    if (!count[e]) continue;
+    LinearCall call = all;
+    call.tokens = count[e];
+    call.x = static_cast<const char*>(all.x) + token * s.in_features * size;
+    call.qweight = all.qweight + e * blocks * s.words * kLineBytes;
+    call.scales = static_cast<const char*>(all.scales) + e * scale_bytes;
+    if (all.zeros) call.zeros = static_cast<const char*>(all.zeros) + e * scale_bytes;
+    if (all.bias) call.bias = static_cast<const char*>(all.bias) + e * s.out_features * element_size(all.bias_dtype);
+    calls.push_back(call);
+    token += count[e];
+  }
+  expect(token == all.tokens, op, "counts must be at least 0 and add up to M");
+
+  void* y = nullptr;
+  const int64_t sizes[2] = {all.tokens, s.out_features};
+  const StableIValue out = empty_tensor(sizes, 2, x.dtype(), cpu, x.device_index(), &y);
+  stack[0] = filled(op, out, [&] {
+    int64_t first = 0;
+    for (LinearCall& call : calls) {
+      call.y = static_cast<char*>(y) + first * s.out_features * size;
+      first += call.tokens;
+    }
+    launch_linears(calls.data(), static_cast<int64_t>(calls.size()));
+  });
 }
 
 // hfq::cpu_int8_linear(x, qweight, scales, input_scale?, bias?, in_features, out_features) -> [M, N]
@@ -108,11 +183,9 @@ void cpu_int8_linear(StableIValue* stack, uint64_t, uint64_t) {
   expect(in_features <= kMostColumns, op, "in_features must be at most 131072, got " + std::to_string(in_features));
   call.shape = make_shape(op, 8, in_features, in_features, as_int(stack[6]));
   const Tensor none(op, "none", 0);
-  const Weight w = check_weight(op, call.shape, qweight, scales, none, none);
-  call.qweight = w.qweight;
-  call.scales = w.scales;
-  call.scale_dtype = w.scale_dtype;
+  set_weight(call, check_weight(op, call.shape, qweight, scales, none, none));
   call.int8_activations = call.whole_rows = true;
+  call.shape.blocks_per_group = 1;
   if (input_scale.defined()) {
     if (input_scale.dtype() != aoti_torch_dtype_float32()) input_scale.refuse("float32");
     input_scale.expect_shape({1});
@@ -148,8 +221,9 @@ bool register_all() {
   TorchLibraryHandle library = nullptr;  // lives as long as the process, like the operators
   if (aoti_torch_library_init_impl("hfq", "CPU", __FILE__, __LINE__, &library) != 0) return false;
   return register_impl(library, "cpu_linear", cpu_linear) && register_impl(library, "cpu_int8_linear", cpu_int8_linear) &&
+         register_impl(library, "cpu_experts_linear", cpu_experts_linear) &&
          register_impl(library, "cpu_dequantize", cpu_dequantize) && register_spqr(library) && register_rounding(library) &&
-         register_moments(library);
+         register_moments(library) && register_planes(library);
 }
 
 const bool registered = register_all();

@@ -43,6 +43,7 @@ int32_t aoti_torch_dtype_bfloat16();
 int32_t aoti_torch_dtype_uint8();
 int32_t aoti_torch_dtype_int16();
 int32_t aoti_torch_dtype_int32();
+int32_t aoti_torch_dtype_int64();
 
 // ---- threads ----
 AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain_size, void (*body)(int64_t begin, int64_t end, void* context),

@@ -27,6 +27,7 @@ endfunction()
 
 add_library(hfq_cpu MODULE "${KERNELS}/torch-ext/torch_binding.cpp" "${KERNELS}/torch-ext/torch_binding_spqr.cpp"
                            "${KERNELS}/torch-ext/torch_binding_rounding.cpp" "${KERNELS}/torch-ext/torch_binding_moments.cpp"
+                           "${KERNELS}/torch-ext/torch_binding_planes.cpp" "${KERNELS}/cpu/launch_planes.cpp"
                            "${KERNELS}/cpu/launch.cpp"
                            "${KERNELS}/cpu/launch_spqr.cpp" "${KERNELS}/cpu/launch_rounding.cpp"
                            "${KERNELS}/cpu/launch_moments.cpp" "${KERNELS}/cpu/isa.cpp" "${KERNELS}/cpu/isa_generic.cpp")
@@ -56,7 +57,7 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   add_isa(avx2_vnni ${avx2} -mavxvnni)
   add_isa(avx512 ${avx512})
   add_isa(avx512_vnni ${avx512} -mavx512vnni)
-  add_isa(avx512_amx ${avx512} -mavx512vnni -mamx-tile -mamx-bf16)
+  add_isa(avx512_amx ${avx512} -mavx512vnni -mavx512bf16 -mamx-tile -mamx-bf16 -mamx-int8)
 endif()
 
 if(HFQ_SANITIZE)

@@ -27,7 +27,7 @@ def packed(bits: int, in_features: int = 64) -> QuantLinear:
 
 @pytest.fixture
 def model():
-    layers = [nn.ModuleDict({"up": packed(4), "down": packed(3)}) for _ in range(3)]
+    layers = [nn.ModuleDict({"up": packed(4), "down": packed(5)}) for _ in range(3)]
     return nn.ModuleDict({"layers": nn.ModuleList(layers), "head": nn.Linear(8, 8)})
 
 
@@ -44,7 +44,7 @@ def test_every_packed_weight_has_its_kernel(model):
         assert weight.device == "cpu" and weight.kernel_mode == "auto"
 
 
-def test_three_bits_name_who_refused(model):
+def test_five_bits_name_who_refused(model):
     down = next(weight for weight in explain(model).weights if weight.name == "layers.0.down")
     assert down.kernel == dispatch.rows()[-1].name
     assert down.refused and all(reason for _, reason in down.refused)
@@ -69,7 +69,7 @@ def test_one_module_and_none():
 
 def test_as_dict(model):
     found = json.loads(json.dumps(explain(model).to_dict()))
-    assert found["weights"][1]["bits"] == 3 and found["summary"].startswith("quantized 6")
+    assert found["weights"][1]["bits"] == 5 and found["summary"].startswith("quantized 6")
 
 
 def test_the_summary_of_a_loaded_model_gives_reasons(tmp_path):

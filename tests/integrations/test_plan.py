@@ -112,13 +112,15 @@ def test_weights_and_bytes_are_those_of_the_run(
 
 
 def test_a_target_is_the_size(source: Path, tokens: Tensor, tmp_path: Path) -> None:
-    config = gptq(tokens, target_bits=4.1, overrides={"o_proj": {"bits": 8}})
+    config = gptq(
+        tokens, target_bits=4.1, candidate_bits=[2, 5, 8], overrides={"o_proj": {"bits": 8}}
+    )
     plan = hfq.plan(source, config)
     hfq.quantize(source, tmp_path / "out", config)
     size = (tmp_path / "out" / "model.safetensors").stat().st_size
     assert 0.99 * plan.bytes_after <= size <= plan.bytes_after
-    assert {row.bits for row in plan.weights} == {(2, 3, 4, 8), (8,)}
-    assert "(2, 3 bits), cpu_rows16 (4, 8 bits)" in " ".join(plan.table().split())
+    assert {row.bits for row in plan.weights} == {(2, 5, 8), (8,)}
+    assert "cpu_rows16 (2, 8 bits), dequantize (5 bits)" in " ".join(plan.table().split())
 
 
 OWN = {"dataset": None, "seqlen": 32}

@@ -14,7 +14,12 @@ from hfq.kernels import native, ops, rows16
 
 assert ops.LIBRARY is not None  # defines torch.ops.hfq
 
-KINDS = ("int4", "int4_zeros", "table4", "int8", "int8_zeros")
+KINDS = (
+    *("int2", "int2_zeros", "int3", "int3_zeros"),
+    *("int4", "int4_zeros", "table4", "int8", "int8_zeros"),
+)
+# Columns that begin with a new 32-bit word: group sizes are multiples of them.
+UNITS = {2: 16, 3: 32, 4: 8, 8: 4}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Rounding of the output dtype, relative to the largest output.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -29,6 +34,9 @@ SHAPES = (
     (48, 520, 128),
     (5, 7, 7),
     (31, 100, 40),
+    (40, 700, 192),
+    (33, 1100, 384),
+    (20, 96, 48),
 )
 
 
@@ -59,7 +67,7 @@ def _native() -> None:
         pytest.skip(f"no native CPU kernels: {status.cpu_reason}")
 
 
-@pytest.fixture(params=["avx512_vnni", "avx512", "avx2_vnni", "avx2", "generic"])
+@pytest.fixture(params=["avx512_amx", "avx512_vnni", "avx512", "avx2_vnni", "avx2", "generic"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param not in native.load().isas:
         pytest.skip(f"this machine does not run {request.param}")
@@ -76,7 +84,9 @@ def make_weight(generator: torch.Generator) -> MakeWeight:
         kind: str = "int4",
         scale_dtype: torch.dtype = torch.float32,
     ) -> Weight:
-        bits = 8 if kind.startswith("int8") else 4
+        bits = int(kind.removesuffix("_zeros")[-1])
+        if group_size < columns and group_size % UNITS[bits]:
+            pytest.skip(f"{bits} bits take groups in multiples of {UNITS[bits]}")
         groups = -(-columns // group_size)
         codes = torch.randint(0, 1 << bits, (rows, columns), generator=generator, dtype=torch.uint8)
         codes[0, 0], codes[-1, -1] = 0, (1 << bits) - 1
@@ -97,7 +107,7 @@ def make_weight(generator: torch.Generator) -> MakeWeight:
             values = codes.double() - zeros.double()[:, by_column]
         packed = bit_packing.pack(codes, bits).unsqueeze(-1)
         arguments = (
-            rows16.to_rows16(packed),
+            rows16.to_rows16(packed, split=bits == 3),
             rows16.to_rows16(scales),
             None if zeros is None else rows16.to_rows16(zeros),
             codebook,
@@ -113,18 +123,44 @@ def _error(y: Tensor, expected: Tensor) -> float:
     return ((y.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item()
 
 
-def _within_int8_bound(y: Tensor, x: Tensor, weight: Weight, offset: Tensor | float = 0.0) -> bool:
-    """Whether y differs from the exact product by no more than int8 activations may.
+def _int8_product(x: Tensor, weight: Weight) -> Tensor:
+    """The product of what int8 activations stand for: float64 `[M, N]`.
 
-    An activation is off by at most half a step, 1/254 of its block's maximum; a codebook entry likewise.
+    Activations have a scale for each token and block of at most 128 columns, which starts afresh in every group; the
+    entries of a codebook are rounded to 1/127 of the largest.
     """
-    x = x.double()
-    expected = x @ weight.dense.T + offset
-    bound = (x.abs().amax(1, keepdim=True) / 254) * weight.dense.abs().sum(1)
-    if weight.arguments[3] is not None:
-        bound = 2 * bound + x.abs().sum(1, keepdim=True) * weight.dense.abs().max() / 100
-    rounding = TOLERANCE[y.dtype] * expected.abs().max()
-    return bool(((y.double() - expected).abs() <= 1.02 * bound + rounding).all())
+    _, group_size, columns, _ = weight.sizes
+    rounded = torch.zeros(x.shape, dtype=torch.float64)
+    for begin in range(0, columns, group_size):
+        end = min(begin + group_size, columns)
+        for first in range(begin, end, 128):
+            part = x[:, first : min(first + 128, end)].float()
+            largest = part.abs().amax(1, keepdim=True)
+            codes = (part * (torch.full_like(largest, 127) / largest)).round()
+            rounded[:, first : first + part.shape[1]] = codes.double() * largest.double() / 127
+    return rounded @ _with_rounded_codebook(weight).T
+
+
+def _with_rounded_codebook(weight: Weight) -> Tensor:
+    codebook = weight.arguments[3]
+    if codebook is None:
+        return weight.dense
+    largest = codebook.abs().max()
+    near = (codebook * 127 / largest).round().double() * largest.double() / 127
+    # What a value of the weight was before its scale: the entry that is nearest.
+    _, group_size, columns, rows = weight.sizes
+    scales = rows16.from_rows16(weight.arguments[1], (rows, -(-columns // group_size))).double()  # type: ignore[arg-type]
+    scales = scales[:, torch.arange(columns) // group_size]
+    entry = (weight.dense / scales).unsqueeze(-1).sub(codebook.double()).abs().argmin(-1)
+    return near[entry] * scales
+
+
+def _is_int8_product(y: Tensor, x: Tensor, weight: Weight, offset: Tensor | float = 0.0) -> bool:
+    expected = _int8_product(x, weight) + offset
+    # Where a zero point is taken off, the sums are larger than their difference.
+    largest = (x.double().abs() @ weight.dense.abs().T).max() + expected.abs().max()
+    error = (y.double() - expected).abs().max()
+    return bool(error <= 2e-6 * largest + TOLERANCE[y.dtype] * expected.abs().max())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -137,11 +173,11 @@ def test_products(
     kind: str,
 ) -> None:
     weight = make_weight(*shape, kind=kind)
-    for tokens in (1, 2, 5, 17):
+    for tokens in (1, 2, 5, 17, 40):
         x = torch.randn(tokens, shape[1], generator=generator)
         expected = x.double() @ weight.dense.T
         assert _error(weight.linear(x), expected) < TOLERANCE[torch.float32]
-        assert _within_int8_bound(weight.linear(x, int8=True), x, weight)
+        assert _is_int8_product(weight.linear(x, int8=True), x, weight)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 33, 64, 65, 130])
@@ -154,7 +190,7 @@ def test_every_number_of_tokens(
     y = weight.linear(x, int8=int8)
     assert y.shape == (tokens, 33)
     if int8:
-        assert not tokens or _within_int8_bound(y, x, weight)
+        assert not tokens or _is_int8_product(y, x, weight)
     else:
         assert not tokens or _error(y, x.double() @ weight.dense.T) < TOLERANCE[torch.float32]
     for token in range(tokens):
@@ -173,15 +209,15 @@ def test_dtypes(
     scale_dtype: torch.dtype,
 ) -> None:
     for kind in KINDS:
-        weight = make_weight(35, 200, 40, kind=kind, scale_dtype=scale_dtype)
-        x = torch.randn(3, 200, generator=generator).to(x_dtype)
-        for bias_dtype in FLOATS:
+        weight = make_weight(35, 200, 64, kind=kind, scale_dtype=scale_dtype)
+        for tokens, bias_dtype in zip((1, 3, 20), FLOATS, strict=True):
+            x = torch.randn(tokens, 200, generator=generator).to(x_dtype)
             bias = torch.randn(35, generator=generator).to(bias_dtype)
             expected = x.double() @ weight.dense.T + bias.double()
             y = weight.linear(x, bias)
             assert y.dtype == x_dtype
             assert _error(y, expected) < TOLERANCE[x_dtype]
-            assert _within_int8_bound(weight.linear(x, bias, int8=True), x, weight, bias.double())
+            assert _is_int8_product(weight.linear(x, bias, int8=True), x, weight, bias.double())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -228,11 +264,12 @@ def test_not_a_number_reaches_the_output(
 ) -> None:
     weight = make_weight(20, 136, 64, kind=kind)
     for dtype in FLOATS:
-        x = torch.randn(9, 136, generator=generator).to(dtype)
-        x[4, 133] = bad
-        finite = weight.linear(x, int8=int8).isfinite()
-        assert not finite[4].any()
-        assert finite[torch.arange(9) != 4].all()
+        for tokens in (9, 18):
+            x = torch.randn(tokens, 136, generator=generator).to(dtype)
+            x[4, 133] = bad
+            finite = weight.linear(x, int8=int8).isfinite()
+            assert not finite[4].any()
+            assert finite[torch.arange(tokens) != 4].all()
 
 
 def test_extreme_activations(isa: str, make_weight: MakeWeight) -> None:
@@ -242,7 +279,7 @@ def test_extreme_activations(isa: str, make_weight: MakeWeight) -> None:
     tiny = torch.full((1, 64), 1e-40)  # subnormal: the reciprocal of its scale would overflow
     assert weight.linear(tiny, int8=True).isfinite().all()
     large = torch.full((1, 64), 1e30)
-    assert _within_int8_bound(weight.linear(large, int8=True), large, weight)
+    assert _is_int8_product(weight.linear(large, int8=True), large, weight)
 
 
 @pytest.mark.parametrize("code", [0, 127, 128, 255])
@@ -314,6 +351,56 @@ def test_threads_give_the_same_result(make_weight: MakeWeight, generator: torch.
     assert torch.equal(one[1], two[1])
 
 
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("kind", ["int4", "int3_zeros", "table4", "int8"])
+def test_stacks_of_experts(
+    isa: str, make_weight: MakeWeight, generator: torch.Generator, kind: str, int8: bool
+) -> None:
+    experts = [make_weight(35, 200, 64, kind=kind) for _ in range(5)]
+    stacks: list[Tensor | None] = []
+    for tensors in zip(*(one.arguments for one in experts), strict=True):
+        present = [tensor for tensor in tensors if tensor is not None]
+        stacks.append(torch.stack(present) if present else None)
+    if kind == "table4":
+        # One codebook for all.
+        table = experts[0].arguments[3]
+        experts = [Weight((*one.arguments[:3], table), one.sizes, one.dense) for one in experts]
+        stacks[3] = table
+    bias = torch.randn(5, 35, generator=generator)
+    for counts in ([3, 0, 1, 40, 2], [0, 0, 0, 0, 1], [70, 0, 0, 0, 0], [0] * 5):
+        x = torch.randn(sum(counts), 200, generator=generator).bfloat16()
+        for each_bias in (None, bias):
+            y = torch.ops.hfq.cpu_experts_linear(
+                x, torch.tensor(counts), *stacks, each_bias, *experts[0].sizes, int8
+            )
+            parts = [
+                one.linear(part, None if each_bias is None else each_bias[i], int8=int8)
+                for i, (one, part) in enumerate(zip(experts, x.split(counts), strict=True))
+            ]
+            assert torch.equal(y, torch.cat(parts))
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        (torch.tensor([3, 0]), "must be at least 0 and add up to M"),
+        (torch.tensor([3, 2]), "must be at least 0 and add up to M"),
+        (torch.tensor([5, -1]), "must be at least 0 and add up to M"),
+        (torch.tensor([4]), r"counts must be of shape \[2\]"),
+        (torch.tensor([4, 0], dtype=torch.int32), "counts must be int64"),
+    ],
+    ids=str,
+)
+def test_wrong_counts_are_refused(make_weight: MakeWeight, counts: Tensor, message: str) -> None:
+    weight = make_weight(20, 64, 32)
+    qweight, scales, _, _ = weight.arguments
+    assert qweight is not None
+    assert scales is not None
+    stacks = (torch.stack([qweight] * 2), torch.stack([scales] * 2), None, None, None)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.hfq.cpu_experts_linear(torch.zeros(4, 64), counts, *stacks, *weight.sizes, False)
+
+
 def test_unaligned_tensors(isa: str, make_weight: MakeWeight, generator: torch.Generator) -> None:
     """Contiguous tensors may begin at any element of their storage."""
     weight = make_weight(32, 64, 32)
@@ -355,7 +442,9 @@ def _arguments(make_weight: MakeWeight, **changes: object) -> list[object]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"bits": 3}, "bits must be 4 or 8"),
+        ({"bits": 5}, "bits must be 2, 3, 4 or 8"),
+        ({"bits": 3}, "qweight must be of shape"),
+        ({"bits": 3, "group_size": 16}, "group_size must be a multiple of 32"),
         ({"bits": 8}, "qweight must be of shape"),
         ({"group_size": 12}, "group_size must be a multiple of 8"),
         ({"group_size": 0}, "group_size"),

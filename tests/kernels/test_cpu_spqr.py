@@ -53,7 +53,11 @@ def packed(weight: Tensor, spec: SpqrSpec) -> SpqrGrid:
 
 
 def prepared(grid: SpqrGrid) -> SpqrGrid:
-    return replace(grid, qweight=ROW.prepare(grid.qweight), stat_codes=ROW.prepare(grid.stat_codes))
+    return replace(
+        grid,
+        qweight=ROW.prepare(grid.qweight, grid.bits),
+        stat_codes=ROW.prepare(grid.stat_codes, grid.bits),
+    )
 
 
 def direct(x: Tensor, grid: SpqrGrid, bias: Tensor | None) -> Tensor:
@@ -131,9 +135,9 @@ def test_layouts_are_restored_bit_by_bit(random_weight: MakeWeight) -> None:
     for spec, shape in itertools.product(SPECS, SHAPES):
         grid = packed(random_weight(*shape), spec)
         for neutral in (grid.qweight, grid.stat_codes, grid.stats, grid.columns):
-            ready = ROW.prepare(neutral)
+            ready = ROW.prepare(neutral, grid.bits)
             if ready.dim() != neutral.dim():
-                assert torch.equal(ROW.restore(ready, tuple(neutral.shape)), neutral)
+                assert torch.equal(ROW.restore(ready, tuple(neutral.shape), grid.bits), neutral)
             else:
                 assert ready is neutral
 

@@ -1,0 +1,335 @@
+"""CPU kernels and whole models beside other people's, in turn, one run. Checks that products are right before it times them.
+
+    python benchmarks/cpu.py [--llamacpp PYTHON] [--bitsandbytes PYTHON] [--quanto PYTHON] [--torchao PYTHON]
+                             [--gptqmodel PYTHON --gptqmodel-path FOLDER] [--work FOLDER] [--rounds 5]
+
+PYTHON is the interpreter of an environment that has the package (benchmarks/peers/*_worker.py run in it). All models are loaded
+at once, one process each, and take turns: a round is one measurement of each. All use every core.
+
+Kernels: milliseconds of a product with weights that come from memory, and which share of the measured read bandwidth that is.
+Models: a 1B-parameter Llama shape with random weights; seconds of a prompt of 512 tokens, and of a step of `model.generate`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+PEERS = Path(__file__).parent / "peers"
+TRANSFORMERS, LLAMA_CPP = PEERS / "transformers_worker.py", PEERS / "llamacpp_worker.py"
+
+# (N, K) of the shape's layers, the head among them.
+SHAPES = ((2048, 2048), (8192, 2048), (2048, 8192), (32000, 2048))
+TOKENS = (1, 2, 4, 8, 16, 64, 512)
+GROUP = 128
+ROTATED = (
+    512 << 20
+)  # bytes of weights that a kernel goes through in turn, so that none is in a cache
+
+TASKS = {
+    "prefill 512": ("prefill", 1, 512),
+    "decode, batch 1": ("decode", 1, 24),
+    "decode, batch 8": ("decode", 8, 12),
+}
+# What hfq packs; the head as well, as llama.cpp does.
+OURS: dict[str, dict[str, Any]] = {
+    "hfq int4 g128": {"bits": 4},
+    "hfq int8": {"format": "int8"},
+}
+WHOLE = {"quantize_lm_head": True, "quantize_embeddings": True}
+
+
+# ---- kernels
+
+
+def weight(bits: int, rows: int, columns: int, generator: Any) -> Any:
+    """A random weight as it is stored: codes, scales and what they stand for in float32."""
+    import torch
+
+    from hfq.core.bits import pack
+
+    codes = torch.randint(1 << bits, (rows, columns), generator=generator, dtype=torch.uint8)
+    groups = columns // GROUP
+    scales = (torch.rand(rows, groups, generator=generator) * 0.01 + 0.001).half()
+    values = (codes.float() - (1 << (bits - 1))).view(rows, groups, GROUP)
+    dense = (values * scales.float().unsqueeze(-1)).view(rows, columns)
+    return pack(codes, bits).unsqueeze(-1), scales, dense
+
+
+def kernels(rounds: int) -> dict[str, Any]:
+    """Every product checked against float64, then timed; the read bandwidth is measured in every round."""
+    import torch
+
+    from hfq.diagnose.machine import read_bandwidth
+    from hfq.kernels import huge_pages, rows16
+
+    generator = torch.Generator().manual_seed(0)
+    rows: list[dict[str, Any]] = []
+    bandwidth = [read_bandwidth() / 1e9]
+    for bits in (2, 3, 4, 8):
+        for n, k in SHAPES:
+            codes, scales, dense = weight(bits, n, k, generator)
+            lines = rows16.to_rows16(codes, split=bits == 3)
+            copies = max(2, ROTATED // lines.numel())
+            many = huge_pages.empty((copies, *lines.shape), torch.uint8)
+            many.copy_(lines)
+            operands = (rows16.to_rows16(scales), None, None, None, bits, GROUP, k, n)
+            for tokens in TOKENS:
+                x = torch.randn(tokens, k, generator=generator).bfloat16()
+                expected = x.double() @ dense.double().T
+                turn = iter(range(10**9))
+
+                def product(int8: bool, x: Any = x, turn: Iterator[int] = turn) -> Any:
+                    at = many[next(turn) % copies]  # noqa: B023
+                    return torch.ops.hfq.cpu_linear(x, at, *operands, int8)  # noqa: B023
+
+                for int8 in (True, False):
+                    error = (product(int8).double() - expected).norm() / expected.norm()
+                    assert error < (0.02 if int8 else 0.005), (bits, n, k, tokens, int8, error)
+                if tokens > 16:
+                    continue
+                seconds = median_seconds(lambda: product(True), rounds)
+                size = lines.numel() + scales.numel() * 2
+                rows.append(
+                    {
+                        "bits": bits,
+                        "shape": [n, k],
+                        "tokens": tokens,
+                        "milliseconds": seconds * 1e3,
+                        "GB_per_second": size / seconds / 1e9,
+                    }
+                )
+            bandwidth.append(read_bandwidth() / 1e9)
+            print(f"int{bits} {n} x {k}: {rows[-5]['GB_per_second']:.1f} GB/s", flush=True)
+    read = statistics.median(bandwidth)
+    for row in rows:
+        row["share_of_read_bandwidth"] = row["GB_per_second"] / read
+    return {"read_GB_per_second": read, "rows": rows}
+
+
+def median_seconds(work: Callable[[], Any], rounds: int) -> float:
+    work()
+    seconds = []
+    for _ in range(4 * rounds):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+# ---- models
+
+
+class Worker:
+    """A process with a model, idle until it is asked."""
+
+    def __init__(self, name: str, command: list[str], log: Path) -> None:
+        self.name = name
+        self.log = log
+        with log.open("w") as stream:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream, text=True
+            )
+        self.about = self.answer()
+
+    def ask(self, task: str, batch: int, tokens: int) -> float:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{task} {batch} {tokens}\n")
+        self.process.stdin.flush()
+        seconds: float = self.answer()["seconds"]
+        return seconds
+
+    def answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("{"):  # packages print to the same stream
+                found: dict[str, Any] = json.loads(line)
+                return found
+        raise SystemExit(f"{self.name} ended; see {self.log}:\n{self.log.read_text()[-2000:]}")
+
+    def end(self) -> float:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        peak: float = self.answer()["peak_MiB"]
+        self.process.wait()
+        return peak
+
+
+def make_models(work: Path) -> None:
+    """The float checkpoint and those that hfq packs, where they are not there yet; in a process of its own."""
+    from llama_1b import make
+
+    if not (work / "float" / "config.json").exists():
+        make(work / "float")
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import hfq
+
+    for name, settings in OURS.items():
+        folder = work / name.replace(" ", "-")
+        if (folder / "config.json").exists():
+            continue
+        config = hfq.HfqConfig(**settings, **WHOLE)
+        model = AutoModelForCausalLM.from_pretrained(
+            work / "float", quantization_config=config, dtype=torch.bfloat16
+        )
+        model.save_pretrained(folder)
+
+
+def commands(args: argparse.Namespace, work: Path) -> dict[str, list[str]]:
+    here = [sys.executable, str(TRANSFORMERS)]
+    found = {name: [*here, "hfq", str(work / name.replace(" ", "-"))] for name in OURS}
+    found["bfloat16"] = [*here, "bfloat16", str(work / "float")]
+    for name in ("bitsandbytes", "quanto", "torchao"):
+        if python := getattr(args, name):
+            kind = f"{name}-int8" if name == "torchao" else name
+            found[kind] = [python, str(TRANSFORMERS), kind, str(work / "float")]
+    if args.gptqmodel:
+        found["gptqmodel"] = [
+            args.gptqmodel,
+            str(TRANSFORMERS),
+            "gptqmodel",
+            str(args.gptqmodel_path),
+        ]
+    if args.llamacpp:
+        for kind in ("q4_0", "q4_k_m", "q8_0"):
+            file = work / f"{kind}.gguf"
+            if not file.exists():
+                subprocess.run(
+                    [args.llamacpp, str(LLAMA_CPP), "make", str(work / "float"), str(file), kind],
+                    check=True,
+                )
+            found[f"llama.cpp {kind.upper()}"] = [args.llamacpp, str(LLAMA_CPP), "serve", str(file)]
+    return found
+
+
+def models(args: argparse.Namespace, work: Path) -> dict[str, Any]:
+    maker = [sys.executable, __file__, "--make", str(work)]
+    subprocess.run(maker, check=True)
+    workers = []
+    for name, command in commands(args, work).items():
+        workers.append(Worker(name, command, work / f"{name.replace(' ', '-')}.log"))
+        print(f"loaded {name}: {workers[-1].about['weights_MiB']:.0f} MiB", flush=True)
+    seconds: dict[str, dict[str, list[float]]] = {
+        w.name: {task: [] for task in TASKS} for w in workers
+    }
+    for number in range(args.rounds + 1):  # the first one warms up
+        for task, request in TASKS.items():
+            for worker in workers:
+                taken = worker.ask(*request)
+                if number:
+                    seconds[worker.name][task].append(taken)
+            done = ", ".join(
+                f"{w.name} {_rate(task, seconds[w.name][task][-1]):.1f}" for w in workers if number
+            )
+            print(f"round {number} of {args.rounds}: {task}: {done or 'warm'}", flush=True)
+    return {
+        worker.name: {
+            **worker.about,
+            "peak_MiB": worker.end(),
+            "seconds": seconds[worker.name],
+            "tokens_per_second": {
+                task: _rate(task, statistics.median(taken))
+                for task, taken in seconds[worker.name].items()
+            },
+        }
+        for worker in workers
+    }
+
+
+def _rate(task: str, seconds: float) -> float:
+    kind, batch, tokens = TASKS[task]
+    return (tokens if kind == "prefill" else batch) / seconds
+
+
+# ---- report
+
+
+def report_kernels(found: dict[str, Any]) -> None:
+    from hfq.table import format_table
+
+    print(
+        f"\nread bandwidth {found['read_GB_per_second']:.1f} GB/s; milliseconds by tokens, int8 activations"
+    )
+    rows = []
+    for bits in (2, 3, 4, 8):
+        for shape in SHAPES:
+            times = [r for r in found["rows"] if (r["bits"], tuple(r["shape"])) == (bits, shape)]
+            rows.append(
+                (
+                    f"int{bits}",
+                    f"{shape[0]} x {shape[1]}",
+                    *(f"{r['milliseconds']:.3f}" for r in times),
+                    f"{times[0]['GB_per_second']:.1f}",
+                    f"{times[0]['share_of_read_bandwidth']:.0%}",
+                )
+            )
+    head = ("weights", "N x K", *(f"M={t}" for t in TOKENS if t <= 16), "GB/s at M=1", "of reads")
+    print(format_table(head, rows))
+
+
+def report_models(found: dict[str, Any]) -> None:
+    from hfq.table import format_table
+
+    rows = [
+        (
+            name,
+            *(f"{one['tokens_per_second'][task]:.1f}" for task in TASKS),
+            f"{one['weights_MiB']:.0f}",
+            f"{one['peak_MiB']:.0f}",
+        )
+        for name, one in found.items()
+    ]
+    print(format_table(("tokens per second", *TASKS, "weights, MiB", "peak, MiB"), rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for package in ("llamacpp", "bitsandbytes", "quanto", "torchao", "gptqmodel"):
+        parser.add_argument(f"--{package}", metavar="PYTHON", help="interpreter that has it")
+    parser.add_argument(
+        "--gptqmodel-path", type=Path, help="a checkpoint of the shape that it quantized"
+    )
+    parser.add_argument("--work", type=Path, help="folder for models, which are not made again")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", choices=("kernels", "models"))
+    parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.make:
+        return make_models(args.make)
+    import machine
+    import torch
+
+    from hfq.kernels import native, ops  # noqa: F401
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    status = native.load()
+    results: dict[str, Any] = {"isa": status.isa}
+    if args.only != "models":
+        results["kernels"] = kernels(args.rounds)
+    if args.only != "kernels":
+        with contextlib.ExitStack() as stack:
+            work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            work.mkdir(parents=True, exist_ok=True)
+            results["models"] = models(args, work)
+    if "kernels" in results:
+        report_kernels(results["kernels"])
+    if "models" in results:
+        report_models(results["models"])
+    if not args.only:
+        print(f"written: {machine.write('cpu', 'python benchmarks/cpu.py', results).name}")
+
+
+if __name__ == "__main__":
+    main()

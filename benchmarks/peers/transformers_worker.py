@@ -1,0 +1,113 @@
+"""A causal language model in Transformers that is measured on request, in whatever environment has its package.
+
+    python benchmarks/peers/transformers_worker.py KIND MODEL
+
+KIND: bfloat16, hfq (MODEL is packed), hfq-int8, bitsandbytes, quanto, quanto-int8, torchao-int8, gptqmodel (MODEL is packed by it).
+It answers each line of its input with a line of JSON; see `serve`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+# The folder has files with the names of packages.
+sys.path.pop(0)
+
+import torch
+from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
+
+PROMPT = 128
+
+
+def load(kind: str, path: str) -> Any:
+    settings: dict[str, Any] = {"dtype": torch.bfloat16}
+    if kind.startswith("hfq"):
+        import hfq  # noqa: F401
+    elif kind == "bitsandbytes":
+        from transformers import BitsAndBytesConfig
+
+        settings["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
+        settings["device_map"] = "cpu"
+    elif kind.startswith("quanto"):
+        from transformers import QuantoConfig
+
+        settings["quantization_config"] = QuantoConfig(
+            weights="int8" if kind.endswith("int8") else "int4"
+        )
+    elif kind == "torchao-int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+        from transformers import TorchAoConfig
+
+        settings["quantization_config"] = TorchAoConfig(Int8WeightOnlyConfig())
+    elif kind == "gptqmodel":
+        settings["device_map"] = "cpu"
+    elif kind != "bfloat16":
+        raise SystemExit(f"unknown kind {kind!r}")
+    return AutoModelForCausalLM.from_pretrained(path, **settings).eval()
+
+
+class Clock(StoppingCriteria):  # type: ignore[misc]
+    """Never stops; remembers when each token was there."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+def measure(model: Any, task: str, batch: int, tokens: int) -> float:
+    """Seconds of a prompt of `tokens` tokens ("prefill"), or the median second of a step of `generate` ("decode")."""
+    generator = torch.Generator().manual_seed(0)
+    length = tokens if task == "prefill" else PROMPT
+    ids = torch.randint(model.config.vocab_size, (batch, length), generator=generator)
+    if task == "prefill":
+        with torch.no_grad():
+            start = time.perf_counter()
+            model(ids, use_cache=True, logits_to_keep=1)
+            return time.perf_counter() - start
+    clock = Clock()
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        min_new_tokens=tokens,
+        max_new_tokens=tokens,
+        do_sample=False,
+        pad_token_id=0,
+        stopping_criteria=StoppingCriteriaList([clock]),
+    )
+    steps = sorted(b - a for a, b in zip(clock.times, clock.times[1:], strict=False))
+    return steps[len(steps) // 2]
+
+
+def serve(measure: Callable[[str, int, int], float], about: dict[str, Any]) -> None:
+    """Say what was loaded, then answer "TASK BATCH TOKENS" with {"seconds": ...} until the input ends; last, the peak."""
+    print(json.dumps(about), flush=True)
+    for line in sys.stdin:
+        task, batch, tokens = line.split()
+        print(json.dumps({"seconds": measure(task, int(batch), int(tokens))}), flush=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    print(json.dumps({"peak_MiB": peak}), flush=True)
+
+
+def main() -> None:
+    kind, path = sys.argv[1:]
+    torch.set_num_threads(os.cpu_count() or 1)
+    model = load(kind, path)
+    held = {t.data_ptr(): t.numel() * t.element_size() for t in model.parameters()}
+    held |= {t.data_ptr(): t.numel() * t.element_size() for t in model.buffers()}
+    about = {"weights_MiB": sum(held.values()) / 2**20, "torch": torch.__version__}
+    serve(lambda *task: measure(model, *task), about)
+
+
+if __name__ == "__main__":
+    main()
