@@ -114,10 +114,12 @@ void prepare(const PrepareParams& p, int64_t first, int64_t last) {
 
 // 32 columns times M tokens. Codes up to 15 are summed up in 16 bits where there is no better instruction.
 template <int M, Codes CODES, int PARTS>
-inline void dot_span(I (&dot)[PARTS][M], const Line* lines, const int8_t* x, Table table) {
+inline void dot_span(I (&dot)[PARTS][M], const uint8_t* line, const int8_t* x, Table table) {
+  Line lines[lines_of(CODES)];
   if constexpr (CODES == kTable || CODES == kBytes) {
     each_column<8>([&](auto column) {
       constexpr int q = decltype(column)::value;
+      fetch_as_needed<CODES, q, 8>(lines, line);
       const Line codes = quad<CODES, q>(lines, table);
       for (int m = 0; m < M; ++m) dot[q % PARTS][m] = byte_dot(dot[q % PARTS][m], codes, load_word(x + kStepBytes * m + 4 * q));
     });
@@ -127,6 +129,7 @@ inline void dot_span(I (&dot)[PARTS][M], const Line* lines, const int8_t* x, Tab
       for (int m = 0; m < M; ++m) small[i][m] = small_begin(dot[i][m]);
     each_column<8>([&](auto column) {
       constexpr int q = decltype(column)::value;
+      fetch_as_needed<CODES, q, 8>(lines, line);
       const Line codes = quad<CODES, q>(lines, table);
       for (int m = 0; m < M; ++m) small[q % PARTS][m] = small_dot(small[q % PARTS][m], codes, load_word(x + kStepBytes * m + 4 * q));
     });
@@ -141,6 +144,7 @@ void linear_int8(const LinearParams& p, int64_t first, int64_t last) {
   constexpr int kParts = M <= 2 ? 2 : 1;  // chains of dependent sums: one of them is too slow for one token
   const Shape& s = p.shape;
   const Table table = table_load(p.codebook_u8);
+  alignas(64) uint8_t buffer[kLines * kLineBytes];
   for (int64_t b = first; b < last; ++b) {
     const uint8_t* line = p.qweight + b * s.words * kLineBytes;
     F total[M];
@@ -161,9 +165,7 @@ void linear_int8(const LinearParams& p, int64_t first, int64_t last) {
           for (int m = 0; m < M; ++m) dot[i][m] = i_set1(0);
         for (int64_t i = 0; i < kActBlock / kSpan && words > 0; ++i, ++span, words -= kLines, line += kLines * kLineBytes) {
           const int8_t* x = p.x.codes + (span / 2 * M) * kStepBytes + span % 2 * kSpan;
-          Line lines[kLines];
-          load_span<CODES>(lines, line, words);
-          dot_span<M, CODES, kParts>(dot, lines, x, table);
+          dot_span<M, CODES, kParts>(dot, whole_span<CODES>(buffer, line, words), x, table);
         }
         for (int m = 0; m < M; ++m) {
           for (int i = 1; i < kParts; ++i) dot[0][m] = i_add(dot[0][m], dot[i][m]);
@@ -178,6 +180,18 @@ void linear_int8(const LinearParams& p, int64_t first, int64_t last) {
   }
 }
 
+// Likewise, in fp32.
+template <int M, Codes CODES, int PARTS>
+inline void add_span(F (&sum)[PARTS][M], const uint8_t* line, const float* x, FloatTable table) {
+  Line lines[lines_of(CODES)];
+  each_column<kSpan>([&](auto column) {
+    constexpr int i = decltype(column)::value;
+    fetch_as_needed<CODES, i, kSpan>(lines, line);
+    const F value = column_value<CODES, i>(lines, table);
+    for (int m = 0; m < M; ++m) sum[i % PARTS][m] = f_fma(value, f_set1(x[m * kSpan + i]), sum[i % PARTS][m]);
+  });
+}
+
 template <int M, Codes CODES>
 void linear_exact(const LinearParams& p, int64_t first, int64_t last) {
   constexpr int64_t kLines = lines_of(CODES);
@@ -185,6 +199,7 @@ void linear_exact(const LinearParams& p, int64_t first, int64_t last) {
   constexpr int kParts = M >= 4 ? 1 : (M == 1 ? 4 : 2);
   const Shape& s = p.shape;
   const FloatTable table = float_table_load(p.codebook);
+  alignas(64) uint8_t buffer[kLines * kLineBytes];
   for (int64_t b = first; b < last; ++b) {
     const uint8_t* line = p.qweight + b * s.words * kLineBytes;
     F total[M];
@@ -200,13 +215,7 @@ void linear_exact(const LinearParams& p, int64_t first, int64_t last) {
       int64_t words = words_of<CODES>(smaller(s.group_size, s.in_features - g * s.group_size));
       const float* x = p.x.values + g * s.spans_per_group * M * kSpan;
       for (; words > 0; words -= kLines, line += kLines * kLineBytes, x += M * kSpan) {
-        Line lines[kLines];
-        load_span<CODES>(lines, line, words);
-        each_column<kSpan>([&](auto column) {
-          constexpr int i = decltype(column)::value;
-          const F value = column_value<CODES, i>(lines, table);
-          for (int m = 0; m < M; ++m) sum[i % kParts][m] = f_fma(value, f_set1(x[m * kSpan + i]), sum[i % kParts][m]);
-        });
+        add_span<M, CODES, kParts>(sum, whole_span<CODES>(buffer, line, words), x, table);
       }
       line += words * kLineBytes;  // back over what the last span lacked
       const F scale = f_load_as(p.scales, (b * s.groups + g) * kRows, p.scale_dtype);

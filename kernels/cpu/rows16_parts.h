@@ -106,6 +106,25 @@ inline void load_span(Line* lines, const uint8_t* from, int64_t count) {
     for (int i = 0; i < kLines; ++i) lines[i] = i < count ? line_load(from + i * kLineBytes) : line_zero();
 }
 
+// The lines of a span as they are needed: for step i of `steps`, in each of which as many codes are used up. Loading all of them first would
+// fill the registers of AVX2.
+template <Codes CODES, int i, int steps>
+inline void fetch_as_needed(Line* lines, const uint8_t* from) {
+  constexpr int kDense = CODES == kPlanes ? 2 : lines_of(CODES), kSteps = steps / kDense;
+  if constexpr (CODES == kPlanes && i == 0) lines[2] = fetch(from + 2 * kLineBytes);
+  if constexpr (i % kSteps == 0) lines[i / kSteps] = fetch(from + i / kSteps * kLineBytes);
+}
+
+// A span of which the first `count` lines exist, filled up with zeros where that is not all: so that products know whole spans only.
+template <Codes CODES>
+inline const uint8_t* whole_span(uint8_t* buffer, const uint8_t* from, int64_t count) {
+  constexpr int64_t kLines = lines_of(CODES);
+  if (count >= kLines) return from;
+  __builtin_memset(buffer, 0, static_cast<size_t>(kLines * kLineBytes));
+  __builtin_memcpy(buffer, from, static_cast<size_t>(count * kLineBytes));
+  return buffer;
+}
+
 template <int n>
 inline Line line_shift(Line v) {  // to the right, or by -n to the left
   if constexpr (n > 0) return line_right<n>(v);
