@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import statistics
@@ -87,10 +88,10 @@ def kernels(rounds: int) -> dict[str, Any]:
             for tokens in TOKENS:
                 x = torch.randn(tokens, k, generator=generator).bfloat16()
                 expected = x.double() @ dense.double().T
-                turn = iter(range(10**9))
+                turn = itertools.cycle(range(copies))
 
                 def product(int8: bool, x: Any = x, turn: Iterator[int] = turn) -> Any:
-                    at = many[next(turn) % copies]  # noqa: B023
+                    at = many[next(turn)]  # noqa: B023
                     return torch.ops.hfq.cpu_linear(x, at, *operands, int8)  # noqa: B023
 
                 for int8 in (True, False):

@@ -12,11 +12,13 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import resource
+import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from worker import PROMPT, serve
 
 # The folder has files with the names of packages.
 sys.path.pop(0)
@@ -24,7 +26,7 @@ sys.path.pop(0)
 import llama_cpp
 import numpy as np
 
-PROMPT, CONTEXT, MOST_SEQUENCES = 128, 1024, 8
+CONTEXT, MOST_SEQUENCES = 1024, 8
 NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -160,28 +162,21 @@ class Model:
             self.decode(current, [length + i] * batch, list(range(batch)))
             current = [self.best(row) for row in range(batch)]
             steps.append(time.perf_counter() - start)
-        return sorted(steps)[len(steps) // 2]
+        return statistics.median(steps)
 
 
-def serve(path: Path) -> None:
+def serve_model(path: Path) -> None:
     model = Model(path)
     about = {
         "weights_MiB": llama_cpp.llama_model_size(model.model) / 2**20,
         "version": llama_cpp.__version__,
         "system": llama_cpp.llama_print_system_info().decode(),
     }
-    print(json.dumps(about), flush=True)
-    for line in sys.stdin:
-        task, batch, tokens = line.split()
-        print(json.dumps({"seconds": model.measure(task, int(batch), int(tokens))}), flush=True)
-    print(
-        json.dumps({"peak_MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10}),
-        flush=True,
-    )
+    serve(model.measure, about)
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "make":
         make(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
     else:
-        serve(Path(sys.argv[2]))
+        serve_model(Path(sys.argv[2]))

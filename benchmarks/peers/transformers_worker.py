@@ -3,26 +3,25 @@
     python benchmarks/peers/transformers_worker.py KIND MODEL
 
 KIND: bfloat16, hfq (MODEL is packed), hfq-int8, bitsandbytes, quanto, quanto-int8, torchao-int8, gptqmodel (MODEL is packed by it).
-It answers each line of its input with a line of JSON; see `serve`.
+It answers each line of its input with a line of JSON; see `worker.serve`.
 """
 
 from __future__ import annotations
 
-import json
+import itertools
 import os
-import resource
+import statistics
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
+
+from worker import PROMPT, serve
 
 # The folder has files with the names of packages.
 sys.path.pop(0)
 
 import torch
 from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
-
-PROMPT = 128
 
 
 def load(kind: str, path: str) -> Any:
@@ -85,18 +84,7 @@ def measure(model: Any, task: str, batch: int, tokens: int) -> float:
         pad_token_id=0,
         stopping_criteria=StoppingCriteriaList([clock]),
     )
-    steps = sorted(b - a for a, b in zip(clock.times, clock.times[1:], strict=False))
-    return steps[len(steps) // 2]
-
-
-def serve(measure: Callable[[str, int, int], float], about: dict[str, Any]) -> None:
-    """Say what was loaded, then answer "TASK BATCH TOKENS" with {"seconds": ...} until the input ends; last, the peak."""
-    print(json.dumps(about), flush=True)
-    for line in sys.stdin:
-        task, batch, tokens = line.split()
-        print(json.dumps({"seconds": measure(task, int(batch), int(tokens))}), flush=True)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    print(json.dumps({"peak_MiB": peak}), flush=True)
+    return statistics.median(b - a for a, b in itertools.pairwise(clock.times))
 
 
 def main() -> None:

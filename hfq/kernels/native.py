@@ -84,7 +84,7 @@ def isa() -> str:
 
 
 def has_tiles() -> bool:
-    """Whether the instruction set in use multiplies many tokens with int8 activations on matrix units."""
+    """Whether the instruction set in use multiplies many tokens on matrix units, with int8 or bfloat16 activations."""
     return isa() == "avx512_amx"
 
 

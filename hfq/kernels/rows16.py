@@ -39,15 +39,11 @@ def to_rows16(neutral: Tensor, split: bool = False) -> Tensor:
             neutral = _by_rows(torch.ops.hfq.split_planes, neutral)
         *lead, rows, size, _ = neutral.shape
         words = -(-size // _WORD)
-        padded = _pad(neutral.reshape(*lead, rows, size), words * _WORD, rows + -rows % ROWS)
+        padded = _pad(neutral.reshape(*lead, rows, size), words * _WORD)
         lines = padded.reshape(*lead, -1, ROWS, words, _WORD).transpose(-3, -2)
     else:
         *lead, rows, groups = neutral.shape
-        lines = (
-            _pad(neutral, groups, rows + -rows % ROWS)
-            .reshape(*lead, -1, ROWS, groups)
-            .transpose(-2, -1)
-        )
+        lines = _pad(neutral, groups).reshape(*lead, -1, ROWS, groups).transpose(-2, -1)
     if lines.device.type != "cpu":
         return lines.contiguous()
     out = huge_pages.empty(lines.shape, lines.dtype)
@@ -90,12 +86,12 @@ def _by_rows(convert: Callable[[Tensor], Tensor], codes: Tensor) -> Tensor:
     return rows.view(*codes.shape[:-2], rows.shape[1], 1)
 
 
-def _pad(values: Tensor, columns: int, rows: int) -> Tensor:
-    """Zeros below and to the right: `[..., N, C]` -> `[..., rows, columns]`."""
-    missing = (columns - values.shape[-1], rows - values.shape[-2])
+def _pad(rows: Tensor, columns: int) -> Tensor:
+    """Zeros below and to the right: `[..., N, C]` -> `[..., 16 * N16, columns]`."""
+    missing = (columns - rows.shape[-1], -rows.shape[-2] % ROWS)
     if missing == (0, 0):
-        return values
-    return torch.nn.functional.pad(values, (0, missing[0], 0, missing[1]))
+        return rows
+    return torch.nn.functional.pad(rows, (0, missing[0], 0, missing[1]))
 
 
 def _in_words(lines: Tensor) -> bool:

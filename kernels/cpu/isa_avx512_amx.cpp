@@ -1,5 +1,5 @@
 // AVX-512 with VNNI and AMX (Sapphire Rapids and later): what the matrix units do; all else is that of isa_avx512_vnni.cpp. tdpbf16ps multiplies
-// tiles of 16 x 32 and 32 x 16 bfloat16 numbers and adds to 16 x 16 float32 sums, tdpbsud 16 x 64 and 64 x 16 integers.
+// tiles of 16 x 32 and 32 x 16 bfloat16 numbers and adds to 16 x 16 float32 sums, tdpbssd 16 x 64 and 64 x 16 integers.
 #include <immintrin.h>
 
 #include "moments.h"

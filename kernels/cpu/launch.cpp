@@ -110,7 +110,7 @@ struct Sweep {
   const LinearCall* call;
   LinearParams params;
   Passes passes;
-  int64_t first_token;  // in the scratch memory, where calls with the same activations share them
+  int64_t first_token;  // in the scratch memory
   int64_t first_block;  // row blocks of all sweeps before
   int64_t blocks;
 };
@@ -126,11 +126,8 @@ void run(const Kernels& isa, std::vector<Sweep>& sweeps, int64_t tokens) {
     return layout.pass(base, sweep.first_token + sweep.passes.first(pass), sweep.passes.size(pass));
   };
 
-  int64_t prepared = 0;
   const int64_t units = first.whole_rows ? 1 : s.groups;
   for (const Sweep& sweep : sweeps) {
-    if (sweep.first_token < prepared) continue;
-    prepared = sweep.first_token + sweep.passes.tokens;
     parallel_for(sweep.passes.count * units, at_least_one(kPrepareGrain * units / (isa.max_tokens * s.in_features)), [&](int64_t from, int64_t to) {
       for (int64_t at = from; at < to;) {
         const int64_t pass = at / units, unit = at % units, last = units - unit < to - at ? units : unit + to - at;
@@ -218,16 +215,9 @@ void sweep_bfloat16(const Kernels& isa, const LinearCall& call, LinearParams par
   });
 }
 
-bool takes_bfloat16(const Kernels& isa, const LinearCall& call) {
-  const Shape& s = call.shape;
-  return isa.tiles_bfloat16 && call.x_dtype == kBFloat16 && !call.int8_activations && call.tokens >= kLeastTileTokens &&
-         (s.groups == 1 || s.group_size % kSpan == 0);
-}
-
-// Tiles take whole steps of columns.
-bool takes_tiles(const Kernels& isa, const LinearCall& call) {
-  const Shape& s = call.shape;
-  return isa.tiles_linear && call.int8_activations && call.tokens >= kLeastTileTokens && (s.groups == 1 || s.group_size % kStepBytes == 0);
+// Many tokens, and groups that end with a tile of so many columns.
+bool fills_tiles(const LinearCall& call, int64_t columns) {
+  return call.tokens >= kLeastTileTokens && (call.shape.groups == 1 || call.shape.group_size % columns == 0);
 }
 
 }  // namespace
@@ -242,7 +232,8 @@ void launch_linears(const LinearCall* calls, int64_t count) {
   static thread_local std::vector<LinearCall> parts;
   parts.clear();
   for (const LinearCall* call = calls; call < calls + count; ++call) {
-    const bool wide = takes_bfloat16(isa, *call), tiles = wide || takes_tiles(isa, *call);
+    const bool wide = isa.tiles_bfloat16 && !call->int8_activations && call->x_dtype == kBFloat16 && fills_tiles(*call, kSpan);
+    const bool tiles = wide || (isa.tiles_linear && call->int8_activations && fills_tiles(*call, kStepBytes));
     const int64_t most = wide ? kMaxWideTokens : tiles ? round_up(at_least_one(kCachedActivations / call->shape.in_features), 2 * kTileTokens)
                                : call->whole_rows ? kMaxInt8Tokens : kMaxTokensPerSweep;
     const int64_t size = element_size(call->x_dtype);
@@ -252,7 +243,7 @@ void launch_linears(const LinearCall* calls, int64_t count) {
       part.x = static_cast<const char*>(call->x) + token * call->shape.in_features * size;
       part.y = static_cast<char*>(call->y) + token * call->shape.out_features * size;
       if (tiles)
-        (wide ? sweep_bfloat16 : sweep_tiles)(isa, part, weight_of(part, codebook_u8, wide ? 1.0f : factor));
+        (wide ? sweep_bfloat16 : sweep_tiles)(isa, part, weight_of(part, codebook_u8, factor));
       else
         parts.push_back(part);
     }
@@ -267,11 +258,9 @@ void launch_linears(const LinearCall* calls, int64_t count) {
       sweeps.clear();
       tokens = blocks = 0;
     }
-    const bool shared = !sweeps.empty() && sweeps.back().call->x == part.x && sweeps.back().call->tokens == part.tokens;
-    const int64_t first_token = shared ? sweeps.back().first_token : tokens;
-    if (!shared) tokens += part.tokens;
     const int64_t own = ceil_div(part.shape.out_features, kRows);
-    sweeps.push_back({&part, weight_of(part, codebook_u8, factor), {part.tokens, ceil_div(part.tokens, isa.max_tokens)}, first_token, blocks, own});
+    sweeps.push_back({&part, weight_of(part, codebook_u8, factor), {part.tokens, ceil_div(part.tokens, isa.max_tokens)}, tokens, blocks, own});
+    tokens += part.tokens;
     blocks += own;
   }
   if (!sweeps.empty()) run(isa, sweeps, tokens);

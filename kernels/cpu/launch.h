@@ -33,8 +33,8 @@ struct PlanesCall {
   bool join;  // planes to the stored layout
 };
 
-// Products with weights of one kind: bits, groups, columns, codebook, dtypes and treatment of activations are the same in all calls. Neighbours
-// with the same x share its quantization, and all run in one parallel loop.
+// Products with weights of one kind, in one parallel loop: bits, groups, columns, codebook, dtypes and treatment of activations are the same in
+// all calls.
 void launch_linears(const LinearCall* calls, int64_t count);
 void launch_dequantize(const DequantizeParams& params);
 void launch_planes(const PlanesCall& call);

@@ -71,10 +71,8 @@ void prepare_int8(const PrepareParams& p, int64_t first, int64_t last) {
         p.out.block_init[block * p.out.stride + t] = -p.code_offset * sum;
         group_sum += scale * static_cast<float>(sum);
       }
-      for (; block < (g + 1) * s.blocks_per_group; ++block) {  // a last group that is shorter
-        p.out.block_scales[block * p.out.stride + t] = 0.0f;
-        p.out.block_init[block * p.out.stride + t] = 0;
-      }
+      // A last group that is shorter: tiles have zeros there, and multiply them.
+      for (; block < (g + 1) * s.blocks_per_group; ++block) p.out.block_scales[block * p.out.stride + t] = 0.0f;
       p.out.group_sums[g * p.out.stride + t] = group_sum;
     }
   }
@@ -275,17 +273,8 @@ inline void dequantize_nibbles(uint8_t* y, const uint32_t* words, int64_t column
 
 inline void dequantize_bytes(uint8_t* y, const uint32_t* words, int64_t columns, float scale, float zero, DType dtype) {
   const uint8_t* codes = reinterpret_cast<const uint8_t*>(words);
-  const int64_t size = element_size(dtype);
-  for (int64_t k = 0; k < columns; k += 16) {
-    const F values = f_mul(f_add(f_from_bytes(codes + k), f_set1(-zero)), f_set1(scale));
-    if (columns - k >= 16) {
-      f_store_as(y, k, dtype, values);
-    } else {
-      alignas(64) uint8_t out[64];
-      f_store_as(out, 0, dtype, values);
-      __builtin_memcpy(y + k * size, out, static_cast<size_t>((columns - k) * size));
-    }
-  }
+  for (int64_t k = 0; k < columns; k += 16)
+    store_first(y, k, dtype, f_mul(f_add(f_from_bytes(codes + k), f_set1(-zero)), f_set1(scale)), columns - k);
 }
 
 // 4 and 8 bits: words are brought into rows first, then unpacked along a row.
@@ -319,17 +308,6 @@ void dequantize_words(const DequantizeParams& p, int64_t first, int64_t last) {
   }
 }
 
-// Up to 16 columns of a row.
-inline void store_columns(const DequantizeParams& p, int64_t row, int64_t k, const uint32_t* values, int64_t count) {
-  alignas(64) float lanes[16];
-  __builtin_memcpy(lanes, values, 64);
-  const int64_t at = row * p.shape.in_features + k, size = element_size(p.y_dtype);
-  if (count >= 16) return f_store_as(p.y, at, p.y_dtype, f_load(lanes));
-  alignas(64) uint8_t bytes[64];
-  f_store_as(bytes, 0, p.y_dtype, f_load(lanes));
-  __builtin_memcpy(static_cast<uint8_t*>(p.y) + at * size, bytes, static_cast<size_t>(count * size));
-}
-
 // 2 and 3 bits: unpacked to float as for a product, then brought into rows.
 template <Codes CODES>
 void dequantize_spans(const DequantizeParams& p, int64_t first, int64_t last) {
@@ -354,7 +332,11 @@ void dequantize_spans(const DequantizeParams& p, int64_t first, int64_t last) {
         for (int64_t half = 0; half < kSpan && k + half < end; half += 16) {
           alignas(64) uint32_t values[16 * 16];  // [16 rows, 16 columns]
           transpose_words(values, reinterpret_cast<const uint8_t*>(lanes + 16 * half), 16);
-          for (int64_t r = 0; r < rows; ++r) store_columns(p, b * kRows + r, k + half, values + 16 * r, end - k - half);
+          for (int64_t r = 0; r < rows; ++r) {
+            alignas(64) float row[16];
+            __builtin_memcpy(row, values + 16 * r, 64);
+            store_first(p.y, (b * kRows + r) * s.in_features + k + half, p.y_dtype, f_load(row), end - k - half);
+          }
         }
       }
       line += words * kLineBytes;  // back over what the last span lacked

@@ -42,6 +42,15 @@ inline void load_columns(float* out, const void* x, int64_t begin, int64_t count
   for (int64_t k = 0; k < kSpan; ++k) out[k] = k < count ? load_scalar(x, begin + k, dtype) : 0.0f;
 }
 
+// The first `count` of 16 values to y[at], y[at + 1], ...
+inline void store_first(void* y, int64_t at, DType dtype, F values, int64_t count) {
+  if (count >= 16) return f_store_as(y, at, dtype, values);
+  alignas(64) uint8_t bytes[64];
+  f_store_as(bytes, 0, dtype, values);
+  const int64_t size = element_size(dtype);
+  __builtin_memcpy(static_cast<uint8_t*>(y) + at * size, bytes, static_cast<size_t>(count * size));
+}
+
 // 16 outputs of one token: rows beyond N and bias are handled here, once per row block.
 inline void store_outputs(const LinearParams& p, int64_t block, int64_t token, F value) {
   const int64_t row = block * kRows, rows = smaller(kRows, p.shape.out_features - row);
@@ -52,13 +61,10 @@ inline void store_outputs(const LinearParams& p, int64_t block, int64_t token, F
     return;
   }
   alignas(64) float lanes[16];
-  alignas(64) uint8_t bytes[64];
   f_store(lanes, value);
   if (p.bias)
     for (int64_t r = 0; r < rows; ++r) lanes[r] += load_scalar(p.bias, row + r, p.bias_dtype);
-  f_store_as(bytes, 0, p.y_dtype, f_load(lanes));
-  const int64_t size = element_size(p.y_dtype);
-  __builtin_memcpy(static_cast<uint8_t*>(p.y) + at * size, bytes, static_cast<size_t>(rows * size));
+  store_first(p.y, at, p.y_dtype, f_load(lanes), rows);
 }
 
 // ---- codes ----

@@ -169,12 +169,7 @@ inline void finish_columns(const SpqrDequantizeParams& p, int64_t row, int64_t k
     if (column >= k + 16) break;
     if (column >= k) values[column - k] += load_scalar(w.values, next.begin, w.stat_dtype);
   }
-  const int64_t count = smaller(16, w.in_features - k), at = row * w.in_features + k;
-  if (count == 16) return f_store_as(p.y, at, p.y_dtype, f_load(values));
-  alignas(64) uint8_t bytes[64];
-  f_store_as(bytes, 0, p.y_dtype, f_load(values));
-  const int64_t size = element_size(p.y_dtype);
-  __builtin_memcpy(static_cast<uint8_t*>(p.y) + at * size, bytes, static_cast<size_t>(count * size));
+  store_first(p.y, row * w.in_features + k, p.y_dtype, f_load(values), w.in_features - k);
 }
 
 template <int BITS>
