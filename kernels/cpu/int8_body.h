@@ -11,15 +11,13 @@ inline void quantize_token(const QuantizeParams& p, int64_t token) {
   const Shape& s = p.shape;
   const int64_t at = token * s.in_features;
   alignas(64) float values[kSpan];
-  uint32_t largest = 0;
+  I largest = i_set1(0);
   for (int64_t k = 0; k < s.in_features; k += kSpan) {
     load_columns(values, p.x, at + k, smaller(kSpan, s.in_features - k), p.x_dtype);
-    const uint32_t bits = largest_bits(values);
-    largest = bits > largest ? bits : largest;
+    largest = larger_magnitudes(largest, values);
   }
-  float amax;
-  __builtin_memcpy(&amax, &largest, 4);
-  const bool finite = largest < 0x7f800000u;
+  const float amax = largest_magnitude(largest);
+  const bool finite = amax < __builtin_inff();
   float scale, inverse;
   if (p.input_scale) {
     scale = *p.input_scale;
@@ -32,14 +30,14 @@ inline void quantize_token(const QuantizeParams& p, int64_t token) {
     inverse = some && finite ? 127.0f / amax : 0.0f;
   }
   p.out.block_scales[token] = finite ? scale : __builtin_nanf("");
-  int32_t sum = 0;
+  I sums = i_set1(0);
   for (int64_t k = 0; k < s.in_features; k += kSpan) {
     alignas(64) int32_t codes[kSpan];
     load_columns(values, p.x, at + k, smaller(kSpan, s.in_features - k), p.x_dtype);
-    sum += round_span(values, inverse, codes);
+    sums = round_span(sums, values, f_set1(inverse), codes);
     pack_codes<8>(codes_at(p.out, k / kSpan, token), codes);
   }
-  p.out.block_init[token] = -128 * sum;
+  p.out.block_init[token] = -128 * sum_of(sums);
 }
 
 void quantize(const QuantizeParams& p) {

@@ -10,6 +10,11 @@ namespace {
 
 #include "lanes_avx2.h"
 
+// GCC reorders sums of integers into trees, which keeps all products of a span alive and spills them: to it, this sum is opaque.
+inline __m256i in_order(__m256i sum) {
+  asm("" : "+x"(sum));
+  return sum;
+}
 inline __m256i madd_ones(__m256i v) { return _mm256_madd_epi16(v, _mm256_set1_epi16(1)); }
 
 // Codes 0..15 stay within 16 bits for a whole span (see kSpan) and are widened once.
@@ -17,7 +22,7 @@ typedef I SmallSum;
 inline SmallSum small_begin(I) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 inline SmallSum small_dot(SmallSum sum, Line codes, uint32_t x) {
   const __m256i xs = _mm256_set1_epi32(static_cast<int32_t>(x));
-  return {_mm256_add_epi16(sum.a, _mm256_maddubs_epi16(codes.a, xs)), _mm256_add_epi16(sum.b, _mm256_maddubs_epi16(codes.b, xs))};
+  return {in_order(_mm256_add_epi16(sum.a, _mm256_maddubs_epi16(codes.a, xs))), in_order(_mm256_add_epi16(sum.b, _mm256_maddubs_epi16(codes.b, xs)))};
 }
 inline I small_end(SmallSum sum, I dot) { return {_mm256_add_epi32(dot.a, madd_ones(sum.a)), _mm256_add_epi32(dot.b, madd_ones(sum.b))}; }
 
@@ -26,7 +31,7 @@ inline __m256i byte_dot(__m256i sum, __m256i codes, __m256i xs) {
   const __m256i top = _mm256_set1_epi8(-128);
   const __m256i low = _mm256_maddubs_epi16(_mm256_andnot_si256(top, codes), xs);
   const __m256i high = _mm256_maddubs_epi16(_mm256_and_si256(top, codes), xs);
-  return _mm256_add_epi32(_mm256_add_epi32(sum, madd_ones(low)), madd_ones(high));
+  return in_order(_mm256_add_epi32(sum, _mm256_add_epi32(madd_ones(low), madd_ones(high))));
 }
 inline I byte_dot(I sum, Line codes, uint32_t x) {
   const __m256i xs = _mm256_set1_epi32(static_cast<int32_t>(x));

@@ -10,11 +10,17 @@ namespace {
 
 #include "lanes_avx512.h"
 
+// GCC reorders sums of integers into trees, which keeps all products of a span alive and spills them: to it, this sum is opaque.
+inline __m512i in_order(__m512i sum) {
+  asm("" : "+v"(sum));
+  return sum;
+}
+
 // Codes 0..15 stay within 16 bits for a whole span (see kSpan) and are widened once.
 typedef __m512i SmallSum;
 inline SmallSum small_begin(I) { return _mm512_setzero_si512(); }
 inline SmallSum small_dot(SmallSum sum, Line codes, uint32_t x) {
-  return _mm512_add_epi16(sum, _mm512_maddubs_epi16(codes, _mm512_set1_epi32(static_cast<int32_t>(x))));
+  return in_order(_mm512_add_epi16(sum, _mm512_maddubs_epi16(codes, _mm512_set1_epi32(static_cast<int32_t>(x)))));
 }
 inline I small_end(SmallSum sum, I dot) { return _mm512_add_epi32(dot, _mm512_madd_epi16(sum, _mm512_set1_epi16(1))); }
 
@@ -23,7 +29,7 @@ inline I byte_dot(I sum, Line codes, uint32_t x) {
   const __m512i xs = _mm512_set1_epi32(static_cast<int32_t>(x)), top = _mm512_set1_epi8(-128), ones = _mm512_set1_epi16(1);
   const __m512i low = _mm512_maddubs_epi16(_mm512_andnot_si512(top, codes), xs);
   const __m512i high = _mm512_maddubs_epi16(_mm512_and_si512(top, codes), xs);
-  return _mm512_add_epi32(_mm512_add_epi32(sum, _mm512_madd_epi16(low, ones)), _mm512_madd_epi16(high, ones));
+  return in_order(_mm512_add_epi32(sum, _mm512_add_epi32(_mm512_madd_epi16(low, ones), _mm512_madd_epi16(high, ones))));
 }
 
 #include "rows16_parts.h"

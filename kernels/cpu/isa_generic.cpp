@@ -64,6 +64,29 @@ inline I i_add(I a, I b) {
   for (int i = 0; i < 16; ++i) a.v[i] += b.v[i];
   return a;
 }
+inline I i_max(I a, I b) {
+  for (int i = 0; i < 16; ++i) a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+  return a;
+}
+inline void i_store(int32_t* p, I a) { __builtin_memcpy(p, a.v, 64); }
+inline I i_magnitude(F f) {
+  I a;
+  __builtin_memcpy(a.v, f.v, 64);
+  for (int i = 0; i < 16; ++i) a.v[i] &= 0x7fffffff;
+  return a;
+}
+inline I i_round_code(F f) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves round-to-nearest-even in the low mantissa bits
+  for (int i = 0; i < 16; ++i) {
+    // NaN compares false.
+    const float value = f.v[i] < 127.0f ? f.v[i] : 127.0f;
+    f.v[i] = (value > -127.0f ? value : -127.0f) + kRound;
+  }
+  I a;
+  __builtin_memcpy(a.v, f.v, 64);
+  for (int i = 0; i < 16; ++i) a.v[i] -= 0x4b400000;
+  return a;
+}
 
 inline uint32_t float_bits(float f) {
   uint32_t bits;

@@ -19,6 +19,10 @@ inline F f_fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 inline F f_from_i(I v) { return _mm512_cvtepi32_ps(v); }
 inline I i_set1(int32_t v) { return _mm512_set1_epi32(v); }
 inline I i_add(I a, I b) { return _mm512_add_epi32(a, b); }
+inline I i_max(I a, I b) { return _mm512_max_epi32(a, b); }
+inline void i_store(int32_t* p, I v) { _mm512_storeu_si512(p, v); }
+inline I i_magnitude(F v) { return _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)); }
+inline I i_round_code(F v) { return _mm512_cvtps_epi32(_mm512_max_ps(_mm512_min_ps(v, f_set1(127.0f)), f_set1(-127.0f))); }
 
 inline float half_to_float(uint16_t bits) { return _cvtsh_ss(bits); }
 

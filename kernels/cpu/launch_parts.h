@@ -2,6 +2,7 @@
 // rows16.h for why).
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <new>
@@ -47,10 +48,21 @@ class Scratch {
   size_t size_ = 0;
 };
 
+// body(begin, end) for pieces of `grain`, which threads take one after the other: with a half for each, all wait for the one whose core is
+// slower or busy with something else.
 template <class Body>
 void parallel_for(int64_t count, int64_t grain, const Body& body) {
-  const auto call = [](int64_t begin, int64_t end, void* context) { (*static_cast<const Body*>(context))(begin, end); };
-  if (torch_parallel_for(0, count, grain, call, const_cast<Body*>(&body)) != 0) throw std::runtime_error("hfq: torch_parallel_for failed");
+  struct Work {
+    const Body& body;
+    int64_t count, grain;
+    std::atomic<int64_t> next{0};
+  } work{body, count, grain};
+  const auto call = [](int64_t, int64_t, void* context) {
+    Work& w = *static_cast<Work*>(context);
+    for (int64_t at; (at = w.next.fetch_add(w.grain, std::memory_order_relaxed)) < w.count;)
+      w.body(at, at + w.grain < w.count ? at + w.grain : w.count);
+  };
+  if (torch_parallel_for(0, ceil_div(count, grain), 1, call, &work) != 0) throw std::runtime_error("hfq: torch_parallel_for failed");
 }
 
 // Passes of nearly equal size: 9 tokens at most 8 at a time are 5 + 4, not 8 + 1.

@@ -2,37 +2,33 @@
 
 // ---- activations ----
 
-// The largest magnitude of a span as bit pattern: these order like the values and keep NaN largest.
-inline uint32_t largest_bits(const float* x) {
-  uint32_t largest = 0;
-  for (int k = 0; k < kSpan; ++k) {
-    uint32_t bits;
-    __builtin_memcpy(&bits, x + k, 4);
-    bits &= 0x7fffffffu;
-    largest = bits > largest ? bits : largest;
-  }
-  return largest;
+// Magnitudes as bit patterns order like the values and keep NaN largest.
+inline I larger_magnitudes(I largest, const float* x) { return i_max(largest, i_max(i_magnitude(f_load(x)), i_magnitude(f_load(x + 16)))); }
+
+inline float largest_magnitude(I bits) {
+  alignas(64) int32_t lanes[16];
+  i_store(lanes, bits);
+  int32_t largest = 0;
+  for (int j = 0; j < 16; ++j) largest = lanes[j] > largest ? lanes[j] : largest;
+  float magnitude;
+  __builtin_memcpy(&magnitude, &largest, 4);
+  return magnitude;
 }
 
-// Codes nearest to x * inverse within -127..127, halves to even; returns their sum.
-inline int32_t round_span(const float* x, float inverse, int32_t* codes) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves round-to-nearest-even in the low mantissa bits
-  int32_t total = 0;
-  for (int k = 0; k < kSpan; ++k) {
-    // The clamp comes before the sum, where it also keeps the two from becoming one operation that rounds once.
-    float value = x[k] * inverse;
-    value = value > 127.0f ? 127.0f : value;
-    value = value < -127.0f ? -127.0f : value;
-    const float shifted = value + kRound;
-    int32_t bits;
-    __builtin_memcpy(&bits, &shifted, 4);
-    int32_t code = bits - 0x4b400000;
-    code = code > 127 ? 127 : code;  // only NaN reaches these clamps; they keep vpmaddubsw within 16 bits
-    code = code < -127 ? -127 : code;
-    codes[k] = code;
-    total += code;
-  }
-  return total;
+// Codes nearest to x * inverse within -127..127, halves to even (of NaN, any of these); adds them to `sums`.
+inline I round_span(I sums, const float* x, F inverse, int32_t* codes) {
+  const I low = i_round_code(f_mul(f_load(x), inverse)), high = i_round_code(f_mul(f_load(x + 16), inverse));
+  i_store(codes, low);
+  i_store(codes + 16, high);
+  return i_add(sums, i_add(low, high));
+}
+
+inline int32_t sum_of(I sums) {
+  alignas(64) int32_t lanes[16];
+  i_store(lanes, sums);
+  int32_t sum = 0;
+  for (int j = 0; j < 16; ++j) sum += lanes[j];
+  return sum;
 }
 
 // Below this the reciprocal of a scale overflows: what is that small counts as zero.
@@ -51,21 +47,20 @@ void prepare_int8(const PrepareParams& p, int64_t first, int64_t last) {
       for (int64_t k = begin; k < end; k += kActBlock, ++block) {
         const int64_t count = smaller(kActBlock, end - k);
         alignas(64) float values[kActBlock];
-        uint32_t largest = 0;
+        I largest = i_set1(0);
         for (int64_t at = 0; at < count; at += kSpan) {
           load_columns(values + at, p.x, t * s.in_features + k + at, smaller(kSpan, count - at), p.x_dtype);
-          const uint32_t bits = largest_bits(values + at);
-          largest = bits > largest ? bits : largest;
+          largest = larger_magnitudes(largest, values + at);
         }
-        float amax;
-        __builtin_memcpy(&amax, &largest, 4);
-        const float inverse = amax > kLeastMagnitude ? 127.0f / amax : 0.0f;  // not-a-number compares false and gets codes 0
-        int32_t sum = 0;
+        const float amax = largest_magnitude(largest);
+        const F inverse = f_set1(amax > kLeastMagnitude ? 127.0f / amax : 0.0f);  // not-a-number compares false
+        I sums = i_set1(0);
         for (int64_t at = 0; at < count; at += kSpan, ++span) {
           alignas(64) int32_t codes[kSpan];
-          sum += round_span(values + at, inverse, codes);
+          sums = round_span(sums, values + at, inverse, codes);
           pack_codes<BITS>(codes_at(p.out, span, t), codes);
         }
+        const int32_t sum = sum_of(sums);
         const float scale = amax > kLeastMagnitude || amax != amax ? amax * (1.0f / 127.0f) : 0.0f;
         p.out.block_scales[block * p.out.stride + t] = scale;
         p.out.block_init[block * p.out.stride + t] = -p.code_offset * sum;

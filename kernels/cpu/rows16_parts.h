@@ -3,6 +3,7 @@
 //
 // Primitives: types F (16 floats), I (16 int32), Line (64 bytes), Table (16 entries), SmallSum; functions
 //   f_zero f_set1 f_load f_store f_mul f_fma f_from_i i_set1 i_add     lanes
+//   i_max i_store i_magnitude i_round_code                             activations: |x| as ordered bits; to -127..127, halves to even
 //   f_load_as f_store_as                                               16 contiguous values of a DType
 //   pack_codes<bits>                                                   32 int32 to bytes, in the order of a span (rows16.h)
 //   line_load low_nibbles high_nibbles table_load table_lookup         codes as bytes
