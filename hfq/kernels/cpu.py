@@ -7,6 +7,7 @@ multiply, which costs one more pass over the weight and reuses it for all tokens
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -91,6 +92,29 @@ class CpuRows16(OneByOne):
             int8_activations,
         )
         return y
+
+    def stack(self, grids: Sequence[PackedGrid]) -> tuple[PackedGrid, list[PackedGrid]] | None:
+        first, table = grids[0], grids[0].codebook
+        for grid in grids:
+            if grid.out_features % rows16.ROWS or grid.scales.dtype != first.scales.dtype:
+                return None
+            if (grid.zeros is None) != (first.zeros is None):
+                return None
+            if table is not None and (
+                grid.codebook is None or not torch.equal(table, grid.codebook)
+            ):
+                return None
+        whole: dict[str, Any] = {"out_features": sum(grid.out_features for grid in grids)}
+        parts: list[dict[str, Any]] = [{} for _ in grids]
+        for name in ("qweight", "scales", "zeros"):
+            if getattr(first, name) is None:
+                continue
+            whole[name], views = rows16.stack([getattr(grid, name) for grid in grids])
+            for part, view in zip(parts, views, strict=True):
+                part[name] = view
+        return replace(first, **whole), [
+            replace(grid, **part) for grid, part in zip(grids, parts, strict=True)
+        ]
 
     def rows(self, grid: PackedGrid, index: Tensor) -> PackedGrid:
         block, lane = index // rows16.ROWS, index % rows16.ROWS

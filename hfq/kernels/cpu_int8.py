@@ -26,6 +26,7 @@ class CpuInt8(CpuRows16):
         return no_native_code(problem)
 
     experts = OneByOne.experts
+    stack = OneByOne.stack
 
     def linear(
         self, x: Tensor, grid: PackedGrid, bias: Tensor | None, int8_activations: bool

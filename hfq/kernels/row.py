@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -87,6 +87,16 @@ class KernelRow(Protocol[G]):
             bias: `[E, N]`.
         """
 
+    def stack(self, grids: Sequence[G]) -> tuple[G, list[G]] | None:
+        """One grid with the rows of all, in the kernel's layout, and the same grids as parts of its memory.
+
+        Args:
+            grids: of equal problems but for out_features.
+
+        Returns:
+            None where the kernel's layout has no such thing, or the grids differ otherwise.
+        """
+
     def rows(self, grid: G, index: Tensor) -> G:
         """The rows `index` (int64 `[T]`) of a grid in the kernel's layout, as a neutral grid `[T, ...]`."""
 
@@ -101,7 +111,10 @@ def each_expert(x: Tensor, counts: Tensor, linear: Callable[[Tensor, int], Tenso
 
 
 class OneByOne:
-    """`KernelRow.experts` for kernels that take one weight at a time."""
+    """`KernelRow.experts` and `KernelRow.stack` for kernels that take one weight at a time."""
+
+    def stack(self, grids: Sequence[Any]) -> tuple[Any, list[Any]] | None:
+        return None
 
     def experts(
         self: Any, x: Tensor, counts: Tensor, grid: Any, bias: Tensor | None, int8_activations: bool

@@ -15,14 +15,14 @@ Padding is zero: codes of padded columns meet activations that count as zero, pa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from . import huge_pages, planes  # noqa: F401  (defines the operators)
 
-__all__ = ["ROWS", "from_rows16", "pick_rows", "to_rows16"]
+__all__ = ["ROWS", "from_rows16", "pick_rows", "stack", "to_rows16"]
 
 ROWS = 16
 _WORD = 4  # bytes
@@ -78,6 +78,14 @@ def pick_rows(lines: Tensor, index: Tensor, row_bytes: int, split: bool = False)
     if split:
         rows = _by_rows(torch.ops.hfq.join_planes, rows)
     return rows[:, :row_bytes]
+
+
+def stack(tensors: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Row blocks of several weights in one memory, and each weight's part of it."""
+    counts = [len(tensor) for tensor in tensors]
+    out = huge_pages.empty((sum(counts), *tensors[0].shape[1:]), tensors[0].dtype)
+    torch.cat([tensor.detach() for tensor in tensors], out=out)
+    return out, out.split_with_sizes(counts)
 
 
 def _by_rows(convert: Callable[[Tensor], Tensor], codes: Tensor) -> Tensor:

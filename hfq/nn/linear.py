@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..core.spec import QuantSpec
 from .packed import PackedModule
 from .packing import Encode
+from .siblings import shared_output
 from .slot import PackedSlot
 
 __all__ = ["QuantLinear"]
@@ -104,12 +105,18 @@ class QuantLinear(PackedModule, nn.Linear):
         return self.packed_parameters("weight")["weight"]
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch._C._is_any_autocast_enabled():
+        autocast = torch._C._is_any_autocast_enabled()
+        if autocast:
             x = _autocast(x)
         operands = self.operands("weight")
+        int8 = self.int8_activations(x)
+        if not (autocast or torch.compiler.is_compiling()):
+            y = shared_output(self, operands, x, int8)
+            if y is not None:
+                return y
         # `self.bias` would go through `nn.Module.__getattr__`, which takes a microsecond.
         bias = self._parameters["bias"]
-        return operands.choice.row.linear(x, operands.grid, bias, self.int8_activations(x))
+        return operands.choice.row.linear(x, operands.grid, bias, int8)
 
     def reset_parameters(self) -> None:
         """Nothing to initialise: codes come from a weight."""

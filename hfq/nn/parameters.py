@@ -28,6 +28,7 @@ from ..formats import FORMATS, INPUT_SCALE, check_tensors
 from ..kernels import dispatch
 from ..kernels.row import KernelRow, Problem
 from .layout import as_bits, as_float, in_kernel_layout, neutral_grid, to_kernel, to_neutral
+from .siblings import Siblings
 from .slot import PackedSlot
 
 __all__ = ["Operands", "PackedParameters", "frozen"]
@@ -46,6 +47,7 @@ class Operands:
         name, codes: the Parameter that holds the codes. Where another one has taken its place in the module, the
             operands are outdated.
         copies: neutral tensors that were handed out and are still in use somewhere.
+        siblings: which other modules read the same input.
     """
 
     choice: dispatch.Choice
@@ -53,6 +55,7 @@ class Operands:
     name: str
     codes: Tensor
     copies: MutableMapping[str, Tensor] = field(default_factory=WeakValueDictionary)
+    siblings: Siblings = field(default_factory=Siblings)
 
 
 class PackedParameters(nn.Module):
