@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..core.bits import packed_bytes
 from ..core.weight import PackedGrid
 from . import native, rows16
-from .ops import rows16_weight
+from .ops import native_dtype, rows16_weight
 from .row import OneByOne, Problem
 
 __all__ = ["MAX_DIRECT_TOKENS", "CpuRows16", "call", "no_native_code"]
@@ -116,20 +115,14 @@ class CpuRows16(OneByOne):
             replace(grid, **part) for grid, part in zip(grids, parts, strict=True)
         ]
 
-    def rows(self, grid: PackedGrid, index: Tensor) -> PackedGrid:
-        block, lane = index // rows16.ROWS, index % rows16.ROWS
-        return replace(
-            grid,
-            qweight=rows16.pick_rows(
-                grid.qweight,
-                index,
-                packed_bytes(grid.in_features, grid.bits),
-                split=grid.bits == 3,
-            ),
-            scales=grid.scales[block, :, lane],
-            zeros=None if grid.zeros is None else grid.zeros[block, :, lane],
-            out_features=index.shape[0],
+    def lookup(self, grid: PackedGrid, index: Tensor, dtype: torch.dtype) -> Tensor:
+        rows: Tensor = torch.ops.hfq.cpu_lookup(
+            index.long(),
+            *(grid.qweight, grid.scales, grid.zeros, grid.codebook),
+            *(grid.bits, grid.group_size, grid.in_features, grid.out_features),
+            native_dtype(dtype),
         )
+        return rows.to(dtype)
 
     def dequantize(self, grid: PackedGrid, dtype: torch.dtype) -> Tensor:
         operands = (grid.qweight, grid.scales, grid.zeros, grid.codebook)

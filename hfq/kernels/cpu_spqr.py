@@ -16,7 +16,7 @@ from ..core.spec import group_count
 from ..core.weight import SpqrGrid
 from . import rows16
 from .cpu import call, no_native_code
-from .neutral_spqr import operands, pick_outliers, sizes
+from .neutral_spqr import NeutralSpqr, operands, pick_outliers, sizes
 from .row import OneByOne, Problem
 from .spqr_ops import spqr_rows16_weight
 
@@ -66,9 +66,10 @@ class CpuSpqr(OneByOne):
         out: Tensor = y.view(*x.shape[:-1], grid.out_features)
         return out
 
-    def rows(self, grid: SpqrGrid, index: Tensor) -> SpqrGrid:
+    def lookup(self, grid: SpqrGrid, index: Tensor, dtype: torch.dtype) -> Tensor:
+        # In the stored layout: few rows.
         groups = group_count(grid.in_features, grid.group_size)
-        return replace(
+        rows = replace(
             pick_outliers(grid, index),
             qweight=rows16.pick_rows(
                 grid.qweight, index, packed_bytes(grid.in_features, grid.bits)
@@ -77,6 +78,7 @@ class CpuSpqr(OneByOne):
                 grid.stat_codes, index, packed_bytes(2 * groups, grid.stat_bits)
             ),
         )
+        return NeutralSpqr().dequantize(rows, dtype)
 
     def dequantize(self, grid: SpqrGrid, dtype: torch.dtype) -> Tensor:
         return spqr_rows16_weight(operands(grid), (*sizes(grid), grid.out_features), dtype)

@@ -54,14 +54,15 @@ class Neutral(OneByOne):
         )
         return y
 
-    def rows(self, grid: PackedGrid, index: Tensor) -> PackedGrid:
-        return replace(
+    def lookup(self, grid: PackedGrid, index: Tensor, dtype: torch.dtype) -> Tensor:
+        rows = replace(
             grid,
             qweight=grid.qweight[index],
             scales=grid.scales[index],
             zeros=None if grid.zeros is None else grid.zeros[index],
             out_features=index.shape[0],
         )
+        return self.dequantize(rows, dtype)
 
     def dequantize(self, grid: PackedGrid, dtype: torch.dtype) -> Tensor:
         weight: Tensor = torch.ops.hfq.dequantize(

@@ -35,12 +35,13 @@ class NeutralSpqr(OneByOne):
         y: Tensor = torch.ops.hfq.spqr_linear(x, *operands(grid), bias, *sizes(grid))
         return y
 
-    def rows(self, grid: SpqrGrid, index: Tensor) -> SpqrGrid:
-        return replace(
+    def lookup(self, grid: SpqrGrid, index: Tensor, dtype: torch.dtype) -> Tensor:
+        rows = replace(
             pick_outliers(grid, index),
             qweight=grid.qweight[index],
             stat_codes=grid.stat_codes[index],
         )
+        return self.dequantize(rows, dtype)
 
     def dequantize(self, grid: SpqrGrid, dtype: torch.dtype) -> Tensor:
         weight: Tensor = torch.ops.hfq.spqr_dequantize(*operands(grid), *sizes(grid), dtype)

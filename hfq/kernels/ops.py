@@ -9,6 +9,7 @@ M tokens, N out_features, K in_features, G groups per row. A weight is ``(code -
     dequantize               neutral -> [N, K]                    PyTorch reference; CUDA kernel where built
     linear                   x, neutral -> x W^T + bias           dequantize, then a matrix product
     cpu_dequantize           rows16 -> [N, K]                     native
+    cpu_lookup               index [T], rows16 -> [T, K]          native; rows of a table; no gradient, index is int64
     cpu_linear               x, rows16 -> x W^T + bias            native; float32 or int8 activations
     cpu_linear_dequantized   x, rows16 -> x W^T + bias            cpu_dequantize, then a matrix product
     cpu_experts_linear       x, counts, stacks of rows16          native; no gradient (hfq.kernels.row)
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from . import int8, reference
 
-__all__ = ["LIBRARY", "matmul", "register_gradient", "rows16_weight"]
+__all__ = ["LIBRARY", "matmul", "native_dtype", "register_gradient", "rows16_weight"]
 
 # Any, and not checked: torch does not annotate the class.
 LIBRARY: Any = torch.library.Library("hfq", "DEF")  # type: ignore[no-untyped-call]
@@ -44,6 +45,7 @@ for _schema in (
     f"dequantize({_GRID}, Tensor? g_idx, {_SIZES}, ScalarType dtype) -> Tensor",
     f"linear(Tensor x, {_GRID}, Tensor? g_idx, Tensor? bias, {_SIZES}) -> Tensor",
     f"cpu_dequantize({_GRID}, {_SIZES}, int out_features, ScalarType dtype) -> Tensor",
+    f"cpu_lookup(Tensor index, {_GRID}, {_SIZES}, int out_features, ScalarType dtype) -> Tensor",
     f"cpu_linear(Tensor x, {_ROWS16}, bool int8_activations) -> Tensor",
     f"cpu_linear_dequantized(Tensor x, {_ROWS16}) -> Tensor",
     f"cpu_experts_linear(Tensor x, Tensor counts, {_ROWS16}, bool int8_activations) -> Tensor",
@@ -94,14 +96,16 @@ def _cpu_linear_dequantized(
 def rows16_weight(operands: tuple[Any, ...], sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """The weight `[N, K]` behind operands in layout rows16, in any float dtype.
 
-    Native code writes float32 and narrower; float64 is a float32 weight, widened.
-
     Args:
         sizes: bits, group_size, in_features, out_features.
     """
-    native = torch.float32 if dtype == torch.float64 else dtype
-    weight: Tensor = torch.ops.hfq.cpu_dequantize(*operands, *sizes[:4], native)
+    weight: Tensor = torch.ops.hfq.cpu_dequantize(*operands, *sizes[:4], native_dtype(dtype))
     return weight.to(dtype)
+
+
+def native_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What native code writes for it: float32 and narrower; float64 is a float32 weight, widened."""
+    return torch.float32 if dtype == torch.float64 else dtype
 
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -138,6 +142,11 @@ def _fake_cpu_dequantize(qweight: Tensor, scales: Tensor, *rest: Any) -> Tensor:
     return qweight.new_empty((out_features, in_features), dtype=dtype)
 
 
+def _fake_cpu_lookup(index: Tensor, qweight: Tensor, scales: Tensor, *rest: Any) -> Tensor:
+    in_features, _, dtype = rest[-3:]
+    return qweight.new_empty((index.shape[0], in_features), dtype=dtype)
+
+
 def _fake_linear(x: Tensor, qweight: Tensor, *rest: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], qweight.shape[0]))
 
@@ -154,6 +163,7 @@ for _name, _fake in {
     "dequantize": _fake_dequantize,
     "linear": _fake_linear,
     "cpu_dequantize": _fake_cpu_dequantize,
+    "cpu_lookup": _fake_cpu_lookup,
     "cpu_linear": _fake_cpu_linear,
     "cpu_linear_dequantized": _fake_cpu_linear_dequantized,
     "cpu_experts_linear": _fake_cpu_linear,

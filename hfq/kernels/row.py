@@ -97,8 +97,8 @@ class KernelRow(Protocol[G]):
             None where the kernel's layout has no such thing, or the grids differ otherwise.
         """
 
-    def rows(self, grid: G, index: Tensor) -> G:
-        """The rows `index` (int64 `[T]`) of a grid in the kernel's layout, as a neutral grid `[T, ...]`."""
+    def lookup(self, grid: G, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """The rows `index` (int `[T]`, from 0 to N - 1) of the weight: `[T, K]`."""
 
     def dequantize(self, grid: G, dtype: torch.dtype) -> Tensor:
         """The weight `[N, K]` behind a grid in the kernel's layout."""

@@ -71,13 +71,10 @@ def from_rows16(lines: Tensor, shape: tuple[int, ...], split: bool = False) -> T
     )
 
 
-def pick_rows(lines: Tensor, index: Tensor, row_bytes: int, split: bool = False) -> Tensor:
+def pick_rows(lines: Tensor, index: Tensor, row_bytes: int) -> Tensor:
     """The rows `index` (int64 `[T]`) of codes `[N16, W, 16, 4]` in the neutral layout: uint8 `[T, row_bytes, 1]`."""
     words = lines[index // ROWS, :, index % ROWS]  # [T, W, 4]
-    rows = words.flatten(-2).unsqueeze(-1)
-    if split:
-        rows = _by_rows(torch.ops.hfq.join_planes, rows)
-    return rows[:, :row_bytes]
+    return words.flatten(-2).unsqueeze(-1)[:, :row_bytes]
 
 
 def stack(tensors: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -6,8 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from ..core.spec import QuantSpec
-from ..core.weight import Grid
-from ..kernels import dispatch
 from .packed import PackedModule
 from .packing import Encode
 from .slot import PackedSlot
@@ -86,25 +84,21 @@ class QuantEmbedding(PackedModule, nn.Embedding):
         """The float table `[V, D]`, virtual; see `QuantLinear.weight`."""
         return self._virtual_weight()
 
-    def _choose(self, grid: Grid) -> dispatch.Choice:
-        # Rows are picked, nothing is multiplied: the stored layout is the right one.
-        reason = "an embedding that shares its table with no Linear is read as it is stored"
-        return dispatch.as_stored(grid, reason)
-
     def forward(self, ids: Tensor) -> Tensor:
         operands, flat = self.operands("weight"), ids.flatten()
         if flat.is_cpu and not torch.compiler.is_compiling():
             self._check(flat)
-        rows = operands.choice.row.rows(operands.grid, flat)
-        # Every kernel gives looked-up rows in the stored layout.
-        table = dispatch.neutral(rows).dequantize(rows, self.compute_dtype)
-        return table.view(*ids.shape, self.embedding_dim)
+        rows = operands.choice.row.lookup(operands.grid, flat, self.compute_dtype)
+        return rows.view(*ids.shape, self.embedding_dim)
 
     def _check(self, ids: Tensor) -> None:
         """Negative ids would count from the end, and a kernel's layout has more rows than the table."""
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_embeddings:
+        if not ids.numel():
+            return
+        least, most = (int(end) for end in ids.aminmax())
+        if not 0 <= least <= most < self.num_embeddings:
             raise IndexError(
-                f"expected ids from 0 to {self.num_embeddings - 1}, got {int(ids.min())} to {int(ids.max())}"
+                f"expected ids from 0 to {self.num_embeddings - 1}, got {least} to {most}"
             )
 
     def reset_parameters(self) -> None:

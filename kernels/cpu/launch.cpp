@@ -274,4 +274,40 @@ void launch_dequantize(const DequantizeParams& params) {
   parallel_for(blocks, at_least_one(kGrainBytes / (params.shape.words * kLineBytes)), body);
 }
 
+// Rows that were looked up make row blocks of their own, which are then dequantized like any.
+void launch_lookup(const LookupCall& call) {
+  const Kernels& isa = kernels();
+  const DequantizeParams& table = call.table;
+  const Shape& s = table.shape;
+  const int64_t size = element_size(table.scale_dtype);
+  const int64_t code_bytes = s.words * kLineBytes, scale_bytes = round_up(s.groups * kRows * size, kLineBytes);
+  // Lane `row % 16` of the `lines` lines of a row block to one lane of as many other lines.
+  const auto copy_lane = [](char* out, int64_t lane, const void* from, int64_t row, int64_t lines, int64_t bytes) {
+    const char* in = static_cast<const char*>(from) + (row / kRows * lines * kRows + row % kRows) * bytes;
+    for (int64_t i = 0; i < lines; ++i) std::memcpy(out + (i * kRows + lane) * bytes, in + i * kRows * bytes, static_cast<size_t>(bytes));
+  };
+  parallel_for(ceil_div(call.tokens, kRows), 1, [&](int64_t first, int64_t last) {
+    static thread_local Scratch scratch;
+    char* codes = scratch.reserve(static_cast<size_t>(code_bytes + 2 * scale_bytes));
+    char *scales = codes + code_bytes, *zeros = scales + scale_bytes;
+    std::memset(codes, 0, static_cast<size_t>(code_bytes + 2 * scale_bytes));
+    for (int64_t block = first; block < last; ++block) {
+      const int64_t begin = block * kRows, count = call.tokens - begin < kRows ? call.tokens - begin : kRows;
+      for (int64_t lane = 0; lane < count; ++lane) {
+        const int64_t row = call.index[begin + lane];
+        copy_lane(codes, lane, table.qweight, row, s.words, 4);
+        copy_lane(scales, lane, table.scales, row, s.groups, size);
+        if (table.zeros) copy_lane(zeros, lane, table.zeros, row, s.groups, size);
+      }
+      DequantizeParams p = table;
+      p.shape.out_features = count;
+      p.qweight = reinterpret_cast<const uint8_t*>(codes);
+      p.scales = scales;
+      p.zeros = table.zeros ? zeros : nullptr;
+      p.y = static_cast<char*>(table.y) + begin * s.in_features * element_size(table.y_dtype);
+      isa.dequantize(p, 0, 1);
+    }
+  });
+}
+
 }  // namespace hfq

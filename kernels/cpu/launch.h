@@ -26,6 +26,12 @@ struct LinearCall {
   const float* input_scale;  // [1] or null; whole_rows only
 };
 
+struct LookupCall {
+  DequantizeParams table;  // y: [T, K]
+  const int64_t* index;    // [T], each a row of the table
+  int64_t tokens;          // T
+};
+
 struct PlanesCall {
   int64_t rows, row_bytes;  // of `in`; rows of `out` are filled up to whole units of 12 bytes, and so are those of `in` when joining
   const uint8_t* in;
@@ -37,6 +43,7 @@ struct PlanesCall {
 // all calls.
 void launch_linears(const LinearCall* calls, int64_t count);
 void launch_dequantize(const DequantizeParams& params);
+void launch_lookup(const LookupCall& call);
 void launch_planes(const PlanesCall& call);
 // params.values and .group_sums are set here; params.tokens likewise, a few of `tokens` at a time.
 void launch_spqr_linear(const SpqrLinearParams& params, int64_t tokens);

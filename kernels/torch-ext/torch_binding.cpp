@@ -194,27 +194,55 @@ void cpu_int8_linear(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = multiply(op, call, x, bias);
 }
 
+// All but y.
+DequantizeParams dequantize_params(const char* op, const Shape& shape, const Weight& w, int32_t dtype) {
+  DequantizeParams p = {};
+  p.shape = shape;
+  p.qweight = w.qweight;
+  p.scales = w.scales;
+  p.zeros = w.zeros;
+  p.codebook = w.codebook;
+  p.scale_dtype = w.scale_dtype;
+  p.y_dtype = float_dtype(dtype);
+  expect(p.y_dtype != kUnsupported, op, "dtype must be float32, float16 or bfloat16");
+  return p;
+}
+
 // hfq::cpu_dequantize(qweight, scales, zeros?, codebook?, bits, group_size, in_features, out_features, dtype) -> [N, K]
 void cpu_dequantize(StableIValue* stack, uint64_t, uint64_t) {
   constexpr const char* op = "cpu_dequantize";
   const Tensor qweight(op, "qweight", stack[0]), scales(op, "scales", stack[1]);
   const Tensor zeros(op, "zeros", Tensor::unwrap(stack[2])), codebook(op, "codebook", Tensor::unwrap(stack[3]));
 
-  DequantizeParams p = {};
-  p.shape = make_shape(op, as_int(stack[4]), as_int(stack[5]), as_int(stack[6]), as_int(stack[7]));
-  const Weight w = check_weight(op, p.shape, qweight, scales, zeros, codebook);
-  p.qweight = w.qweight;
-  p.scales = w.scales;
-  p.zeros = w.zeros;
-  p.codebook = w.codebook;
-  p.scale_dtype = w.scale_dtype;
+  const Shape shape = make_shape(op, as_int(stack[4]), as_int(stack[5]), as_int(stack[6]), as_int(stack[7]));
   const int32_t dtype = as_dtype(stack[8]);
-  p.y_dtype = float_dtype(dtype);
-  expect(p.y_dtype != kUnsupported, op, "dtype must be float32, float16 or bfloat16");
-
+  DequantizeParams p = dequantize_params(op, shape, check_weight(op, shape, qweight, scales, zeros, codebook), dtype);
   const int64_t sizes[2] = {p.shape.out_features, p.shape.in_features};
   const StableIValue y = empty_tensor(sizes, 2, dtype, aoti_torch_device_type_cpu(), qweight.device_index(), &p.y);
   stack[0] = filled(op, y, [&] { launch_dequantize(p); });
+}
+
+// hfq::cpu_lookup(index, qweight, scales, zeros?, codebook?, bits, group_size, in_features, out_features, dtype) -> [T, K]
+void cpu_lookup(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "cpu_lookup";
+  const Tensor index(op, "index", stack[0]), qweight(op, "qweight", stack[1]), scales(op, "scales", stack[2]);
+  const Tensor zeros(op, "zeros", Tensor::unwrap(stack[3])), codebook(op, "codebook", Tensor::unwrap(stack[4]));
+
+  const Shape shape = make_shape(op, as_int(stack[5]), as_int(stack[6]), as_int(stack[7]), as_int(stack[8]));
+  const int32_t cpu = aoti_torch_device_type_cpu(), dtype = as_dtype(stack[9]);
+  LookupCall call = {};
+  call.table = dequantize_params(op, shape, check_weight(op, shape, qweight, scales, zeros, codebook), dtype);
+  if (index.dtype() != aoti_torch_dtype_int64()) index.refuse("int64");
+  if (index.dim() != 1) index.refuse("of shape [T]");
+  call.index = static_cast<const int64_t*>(index.data(cpu, 8));
+  call.tokens = index.size(0);
+  for (int64_t t = 0; t < call.tokens; ++t) {
+    const int64_t row = call.index[t];
+    expect(row >= 0 && row < shape.out_features, op, "index must be from 0 to " + std::to_string(shape.out_features - 1) + ", got " + std::to_string(row));
+  }
+  const int64_t sizes[2] = {call.tokens, shape.in_features};
+  const StableIValue y = empty_tensor(sizes, 2, dtype, cpu, qweight.device_index(), &call.table.y);
+  stack[0] = filled(op, y, [&] { launch_lookup(call); });
 }
 
 bool register_all() {
@@ -222,7 +250,7 @@ bool register_all() {
   if (aoti_torch_library_init_impl("hfq", "CPU", __FILE__, __LINE__, &library) != 0) return false;
   return register_impl(library, "cpu_linear", cpu_linear) && register_impl(library, "cpu_int8_linear", cpu_int8_linear) &&
          register_impl(library, "cpu_experts_linear", cpu_experts_linear) &&
-         register_impl(library, "cpu_dequantize", cpu_dequantize) && register_spqr(library) && register_rounding(library) &&
+         register_impl(library, "cpu_dequantize", cpu_dequantize) && register_impl(library, "cpu_lookup", cpu_lookup) && register_spqr(library) && register_rounding(library) &&
          register_moments(library) && register_planes(library);
 }
 

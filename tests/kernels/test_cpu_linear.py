@@ -257,6 +257,23 @@ def test_dequantize_agrees_with_the_reference_bit_for_bit(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_lookup_gives_rows_of_the_dequantized_weight(
+    isa: str,
+    make_weight: MakeWeight,
+    generator: torch.Generator,
+    shape: tuple[int, int, int],
+    kind: str,
+) -> None:
+    for scale_dtype in FLOATS:
+        weight = make_weight(*shape, kind=kind, scale_dtype=scale_dtype)
+        for dtype, count in zip(FLOATS, (0, 1, 35), strict=True):
+            index = torch.randint(shape[0], (count,), generator=generator)
+            rows = torch.ops.hfq.cpu_lookup(index, *weight.arguments, *weight.sizes, dtype)
+            assert torch.equal(rows, weight.dequantize(dtype)[index]) and not rows.isnan().any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_not_a_number_reaches_the_output(
@@ -515,6 +532,24 @@ def test_dequantize_refuses_other_dtypes(make_weight: MakeWeight) -> None:
             weight.dequantize(dtype)
 
 
+def test_lookup_refuses_bad_indices(make_weight: MakeWeight) -> None:
+    weight = make_weight(20, 64, 32)
+
+    def lookup(index: Tensor) -> Tensor:
+        y: Tensor = torch.ops.hfq.cpu_lookup(index, *weight.arguments, *weight.sizes, torch.float32)
+        return y
+
+    for bad in (-1, 20, 1 << 40):
+        with pytest.raises(RuntimeError, match=f"from 0 to 19, got {bad}"):
+            lookup(torch.tensor([0, bad]))
+    with pytest.raises(RuntimeError, match="index must be int64"):
+        lookup(torch.tensor([0], dtype=torch.int32))
+    with pytest.raises(RuntimeError, match=r"index must be of shape \[T\]"):
+        lookup(torch.tensor([[0]]))
+    with pytest.raises(RuntimeError, match="index must be contiguous"):
+        lookup(torch.arange(6)[::2])
+
+
 # ---- PyTorch's own checks
 
 
@@ -526,4 +561,8 @@ def test_opcheck(make_weight: MakeWeight, generator: torch.Generator, kind: str)
     torch.library.opcheck(torch.ops.hfq.cpu_linear.default, linear)
     torch.library.opcheck(
         torch.ops.hfq.cpu_dequantize.default, (*weight.arguments, *weight.sizes, torch.bfloat16)
+    )
+    index = torch.tensor([19, 0, 7])
+    torch.library.opcheck(
+        torch.ops.hfq.cpu_lookup.default, (index, *weight.arguments, *weight.sizes, torch.bfloat16)
     )

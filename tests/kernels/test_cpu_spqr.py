@@ -148,12 +148,8 @@ def test_picked_rows(random_weight: MakeWeight) -> None:
         grid = packed(random_weight(40, 100), spec)
         expected = NEUTRAL.dequantize(grid, torch.float32)[index]
         for row, ready in ((ROW, prepared(grid)), (NEUTRAL, grid)):
-            found = row.rows(ready, index)
-            assert torch.equal(NEUTRAL.dequantize(found, torch.float32), expected)
-        assert NEUTRAL.dequantize(ROW.rows(prepared(grid), index[:0]), torch.float32).shape == (
-            0,
-            100,
-        )
+            assert torch.equal(row.lookup(ready, index, torch.float32), expected)
+        assert ROW.lookup(prepared(grid), index[:0], torch.float32).shape == (0, 100)
 
 
 # ---- what it refuses
