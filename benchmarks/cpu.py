@@ -73,6 +73,7 @@ def kernels(rounds: int) -> dict[str, Any]:
 
     from hfq.diagnose.machine import read_bandwidth
     from hfq.kernels import huge_pages, rows16
+    from hfq.kernels.cpu import call
 
     generator = torch.Generator().manual_seed(0)
     rows: list[dict[str, Any]] = []
@@ -92,7 +93,8 @@ def kernels(rounds: int) -> dict[str, Any]:
 
                 def product(int8: bool, x: Any = x, turn: Iterator[int] = turn) -> Any:
                     at = many[next(turn)]  # noqa: B023
-                    return torch.ops.hfq.cpu_linear(x, at, *operands, int8)  # noqa: B023
+                    with torch.no_grad():  # as in `generate`
+                        return call(torch.ops.hfq.cpu_linear, x, at, *operands, int8)  # noqa: B023
 
                 for int8 in (True, False):
                     error = (product(int8).double() - expected).norm() / expected.norm()

@@ -78,7 +78,6 @@ def measure(model: Any, task: str, batch: int, tokens: int) -> float:
     model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        min_new_tokens=tokens,
         max_new_tokens=tokens,
         do_sample=False,
         pad_token_id=0,
@@ -91,6 +90,8 @@ def main() -> None:
     kind, path = sys.argv[1:]
     torch.set_num_threads(os.cpu_count() or 1)
     model = load(kind, path)
+    # All tokens that were asked for, without the work of looking for an end, which llamacpp_worker.py does not do either.
+    model.generation_config.eos_token_id = None
     held = {t.data_ptr(): t.numel() * t.element_size() for t in model.parameters()}
     held |= {t.data_ptr(): t.numel() * t.element_size() for t in model.buffers()}
     about = {"weights_MiB": sum(held.values()) / 2**20, "torch": torch.__version__}

@@ -1,8 +1,8 @@
 """CPU kernels on the ``rows16`` layout: integers of 2, 3, 4 and 8 bits, codebooks of 4.
 
-Few tokens: the packed weight is read directly (`cpu_linear`). Many tokens: the same operator multiplies on matrix units
-where there are some, with int8 or bfloat16 activations; otherwise dequantize into the dtype of x and let the matrix library
-multiply, which costs one more pass over the weight and reuses it for all tokens.
+Few tokens, and any number with int8 activations: the packed weight is read directly (`cpu_linear`). Where there are matrix
+units, the same operator uses them for many tokens, with int8 or bfloat16 activations. Otherwise dequantize and let the matrix
+library multiply, which costs one more pass over the weight and reuses it for all tokens.
 """
 
 from __future__ import annotations
@@ -20,16 +20,30 @@ from . import native, rows16
 from .ops import native_dtype, rows16_weight
 from .row import OneByOne, Problem
 
-__all__ = ["MAX_DIRECT_TOKENS", "CpuRows16", "call", "no_native_code"]
+__all__ = ["MAX_DIRECT_TOKENS", "CpuRows16", "call", "no_native_code", "widened"]
 
 # Up to here `cpu_linear` is faster than dequantizing (8192x2048 and 2048x8192 int4, 2 cores with AVX-512 VNNI and
-# AMX, benchmarks/NOTES.md), by whether activations are quantized to int8.
+# AMX, benchmarks/NOTES.md), by whether activations are quantized to int8. Without AMX the matrix library is 4 to 10 times
+# slower than integer products of any number of tokens.
 MAX_DIRECT_TOKENS = {False: 32, True: 128}
 
 # Columns that begin with a new word, by bits: groups have to.
 _UNITS = {2: 16, 3: 32, 4: 8, 8: 4}
 # Columns of a tile of the matrix units, by whether activations are quantized to int8: groups end with a tile.
 _TILE_COLUMNS = {False: 32, True: 64}
+
+
+def _slow_dtypes() -> frozenset[torch.dtype]:
+    """16-bit dtypes that the matrix library multiplies 4 to 10 times as slowly as float32: those without instructions."""
+    found = torch.cpu.get_capabilities()
+    if found.get("architecture") != "x86_64":
+        return frozenset()
+    needed = {torch.bfloat16: "avx512_bf16", torch.float16: "avx512_fp16"}
+    return frozenset(dtype for dtype, feature in needed.items() if not found.get(feature))
+
+
+# A constant, not a cached function: compilers trace what asks for it.
+_SLOW_DTYPES = _slow_dtypes()
 
 
 class CpuRows16(OneByOne):
@@ -68,7 +82,8 @@ class CpuRows16(OneByOne):
             op = torch.ops.hfq.cpu_linear
             y = call(op, tokens.contiguous(), *operands, *sizes, int8_activations)
         else:
-            y = torch.ops.hfq.cpu_linear_dequantized(tokens, *operands, *sizes)
+            op = torch.ops.hfq.cpu_linear_dequantized
+            y = op(widened(tokens), *operands, *sizes).to(x.dtype)
         out: Tensor = y.view(*x.shape[:-1], grid.out_features)
         return out
 
@@ -136,10 +151,17 @@ def _directly(tokens: int, dtype: torch.dtype, grid: PackedGrid, int8_activation
         return False  # the kernel computes in float32: too little for what nobody uses for speed
     if tokens <= MAX_DIRECT_TOKENS[int8_activations]:
         return True
-    if not native.has_tiles() or not (int8_activations or dtype == torch.bfloat16):
+    if not native.has_tiles():
+        return int8_activations
+    if not (int8_activations or dtype == torch.bfloat16):
         return False
     columns = _TILE_COLUMNS[int8_activations]
     return grid.group_size >= grid.in_features or grid.group_size % columns == 0
+
+
+def widened(x: Tensor) -> Tensor:
+    """x as the matrix library multiplies it fast."""
+    return x.float() if x.dtype in _SLOW_DTYPES else x
 
 
 def no_native_code(problem: Problem) -> str | None:

@@ -15,7 +15,7 @@ from ..core.bits import packed_bytes
 from ..core.spec import group_count
 from ..core.weight import SpqrGrid
 from . import rows16
-from .cpu import call, no_native_code
+from .cpu import call, no_native_code, widened
 from .neutral_spqr import NeutralSpqr, operands, pick_outliers, sizes
 from .row import OneByOne, Problem
 from .spqr_ops import spqr_rows16_weight
@@ -62,7 +62,7 @@ class CpuSpqr(OneByOne):
         if tokens.shape[0] <= MAX_DIRECT_TOKENS and x.dtype != torch.float64:
             y = call(torch.ops.hfq.cpu_spqr_linear, tokens.contiguous(), *arguments)
         else:
-            y = torch.ops.hfq.cpu_spqr_linear_dequantized(tokens, *arguments)
+            y = torch.ops.hfq.cpu_spqr_linear_dequantized(widened(tokens), *arguments).to(x.dtype)
         out: Tensor = y.view(*x.shape[:-1], grid.out_features)
         return out
 

@@ -5,6 +5,9 @@
 #include <string>
 #include <vector>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
 #define HFQ_X86 1
@@ -49,6 +52,19 @@ namespace {
 }
 #endif
 
+#ifdef __aarch64__
+[[maybe_unused]] bool has_neon() {
+#if defined(__APPLE__)
+  return true;  // every Apple silicon
+#elif defined(__linux__)
+  constexpr unsigned long kDotProducts = 1ul << 20;  // HWCAP_ASIMDDP
+  return (getauxval(AT_HWCAP) & kDotProducts) != 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 #ifdef HFQ_WITH_AVX512_AMX
 Kernels with_amx(Kernels kernels) {
   kernels.name = "avx512_amx";
@@ -80,6 +96,9 @@ std::vector<const Kernels*> detect() {
 #endif
 #ifdef HFQ_WITH_AVX2
   if (has_avx2()) found.push_back(&kAvx2Kernels);
+#endif
+#ifdef HFQ_WITH_NEON
+  if (has_neon()) found.push_back(&kNeonKernels);
 #endif
   found.push_back(&kGenericKernels);
   return found;

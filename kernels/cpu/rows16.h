@@ -149,6 +149,7 @@ void amx_pack_moment(const MomentParams& params, int64_t first, int64_t last);
 void amx_multiply_moment(const MomentParams& params, int64_t first, int64_t last);
 
 extern const Kernels kGenericKernels;
+extern const Kernels kNeonKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx2VnniKernels;
 extern const Kernels kAvx512Kernels;

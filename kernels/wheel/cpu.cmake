@@ -60,6 +60,10 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   add_isa(avx512_amx ${avx512} -mavx512vnni -mavx512bf16 -mamx-tile -mamx-bf16 -mamx-int8)
 endif()
 
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64|ARM64)$")
+  add_isa(neon -march=armv8.2-a+dotprod)
+endif()
+
 if(HFQ_SANITIZE)
   target_compile_options(hfq_cpu PRIVATE -O1 -g -fsanitize=address -fno-omit-frame-pointer)
   target_link_options(hfq_cpu PRIVATE -fsanitize=address)

@@ -67,7 +67,9 @@ def _native() -> None:
         pytest.skip(f"no native CPU kernels: {status.cpu_reason}")
 
 
-@pytest.fixture(params=["avx512_amx", "avx512_vnni", "avx512", "avx2_vnni", "avx2", "generic"])
+@pytest.fixture(
+    params=["avx512_amx", "avx512_vnni", "avx512", "avx2_vnni", "avx2", "neon", "generic"]
+)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param not in native.load().isas:
         pytest.skip(f"this machine does not run {request.param}")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from hfq.core.errors import WeightError
-from hfq.core.spec import IntSpec, QuantSpec
+from hfq.core.spec import IntSpec, QuantSpec, SpqrSpec
+from hfq.kernels import cpu, native
 from hfq.nn.linear import QuantLinear
 
 # With one group per weight and float32 scales, code 0 of a symmetric grid stands for exactly that weight.
@@ -318,3 +319,46 @@ def test_new_values_have_groups_of_neighbours(generator: torch.Generator) -> Non
     assert torch.equal(packed.dequantize(), usual.dequantize())
     x = torch.randn(3, 4100, generator=generator)
     torch.testing.assert_close(packed(x), x @ usual.dequantize().T, rtol=1e-4, atol=1e-4)
+
+
+# ---- many tokens
+
+
+@pytest.mark.parametrize(
+    ("format", "spec"),
+    [("int", IntSpec(bits=3, group_size=32)), ("spqr", SpqrSpec(bits=3))],
+    ids=["int3", "spqr"],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_processors_without_16_bit_products_multiply_in_float32(
+    dtype: torch.dtype,
+    format: str,
+    spec: QuantSpec,
+    generator: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    packed = quantized(48, 64, generator, format=format, spec=spec, dtype=dtype)
+    if not packed.kernel("weight").name.startswith("cpu_"):
+        pytest.skip("needs the native CPU kernels")
+    monkeypatch.setattr(cpu, "_SLOW_DTYPES", frozenset({dtype}))
+    x = torch.randn(40, 64, generator=generator).to(dtype).requires_grad_()
+    with native.use_isa("generic"):  # no matrix units
+        y = packed(x)
+    grad = torch.randn(y.shape, generator=generator).to(dtype)
+    y.backward(grad)
+    close(y.detach(), expected(packed, x.detach()))
+    assert x.grad is not None
+    close(x.grad, grad @ packed.dequantize())
+
+
+def test_without_matrix_units_integer_products_take_any_number_of_tokens(
+    generator: torch.Generator,
+) -> None:
+    packed = quantized(48, 64, generator, bias=False, dtype=torch.bfloat16).eval()
+    if not packed.kernel("weight").name.startswith("cpu_"):
+        pytest.skip("needs the native CPU kernels")
+    packed.kernel_mode = "int8"
+    x = torch.randn(300, 64, generator=generator).bfloat16()
+    with native.use_isa("generic"), torch.no_grad():
+        # Rows do not depend on how many others there are.
+        assert torch.equal(packed(x), torch.cat([packed(part) for part in x.split(100)]))

@@ -1,0 +1,24 @@
+// NEON with dot products (ARMv8.2 and later: Neoverse N1, Apple M1).
+#ifdef __aarch64__
+#include <arm_neon.h>
+
+#include "rounding.h"
+#include "rows16.h"
+#include "spqr.h"
+
+namespace hfq {
+namespace {
+
+#include "lanes_neon.h"
+#include "rows16_parts.h"
+#include "rows16_body.h"
+#include "int8_body.h"
+#include "spqr_body.h"
+#include "rounding_body.h"
+
+}  // namespace
+
+const Kernels kNeonKernels = {"neon", kMaxTokens, kSpqrTokens, prepare, linear, dequantize, quantize, int8_linear, spqr_prepare, spqr_linear, spqr_dequantize, round_columns, search_grid};
+
+}  // namespace hfq
+#endif
