@@ -11,7 +11,7 @@ namespace hfq {
 namespace {
 
 constexpr int64_t kMaxInt8Tokens = 256;        // tokens per sweep where activations are bytes
-constexpr int64_t kPrepareGrain = 16 * 1024;   // activations per thread
+constexpr int64_t kPrepareGrain = 32 * 1024;   // activations per thread
 constexpr int64_t kMaxTokensAtOnce = 1024;     // of several products: bounds the scratch memory
 constexpr int64_t kLeastTileTokens = 16;       // from here on matrix units beat vectors
 constexpr int64_t kMaxWideTokens = 512;        // whose sums of 128 rows stay in the L2 cache
@@ -128,7 +128,7 @@ void run(const Kernels& isa, std::vector<Sweep>& sweeps, int64_t tokens) {
 
   const int64_t units = first.whole_rows ? 1 : s.groups;
   for (const Sweep& sweep : sweeps) {
-    parallel_for(sweep.passes.count * units, at_least_one(kPrepareGrain * units / (isa.max_tokens * s.in_features)), [&](int64_t from, int64_t to) {
+    parallel_for(sweep.passes.count * units, at_least_one(kPrepareGrain * units / (sweep.passes.size(0) * s.in_features)), [&](int64_t from, int64_t to) {
       for (int64_t at = from; at < to;) {
         const int64_t pass = at / units, unit = at % units, last = units - unit < to - at ? units : unit + to - at;
         prepare(isa, *sweep.call, s, sweep.passes.first(pass), sweep.passes.size(pass), activations_of(sweep, pass), unit, last);
@@ -152,9 +152,9 @@ void run(const Kernels& isa, std::vector<Sweep>& sweeps, int64_t tokens) {
       from = to;
     }
   };
-  const Sweep& last = sweeps.back();
-  const int64_t grain = at_least_one(kGrainBytes / (block_bytes * ceil_div(tokens, static_cast<int64_t>(sweeps.size()))));
-  parallel_for(last.first_block + last.blocks, grain, [&](int64_t from, int64_t to) {
+  const int64_t all_blocks = sweeps.back().first_block + sweeps.back().blocks;
+  const int64_t grain = blocks_per_piece(all_blocks, block_bytes, ceil_div(tokens, static_cast<int64_t>(sweeps.size())));
+  parallel_for(all_blocks, grain, [&](int64_t from, int64_t to) {
     for (const Sweep& sweep : sweeps) {
       const int64_t begin = from > sweep.first_block ? from - sweep.first_block : 0;
       const int64_t end = to - sweep.first_block < sweep.blocks ? to - sweep.first_block : sweep.blocks;
