@@ -330,8 +330,8 @@ def main() -> None:
         report_kernels(results["kernels"])
     if "models" in results:
         report_models(results["models"])
-    if not args.only:
-        print(f"written: {machine.write('cpu', 'python benchmarks/cpu.py', results).name}")
+    name = f"cpu_{args.only}" if args.only else "cpu"
+    print(f"written: {machine.write(name, 'python benchmarks/cpu.py', results).name}")
 
 
 if __name__ == "__main__":
