@@ -7,7 +7,7 @@ that sees a new input computes the outputs of all; the others fetch theirs. Each
 bit by bit, and hooks, adapters and replaced modules go on as before: the modules stay who they are.
 
 It happens where Python takes the time: few tokens, no gradients, no compiler. Modules stop sharing for good once an output
-was not fetched twice, and whenever one of them got other tensors.
+was not fetched twice; when one of them gets other tensors, all learn again.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ class Siblings:
         self.place = 0
         self.alone = 0
 
-    def leave(self) -> None:
-        """Never share again."""
-        self.group, self.alone = None, _PATIENCE
+    def leave(self, for_good: bool) -> None:
+        """Share no more, or only with whom the next forwards show."""
+        self.group, self.alone = None, _PATIENCE if for_good else 0
 
 
 class _LastInput(threading.local):
@@ -92,8 +92,12 @@ def shared_output(
     ):
         return None
     if group is not None:
-        return group.output(siblings.place, x, int8_activations)
-    _notice(module, x)
+        y = group.output(siblings.place, x, int8_activations)
+        if siblings.group is not None:
+            return y
+    # Not of weights that are fetched for each call, nor of those that belong to another module.
+    if siblings.alone < _PATIENCE and module._prepared.get("weight") is operands:
+        _notice(module, x)
     return None
 
 
@@ -205,9 +209,20 @@ class Group:
         if waiting is not None:
             self.waiting = None
             self.missed += 1
-        biases = self._biases(x, int8_activations) if self.missed < _PATIENCE else None
-        if biases is None:
-            self._part()
+        modules = self._modules()
+        if modules is None:
+            self._part(for_good=False)
+            return None
+        if self.missed >= _PATIENCE or any(
+            module.int8_activations(x) != int8_activations for module in modules
+        ):
+            self._part(for_good=True)
+            return None
+        biases: list[Tensor] = [
+            own for module in modules if (own := module._parameters["bias"]) is not None
+        ]
+        if len(biases) not in (0, len(modules)):
+            self._part(for_good=True)
             return None
         # Not kept: a bias is a Parameter that anybody may write to.
         bias = torch.cat(biases) if biases else None
@@ -215,29 +230,25 @@ class Group:
         parts: list[Tensor | None] = [
             part.contiguous() for part in y.split_with_sizes(self.sizes, -1)
         ]
-        own, parts[place] = parts[place], None
+        asked, parts[place] = parts[place], None
         self.waiting = _Outputs(x, int8_activations, parts)
-        return own
+        return asked
 
-    def _biases(self, x: Tensor, int8_activations: bool) -> list[Tensor] | None:
-        """The members' biases; None if one of them reads other tensors than the group, or would treat x otherwise."""
-        biases: list[Tensor] = []
+    def _modules(self) -> list[QuantLinear] | None:
+        """The members; None if one of them is gone or reads other tensors now."""
+        modules = []
         for module_reference, operands_reference in self.members:
             module = module_reference()
             if module is None or module._prepared.get("weight") is not operands_reference():
                 return None
-            if module.int8_activations(x) != int8_activations:
-                return None
-            bias = module._parameters["bias"]
-            if bias is not None:
-                biases.append(bias)
-        return biases if len(biases) in (0, len(self.members)) else None
+            modules.append(module)
+        return modules
 
-    def _part(self) -> None:
+    def _part(self, for_good: bool) -> None:
         for _, reference in self.members:
             operands = reference()
             if operands is not None:
-                operands.siblings.leave()
+                operands.siblings.leave(for_good)
 
 
 class _Outputs:

@@ -169,6 +169,9 @@ def test_new_weights_are_used_at_once(generator: torch.Generator) -> None:
     block.k.requantize("weight", torch.randn(16, COLUMNS, generator=generator).bfloat16())
     assert torch.equal(block(x), alone(block, x))
     assert group_of(block.q) is None
+    learnt(block, generator)
+    assert group_of(block.q) is group_of(block.k) is not None
+    assert torch.equal(block(x.clone()), alone(block, x))
 
 
 def test_another_kernel_mode_of_one_member_counts(generator: torch.Generator) -> None:
@@ -177,6 +180,15 @@ def test_another_kernel_mode_of_one_member_counts(generator: torch.Generator) ->
     x = tokens(1, generator)
     for _ in range(3):
         assert torch.equal(block(x.clone()), alone(block, x))
+    assert group_of(block.q) is None
+
+
+def test_offloaded_weights_are_left_alone(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(QuantLinear, "is_offloaded", True)
+    monkeypatch.setattr(siblings, "_notice", lambda module, x: pytest.fail("noticed"))
+    Block(generator)(tokens(1, generator))
 
 
 def test_outputs_that_nobody_fetches_end_the_sharing(generator: torch.Generator) -> None:
