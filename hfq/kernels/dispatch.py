@@ -18,7 +18,7 @@ from .neutral import Neutral
 from .neutral_spqr import NeutralSpqr
 from .row import KernelRow, Problem
 
-__all__ = ["Choice", "as_stored", "neutral", "rows", "select"]
+__all__ = ["Choice", "as_stored", "rows", "select"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Choice:
     refused: tuple[tuple[str, str], ...]
 
 
-# A plain table, not a cached function: `neutral` is called inside forwards that a compiler traces.
+# A plain table, not a cached function: `as_stored` is called inside forwards that a compiler traces.
 _ROWS: dict[type[Grid], tuple[KernelRow[Any], ...]] = {
     PackedGrid: (CpuRows16(), CpuInt8(), Neutral()),
     SpqrGrid: (CpuSpqr(), NeutralSpqr()),
@@ -39,11 +39,6 @@ _ROWS: dict[type[Grid], tuple[KernelRow[Any], ...]] = {
 def rows(kind: type[Grid] = PackedGrid) -> tuple[KernelRow[Any], ...]:
     """All kernel rows for a class of grids, best first."""
     return _ROWS[kind]
-
-
-def neutral(grid: Grid) -> KernelRow[Any]:
-    """The kernel that reads the stored layout, whatever is in it."""
-    return rows(type(grid))[-1]
 
 
 def as_stored(grid: Grid, reason: str) -> Choice:

@@ -47,7 +47,8 @@ void sweep(const Kernels& isa, const SpqrLinearParams& all, int64_t begin, int64
 
   const int64_t block_bytes = (w.words + w.stat_words) * kLineBytes;
   const int64_t step = at_least_one(kCachedBytes / block_bytes);
-  parallel_for(ceil_div(w.out_features, kRows), blocks_per_piece(ceil_div(w.out_features, kRows), block_bytes, tokens), [&](int64_t first, int64_t last) {
+  const int64_t blocks = ceil_div(w.out_features, kRows);
+  parallel_for(blocks, blocks_per_piece(blocks, block_bytes, tokens), [&](int64_t first, int64_t last) {
     for (int64_t from = first; from < last;) {
       const int64_t to = passes.count == 1 || from + step > last ? last : from + step;
       for (int64_t i = 0; i < passes.count; ++i) isa.spqr_linear(pass(i), from, to);

@@ -65,7 +65,7 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64|ARM64)$")
 endif()
 
 if(HFQ_SANITIZE)
-  # All but the portable code, whose lanes are arrays: each access would be checked, and the compiler takes an hour for it.
+  # All but the portable code, whose lanes are arrays: each access would be checked, and the compiler did not finish it in ten minutes.
   set_source_files_properties("${KERNELS}/cpu/isa_generic.cpp" PROPERTIES COMPILE_OPTIONS -fno-sanitize=address)
   target_compile_options(hfq_cpu PRIVATE -O1 -g -fsanitize=address -fno-omit-frame-pointer)
   target_link_options(hfq_cpu PRIVATE -fsanitize=address)

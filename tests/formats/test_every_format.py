@@ -35,7 +35,7 @@ def same(left: Tensor | None, right: Tensor | None) -> bool:
 
 
 def dequantize(grid: Grid, dtype: torch.dtype) -> Tensor:
-    weight: Tensor = dispatch.neutral(grid).dequantize(grid, dtype)
+    weight: Tensor = dispatch.rows(type(grid))[-1].dequantize(grid, dtype)
     return weight
 
 

@@ -23,7 +23,7 @@ COLUMNS = 64
 
 
 class Block(nn.Module):
-    """q, k and v read x; o reads what comes of them."""
+    """Modules that all read x, one after the other."""
 
     def __init__(
         self,
