@@ -108,6 +108,8 @@ class HfqConfig(QuantizationConfigMixin):
             count; embeddings and heads keep `bits`. The outcome stands in `overrides`, and this is None then.
         candidate_bits: bits to choose among. Default 2, 3, 4 and 8.
         kernel_mode: "auto", "exact" or "int8"; see `hfq.nn.packed.KERNEL_MODES`. Not stored in checkpoints.
+        decode_kernels: on the CPU, norms, gates and the attention of one token run in native code as well, where the model's own
+            code computes the same (see `hfq.integrations.decode`). Not stored in checkpoints.
         dequantize: load a packed checkpoint as a float model. Not stored in checkpoints.
         options: the method's own settings ("rtn": scale_search; "hqq": iterations; "gptq": damp_percent, desc_act,
             scale_search, refine, gptaq; "spqr": damp_percent, desc_act, refine; "awq": awq_steps, "smoothquant": smoothing, and
@@ -149,6 +151,7 @@ class HfqConfig(QuantizationConfigMixin):
         target_bits: float | None = None,
         candidate_bits: Sequence[int] | None = None,
         kernel_mode: str = "auto",
+        decode_kernels: bool = True,
         dequantize: bool = False,
         **options: Any,
     ) -> None:
@@ -196,6 +199,7 @@ class HfqConfig(QuantizationConfigMixin):
         self.target_bits = _target_bits(target_bits, self.format)
         self.candidate_bits = _candidate_bits(candidate_bits, self.target_bits)
         self.kernel_mode = _choice("kernel_mode", kernel_mode, KERNEL_MODES)
+        self.decode_kernels = check_flag("decode_kernels", decode_kernels)
         self.dequantize = check_flag("dequantize", dequantize)
         self._patterns = [
             (_compiled(pattern), self._override(pattern, changed))
@@ -367,7 +371,11 @@ class HfqConfig(QuantizationConfigMixin):
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """Settings of one load, which a caller may give for a checkpoint that has its own config."""
-        return {"dequantize": self.dequantize, "kernel_mode": self.kernel_mode}
+        return {
+            "dequantize": self.dequantize,
+            "kernel_mode": self.kernel_mode,
+            "decode_kernels": self.decode_kernels,
+        }
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, HfqConfig) and self.to_dict() == other.to_dict()

@@ -24,6 +24,7 @@ from transformers.utils import logging
 from ..core.errors import CheckpointError
 from ..evaluation.speed import Speed, measure_speed_within_limit
 from ..nn.packed import PackedModule
+from . import decode
 
 __all__ = ["check_reloaded", "logits_of"]
 
@@ -96,7 +97,7 @@ def _from_new_process(
 
 
 def logits_of(folder: Path, ids: Tensor, device: torch.device, kernel_mode: str) -> Tensor:
-    """Logits float32 `[B, T, V]` of the model in `folder`."""
+    """Logits float32 `[B, T, V]` of the model in `folder`, by its own code: so were those that they are compared with."""
     return _logits(_loaded(folder, device, kernel_mode), ids)
 
 
@@ -104,7 +105,8 @@ def _loaded(folder: Path, device: torch.device, kernel_mode: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device})
-    # A `quantization_config` of ours would say so as well, and Transformers would warn that the file has one.
+    # A `quantization_config` of ours would say both as well, and Transformers would warn that the file has one.
+    decode.remove(model)
     for module in model.modules():
         if isinstance(module, PackedModule):
             module.kernel_mode = kernel_mode
@@ -123,6 +125,7 @@ def _main(folder: str, tokens: str, logits: str, speed: str, device: str, kernel
     # Complete or not there: the speed is worth less than the run.
     save_file({"logits": _logits(model, ids)}, f"{logits}.partial")
     os.replace(f"{logits}.partial", logits)
+    decode.install(model)
     found = measure_speed_within_limit(model, ids[0, :_PROMPT])
     Path(speed).write_text(json.dumps(asdict(found)), encoding="utf-8")
 

@@ -281,6 +281,10 @@ class HfqQuantizer(HfQuantizer):
         if self.quantization_config.dequantize:
             return self._dequantize(model)
         self._prepare_all(model)
+        if self.quantization_config.decode_kernels:
+            found = _decoding().install(model)
+            native = ", ".join(f"{count} {kind}" for kind, count in found.items() if count)
+            logger.info(f"hfq: native code for {native or 'no norm, gate or attention'}")
         _saving().attach(model)
         logger.info(f"hfq: {self.selection.summary()}")
         return model
@@ -405,6 +409,7 @@ class HfqQuantizer(HfQuantizer):
             del model._tied_weights_keys
             model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
             model.tie_weights()
+        _decoding().remove(model)
         # None: saving falls back to the architecture's own mapping.
         vars(model)["_weight_conversions"] = None if self.pre_quantized else self._transforms
         _saving().detach(model)
@@ -415,6 +420,12 @@ def _saving() -> ModuleType:
     from . import hub
 
     return hub
+
+
+def _decoding() -> ModuleType:
+    from . import decode
+
+    return decode
 
 
 def _packed_modules(model: nn.Module) -> Iterator[tuple[str, PackedModule]]:

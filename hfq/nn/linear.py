@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..core.spec import QuantSpec
 from .packed import PackedModule
 from .packing import Encode
-from .siblings import shared_output
+from .siblings import MOST_TOKENS, shared_output
 from .slot import PackedSlot
 
-__all__ = ["QuantLinear"]
+__all__ = ["QuantLinear", "products"]
 
 
 class QuantLinear(PackedModule, nn.Linear):
@@ -118,6 +121,10 @@ class QuantLinear(PackedModule, nn.Linear):
         bias = self._parameters["bias"]
         return operands.choice.row.linear(x, operands.grid, bias, int8)
 
+    def has_hooks(self) -> bool:
+        """Whether somebody watches or replaces the calls of this module."""
+        return bool(self._forward_hooks or self._forward_pre_hooks or "forward" in self.__dict__)
+
     def reset_parameters(self) -> None:
         """Nothing to initialise: codes come from a weight."""
 
@@ -129,6 +136,30 @@ class QuantLinear(PackedModule, nn.Linear):
             f"format={self.slot.format}, bits={spec.bits}, group_size={spec.group_size}{activation}, "
             f"bits_per_weight={self.slot.bits_per_weight:.2f}"
         )
+
+
+def products(modules: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
+    """What modules give that all read x; one call of a kernel where they are siblings, and as few calls of Python as can be.
+
+    For code that runs without gradients, autocast and compilers. Outputs are contiguous in their last dimension, and may be parts
+    of one tensor.
+    """
+    first = modules[0]
+    if (
+        all(type(module) is QuantLinear and not module.has_hooks() for module in modules)
+        and not _has_any_global_hook()  # type: ignore[no-untyped-call]
+        and isinstance(first, QuantLinear)
+    ):
+        operands, int8 = first.operands("weight"), first.int8_activations(x)
+        if len(modules) == 1:
+            row, bias = operands.choice.row, first._parameters["bias"]
+            return [row.linear(x, operands.grid, bias, int8)]
+        group = operands.siblings.group
+        if group is not None and x.numel() <= MOST_TOKENS * first.in_features:
+            parts = group.outputs(modules, x, int8)
+            if parts is not None:
+                return parts
+    return [module(x) for module in modules]
 
 
 def _autocast(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ was not fetched twice; when one of them gets other tensors, all learn again.
 
 from __future__ import annotations
 
+import operator
 import threading
 import weakref
 from collections.abc import Sequence
@@ -210,36 +211,54 @@ class Group:
             self.waiting = None
             self.missed += 1
         modules = self._modules()
-        if modules is None:
-            self._part(for_good=False)
-            return None
-        if self.missed >= _PATIENCE or any(
-            module.int8_activations(x) != int8_activations for module in modules
-        ):
+        if modules is not None and self.missed >= _PATIENCE:
             self._part(for_good=True)
             return None
+        outputs = None if modules is None else self._product(modules, x, int8_activations)
+        if outputs is None:
+            return None
+        parts: list[Tensor | None] = [part.contiguous() for part in outputs]
+        asked, parts[place] = parts[place], None
+        self.waiting = _Outputs(x, int8_activations, parts)
+        return asked
+
+    def outputs(
+        self, modules: Sequence[nn.Module], x: Tensor, int8_activations: bool
+    ) -> Sequence[Tensor] | None:
+        """What these modules give for x if they are the members, contiguous in the last dimension only."""
+        members = self._modules()
+        if (
+            members is None
+            or len(members) != len(modules)
+            or not all(map(operator.is_, members, modules))
+        ):
+            return None
+        return self._product(members, x, int8_activations)
+
+    def _product(
+        self, modules: Sequence[QuantLinear], x: Tensor, int8_activations: bool
+    ) -> Sequence[Tensor] | None:
+        """The members' outputs; None, and no group any more, where they differ in what only each call shows."""
         biases: list[Tensor] = [
             own for module in modules if (own := module._parameters["bias"]) is not None
         ]
-        if len(biases) not in (0, len(modules)):
+        if len(biases) not in (0, len(modules)) or any(
+            module.int8_activations(x) != int8_activations for module in modules
+        ):
             self._part(for_good=True)
             return None
         # Not kept: a bias is a Parameter that anybody may write to.
         bias = torch.cat(biases) if biases else None
         y = self.row.linear(x, self.grid, bias, int8_activations)
-        parts: list[Tensor | None] = [
-            part.contiguous() for part in y.split_with_sizes(self.sizes, -1)
-        ]
-        asked, parts[place] = parts[place], None
-        self.waiting = _Outputs(x, int8_activations, parts)
-        return asked
+        return y.split_with_sizes(self.sizes, -1)
 
     def _modules(self) -> list[QuantLinear] | None:
-        """The members; None if one of them is gone or reads other tensors now."""
+        """The members; None, and no group any more, if one of them is gone or reads other tensors now."""
         modules = []
         for module_reference, operands_reference in self.members:
             module = module_reference()
             if module is None or module._prepared.get("weight") is not operands_reference():
+                self._part(for_good=False)
                 return None
             modules.append(module)
         return modules

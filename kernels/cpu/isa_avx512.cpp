@@ -1,6 +1,7 @@
 // AVX-512 without VNNI (Skylake server): vpmaddubsw adds two products in 16 bits with saturation.
 #include <immintrin.h>
 
+#include "decode.h"
 #include "rounding.h"
 #include "rows16.h"
 #include "spqr.h"
@@ -37,9 +38,11 @@ inline I byte_dot(I sum, Line codes, uint32_t x) {
 #include "int8_body.h"
 #include "spqr_body.h"
 #include "rounding_body.h"
+#include "decode_body.h"
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {"avx512", kMaxTokens, kSpqrTokens, prepare, linear, dequantize, quantize, int8_linear, spqr_prepare, spqr_linear, spqr_dequantize, round_columns, search_grid};
+const Kernels kAvx512Kernels = {"avx512", kMaxTokens, kSpqrTokens, prepare, linear, dequantize, quantize, int8_linear, spqr_prepare, spqr_linear, spqr_dequantize, round_columns, search_grid,
+    rms_norm, rotate, gate, attend};
 
 }  // namespace hfq

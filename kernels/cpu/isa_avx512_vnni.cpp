@@ -2,6 +2,7 @@
 // the sum to 32 bits, without saturation.
 #include <immintrin.h>
 
+#include "decode.h"
 #include "rounding.h"
 #include "rows16.h"
 #include "spqr.h"
@@ -22,9 +23,11 @@ inline I small_end(SmallSum sum, I) { return sum; }
 #include "int8_body.h"
 #include "spqr_body.h"
 #include "rounding_body.h"
+#include "decode_body.h"
 
 }  // namespace
 
-const Kernels kAvx512VnniKernels = {"avx512_vnni", kMaxTokens, kSpqrTokens, prepare, linear, dequantize, quantize, int8_linear, spqr_prepare, spqr_linear, spqr_dequantize, round_columns, search_grid};
+const Kernels kAvx512VnniKernels = {"avx512_vnni", kMaxTokens, kSpqrTokens, prepare, linear, dequantize, quantize, int8_linear, spqr_prepare, spqr_linear, spqr_dequantize, round_columns, search_grid,
+    rms_norm, rotate, gate, attend};
 
 }  // namespace hfq

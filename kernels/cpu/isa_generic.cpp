@@ -1,4 +1,5 @@
 // Plain C++ for any architecture (including aarch64); the compiler vectorizes the 16-lane loops for its baseline. Little endian only.
+#include "decode.h"
 #include "rounding.h"
 #include "rows16.h"
 #include "spqr.h"
@@ -275,9 +276,11 @@ inline void lookup_words(uint8_t* y, const uint32_t* words, int64_t count, F val
 #include "int8_body.h"
 #include "spqr_body.h"
 #include "rounding_body.h"
+#include "decode_body.h"
 
 }  // namespace
 
-const Kernels kGenericKernels = {"generic", kMaxTokens, kSpqrTokens, prepare, linear, dequantize, quantize, int8_linear, spqr_prepare, spqr_linear, spqr_dequantize, round_columns, search_grid};
+const Kernels kGenericKernels = {"generic", kMaxTokens, kSpqrTokens, prepare, linear, dequantize, quantize, int8_linear, spqr_prepare, spqr_linear, spqr_dequantize, round_columns, search_grid,
+    rms_norm, rotate, gate, attend};
 
 }  // namespace hfq

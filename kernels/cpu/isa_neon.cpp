@@ -2,6 +2,7 @@
 #ifdef __aarch64__
 #include <arm_neon.h>
 
+#include "decode.h"
 #include "rounding.h"
 #include "rows16.h"
 #include "spqr.h"
@@ -15,10 +16,12 @@ namespace {
 #include "int8_body.h"
 #include "spqr_body.h"
 #include "rounding_body.h"
+#include "decode_body.h"
 
 }  // namespace
 
-const Kernels kNeonKernels = {"neon", kMaxTokens, kSpqrTokens, prepare, linear, dequantize, quantize, int8_linear, spqr_prepare, spqr_linear, spqr_dequantize, round_columns, search_grid};
+const Kernels kNeonKernels = {"neon", kMaxTokens, kSpqrTokens, prepare, linear, dequantize, quantize, int8_linear, spqr_prepare, spqr_linear, spqr_dequantize, round_columns, search_grid,
+    rms_norm, rotate, gate, attend};
 
 }  // namespace hfq
 #endif

@@ -1,6 +1,7 @@
 // Launchers: split the work over tokens, row blocks and threads. Arguments are validated by the caller (torch_binding.cpp).
 #pragma once
 
+#include "decode.h"
 #include "moments.h"
 #include "rounding.h"
 #include "rows16.h"
@@ -32,6 +33,17 @@ struct LookupCall {
   int64_t tokens;          // T
 };
 
+// One token's keys and values into memory with room for `room` of them.
+struct AppendCall {
+  int64_t batch, heads, room, at;
+  int64_t bytes;       // of a head
+  int64_t v_stride;    // bytes between the tokens of v
+  const void* k;       // [B, H, D]
+  const void* v;       // [B, H, D]
+  void* keys;          // [B, H, C, D]
+  void* values;        // [B, H, C, D]
+};
+
 struct PlanesCall {
   int64_t rows, row_bytes;  // of `in`; rows of `out` are filled up to whole units of 12 bytes, and so are those of `in` when joining
   const uint8_t* in;
@@ -52,5 +64,10 @@ void launch_round_columns(const RoundParams& params);
 void launch_search_grid(const SearchParams& params);
 // params.strips, .blocks, .left and .right are set here; kernels().multiply_moment must not be null.
 void launch_add_moment(MomentParams params);
+void launch_rms_norm(const NormParams& params);
+void launch_rotate(const RotateParams& params);
+void launch_gate(const GateParams& params);
+void launch_append(const AppendCall& call);
+void launch_attend(const AttendParams& params);
 
 }  // namespace hfq

@@ -113,9 +113,14 @@ struct SpqrDequantizeParams;
 struct RoundParams;  // rounding.h
 struct SearchParams;
 struct MomentParams;  // moments.h
+struct NormParams;    // decode.h
+struct RotateParams;
+struct GateParams;
+struct AttendParams;
 
 // What one instruction set offers. prepare() covers groups [first, last), spqr_prepare() units, quantize() all tokens, round_columns()
-// tiles of kTileRows rows, search_grid() groups of row blocks, the others row blocks.
+// tiles of kTileRows rows, search_grid() groups of row blocks, rms_norm() rows, rotate() tokens, gate() numbers, attend() key-value heads, the
+// others row blocks.
 struct Kernels {
   const char* name;
   int32_t max_tokens;
@@ -130,6 +135,10 @@ struct Kernels {
   void (*spqr_dequantize)(const SpqrDequantizeParams& params, int64_t first, int64_t last);
   void (*round_columns)(const RoundParams& params, float* scratch, int64_t first, int64_t last);
   void (*search_grid)(const SearchParams& params, float* scratch, int64_t first, int64_t last);
+  void (*rms_norm)(const NormParams& params, int64_t first, int64_t last);
+  void (*rotate)(const RotateParams& params, int64_t first, int64_t last);
+  void (*gate)(const GateParams& params, int64_t first, int64_t last);
+  void (*attend)(const AttendParams& params, float* scratch, int64_t first, int64_t last);
   // Null without matrix units. Many tokens with int8 activations in blocks of kTileTokens (stride), each as `Activations` has them and one after
   // the other; groups end with whole steps. Row blocks go in pairs; `scratch` holds
   // 16 KiB of weights and 4 KiB of sums for each 32 tokens.

@@ -75,14 +75,43 @@ class Tensor {
     refuse(text + "]");
   }
 
+  int64_t numel() const {
+    int64_t elements = 1;
+    for (int64_t i = 0; i < dim_; ++i) elements *= sizes_[i];
+    return elements;
+  }
+
   // The address of the first element, after checking device, contiguity and that the storage holds all elements.
   void* data(int32_t device_type, int64_t element_size) const {
     if (device_type_ != device_type) refuse("on the device that the operator runs on (all tensors on one device)");
     bool contiguous = false;
     check_shim(aoti_torch_is_contiguous(handle_, &contiguous), "is_contiguous");
     if (!contiguous) refuse("contiguous");
-    int64_t elements = 1, offset = 0, bytes = 0;
-    for (int64_t i = 0; i < dim_; ++i) elements *= sizes_[i];
+    return pointer(numel(), element_size);
+  }
+
+  // The same of a tensor that is rows of contiguous elements, `stride` elements apart: a part of the columns of a contiguous one.
+  void* rows(int32_t device_type, int64_t element_size, int64_t& stride) const {
+    if (device_type_ != device_type) refuse("on the device that the operator runs on (all tensors on one device)");
+    int64_t* strides = nullptr;
+    check_shim(aoti_torch_get_strides(handle_, &strides), "strides");
+    const int64_t columns = sizes_[dim_ - 1];
+    bool regular = columns < 2 || strides[dim_ - 1] == 1;
+    stride = columns;
+    int64_t rows = 1;  // of the dimensions that are behind us
+    for (int64_t i = dim_ - 2; i >= 0; --i) {
+      if (sizes_[i] == 1) continue;
+      if (rows == 1) stride = strides[i];
+      regular = regular && strides[i] == stride * rows;
+      rows *= sizes_[i];
+    }
+    if (!regular || stride < columns) refuse("contiguous in its last dimension, with rows at one distance");
+    return pointer(rows && columns ? (rows - 1) * stride + columns : 0, element_size);
+  }
+
+ private:
+  void* pointer(int64_t elements, int64_t element_size) const {
+    int64_t offset = 0, bytes = 0;
     check_shim(aoti_torch_get_storage_offset(handle_, &offset), "storage_offset");
     check_shim(aoti_torch_get_storage_size(handle_, &bytes), "storage size");
     if (elements > 0 && (offset + elements) * element_size > bytes) refuse("backed by enough storage");
@@ -92,7 +121,6 @@ class Tensor {
     return pointer;
   }
 
- private:
   void read() {
     check_shim(aoti_torch_get_dim(handle_, &dim_), "dim");
     check_shim(aoti_torch_get_sizes(handle_, &sizes_), "sizes");
@@ -128,6 +156,11 @@ inline StableIValue empty_tensor(const int64_t* sizes, int64_t dims, int32_t dty
 }
 
 inline int64_t as_int(StableIValue value) { return static_cast<int64_t>(value); }
+inline double as_double(StableIValue value) {
+  double number;
+  std::memcpy(&number, &value, sizeof number);
+  return number;
+}
 inline bool as_bool(StableIValue value) { return (value & 0xff) != 0; }
 inline int32_t as_dtype(StableIValue value) { return static_cast<int32_t>(value); }
 

@@ -54,5 +54,6 @@ bool register_spqr(TorchLibraryHandle library);
 bool register_rounding(TorchLibraryHandle library);
 bool register_moments(TorchLibraryHandle library);
 bool register_planes(TorchLibraryHandle library);
+bool register_decode(TorchLibraryHandle library);
 
 }  // namespace hfq

@@ -251,7 +251,7 @@ bool register_all() {
   return register_impl(library, "cpu_linear", cpu_linear) && register_impl(library, "cpu_int8_linear", cpu_int8_linear) &&
          register_impl(library, "cpu_experts_linear", cpu_experts_linear) &&
          register_impl(library, "cpu_dequantize", cpu_dequantize) && register_impl(library, "cpu_lookup", cpu_lookup) && register_spqr(library) && register_rounding(library) &&
-         register_moments(library) && register_planes(library);
+         register_moments(library) && register_planes(library) && register_decode(library);
 }
 
 const bool registered = register_all();

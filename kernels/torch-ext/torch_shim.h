@@ -27,6 +27,7 @@ AOTITorchError aoti_torch_get_storage_size(AtenTensorHandle tensor, int64_t* out
 AOTITorchError aoti_torch_get_storage_offset(AtenTensorHandle tensor, int64_t* out);
 AOTITorchError aoti_torch_get_dim(AtenTensorHandle tensor, int64_t* out);
 AOTITorchError aoti_torch_get_sizes(AtenTensorHandle tensor, int64_t** out_borrowed);
+AOTITorchError aoti_torch_get_strides(AtenTensorHandle tensor, int64_t** out_borrowed);
 AOTITorchError aoti_torch_get_dtype(AtenTensorHandle tensor, int32_t* out);
 AOTITorchError aoti_torch_get_device_type(AtenTensorHandle tensor, int32_t* out);
 AOTITorchError aoti_torch_get_device_index(AtenTensorHandle tensor, int32_t* out);
@@ -40,6 +41,7 @@ int32_t aoti_torch_device_type_cuda();
 int32_t aoti_torch_dtype_float32();
 int32_t aoti_torch_dtype_float16();
 int32_t aoti_torch_dtype_bfloat16();
+int32_t aoti_torch_dtype_bool();
 int32_t aoti_torch_dtype_uint8();
 int32_t aoti_torch_dtype_int16();
 int32_t aoti_torch_dtype_int32();

@@ -28,6 +28,7 @@ endfunction()
 add_library(hfq_cpu MODULE "${KERNELS}/torch-ext/torch_binding.cpp" "${KERNELS}/torch-ext/torch_binding_spqr.cpp"
                            "${KERNELS}/torch-ext/torch_binding_rounding.cpp" "${KERNELS}/torch-ext/torch_binding_moments.cpp"
                            "${KERNELS}/torch-ext/torch_binding_planes.cpp" "${KERNELS}/cpu/launch_planes.cpp"
+                           "${KERNELS}/torch-ext/torch_binding_decode.cpp" "${KERNELS}/cpu/launch_decode.cpp"
                            "${KERNELS}/cpu/launch.cpp"
                            "${KERNELS}/cpu/launch_spqr.cpp" "${KERNELS}/cpu/launch_rounding.cpp"
                            "${KERNELS}/cpu/launch_moments.cpp" "${KERNELS}/cpu/isa.cpp" "${KERNELS}/cpu/isa_generic.cpp")
