@@ -286,7 +286,7 @@ def test_the_dict_says_who_wrote_it_and_how_to_read_it(config: HfqConfig) -> Non
     assert written["hfq_version"] == __version__
     assert {"method", "format", "bits", "group_size", "sym", "scale_dtype"} <= written.keys()
     # Settings of one load are no part of a checkpoint.
-    assert not {"kernel_mode", "dequantize"} & written.keys()
+    assert not {"kernel_mode", "decode_kernels", "dequantize"} & written.keys()
 
 
 def test_what_the_dict_holds_belongs_to_the_reader() -> None:
@@ -322,8 +322,12 @@ def test_repr_is_a_call(config: HfqConfig) -> None:
 
 
 def test_loading_attributes() -> None:
-    config = HfqConfig(dequantize=True, kernel_mode="exact")
-    assert config.get_loading_attributes() == {"dequantize": True, "kernel_mode": "exact"}
+    config = HfqConfig(dequantize=True, kernel_mode="exact", decode_kernels=False)
+    assert config.get_loading_attributes() == {
+        "dequantize": True,
+        "kernel_mode": "exact",
+        "decode_kernels": False,
+    }
 
 
 def test_from_dict_gives_back_what_it_does_not_know_if_asked() -> None:

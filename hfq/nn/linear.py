@@ -144,19 +144,20 @@ def products(modules: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
     For code that runs without gradients, autocast and compilers. Outputs are contiguous in their last dimension, and may be parts
     of one tensor.
     """
-    first = modules[0]
-    if (
-        all(type(module) is QuantLinear and not module.has_hooks() for module in modules)
-        and not _has_any_global_hook()  # type: ignore[no-untyped-call]
-        and isinstance(first, QuantLinear)
-    ):
+    # Loops, not generators: this is called a hundred times in a step.
+    packed: list[QuantLinear] = []
+    for module in modules:
+        if type(module) is QuantLinear and not module.has_hooks():
+            packed.append(module)
+    if len(packed) == len(modules) and not _has_any_global_hook():  # type: ignore[no-untyped-call]
+        first = packed[0]
         operands, int8 = first.operands("weight"), first.int8_activations(x)
-        if len(modules) == 1:
+        if len(packed) == 1:
             row, bias = operands.choice.row, first._parameters["bias"]
-            return [row.linear(x, operands.grid, bias, int8)]
+            return (row.linear(x, operands.grid, bias, int8),)
         group = operands.siblings.group
         if group is not None and x.numel() <= MOST_TOKENS * first.in_features:
-            parts = group.outputs(modules, x, int8)
+            parts = group.outputs(packed, x, int8)
             if parts is not None:
                 return parts
     return [module(x) for module in modules]

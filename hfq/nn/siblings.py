@@ -12,7 +12,6 @@ was not fetched twice; when one of them gets other tensors, all learn again.
 
 from __future__ import annotations
 
-import operator
 import threading
 import weakref
 from collections.abc import Sequence
@@ -223,15 +222,12 @@ class Group:
         return asked
 
     def outputs(
-        self, modules: Sequence[nn.Module], x: Tensor, int8_activations: bool
+        self, modules: list[QuantLinear], x: Tensor, int8_activations: bool
     ) -> Sequence[Tensor] | None:
         """What these modules give for x if they are the members, contiguous in the last dimension only."""
         members = self._modules()
-        if (
-            members is None
-            or len(members) != len(modules)
-            or not all(map(operator.is_, members, modules))
-        ):
+        # Modules are equal if they are the same.
+        if members is None or members != modules:
             return None
         return self._product(members, x, int8_activations)
 
@@ -239,12 +235,13 @@ class Group:
         self, modules: Sequence[QuantLinear], x: Tensor, int8_activations: bool
     ) -> Sequence[Tensor] | None:
         """The members' outputs; None, and no group any more, where they differ in what only each call shows."""
-        biases: list[Tensor] = [
-            own for module in modules if (own := module._parameters["bias"]) is not None
-        ]
-        if len(biases) not in (0, len(modules)) or any(
-            module.int8_activations(x) != int8_activations for module in modules
-        ):
+        biases: list[Tensor] = []
+        alike = True
+        for module in modules:
+            alike &= module.int8_activations(x) == int8_activations
+            if (own := module._parameters["bias"]) is not None:
+                biases.append(own)
+        if len(biases) not in (0, len(modules)) or not alike:
             self._part(for_good=True)
             return None
         # Not kept: a bias is a Parameter that anybody may write to.

@@ -233,6 +233,49 @@ void check_spqr(const char* isa, int32_t bits, DType dtype) {
   compare(isa, what, dense[0], dense[1], dtype, false);
 }
 
+// What stands between the products of a decode step.
+void check_decode(const char* isa, int64_t kv_heads, int64_t group, int64_t size, int64_t length, DType dtype) {
+  constexpr int64_t kBatch = 3;
+  const int64_t heads = kv_heads * group, q_width = heads * size, room = length + 2;
+  const auto q = random_floats(kBatch * q_width, dtype, 1.0f), weight = random_floats(q_width, dtype, 1.0f), angles = random_floats(kBatch * size, dtype, 1.0f);
+  const auto k = random_floats(kBatch * kv_heads * room * size, dtype, 1.0f), v = random_floats(kBatch * kv_heads * room * size, dtype, 1.0f);
+  auto seen = random_integers<uint8_t>(kBatch * length, 0, 1);
+  for (int64_t b = 0; b < kBatch; ++b) seen[static_cast<size_t>(b * length)] = 1;
+  const int64_t bytes = kBatch * q_width * size_of(dtype);
+  std::vector<uint8_t> normed[2], turned[2], gated[2], attended[2];
+  for (int i = 0; i < 2; ++i) {
+    select_isa(i ? isa : "generic");
+    for (auto* y : {&normed[i], &turned[i], &gated[i], &attended[i]}) y->assign(static_cast<size_t>(bytes), 0xff);
+    launch_rms_norm({kBatch, q_width, dtype, q.data(), weight.data(), normed[i].data(), 1e-5f, 1.0f, true});
+    launch_rotate({kBatch, heads, size, dtype, q.data(), q_width, angles.data(), angles.data(), false, turned[i].data()});
+    launch_gate({kBatch, q_width, dtype, q.data(), normed[0].data(), q_width, q_width, gated[i].data(), length % 2 == 0});
+    AttendParams p = {};
+    p.batch = kBatch;
+    p.heads = heads;
+    p.kv_heads = kv_heads;
+    p.size = size;
+    p.length = length;
+    p.room = room;
+    p.dtype = dtype;
+    p.q = q.data();
+    p.k = k.data();
+    p.v = v.data();
+    p.mask = seen.data();
+    p.mask_batch = length;
+    p.mask_is_bool = true;
+    p.scale = 0.2f;
+    p.y = attended[i].data();
+    launch_attend(p);
+  }
+  char what[120];
+  std::snprintf(what, sizeof what, "decode step, %lld x %lld heads of %lld, %lld tokens, dtype %d", static_cast<long long>(kv_heads),
+                static_cast<long long>(group), static_cast<long long>(size), static_cast<long long>(length), dtype);
+  compare(isa, what, normed[0], normed[1], dtype, false);
+  compare(isa, what, turned[0], turned[1], dtype, true);
+  compare(isa, what, gated[0], gated[1], dtype, false);
+  compare(isa, what, attended[0], attended[1], dtype, false);
+}
+
 void check(const char* isa) {
   const Case kCases[] = {{33, 256, 64, 4, false, false}, {17, 130, 64, 4, true, false}, {48, 520, 128, 4, false, true},  {31, 100, 40, 4, false, false},
                          {40, 700, 192, 2, true, false}, {16, 256, 32, 2, false, false}, {33, 320, 128, 3, false, false}, {20, 96, 96, 3, true, false},
@@ -249,6 +292,11 @@ void check(const char* isa) {
     const Weight w = random_weight(c, kFloat32);
     for (const int64_t tokens : {1, 2, 5}) check_linear(isa, c, w, tokens, dtype, true, true);
     for (const int32_t bits : {2, 3, 4}) check_spqr(isa, bits, dtype);
+    for (const int64_t length : {1, 16, 45}) {
+      check_decode(isa, 2, 4, 64, length, dtype);
+      check_decode(isa, 3, 1, 48, length, dtype);
+      check_decode(isa, 1, 7, 128, length, dtype);
+    }
   }
 }
 

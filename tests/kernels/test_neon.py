@@ -17,7 +17,7 @@ PREFIX = "aarch64-linux-gnu"
 FLAGS = {"isa_neon.cpp": ["-march=armv8.2-a+dotprod"]}
 SOURCES = (
     *("isa.cpp", "isa_generic.cpp", "isa_neon.cpp"),
-    *("launch.cpp", "launch_spqr.cpp"),
+    *("launch.cpp", "launch_spqr.cpp", "launch_decode.cpp"),
 )
 
 
