@@ -2,11 +2,13 @@
 
     python benchmarks/cpu.py [--llamacpp PYTHON] [--bitsandbytes PYTHON] [--quanto PYTHON] [--torchao PYTHON]
                              [--gptqmodel PYTHON --gptqmodel-path FOLDER] [--work FOLDER] [--rounds 5]
+    python benchmarks/cpu.py --plot    # draws results/cpu_*.json once more, measures nothing
 
 PYTHON is the interpreter of an environment that has the package (benchmarks/peers/*_worker.py run in it). All models are loaded
 at once, one process each, and take turns: a round is one measurement of each. All use every core.
 
 Kernels: milliseconds of a product with weights that come from memory, and which share of the measured read bandwidth that is.
+Gradients: milliseconds of grad W for training, beside the same product with a bfloat16 weight.
 Models: a 1B-parameter Llama shape with random weights; seconds of a prompt of 512 tokens, and of a step of `model.generate`.
 """
 
@@ -22,12 +24,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 PEERS = Path(__file__).parent / "peers"
 TRANSFORMERS, LLAMA_CPP = PEERS / "transformers_worker.py", PEERS / "llamacpp_worker.py"
+
+PARTS = ("kernels", "gradients", "models")
 
 # (N, K) of the shape's layers, the head among them.
 SHAPES = ((2048, 2048), (8192, 2048), (2048, 8192), (32000, 2048))
@@ -36,6 +40,11 @@ GROUP = 128
 ROTATED = (
     512 << 20
 )  # bytes of weights that a kernel goes through in turn, so that none is in a cache
+
+# Weights whose gradients are timed: bits, columns of a group (0: all), whether there is a codebook.
+GRADIENTS = {"int4 g128": (4, 128, False), "nf4 g64": (4, 64, True), "int8": (8, 0, False)}
+GRADIENT_SHAPES = ((8192, 2048), (2048, 8192))
+GRADIENT_TOKENS = (512, 2048)
 
 TASKS = {
     "prefill 512": ("prefill", 1, 512),
@@ -121,13 +130,82 @@ def kernels(rounds: int) -> dict[str, Any]:
 
 
 def median_seconds(work: Callable[[], Any], rounds: int) -> float:
-    work()
-    seconds = []
-    for _ in range(4 * rounds):
-        start = time.perf_counter()
+    return statistics.median(seconds_in_turn([work], rounds)[0])
+
+
+def seconds_in_turn(works: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
+    for work in works:
         work()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+    seconds: list[list[float]] = [[] for _ in works]
+    for _ in range(4 * rounds):
+        for work, taken in zip(works, seconds, strict=True):
+            start = time.perf_counter()
+            work()
+            taken.append(time.perf_counter() - start)
+    return seconds
+
+
+# ---- gradients
+
+
+def gradients(rounds: int) -> list[dict[str, Any]]:
+    """grad W of packed weights, checked against float64, then timed in turn with a bfloat16 W."""
+    import torch
+
+    from hfq.core.bits import pack
+    from hfq.core.codebooks import codebook
+    from hfq.kernels import rows16
+    from hfq.kernels.ops import rows16_weight
+
+    generator = torch.Generator().manual_seed(0)
+    rows: list[dict[str, Any]] = []
+    for (n, k), (name, kind) in itertools.product(GRADIENT_SHAPES, GRADIENTS.items()):
+        bits, group, has_table = kind
+        group = group or k
+        codes = torch.randint(1 << bits, (n, k), generator=generator, dtype=torch.uint8)
+        scales = (torch.rand(n, k // group, generator=generator) * 0.01 + 0.001).half()
+        table = codebook("nf4") if has_table else None
+        values = codes.double() - (1 << (bits - 1))
+        if table is not None:
+            values = table.double()[codes.int()]
+        exact = (values.view(n, -1, group) * scales.double().unsqueeze(-1)).view(n, k)
+        lines = rows16.to_rows16(pack(codes, bits).unsqueeze(-1))
+        operands, sizes = (lines, rows16.to_rows16(scales), None, table), (bits, group, k, n)
+        dense = rows16_weight(operands, sizes, torch.bfloat16)
+        for tokens in GRADIENT_TOKENS:
+            x = torch.randn(tokens, k, generator=generator).bfloat16().requires_grad_()
+            y = torch.ops.hfq.cpu_linear(x, *operands, None, *sizes, False)
+            grad = torch.randn(tokens, n, generator=generator).bfloat16()
+
+            def packed(x: Any = x, y: Any = y, grad: Any = grad) -> Any:
+                return torch.autograd.grad(y, x, grad, retain_graph=True)[0]
+
+            def plain(grad: Any = grad, dense: Any = dense) -> Any:
+                return grad @ dense
+
+            expected = grad.double() @ exact
+            error = (packed().double() - expected).norm() / expected.norm()
+            assert error < 0.005, (name, n, k, tokens, error)
+            ours, theirs = seconds_in_turn([packed, plain], rounds)
+            rows.append(
+                {
+                    "kind": "gradient",
+                    "weights": name,
+                    "shape": [n, k],
+                    "tokens": tokens,
+                    "milliseconds": statistics.median(ours) * 1e3,
+                    "bfloat16_milliseconds": statistics.median(theirs) * 1e3,
+                    "least_milliseconds": min(ours) * 1e3,
+                    "bfloat16_least_milliseconds": min(theirs) * 1e3,
+                    "speed_of_bfloat16": statistics.median(theirs) / statistics.median(ours),
+                }
+            )
+            print(
+                f"gradient, {name} {n} x {k}, {tokens} tokens: {rows[-1]['milliseconds']:.1f} ms, "
+                f"bfloat16 {rows[-1]['bfloat16_milliseconds']:.1f}",
+                flush=True,
+            )
+    return rows
 
 
 # ---- models
@@ -297,6 +375,77 @@ def report_models(found: dict[str, Any]) -> None:
     print(format_table(("tokens per second", *TASKS, "weights, MiB", "peak, MiB"), rows))
 
 
+def report_gradients(found: Sequence[dict[str, Any]]) -> None:
+    from hfq.table import format_table
+
+    rows = [
+        (
+            row["weights"],
+            f"{row['shape'][0]} x {row['shape'][1]}",
+            str(row["tokens"]),
+            f"{row['milliseconds']:.1f}",
+            f"{row['bfloat16_milliseconds']:.1f}",
+            f"{row['speed_of_bfloat16']:.0%}",
+        )
+        for row in found
+    ]
+    head = ("gradients", "N x K", "tokens", "milliseconds", "bfloat16", "of its speed")
+    print(format_table(head, rows))
+
+
+# ---- pictures
+
+
+def draw_kernels(found: dict[str, Any]) -> str:
+    from hfq.plot import Bars, bars
+
+    rows = [row for row in found["rows"] if row["tokens"] == 1]
+    groups = [
+        Bars(
+            name=f"{shape[0]} x {shape[1]}",
+            values=[
+                (f"int{row['bits']}", row["share_of_read_bandwidth"])
+                for row in rows
+                if tuple(row["shape"]) == shape
+            ],
+        )
+        for shape in SHAPES
+    ]
+    title = "CPU kernels, one token: weights read, as a share of the memory's bandwidth"
+    label = f"of {found['read_GB_per_second']:.1f} GB/s"
+    return bars(title, label, groups, form=".0%", full=1.0)
+
+
+def draw_models(found: dict[str, Any]) -> str:
+    from hfq.plot import Bars, bars
+
+    names = sorted(found, key=lambda name: not name.startswith("hfq"))  # ours first
+    groups = [
+        Bars(name=task, values=[(name, found[name]["tokens_per_second"][task]) for name in names])
+        for task in TASKS
+    ]
+    return bars("1B parameters on the CPU", "tokens per second, each task to its own scale", groups)
+
+
+def draw(results: dict[str, Any]) -> None:
+    """A picture of each part that has one, beside the JSON files."""
+    import machine
+
+    for part, picture in {"kernels": draw_kernels, "models": draw_models}.items():
+        if part in results:
+            path = machine.RESULTS / f"cpu_{part}.svg"
+            path.write_text(picture(results[part]), encoding="utf-8")
+            print(f"drawn: {path.name}")
+
+
+def draw_again() -> None:
+    import machine
+
+    for part in ("kernels", "models"):
+        path = machine.RESULTS / f"cpu_{part}.json"
+        draw({part: json.loads(path.read_text())[part]})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for package in ("llamacpp", "bitsandbytes", "quanto", "torchao", "gptqmodel"):
@@ -306,11 +455,14 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, help="folder for models, which are not made again")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", choices=("kernels", "models"))
+    parser.add_argument("--only", choices=PARTS)
+    parser.add_argument("--plot", action="store_true", help="only draw what was measured before")
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.make:
         return make_models(args.make)
+    if args.plot:
+        return draw_again()
     import machine
     import torch
 
@@ -319,19 +471,25 @@ def main() -> None:
     torch.set_num_threads(os.cpu_count() or 1)
     status = native.load()
     results: dict[str, Any] = {"isa": status.isa}
-    if args.only != "models":
+    parts = (args.only,) if args.only else PARTS
+    if "kernels" in parts:
         results["kernels"] = kernels(args.rounds)
-    if args.only != "kernels":
+    if "gradients" in parts:
+        results["gradients"] = gradients(args.rounds)
+    if "models" in parts:
         with contextlib.ExitStack() as stack:
             work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
             work.mkdir(parents=True, exist_ok=True)
             results["models"] = models(args, work)
     if "kernels" in results:
         report_kernels(results["kernels"])
+    if "gradients" in results:
+        report_gradients(results["gradients"])
     if "models" in results:
         report_models(results["models"])
     name = f"cpu_{args.only}" if args.only else "cpu"
     print(f"written: {machine.write(name, 'python benchmarks/cpu.py', results).name}")
+    draw(results)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ from torch.autograd import forward_ad
 
 from ..core.weight import PackedGrid
 from . import native, rows16
-from .ops import native_dtype, rows16_weight
+from .ops import native_dtype, rows16_weight, widened
 from .row import OneByOne, Problem
 
-__all__ = ["MAX_DIRECT_TOKENS", "CpuRows16", "call", "no_native_code", "widened"]
+__all__ = ["MAX_DIRECT_TOKENS", "CpuRows16", "call", "no_native_code"]
 
 # Up to here `cpu_linear` is faster than dequantizing (8192x2048 and 2048x8192 int4, 2 cores with AVX-512 VNNI and
 # AMX, benchmarks/NOTES.md), by whether activations are quantized to int8. Without AMX the matrix library is 4 to 10 times
@@ -31,19 +31,6 @@ MAX_DIRECT_TOKENS = {False: 32, True: 128}
 _UNITS = {2: 16, 3: 32, 4: 8, 8: 4}
 # Columns of a tile of the matrix units, by whether activations are quantized to int8: groups end with a tile.
 _TILE_COLUMNS = {False: 32, True: 64}
-
-
-def _slow_dtypes() -> frozenset[torch.dtype]:
-    """16-bit dtypes that the matrix library multiplies 4 to 10 times as slowly as float32: those without instructions."""
-    found = torch.cpu.get_capabilities()
-    if found.get("architecture") != "x86_64":
-        return frozenset()
-    needed = {torch.bfloat16: "avx512_bf16", torch.float16: "avx512_fp16"}
-    return frozenset(dtype for dtype, feature in needed.items() if not found.get(feature))
-
-
-# A constant, not a cached function: compilers trace what asks for it.
-_SLOW_DTYPES = _slow_dtypes()
 
 
 class CpuRows16(OneByOne):
@@ -157,11 +144,6 @@ def _directly(tokens: int, dtype: torch.dtype, grid: PackedGrid, int8_activation
         return False
     columns = _TILE_COLUMNS[int8_activations]
     return grid.group_size >= grid.in_features or grid.group_size % columns == 0
-
-
-def widened(x: Tensor) -> Tensor:
-    """x as the matrix library multiplies it fast."""
-    return x.float() if x.dtype in _SLOW_DTYPES else x
 
 
 def no_native_code(problem: Problem) -> str | None:

@@ -15,8 +15,9 @@ from ..core.bits import packed_bytes
 from ..core.spec import group_count
 from ..core.weight import SpqrGrid
 from . import rows16
-from .cpu import call, no_native_code, widened
+from .cpu import call, no_native_code
 from .neutral_spqr import NeutralSpqr, operands, pick_outliers, sizes
+from .ops import widened
 from .row import OneByOne, Problem
 from .spqr_ops import spqr_rows16_weight
 

@@ -9,9 +9,11 @@ M tokens, N out_features, K in_features, G groups per row. A weight is ``(code -
     dequantize               neutral -> [N, K]                    PyTorch reference; CUDA kernel where built
     linear                   x, neutral -> x W^T + bias           dequantize, then a matrix product
     cpu_dequantize           rows16 -> [N, K]                     native
+    cpu_dequantize_into      out [N, K], rows16                   native; into memory of the caller
     cpu_lookup               index [T], rows16 -> [T, K]          native; rows of a table; no gradient, index is int64
     cpu_linear               x, rows16 -> x W^T + bias            native; float32 or int8 activations
     cpu_linear_dequantized   x, rows16 -> x W^T + bias            cpu_dequantize, then a matrix product
+    cpu_linear_gradient      grad, rows16 -> grad W               cpu_dequantize_into, then a matrix product
     cpu_experts_linear       x, counts, stacks of rows16          native; no gradient (hfq.kernels.row)
     int8_linear              x, neutral -> x W^T + bias           x quantized to int8, integers (hfq.kernels.int8)
     cpu_int8_linear          x, rows16 -> x W^T + bias            the same, native
@@ -30,8 +32,17 @@ import torch
 from torch import Tensor
 
 from . import int8, reference
+from .scratch import scratch
 
-__all__ = ["LIBRARY", "matmul", "native_dtype", "register_gradient", "rows16_weight"]
+__all__ = [
+    "LIBRARY",
+    "dequantized",
+    "matmul",
+    "native_dtype",
+    "register_gradient",
+    "rows16_weight",
+    "widened",
+]
 
 # Any, and not checked: torch does not annotate the class.
 LIBRARY: Any = torch.library.Library("hfq", "DEF")  # type: ignore[no-untyped-call]
@@ -45,6 +56,8 @@ for _schema in (
     f"dequantize({_GRID}, Tensor? g_idx, {_SIZES}, ScalarType dtype) -> Tensor",
     f"linear(Tensor x, {_GRID}, Tensor? g_idx, Tensor? bias, {_SIZES}) -> Tensor",
     f"cpu_dequantize({_GRID}, {_SIZES}, int out_features, ScalarType dtype) -> Tensor",
+    f"cpu_dequantize_into(Tensor(a!) out, {_GRID}, {_SIZES}, int out_features) -> ()",
+    f"cpu_linear_gradient(Tensor grad, {_GRID}, {_SIZES}, int out_features) -> Tensor",
     f"cpu_lookup(Tensor index, {_GRID}, {_SIZES}, int out_features, ScalarType dtype) -> Tensor",
     f"cpu_linear(Tensor x, {_ROWS16}, bool int8_activations) -> Tensor",
     f"cpu_linear_dequantized(Tensor x, {_ROWS16}) -> Tensor",
@@ -93,6 +106,24 @@ def _cpu_linear_dequantized(
     return matmul(x, weight, bias)
 
 
+def _cpu_linear_gradient(
+    grad: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    codebook: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    out_features: int,
+) -> Tensor:
+    wide = widened(grad)
+    weight = scratch((out_features, in_features), native_dtype(wide.dtype))
+    sizes = (bits, group_size, in_features, out_features)
+    torch.ops.hfq.cpu_dequantize_into(weight, qweight, scales, zeros, codebook, *sizes)
+    return matmul(wide, weight.to(wide.dtype).T, None).to(grad.dtype)
+
+
 def rows16_weight(operands: tuple[Any, ...], sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """The weight `[N, K]` behind operands in layout rows16, in any float dtype.
 
@@ -106,6 +137,24 @@ def rows16_weight(operands: tuple[Any, ...], sizes: tuple[int, ...], dtype: torc
 def native_dtype(dtype: torch.dtype) -> torch.dtype:
     """What native code writes for it: float32 and narrower; float64 is a float32 weight, widened."""
     return torch.float32 if dtype == torch.float64 else dtype
+
+
+def _slow_dtypes() -> frozenset[torch.dtype]:
+    """16-bit dtypes that the matrix library multiplies 4 to 10 times as slowly as float32: those without instructions."""
+    found = torch.cpu.get_capabilities()
+    if found.get("architecture") != "x86_64":
+        return frozenset()
+    needed = {torch.bfloat16: "avx512_bf16", torch.float16: "avx512_fp16"}
+    return frozenset(dtype for dtype, feature in needed.items() if not found.get(feature))
+
+
+# A constant, not a cached function: compilers trace what asks for it.
+_SLOW_DTYPES = _slow_dtypes()
+
+
+def widened(x: Tensor) -> Tensor:
+    """x, on the CPU, as the matrix library multiplies it fast."""
+    return x.float() if x.dtype in _SLOW_DTYPES else x
 
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -127,6 +176,7 @@ LIBRARY.impl("dequantize", reference.dequantize, "CompositeExplicitAutograd")
 LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
 LIBRARY.impl("int8_linear", int8.int8_linear, "CompositeExplicitAutograd")
 LIBRARY.impl("cpu_linear_dequantized", _cpu_linear_dequantized, "CPU")
+LIBRARY.impl("cpu_linear_gradient", _cpu_linear_gradient, "CPU")
 
 
 # ---- shapes
@@ -140,6 +190,14 @@ def _fake_dequantize(qweight: Tensor, scales: Tensor, *rest: Any) -> Tensor:
 def _fake_cpu_dequantize(qweight: Tensor, scales: Tensor, *rest: Any) -> Tensor:
     in_features, out_features, dtype = rest[-3:]
     return qweight.new_empty((out_features, in_features), dtype=dtype)
+
+
+def _fake_cpu_dequantize_into(out: Tensor, *rest: Any) -> None:
+    return None
+
+
+def _fake_cpu_linear_gradient(grad: Tensor, *rest: Any) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], rest[-2]))
 
 
 def _fake_cpu_lookup(index: Tensor, qweight: Tensor, scales: Tensor, *rest: Any) -> Tensor:
@@ -159,29 +217,32 @@ def _fake_cpu_linear_dequantized(x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], rest[-1]))
 
 
-for _name, _fake in {
+_FAKES: dict[str, Callable[..., Tensor | None]] = {
     "dequantize": _fake_dequantize,
     "linear": _fake_linear,
     "cpu_dequantize": _fake_cpu_dequantize,
+    "cpu_dequantize_into": _fake_cpu_dequantize_into,
+    "cpu_linear_gradient": _fake_cpu_linear_gradient,
     "cpu_lookup": _fake_cpu_lookup,
     "cpu_linear": _fake_cpu_linear,
     "cpu_linear_dequantized": _fake_cpu_linear_dequantized,
     "cpu_experts_linear": _fake_cpu_linear,
     "int8_linear": _fake_linear,
     "cpu_int8_linear": _fake_cpu_linear_dequantized,  # out_features stands last, too
-}.items():
+}
+for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"hfq::{_name}", _fake, lib=LIBRARY)
 
 
 # ---- gradients: dL/dx = dL/dy W, with W from the packed operands
 
 
-def register_gradient(name: str, operand_count: int, weight: Callable[..., Tensor]) -> None:
+def register_gradient(name: str, operand_count: int, product: Callable[..., Tensor]) -> None:
     """Give ``hfq::<name>(x, *operands, bias, *sizes)`` its gradient.
 
     Args:
         operand_count: packed tensors between x and bias.
-        weight: (operands, sizes, dtype) -> `[N, K]`.
+        product: (grad, operands, sizes) -> grad W, grad `[..., N]` and the weight W `[N, K]`.
     """
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -193,7 +254,7 @@ def register_gradient(name: str, operand_count: int, weight: Callable[..., Tenso
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ weight(ctx.saved_tensors, ctx.sizes, grad.dtype)
+            grad_x = product(grad, ctx.saved_tensors, ctx.sizes)
         if ctx.needs_input_grad[1 + operand_count]:
             grad_bias = grad.sum_to_size(grad.shape[-1]).to(ctx.bias_dtype)
         return (grad_x, *[None] * operand_count, grad_bias, *[None] * len(ctx.sizes))
@@ -201,6 +262,16 @@ def register_gradient(name: str, operand_count: int, weight: Callable[..., Tenso
     torch.library.register_autograd(
         f"hfq::{name}", backward, setup_context=setup_context, lib=LIBRARY
     )
+
+
+def dequantized(weight: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A product for `register_gradient` from (operands, sizes, dtype) -> `[N, K]`."""
+
+    def product(grad: Tensor, operands: tuple[Any, ...], sizes: tuple[int, ...]) -> Tensor:
+        wide = widened(grad) if grad.device.type == "cpu" else grad
+        return (wide @ weight(operands, sizes, wide.dtype)).to(grad.dtype)
+
+    return product
 
 
 def _neutral_weight(
@@ -215,16 +286,38 @@ def _int8_weight(operands: tuple[Any, ...], sizes: tuple[int, ...], dtype: torch
     return _neutral_weight((qweight, scales, None, None, None), (8, sizes[0], sizes[0]), dtype)
 
 
-def _cpu_int8_weight(
-    operands: tuple[Any, ...], sizes: tuple[int, ...], dtype: torch.dtype
-) -> Tensor:
+def _rows16_product(grad: Tensor, operands: tuple[Any, ...], sizes: tuple[int, ...]) -> Tensor:
+    product: Tensor = torch.ops.hfq.cpu_linear_gradient(grad, *operands, *sizes[:4])
+    return product
+
+
+def _cpu_int8_product(grad: Tensor, operands: tuple[Any, ...], sizes: tuple[int, ...]) -> Tensor:
     qweight, scales, _ = operands
     columns, rows = sizes
-    return rows16_weight((qweight, scales, None, None), (8, columns, columns, rows), dtype)
+    return _rows16_product(grad, (qweight, scales, None, None), (8, columns, columns, rows))
 
 
-register_gradient("linear", 5, _neutral_weight)
-register_gradient("cpu_linear", 4, rows16_weight)
-register_gradient("cpu_linear_dequantized", 4, rows16_weight)
-register_gradient("int8_linear", 3, _int8_weight)
-register_gradient("cpu_int8_linear", 3, _cpu_int8_weight)
+register_gradient("linear", 5, dequantized(_neutral_weight))
+register_gradient("cpu_linear", 4, _rows16_product)
+register_gradient("cpu_linear_dequantized", 4, _rows16_product)
+register_gradient("int8_linear", 3, dequantized(_int8_weight))
+register_gradient("cpu_int8_linear", 3, _cpu_int8_product)
+
+
+# Gradients of gradients: d(grad W) = d(grad) W, so that of grad is a product with W^T.
+
+
+def _keep_operands(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:5])
+    ctx.sizes = inputs[5:]
+
+
+def _second_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    product = torch.ops.hfq.cpu_linear_dequantized
+    wide = product(widened(grad), *ctx.saved_tensors, None, *ctx.sizes)
+    return (wide.to(grad.dtype), *[None] * 8)
+
+
+torch.library.register_autograd(
+    "hfq::cpu_linear_gradient", _second_gradient, setup_context=_keep_operands, lib=LIBRARY
+)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .ops import LIBRARY, matmul, register_gradient
+from .ops import LIBRARY, dequantized, matmul, register_gradient
 
 __all__ = ["spqr_rows16_weight"]
 
@@ -105,6 +105,6 @@ _FAKES: dict[str, Callable[..., Tensor]] = {
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"hfq::{_name}", _fake, lib=LIBRARY)
 
-register_gradient("spqr_linear", _OPERANDS, _neutral_weight)
-register_gradient("cpu_spqr_linear", _OPERANDS, spqr_rows16_weight)
-register_gradient("cpu_spqr_linear_dequantized", _OPERANDS, spqr_rows16_weight)
+register_gradient("spqr_linear", _OPERANDS, dequantized(_neutral_weight))
+register_gradient("cpu_spqr_linear", _OPERANDS, dequantized(spqr_rows16_weight))
+register_gradient("cpu_spqr_linear_dequantized", _OPERANDS, dequantized(spqr_rows16_weight))

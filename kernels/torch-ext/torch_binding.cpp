@@ -222,6 +222,19 @@ void cpu_dequantize(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = filled(op, y, [&] { launch_dequantize(p); });
 }
 
+// hfq::cpu_dequantize_into(out, qweight, scales, zeros?, codebook?, bits, group_size, in_features, out_features) -> ()
+void cpu_dequantize_into(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "cpu_dequantize_into";
+  const Tensor out(op, "out", stack[0]), qweight(op, "qweight", stack[1]), scales(op, "scales", stack[2]);
+  const Tensor zeros(op, "zeros", Tensor::unwrap(stack[3])), codebook(op, "codebook", Tensor::unwrap(stack[4]));
+
+  const Shape shape = make_shape(op, as_int(stack[5]), as_int(stack[6]), as_int(stack[7]), as_int(stack[8]));
+  DequantizeParams p = dequantize_params(op, shape, check_weight(op, shape, qweight, scales, zeros, codebook), out.dtype());
+  out.expect_shape({shape.out_features, shape.in_features});
+  p.y = out.data(aoti_torch_device_type_cpu(), element_size(p.y_dtype));
+  launch_dequantize(p);
+}
+
 // hfq::cpu_lookup(index, qweight, scales, zeros?, codebook?, bits, group_size, in_features, out_features, dtype) -> [T, K]
 void cpu_lookup(StableIValue* stack, uint64_t, uint64_t) {
   constexpr const char* op = "cpu_lookup";
@@ -250,8 +263,9 @@ bool register_all() {
   if (aoti_torch_library_init_impl("hfq", "CPU", __FILE__, __LINE__, &library) != 0) return false;
   return register_impl(library, "cpu_linear", cpu_linear) && register_impl(library, "cpu_int8_linear", cpu_int8_linear) &&
          register_impl(library, "cpu_experts_linear", cpu_experts_linear) &&
-         register_impl(library, "cpu_dequantize", cpu_dequantize) && register_impl(library, "cpu_lookup", cpu_lookup) && register_spqr(library) && register_rounding(library) &&
-         register_moments(library) && register_planes(library) && register_decode(library);
+         register_impl(library, "cpu_dequantize", cpu_dequantize) && register_impl(library, "cpu_dequantize_into", cpu_dequantize_into) &&
+         register_impl(library, "cpu_lookup", cpu_lookup) && register_spqr(library) && register_rounding(library) && register_moments(library) &&
+         register_planes(library) && register_decode(library);
 }
 
 const bool registered = register_all();
