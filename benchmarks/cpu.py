@@ -1,7 +1,8 @@
 """CPU kernels and whole models beside other people's, in turn, one run. Checks that products are right before it times them.
 
     python benchmarks/cpu.py [--llamacpp PYTHON] [--bitsandbytes PYTHON] [--quanto PYTHON] [--torchao PYTHON]
-                             [--gptqmodel PYTHON --gptqmodel-path FOLDER] [--work FOLDER] [--rounds 5]
+                             [--gptqmodel PYTHON --gptqmodel-path FOLDER] [--llamacpp-avx2 PYTHON]
+                             [--work FOLDER] [--rounds 5]
     python benchmarks/cpu.py --plot    # draws results/cpu_*.json once more, measures nothing
 
 PYTHON is the interpreter of an environment that has the package (benchmarks/peers/*_worker.py run in it). All models are loaded
@@ -10,6 +11,8 @@ at once, one process each, and take turns: a round is one measurement of each. A
 Kernels: milliseconds of a product with weights that come from memory, and which share of the measured read bandwidth that is.
 Gradients: milliseconds of grad W for training, beside the same product with a bfloat16 weight.
 Models: a 1B-parameter Llama shape with random weights; seconds of a prompt of 512 tokens, and of a step of `model.generate`.
+AVX2: hfq held to it beside a llama.cpp that was built for it.
+Step: what a step of `model.generate` takes beside its products, which give zeros here, with and without native code for the rest.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from typing import Any
 PEERS = Path(__file__).parent / "peers"
 TRANSFORMERS, LLAMA_CPP = PEERS / "transformers_worker.py", PEERS / "llamacpp_worker.py"
 
-PARTS = ("kernels", "gradients", "models")
+PARTS = ("kernels", "gradients", "models", "avx2", "step")
 
 # (N, K) of the shape's layers, the head among them.
 SHAPES = ((2048, 2048), (8192, 2048), (2048, 8192), (32000, 2048))
@@ -57,6 +60,13 @@ OURS: dict[str, dict[str, Any]] = {
     "hfq int8": {"format": "int8"},
 }
 WHOLE = {"quantize_lm_head": True, "quantize_embeddings": True}
+PACKED = "hfq int4 g128"
+
+# Holds hfq, PyTorch and oneDNN to AVX2.
+AVX2 = {"HFQ_CPU_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+
+# Name -> kind of transformers_worker.py.
+STEPS = {"the model's own code": "hfq-plain-free", "native code": "hfq-free"}
 
 
 # ---- kernels
@@ -214,12 +224,19 @@ def gradients(rounds: int) -> list[dict[str, Any]]:
 class Worker:
     """A process with a model, idle until it is asked."""
 
-    def __init__(self, name: str, command: list[str], log: Path) -> None:
+    def __init__(
+        self, name: str, command: list[str], log: Path, environment: dict[str, str] | None = None
+    ) -> None:
         self.name = name
         self.log = log
         with log.open("w") as stream:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream, text=True
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stream,
+                text=True,
+                env={**os.environ, **(environment or {})},
             )
         self.about = self.answer()
 
@@ -295,26 +312,25 @@ def commands(args: argparse.Namespace, work: Path) -> dict[str, list[str]]:
     return found
 
 
-def models(args: argparse.Namespace, work: Path) -> dict[str, Any]:
-    maker = [sys.executable, __file__, "--make", str(work)]
-    subprocess.run(maker, check=True)
-    workers = []
-    for name, command in commands(args, work).items():
-        workers.append(Worker(name, command, work / f"{name.replace(' ', '-')}.log"))
-        print(f"loaded {name}: {workers[-1].about['weights_MiB']:.0f} MiB", flush=True)
-    seconds: dict[str, dict[str, list[float]]] = {
-        w.name: {task: [] for task in TASKS} for w in workers
-    }
-    for number in range(args.rounds + 1):  # the first one warms up
-        for task, request in TASKS.items():
+def start(name: str, command: list[str], work: Path, **environment: str) -> Worker:
+    worker = Worker(name, command, work / f"{name.replace(' ', '-')}.log", environment)
+    print(f"loaded {name}: {worker.about['weights_MiB']:.0f} MiB", flush=True)
+    return worker
+
+
+def in_turn(workers: Sequence[Worker], tasks: Sequence[str], rounds: int) -> dict[str, Any]:
+    """Every task by every worker, round by round; ends the workers."""
+    seconds: dict[str, dict[str, list[float]]] = {w.name: {t: [] for t in tasks} for w in workers}
+    for number in range(rounds + 1):  # the first one warms up
+        for task in tasks:
             for worker in workers:
-                taken = worker.ask(*request)
+                taken = worker.ask(*TASKS[task])
                 if number:
                     seconds[worker.name][task].append(taken)
             done = ", ".join(
                 f"{w.name} {_rate(task, seconds[w.name][task][-1]):.1f}" for w in workers if number
             )
-            print(f"round {number} of {args.rounds}: {task}: {done or 'warm'}", flush=True)
+            print(f"round {number} of {rounds}: {task}: {done or 'warm'}", flush=True)
     return {
         worker.name: {
             **worker.about,
@@ -327,6 +343,30 @@ def models(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         }
         for worker in workers
     }
+
+
+def models(args: argparse.Namespace, work: Path) -> dict[str, Any]:
+    workers = [start(name, command, work) for name, command in commands(args, work).items()]
+    return in_turn(workers, list(TASKS), args.rounds)
+
+
+def avx2(args: argparse.Namespace, work: Path) -> dict[str, Any] | None:
+    if not args.llamacpp_avx2:
+        return None
+    ours = [sys.executable, str(TRANSFORMERS), "hfq", str(work / PACKED.replace(" ", "-"))]
+    theirs = [args.llamacpp_avx2, str(LLAMA_CPP), "serve", str(work / "q4_0.gguf")]
+    workers = [start(PACKED, ours, work, **AVX2), start("llama.cpp Q4_0", theirs, work)]
+    return in_turn(workers, list(TASKS), args.rounds)
+
+
+def step(args: argparse.Namespace, work: Path) -> dict[str, Any]:
+    folder = str(work / PACKED.replace(" ", "-"))
+    workers = [
+        start(name, [sys.executable, str(TRANSFORMERS), kind, folder], work)
+        for name, kind in STEPS.items()
+    ]
+    tasks = [task for task, (kind, *_) in TASKS.items() if kind == "decode"]
+    return in_turn(workers, tasks, args.rounds)
 
 
 def _rate(task: str, seconds: float) -> float:
@@ -375,6 +415,17 @@ def report_models(found: dict[str, Any]) -> None:
     print(format_table(("tokens per second", *TASKS, "weights, MiB", "peak, MiB"), rows))
 
 
+def report_step(found: dict[str, Any]) -> None:
+    from hfq.table import format_table
+
+    tasks = list(found[next(iter(found))]["seconds"])
+    rows = [
+        (name, *(f"{1e3 * statistics.median(one['seconds'][task]):.1f}" for task in tasks))
+        for name, one in found.items()
+    ]
+    print(format_table(("milliseconds of a step with free products", *tasks), rows))
+
+
 def report_gradients(found: Sequence[dict[str, Any]]) -> None:
     from hfq.table import format_table
 
@@ -391,6 +442,15 @@ def report_gradients(found: Sequence[dict[str, Any]]) -> None:
     ]
     head = ("gradients", "N x K", "tokens", "milliseconds", "bfloat16", "of its speed")
     print(format_table(head, rows))
+
+
+REPORTS: dict[str, Callable[[Any], None]] = {
+    "kernels": report_kernels,
+    "gradients": report_gradients,
+    "models": report_models,
+    "avx2": report_models,
+    "step": report_step,
+}
 
 
 # ---- pictures
@@ -453,6 +513,9 @@ def main() -> None:
     parser.add_argument(
         "--gptqmodel-path", type=Path, help="a checkpoint of the shape that it quantized"
     )
+    parser.add_argument(
+        "--llamacpp-avx2", metavar="PYTHON", help="interpreter whose llama.cpp is built for AVX2"
+    )
     parser.add_argument("--work", type=Path, help="folder for models, which are not made again")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=PARTS)
@@ -476,17 +539,18 @@ def main() -> None:
         results["kernels"] = kernels(args.rounds)
     if "gradients" in parts:
         results["gradients"] = gradients(args.rounds)
-    if "models" in parts:
+    of_models = {"models": models, "avx2": avx2, "step": step}
+    if of_models.keys() & set(parts):
         with contextlib.ExitStack() as stack:
             work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
             work.mkdir(parents=True, exist_ok=True)
-            results["models"] = models(args, work)
-    if "kernels" in results:
-        report_kernels(results["kernels"])
-    if "gradients" in results:
-        report_gradients(results["gradients"])
-    if "models" in results:
-        report_models(results["models"])
+            subprocess.run([sys.executable, __file__, "--make", str(work)], check=True)
+            results |= {
+                part: measure(args, work) for part, measure in of_models.items() if part in parts
+            }
+    for part, report in REPORTS.items():
+        if results.get(part):
+            report(results[part])
     name = f"cpu_{args.only}" if args.only else "cpu"
     print(f"written: {machine.write(name, 'python benchmarks/cpu.py', results).name}")
     draw(results)

@@ -2,7 +2,8 @@
 
     python benchmarks/peers/transformers_worker.py KIND MODEL
 
-KIND: bfloat16, hfq (MODEL is packed), hfq-int8, bitsandbytes, quanto, quanto-int8, torchao-int8, gptqmodel (MODEL is packed by it).
+KIND: bfloat16, hfq (MODEL is packed), bitsandbytes, quanto, quanto-int8, torchao-int8, gptqmodel (MODEL is packed by it).
+hfq-plain leaves the model's own code alone, and with -free behind it products give zeros.
 It answers each line of its input with a line of JSON; see `worker.serve`.
 """
 
@@ -27,7 +28,14 @@ from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteri
 def load(kind: str, path: str) -> Any:
     settings: dict[str, Any] = {"dtype": torch.bfloat16}
     if kind.startswith("hfq"):
-        import hfq  # noqa: F401
+        import hfq
+
+        if "plain" in kind:
+            settings["quantization_config"] = hfq.HfqConfig(decode_kernels=False)
+        if "free" in kind:
+            from hfq.kernels.cpu import CpuRows16
+
+            CpuRows16.linear = zeros
     elif kind == "bitsandbytes":
         from transformers import BitsAndBytesConfig
 
@@ -51,6 +59,11 @@ def load(kind: str, path: str) -> Any:
     elif kind != "bfloat16":
         raise SystemExit(f"unknown kind {kind!r}")
     return AutoModelForCausalLM.from_pretrained(path, **settings).eval()
+
+
+def zeros(row: Any, x: torch.Tensor, grid: Any, *_: Any) -> torch.Tensor:
+    """A product that costs nothing."""
+    return x.new_zeros((*x.shape[:-1], grid.out_features))
 
 
 class Clock(StoppingCriteria):  # type: ignore[misc]
