@@ -65,6 +65,16 @@ namespace {
 }
 #endif
 
+#if defined(HFQ_WITH_AVX2_VNNI) || defined(HFQ_WITH_AVX512_VNNI)
+using Product = void (*)(const LinearParams&, int64_t, int64_t);
+Kernels with_vnni(Kernels kernels, const char* name, Product linear_int8, Product int8_linear) {
+  kernels.name = name;
+  kernels.linear_int8 = linear_int8;
+  kernels.int8_linear = int8_linear;
+  return kernels;
+}
+#endif
+
 #ifdef HFQ_WITH_AVX512_AMX
 Kernels with_amx(Kernels kernels) {
   kernels.name = "avx512_amx";
@@ -81,18 +91,20 @@ std::vector<const Kernels*> detect() {
   __builtin_cpu_init();
 #endif
   std::vector<const Kernels*> found;
+#ifdef HFQ_WITH_AVX512_VNNI
+  static const Kernels avx512_vnni = with_vnni(kAvx512Kernels, "avx512_vnni", avx512_vnni_linear_int8, avx512_vnni_int8_linear);
 #ifdef HFQ_WITH_AVX512_AMX
-  static const Kernels amx = with_amx(kAvx512VnniKernels);
+  static const Kernels amx = with_amx(avx512_vnni);
   if (has_amx()) found.push_back(&amx);
 #endif
-#ifdef HFQ_WITH_AVX512_VNNI
-  if (has_avx512_vnni()) found.push_back(&kAvx512VnniKernels);
+  if (has_avx512_vnni()) found.push_back(&avx512_vnni);
 #endif
 #ifdef HFQ_WITH_AVX512
   if (has_avx512()) found.push_back(&kAvx512Kernels);
 #endif
 #ifdef HFQ_WITH_AVX2_VNNI
-  if (has_avx2_vnni()) found.push_back(&kAvx2VnniKernels);
+  static const Kernels avx2_vnni = with_vnni(kAvx2Kernels, "avx2_vnni", avx2_vnni_linear_int8, avx2_vnni_int8_linear);
+  if (has_avx2_vnni()) found.push_back(&avx2_vnni);
 #endif
 #ifdef HFQ_WITH_AVX2
   if (has_avx2()) found.push_back(&kAvx2Kernels);

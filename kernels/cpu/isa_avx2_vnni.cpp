@@ -1,10 +1,7 @@
 // AVX2 with AVX-VNNI (Alder Lake and later, Zen 5): vpdpbusd on 256 bits, without saturation.
 #include <immintrin.h>
 
-#include "decode.h"
-#include "rounding.h"
 #include "rows16.h"
-#include "spqr.h"
 
 namespace hfq {
 namespace {
@@ -21,15 +18,11 @@ inline SmallSum small_dot(SmallSum sum, Line codes, uint32_t x) { return byte_do
 inline I small_end(SmallSum sum, I) { return sum; }
 
 #include "rows16_parts.h"
-#include "rows16_body.h"
 #include "int8_body.h"
-#include "spqr_body.h"
-#include "rounding_body.h"
-#include "decode_body.h"
 
 }  // namespace
 
-const Kernels kAvx2VnniKernels = {"avx2_vnni", kMaxTokens, kSpqrTokens, prepare, linear, dequantize, quantize, int8_linear, spqr_prepare, spqr_linear, spqr_dequantize, round_columns, search_grid,
-    rms_norm, rotate, gate, attend};
+void avx2_vnni_linear_int8(const LinearParams& p, int64_t first, int64_t last) { linear_int8(p, first, last); }
+void avx2_vnni_int8_linear(const LinearParams& p, int64_t first, int64_t last) { int8_linear(p, first, last); }
 
 }  // namespace hfq

@@ -280,7 +280,7 @@ inline void lookup_words(uint8_t* y, const uint32_t* words, int64_t count, F val
 
 }  // namespace
 
-const Kernels kGenericKernels = {"generic", kMaxTokens, kSpqrTokens, prepare, linear, dequantize, quantize, int8_linear, spqr_prepare, spqr_linear, spqr_dequantize, round_columns, search_grid,
+const Kernels kGenericKernels = {"generic", kMaxTokens, kSpqrTokens, prepare, linear, linear_int8, dequantize, quantize, int8_linear, spqr_prepare, spqr_linear, spqr_dequantize, round_columns, search_grid,
     rms_norm, rotate, gate, attend};
 
 }  // namespace hfq

@@ -139,7 +139,7 @@ void run(const Kernels& isa, std::vector<Sweep>& sweeps, int64_t tokens) {
 
   const int64_t block_bytes = s.words * kLineBytes, step = at_least_one(kCachedBytes / block_bytes);
   const auto multiply = [&](const Sweep& sweep, int64_t first_block, int64_t last_block) {
-    const auto product = sweep.call->whole_rows ? isa.int8_linear : isa.linear;
+    const auto product = sweep.call->whole_rows ? isa.int8_linear : sweep.call->int8_activations ? isa.linear_int8 : isa.linear;
     for (int64_t from = first_block; from < last_block;) {
       const int64_t to = sweep.passes.count == 1 || from + step > last_block ? last_block : from + step;
       for (int64_t i = 0; i < sweep.passes.count; ++i) {

@@ -127,6 +127,7 @@ struct Kernels {
   int32_t spqr_max_tokens;
   void (*prepare)(const PrepareParams& params, int64_t first, int64_t last);
   void (*linear)(const LinearParams& params, int64_t first, int64_t last);
+  void (*linear_int8)(const LinearParams& params, int64_t first, int64_t last);
   void (*dequantize)(const DequantizeParams& params, int64_t first, int64_t last);
   void (*quantize)(const QuantizeParams& params);
   void (*int8_linear)(const LinearParams& params, int64_t first, int64_t last);
@@ -151,7 +152,13 @@ struct Kernels {
   void (*multiply_moment)(const MomentParams& params, int64_t first, int64_t last) = nullptr;
 };
 
-// The matrix units come with everything that kAvx512VnniKernels needs.
+// Dot products of bytes: all else is that of the instruction set without them.
+void avx2_vnni_linear_int8(const LinearParams& params, int64_t first, int64_t last);
+void avx2_vnni_int8_linear(const LinearParams& params, int64_t first, int64_t last);
+void avx512_vnni_linear_int8(const LinearParams& params, int64_t first, int64_t last);
+void avx512_vnni_int8_linear(const LinearParams& params, int64_t first, int64_t last);
+
+// The matrix units come with everything that AVX-512 VNNI needs.
 void amx_tiles_linear(const LinearParams& params, uint8_t* scratch, int64_t first_pair, int64_t last_pair);
 void amx_tiles_bfloat16(const LinearParams& params, uint8_t* scratch, int64_t first_task, int64_t last_task);
 void amx_pack_moment(const MomentParams& params, int64_t first, int64_t last);
@@ -160,8 +167,6 @@ void amx_multiply_moment(const MomentParams& params, int64_t first, int64_t last
 extern const Kernels kGenericKernels;
 extern const Kernels kNeonKernels;
 extern const Kernels kAvx2Kernels;
-extern const Kernels kAvx2VnniKernels;
 extern const Kernels kAvx512Kernels;
-extern const Kernels kAvx512VnniKernels;
 
 }  // namespace hfq

@@ -1,4 +1,5 @@
-// The CPU kernels for groups with one scale. Included after rows16_parts.h, inside the same anonymous namespace.
+// The CPU kernels for groups with one scale, but for products of integers (int8_body.h). Included after rows16_parts.h, inside the same anonymous
+// namespace.
 
 // ---- activations ----
 
@@ -103,77 +104,49 @@ void prepare(const PrepareParams& p, int64_t first, int64_t last) {
   }
 }
 
-// ---- products ----
+// ---- activations of W8A8 (int8_body.h): one scale for the whole row ----
 
-// 32 columns times M tokens. Codes up to 15 are summed up in 16 bits where there is no better instruction.
-template <int M, Codes CODES, int PARTS>
-inline void dot_span(I (&dot)[PARTS][M], const uint8_t* line, const int8_t* x, Table table) {
-  Line lines[lines_of(CODES)];
-  if constexpr (CODES == kTable || CODES == kBytes) {
-    each_column<8>([&](auto column) {
-      constexpr int q = decltype(column)::value;
-      fetch_as_needed<CODES, q, 8>(lines, line);
-      const Line codes = quad<CODES, q>(lines, table);
-      for (int m = 0; m < M; ++m) dot[q % PARTS][m] = byte_dot(dot[q % PARTS][m], codes, load_word(x + kStepBytes * m + 4 * q));
-    });
-  } else {
-    SmallSum small[PARTS][M];
-    for (int i = 0; i < PARTS; ++i)
-      for (int m = 0; m < M; ++m) small[i][m] = small_begin(dot[i][m]);
-    each_column<8>([&](auto column) {
-      constexpr int q = decltype(column)::value;
-      fetch_as_needed<CODES, q, 8>(lines, line);
-      const Line codes = quad<CODES, q>(lines, table);
-      for (int m = 0; m < M; ++m) small[q % PARTS][m] = small_dot(small[q % PARTS][m], codes, load_word(x + kStepBytes * m + 4 * q));
-    });
-    for (int i = 0; i < PARTS; ++i)
-      for (int m = 0; m < M; ++m) dot[i][m] = small_end(small[i][m], dot[i][m]);
-  }
-}
-
-template <int M, Codes CODES>
-void linear_int8(const LinearParams& p, int64_t first, int64_t last) {
-  constexpr int64_t kLines = lines_of(CODES);
-  constexpr int kParts = M <= 2 ? 2 : 1;  // chains of dependent sums: one of them is too slow for one token
+// One token: its codes, its scale, -128 * the sum of its codes. NaN or infinity anywhere in it makes the scale NaN, and with it all outputs.
+inline void quantize_token(const QuantizeParams& p, int64_t token) {
   const Shape& s = p.shape;
-  const Table table = table_load(p.codebook_u8);
-  alignas(64) uint8_t buffer[kLines * kLineBytes];
-  for (int64_t b = first; b < last; ++b) {
-    const uint8_t* line = p.qweight + b * s.words * kLineBytes;
-    F total[M];
-    for (int m = 0; m < M; ++m) total[m] = f_zero();
-    for (int64_t g = 0; g < s.groups; ++g) {
-      F sum[M];
-      for (int m = 0; m < M; ++m) sum[m] = f_zero();
-      if (p.zeros) {
-        const F zero = f_load_as(p.zeros, (b * s.groups + g) * kRows, p.scale_dtype);
-        for (int m = 0; m < M; ++m) sum[m] = f_mul(zero, f_set1(-p.x.group_sums[g * M + m]));
-      }
-      int64_t words = words_of<CODES>(smaller(s.group_size, s.in_features - g * s.group_size));
-      int64_t span = g * s.spans_per_group;
-      for (int64_t block = g * s.blocks_per_group; words > 0; ++block) {
-        I dot[kParts][M];
-        for (int m = 0; m < M; ++m) dot[0][m] = i_set1(p.x.block_init[block * M + m]);
-        for (int i = 1; i < kParts; ++i)
-          for (int m = 0; m < M; ++m) dot[i][m] = i_set1(0);
-        for (int64_t i = 0; i < kActBlock / kSpan && words > 0; ++i, ++span, words -= kLines, line += kLines * kLineBytes) {
-          const int8_t* x = p.x.codes + (span / 2 * M) * kStepBytes + span % 2 * kSpan;
-          dot_span<M, CODES, kParts>(dot, whole_span<CODES>(buffer, line, words), x, table);
-        }
-        for (int m = 0; m < M; ++m) {
-          for (int i = 1; i < kParts; ++i) dot[0][m] = i_add(dot[0][m], dot[i][m]);
-          sum[m] = f_fma(f_from_i(dot[0][m]), f_set1(p.x.block_scales[block * M + m]), sum[m]);
-        }
-      }
-      line += words * kLineBytes;  // back over what the last span lacked
-      const F scale = f_load_as(p.scales, (b * s.groups + g) * kRows, p.scale_dtype);
-      for (int m = 0; m < M; ++m) total[m] = f_fma(sum[m], scale, total[m]);
-    }
-    for (int m = 0; m < M; ++m) store_outputs(p, b, m, f_mul(total[m], f_set1(p.output_factor)));
+  const int64_t at = token * s.in_features;
+  alignas(64) float values[kSpan];
+  I largest = i_set1(0);
+  for (int64_t k = 0; k < s.in_features; k += kSpan) {
+    load_columns(values, p.x, at + k, smaller(kSpan, s.in_features - k), p.x_dtype);
+    largest = larger_magnitudes(largest, values);
   }
+  const float amax = largest_magnitude(largest);
+  const bool finite = amax < __builtin_inff();
+  float scale, inverse;
+  if (p.input_scale) {
+    scale = *p.input_scale;
+    const bool usable = scale > kLeastMagnitude && scale < __builtin_inff();
+    inverse = usable ? 1.0f / scale : 0.0f;
+    if (!usable) scale = __builtin_nanf("");
+  } else {
+    const bool some = amax > kLeastMagnitude;
+    scale = some ? amax / 127.0f : 0.0f;
+    inverse = some && finite ? 127.0f / amax : 0.0f;
+  }
+  p.out.block_scales[token] = finite ? scale : __builtin_nanf("");
+  I sums = i_set1(0);
+  for (int64_t k = 0; k < s.in_features; k += kSpan) {
+    alignas(64) int32_t codes[kSpan];
+    load_columns(values, p.x, at + k, smaller(kSpan, s.in_features - k), p.x_dtype);
+    sums = round_span(sums, values, f_set1(inverse), codes);
+    pack_codes<8>(codes_at(p.out, k / kSpan, token), codes);
+  }
+  p.out.block_init[token] = -128 * sum_of(sums);
 }
 
-// Likewise, in fp32.
+void quantize(const QuantizeParams& p) {
+  for (int64_t token = 0; token < p.tokens; ++token) quantize_token(p, token);
+}
+
+// ---- products in fp32 ----
+
+// 32 columns times M tokens.
 template <int M, Codes CODES, int PARTS>
 inline void add_span(F (&sum)[PARTS][M], const uint8_t* line, const float* x, FloatTable table) {
   Line lines[lines_of(CODES)];
@@ -186,7 +159,7 @@ inline void add_span(F (&sum)[PARTS][M], const uint8_t* line, const float* x, Fl
 }
 
 template <int M, Codes CODES>
-void linear_exact(const LinearParams& p, int64_t first, int64_t last) {
+void exact_product(const LinearParams& p, int64_t first, int64_t last) {
   constexpr int64_t kLines = lines_of(CODES);
   // A chain of dependent multiply-adds runs at one per 4 cycles: few tokens take several partial sums.
   constexpr int kParts = M >= 4 ? 1 : (M == 1 ? 4 : 2);
@@ -222,34 +195,8 @@ void linear_exact(const LinearParams& p, int64_t first, int64_t last) {
   }
 }
 
-template <int M, Codes CODES>
-void linear_codes(const LinearParams& p, int64_t first, int64_t last) {
-  p.int8_activations ? linear_int8<M, CODES>(p, first, last) : linear_exact<M, CODES>(p, first, last);
-}
-
-template <int M>
-void linear_tokens(const LinearParams& p, int64_t first, int64_t last) {
-  if constexpr (M <= kMaxTokens) {
-    switch (p.shape.bits) {
-      case 2: return linear_codes<M, kPairs>(p, first, last);
-      case 3: return linear_codes<M, kPlanes>(p, first, last);
-      case 4: return p.codebook ? linear_codes<M, kTable>(p, first, last) : linear_codes<M, kNibbles>(p, first, last);
-      case 8: return linear_codes<M, kBytes>(p, first, last);
-    }
-  }
-}
-
 void linear(const LinearParams& p, int64_t first, int64_t last) {
-  switch (p.tokens) {
-    case 1: return linear_tokens<1>(p, first, last);
-    case 2: return linear_tokens<2>(p, first, last);
-    case 3: return linear_tokens<3>(p, first, last);
-    case 4: return linear_tokens<4>(p, first, last);
-    case 5: return linear_tokens<5>(p, first, last);
-    case 6: return linear_tokens<6>(p, first, last);
-    case 7: return linear_tokens<7>(p, first, last);
-    case 8: return linear_tokens<8>(p, first, last);
-  }
+  by_tokens_and_codes(p.tokens, p, [&](auto tokens, auto codes) { exact_product<decltype(tokens)::value, decltype(codes)::value>(p, first, last); });
 }
 
 // ---- dequantization ----

@@ -70,6 +70,7 @@ inline void store_outputs(const LinearParams& p, int64_t block, int64_t token, F
 
 // ---- codes ----
 
+// A number that is known when the code is compiled.
 template <int i>
 struct Column {
   static constexpr int value = i;
@@ -130,6 +131,31 @@ inline const uint8_t* whole_span(uint8_t* buffer, const uint8_t* from, int64_t c
   __builtin_memset(buffer, 0, static_cast<size_t>(kLines * kLineBytes));
   __builtin_memcpy(buffer, from, static_cast<size_t>(count * kLineBytes));
   return buffer;
+}
+
+// body(Column<M>) for M = tokens, 1 to kMaxTokens.
+template <int M = 1, class Body>
+inline void by_tokens(int64_t tokens, const Body& body) {
+  if (tokens == M) return body(Column<M>{});
+  if constexpr (M < kMaxTokens) by_tokens<M + 1>(tokens, body);
+}
+
+template <Codes CODES>
+struct CodesOf {
+  static constexpr Codes value = CODES;
+};
+
+// body(Column<M>, CodesOf<...>) for the tokens of a call and the codes of its weight.
+template <class Body>
+inline void by_tokens_and_codes(int64_t tokens, const LinearParams& p, const Body& body) {
+  by_tokens(tokens, [&](auto m) {
+    switch (p.shape.bits) {
+      case 2: return body(m, CodesOf<kPairs>{});
+      case 3: return body(m, CodesOf<kPlanes>{});
+      case 4: return p.codebook ? body(m, CodesOf<kTable>{}) : body(m, CodesOf<kNibbles>{});
+      case 8: return body(m, CodesOf<kBytes>{});
+    }
+  });
 }
 
 template <int n>
