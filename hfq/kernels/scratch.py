@@ -1,8 +1,8 @@
 """Memory that one dequantized weight after the other is written to.
 
 A new tensor of tens of MiB is new memory. The first write to each of its pages is a fault, in which
-the operating system clears it: a weight of 33 MB took 10 to 20 ms to dequantize into a new tensor,
-2 to 6 into memory that was used before (benchmarks/NOTES.md).
+the operating system clears it: a weight of 33 MB took 14 to 26 ms to dequantize into a new tensor,
+5 to 10 into memory that was used before (one thread, benchmarks/NOTES.md).
 """
 
 from __future__ import annotations
