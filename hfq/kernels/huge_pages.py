@@ -50,7 +50,8 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty(tuple(shape), dtype=dtype)
     length = -(-size // HUGE_PAGE) * HUGE_PAGE
     try:
-        mapping = mmap.mmap(-1, length + HUGE_PAGE)
+        # Private: what is shared, Python's default, comes from shmem, whose own setting for huge pages is mostly "never".
+        mapping = mmap.mmap(-1, length + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError:  # no address space left under a ulimit: the allocator may still find memory
         return torch.empty(tuple(shape), dtype=dtype)
     address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))

@@ -23,7 +23,7 @@ struct FloatTable {
   float v[16];
 };
 typedef I SmallSum;
-constexpr int kMaxTokens = 4;
+constexpr int kMaxTokens = 2;  // code that few will run: less of it to compile
 constexpr int kSpqrTokens = 2;
 constexpr int kRowBlocks = 1;
 
