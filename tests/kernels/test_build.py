@@ -89,6 +89,7 @@ def test_instruction_set_files_share_no_inline_code(source: Path) -> None:
     includes = re.findall(r'#include ["<](.+)[">]', outside)
     assert set(includes) <= {
         "arm_neon.h",
+        "decode.h",
         "immintrin.h",
         "moments.h",
         "rounding.h",
@@ -96,13 +97,14 @@ def test_instruction_set_files_share_no_inline_code(source: Path) -> None:
         "spqr.h",
     }
     anonymous = text.split("namespace {")[1].split("}  // namespace\n")[0]
-    # The one for AMX only adds to another.
-    bodies = ("rows16_body.h", "spqr_body.h", "rounding_body.h") if "Kernels = {" in text else ()
+    # Those for VNNI and AMX only add to another.
+    whole = ("rows16_body.h", "int8_body.h", "spqr_body.h", "rounding_body.h", "decode_body.h")
+    bodies = whole if "Kernels = {" in text else ()
     assert all(f'#include "{body}"' in anonymous for body in bodies)
     for inner in (*bodies, *re.findall(r'#include "(lanes_.+)"', anonymous)):
         assert "#include" not in (KERNELS / "cpu" / inner).read_text()
-    for shared in ("cpu/rows16.h", "cpu/spqr.h", "cpu/rounding.h", "cpu/moments.h"):
-        text = (KERNELS / shared).read_text()
+    for shared in ("rows16.h", "spqr.h", "rounding.h", "moments.h", "decode.h"):
+        text = (KERNELS / "cpu" / shared).read_text()
         assert not re.search(r"^(template|inline|static)\b", text, re.MULTILINE)
 
 

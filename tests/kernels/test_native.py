@@ -256,6 +256,22 @@ def test_huge_page_tensors(dtype: torch.dtype) -> None:
     assert large.sum(dtype=torch.float64) == large.numel()
 
 
+def test_huge_pages_are_really_there() -> None:
+    available, reason = huge_pages.available()
+    smaps = Path("/proc/self/smaps")
+    if not available or not smaps.exists():
+        pytest.skip(reason or "no /proc/self/smaps")
+    tensor = huge_pages.empty((64 << 20,), torch.uint8).fill_(1)
+    inside, huge = False, 0
+    for line in smaps.read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            inside = _inside(line, tensor.data_ptr())
+        elif inside and line.startswith("AnonHugePages:"):
+            huge += int(line.split()[1])
+    # In kB. Not all: memory may be in pieces.
+    assert huge >= 2048
+
+
 def test_small_and_empty_tensors_are_ordinary() -> None:
     assert huge_pages.empty((0, 4), torch.uint8).shape == (0, 4)
     assert huge_pages.empty((), torch.float32).shape == ()
