@@ -50,6 +50,7 @@ void multiply_pairs(const MomentParams& p, int64_t i, int64_t j) {
   const int64_t strip = p.blocks * kTileNumbers;
   const uint16_t* left = p.left + i * strip;
   const uint16_t* right = p.right + j * strip;
+  before_tiles();
   int64_t strides[4];
   float* sums[4];
   for (int64_t n = 0; n < 4; ++n) sums[n] = square(p, i + n / 2, j + n % 2, outside[n], strides[n]);

@@ -7,7 +7,7 @@
 namespace hfq {
 namespace {
 
-constexpr int64_t kGrain = 32 * 1024;        // numbers per thread: a few microseconds
+constexpr int64_t kGrain = 8 * 1024;         // numbers per thread: a few microseconds
 constexpr int64_t kAttendBytes = 64 * 1024;  // keys and values per thread, likewise
 constexpr int64_t kMostHeads = 4;            // query heads that attend() takes at once
 

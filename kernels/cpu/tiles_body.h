@@ -58,8 +58,12 @@ void unpack_pair(uint8_t* tiles, const LinearParams& p, int64_t block, int64_t f
   }
 }
 
+// What was written before is in memory when tiles are loaded: compilers do not know that those instructions read it.
+inline void before_tiles() { asm volatile("" ::: "memory"); }
+
 // Sums c [token block, row block, token, row] of two token blocks and two row blocks, begun or gone on with.
 inline void multiply_steps(int32_t* c, bool begin, const int8_t* left, int64_t left_block, const uint8_t* right, int64_t steps) {
+  before_tiles();
   if (begin) {
     _tile_zero(0);
     _tile_zero(1);
@@ -242,6 +246,7 @@ void dequantize_pair(uint8_t* tiles, const LinearParams& p, int64_t block, int64
 
 // Adds to the sums c [token block, row block, token, row] of two token blocks and two row blocks, or begins them.
 inline void add_steps(float* c, bool begin, const uint16_t* left, int64_t left_block, const uint8_t* right, int64_t steps) {
+  before_tiles();
   if (begin) {
     _tile_zero(0);
     _tile_zero(1);
