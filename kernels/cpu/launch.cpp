@@ -232,6 +232,7 @@ void launch_linears(const LinearCall* calls, int64_t count) {
   static thread_local std::vector<LinearCall> parts;
   parts.clear();
   for (const LinearCall* call = calls; call < calls + count; ++call) {
+    advise_huge_pages(call->y, call->tokens * call->shape.out_features * element_size(call->x_dtype));
     const bool wide = isa.tiles_bfloat16 && !call->int8_activations && call->x_dtype == kBFloat16 && fills_tiles(*call, kSpan);
     const bool tiles = wide || (isa.tiles_linear && call->int8_activations && fills_tiles(*call, kStepBytes));
     const int64_t most = wide ? kMaxWideTokens : tiles ? round_up(at_least_one(kCachedActivations / call->shape.in_features), 2 * kTileTokens)
