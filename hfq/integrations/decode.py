@@ -56,7 +56,7 @@ class _NativeNorm(_Native):
     round_first: ClassVar[bool]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and _applies(args[0]):
+        if len(args) == 1 and not kwargs and _applies(self, args[0]):
             x, weight = args[0], self._parameters["weight"]
             if weight is not None and weight.dtype == x.dtype and weight.is_cpu:
                 return _norm(self, x)
@@ -80,7 +80,7 @@ class _NativeGate(_Native):
     tanh_gelu: ClassVar[bool]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and _applies(args[0]):
+        if len(args) == 1 and not kwargs and _applies(self, args[0]):
             return _gated(self, args[0])
         return super().forward(*args, **kwargs)
 
@@ -118,10 +118,9 @@ def _attends(
         not others
         and past_key_values is not None
         and position_embeddings is not None
-        and _applies(hidden_states)
+        and _applies(module, hidden_states)
         and hidden_states.dim() == 3
         and hidden_states.shape[1] == 1
-        and not module.training
         and position_embeddings[0].dtype == hidden_states.dtype
         and _mask_fits(attention_mask, hidden_states)
         and module.config._attn_implementation == "sdpa"
@@ -165,10 +164,14 @@ def _normed(norm: Any, x: Tensor, size: int) -> Any:
     return norm(x.reshape(*x.shape[:2], -1, size)).view(x.shape)
 
 
-def _applies(x: Any) -> bool:
-    """Whether nothing but numbers is asked for: no gradients, no compiler, no mode that watches operators."""
+def _applies(module: Any, x: Any) -> bool:
+    """Whether nothing but numbers is asked for: no gradients, no compiler, no mode that watches operators.
+
+    Nor in training: a checkpointed block runs without gradients first and must give the same.
+    """
     return (
-        not torch.compiler.is_compiling()
+        not module.training
+        and not torch.compiler.is_compiling()
         and type(x) is Tensor
         and not torch.is_grad_enabled()
         and x.is_cpu
