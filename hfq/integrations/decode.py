@@ -184,6 +184,7 @@ def _applies(module: Any, x: Any) -> bool:
 # ---- which modules
 
 
+@torch.no_grad()
 def install(model: nn.Module) -> dict[str, int]:
     """Let modules of the model use native code where that computes the same; how many of which kind.
 
@@ -219,7 +220,6 @@ def remove(model: nn.Module) -> None:
 # Class attributes of a mixin.
 _Settings = tuple[tuple[str, Any], ...]
 
-
 _CLASSES: dict[Any, Any] = {}
 
 
@@ -253,7 +253,6 @@ def _settings_of(module: nn.Module) -> Iterator[Any]:
 
 
 # ---- experiments
-
 
 # What code raises that misses something, or gets tensors of shapes that it does not expect.
 _NOT_THERE = (
@@ -303,6 +302,16 @@ def _stand_in(
     return made
 
 
+class _Random:
+    """Numbers of a normal distribution, float32 on the CPU whatever the defaults are."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator, dtype=torch.float32, device="cpu")
+
+
 def _same(ours: Tensor, theirs: Tensor) -> bool:
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
         return False
@@ -330,9 +339,8 @@ def _examine_norm(module: nn.Module) -> _Settings | None:
         )
     ):
         return None
-    generator = torch.Generator().manual_seed(0)
-    columns = weight.shape[0]
-    gain, x = (torch.randn(*size, generator=generator) for size in ((columns,), (3, 1, columns)))
+    normal, columns = _Random(), weight.shape[0]
+    gain, x = normal(columns), normal(3, 1, columns)
     for offset, round_first in itertools.product((0.0, 1.0), (True, False)):
 
         def agrees(dtype: torch.dtype, offset: float = offset, first: bool = round_first) -> bool:
@@ -350,8 +358,7 @@ def _examine_norm(module: nn.Module) -> _Settings | None:
 def _examine_gate(module: nn.Module) -> _Settings | None:
     if module._parameters or not {"gate_proj", "up_proj", "down_proj"} <= module._modules.keys():
         return None
-    generator = torch.Generator().manual_seed(0)
-    x, gate, up, down = torch.randn(4, 3, 1, 160, generator=generator).unbind()
+    x, gate, up, down = _Random()(4, 3, 1, 160).unbind()
 
     def run(forward: Callable[..., Any], **settings: Any) -> list[Any] | None:
         stubs = {"gate_proj": _Stub(3 * gate), "up_proj": _Stub(up), "down_proj": _Stub(down)}
@@ -383,17 +390,12 @@ def _examine_attention(module: nn.Module) -> _Settings | None:
         or getattr(module.config, "_attn_implementation", None) != "sdpa"
     ):
         return None
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    batch, past = 2, 4
+    normal, batch, past = _Random(), 2, 4
     x, y = normal(batch, 1, 16), normal(batch, 1, 16)
     q, k, v = (2.5 * normal(batch, 1, width) for width in sizes[:3])
     keys, values = (2.5 * normal(batch, each.shape[-1] // size, past, size) for each in (k, v))
     angle = normal(batch, 1, size // 2).repeat(1, 1, 2)
-    seen = torch.rand(batch, 1, 1, past + 1, generator=generator) > 0.4
+    seen = normal(batch, 1, 1, past + 1) > -0.2
     seen[..., -1] = True
 
     def run(forward: Callable[..., Any], **step: Any) -> list[Tensor] | None:
@@ -414,13 +416,11 @@ def _examine_attention(module: nn.Module) -> _Settings | None:
         )
         return [stubs[3].seen[0], *cache.seen] if right else None
 
-    for position, mask in itertools.product(
-        (past, 10**6), (None, seen, torch.where(seen, 0.0, -1e9))
-    ):
+    for position, mask in itertools.product((past, 10**6), (None, seen, (seen.float() - 1) * 1e9)):
         step = {
             "position_embeddings": (angle.cos(), angle.sin()),
             "attention_mask": mask,
-            "position_ids": torch.full((batch, 1), position),
+            "position_ids": torch.full((batch, 1), position, device="cpu"),
             "use_cache": True,
         }
         theirs = _outcome(partial(run, type(module).forward, **step))

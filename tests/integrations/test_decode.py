@@ -179,6 +179,18 @@ def test_what_computes_something_else_is_left_alone() -> None:
     assert decode.install(model) == {"norms": 5, "gates": 1, "attentions": 1}
 
 
+def test_defaults_of_the_caller_change_nothing() -> None:
+    model = model_of(FAMILIES["qwen3"][0])
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            found = decode.install(model)
+    finally:
+        torch.set_default_dtype(before)
+    assert found == {"norms": 9, "gates": 2, "attentions": 2}
+
+
 @pytest.fixture
 def llama() -> PreTrainedModel:
     return model_of(FAMILIES["llama"][0])
