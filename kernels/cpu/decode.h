@@ -6,7 +6,9 @@
 
 namespace hfq {
 
-constexpr int64_t kGateChunk = 256;  // columns of a unit of gate()
+// Numbers that are computed with at a time, as floats: columns of a unit of gate(), half of the largest head of rotate().
+constexpr int64_t kDecodeChunk = 256;
+constexpr int64_t kMostHeadsAtOnce = 4;  // query heads that attend() has scratch memory for
 
 struct NormParams {
   int64_t rows, columns;

@@ -1,8 +1,8 @@
 // What stands between the products of a decode step (decode.h), written once over 16 lanes. Included after rows16_parts.h, inside the same
 // anonymous namespace. Loops over plain floats are written so that compilers vectorize them.
 
-// Numbers that are computed with at a time, as floats.
-constexpr int64_t kAtOnce = kGateChunk;
+// So many numbers fill whole vectors.
+inline int64_t whole_vectors(int64_t count) { return (count + 15) / 16 * 16; }
 
 // e^x to 2e-7 of itself; e^-87 below that, infinity from 88.4 on; not-a-number stays that. 2^n e^r with n an integer and |r| <= ln(2) / 2; e^r by
 // its Taylor series.
@@ -20,11 +20,11 @@ inline float exp_of(float x) {
   return e * power;
 }
 
-// `count` numbers, at most kAtOnce, from x[at] as floats; filled up to whole vectors with zeros.
+// `count` numbers, at most kDecodeChunk, from x[at] as floats; filled up to whole vectors with zeros.
 inline void load_chunk(float* out, const void* x, int64_t at, int64_t count, DType dtype) {
   int64_t i = 0;
   for (; i + 16 <= count; i += 16) f_store(out + i, f_load_as(x, at + i, dtype));
-  for (const int64_t whole = (count + 15) / 16 * 16; i < whole; ++i) out[i] = i < count ? load_scalar(x, at + i, dtype) : 0.0f;
+  for (const int64_t whole = whole_vectors(count); i < whole; ++i) out[i] = i < count ? load_scalar(x, at + i, dtype) : 0.0f;
 }
 
 inline void store_chunk(void* y, int64_t at, int64_t count, DType dtype, const float* values) {
@@ -52,18 +52,18 @@ inline float sum_of(F v) {
 // ---- norm ----
 
 void rms_norm(const NormParams& p, int64_t first, int64_t last) {
-  alignas(64) float x[kAtOnce], weight[kAtOnce];
+  alignas(64) float x[kDecodeChunk], weight[kDecodeChunk];
   for (int64_t row = first; row < last; ++row) {
     const int64_t begin = row * p.columns;
     F squares = f_zero();
-    for (int64_t at = 0; at < p.columns; at += kAtOnce) {
-      const int64_t count = smaller(kAtOnce, p.columns - at);
+    for (int64_t at = 0; at < p.columns; at += kDecodeChunk) {
+      const int64_t count = smaller(kDecodeChunk, p.columns - at);
       load_chunk(x, p.x, begin + at, count, p.dtype);
       for (int64_t i = 0; i < count; i += 16) squares = f_fma(f_load(x + i), f_load(x + i), squares);
     }
     const float factor = 1.0f / __builtin_sqrtf(sum_of(squares) / static_cast<float>(p.columns) + p.eps);
-    for (int64_t at = 0; at < p.columns; at += kAtOnce) {
-      const int64_t count = smaller(kAtOnce, p.columns - at), whole = (count + 15) / 16 * 16;
+    for (int64_t at = 0; at < p.columns; at += kDecodeChunk) {
+      const int64_t count = smaller(kDecodeChunk, p.columns - at), whole = whole_vectors(count);
       load_chunk(x, p.x, begin + at, count, p.dtype);
       load_chunk(weight, p.weight, at, count, p.dtype);
       for (int64_t i = 0; i < whole; ++i) x[i] *= factor;
@@ -76,10 +76,10 @@ void rms_norm(const NormParams& p, int64_t first, int64_t last) {
 
 // ---- rotary embedding ----
 
-// Halves of a head: (a, b) -> (a cos - b sin, b cos + a sin), each product rounded as PyTorch would. `half` is at most kAtOnce.
+// Halves of a head: (a, b) -> (a cos - b sin, b cos + a sin), each product rounded as PyTorch would. `half` is at most kDecodeChunk.
 inline void rotate_half(float* y, const float* a, const float* b, const float* cos, const float* sin, float sign, int64_t half, DType dtype) {
-  alignas(64) float turned[kAtOnce];
-  const int64_t whole = (half + 15) / 16 * 16;
+  alignas(64) float turned[kDecodeChunk];
+  const int64_t whole = whole_vectors(half);
   for (int64_t i = 0; i < whole; ++i) y[i] = a[i] * cos[i];
   for (int64_t i = 0; i < whole; ++i) turned[i] = sign * b[i] * sin[i];
   round_chunk(y, whole, dtype);
@@ -89,7 +89,7 @@ inline void rotate_half(float* y, const float* a, const float* b, const float* c
 
 void rotate(const RotateParams& p, int64_t first, int64_t last) {
   const int64_t half = p.size / 2;
-  alignas(64) float a[kAtOnce], b[kAtOnce], y[kAtOnce], cos[2][kAtOnce], sin[2][kAtOnce];
+  alignas(64) float a[kDecodeChunk], b[kDecodeChunk], y[kDecodeChunk], cos[2][kDecodeChunk], sin[2][kDecodeChunk];
   for (int64_t token = first; token < last; ++token) {
     const int64_t angle = p.shared ? 0 : token * p.size;
     for (int64_t i = 0; i < 2; ++i) {
@@ -113,10 +113,10 @@ void rotate(const RotateParams& p, int64_t first, int64_t last) {
 // Both are x times a logistic function: of x, or (Hendrycks and Gimpel, 2016) of a cubic that comes near the normal distribution's. Units are
 // chunks of a row.
 void gate(const GateParams& p, int64_t first, int64_t last) {
-  alignas(64) float x[kAtOnce], up[kAtOnce];
-  const int64_t chunks = (p.columns + kAtOnce - 1) / kAtOnce;
+  alignas(64) float x[kDecodeChunk], up[kDecodeChunk];
+  const int64_t chunks = (p.columns + kDecodeChunk - 1) / kDecodeChunk;
   for (int64_t unit = first; unit < last; ++unit) {
-    const int64_t row = unit / chunks, at = unit % chunks * kAtOnce, count = smaller(kAtOnce, p.columns - at), whole = (count + 15) / 16 * 16;
+    const int64_t row = unit / chunks, at = unit % chunks * kDecodeChunk, count = smaller(kDecodeChunk, p.columns - at), whole = whole_vectors(count);
     load_chunk(x, p.gate, row * p.gate_stride + at, count, p.dtype);
     load_chunk(up, p.up, row * p.up_stride + at, count, p.dtype);
     if (p.tanh_gelu)
@@ -132,7 +132,7 @@ void gate(const GateParams& p, int64_t first, int64_t last) {
 // ---- attention of one token ----
 
 // Query heads and vectors of a value row that fit the register file together.
-constexpr int kHeadsAtOnce = kMaxTokens >= 8 ? 4 : 2, kVectorsAtOnce = kMaxTokens >= 8 ? 4 : 2;
+constexpr int kHeadsAtOnce = kMaxTokens >= 8 ? kMostHeadsAtOnce : 2, kVectorsAtOnce = kMaxTokens >= 8 ? 4 : 2;
 
 // scores[h][t] = q_h . k_t for 16 tokens from t on, of which `count` exist. Products of lanes are turned over, so that sums go across registers.
 template <int HEADS, DType T>
@@ -177,7 +177,7 @@ inline void weigh(void* y, int64_t y_at, const float* factors, const float* weig
 // Scores to weights e^(score - largest), zeros beyond `length`. Returns what to multiply with so that they add up to 1, or 0 if no token is seen.
 inline float weights_of(float* scores, int64_t length) {
   constexpr float kUnseen = -__builtin_inff();
-  const int64_t whole = (length + 15) / 16 * 16;
+  const int64_t whole = whole_vectors(length);
   for (int64_t t = length; t < whole; ++t) scores[t] = kUnseen;
   float most[16], sums[16] = {};
   for (int i = 0; i < 16; ++i) most[i] = kUnseen;
@@ -209,7 +209,7 @@ inline void add_mask(const AttendParams& p, int64_t batch, int64_t head, float* 
 
 template <int HEADS, DType T>
 inline void attend_heads(const AttendParams& p, float* scratch, int64_t batch, int64_t kv_head, int64_t head) {
-  const int64_t stride = (p.length + 15) / 16 * 16, keys = (batch * p.kv_heads + kv_head) * p.room * p.size, at = (batch * p.heads + head) * p.size;
+  const int64_t stride = whole_vectors(p.length), keys = (batch * p.kv_heads + kv_head) * p.room * p.size, at = (batch * p.heads + head) * p.size;
   float *scores = scratch, *q = scratch + HEADS * stride;
   for (int64_t i = 0; i < HEADS * p.size; i += 16) f_store(q + i, f_mul(f_load_as(p.q, at + i, T), f_set1(p.scale)));
   for (int64_t t = 0; t < p.length; t += 16) score<HEADS, T>(scores + t, stride, q, p.k, keys + t * p.size, p.size, smaller(16, p.length - t));

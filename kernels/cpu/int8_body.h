@@ -72,7 +72,7 @@ void block_product(const LinearParams& p, int64_t first, int64_t last) {
 }
 
 void linear_int8(const LinearParams& p, int64_t first, int64_t last) {
-  by_tokens_and_codes(p.tokens, p, [&](auto tokens, auto codes) { block_product<decltype(tokens)::value, decltype(codes)::value>(p, first, last); });
+  by_tokens_and_codes(p, [&](auto tokens, auto codes) { block_product<decltype(tokens)::value, decltype(codes)::value>(p, first, last); });
 }
 
 // ---- W8A8 ----

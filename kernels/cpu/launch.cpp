@@ -52,8 +52,6 @@ struct ScratchLayout {
   }
 };
 
-int64_t element_size(DType dtype) { return dtype == kFloat32 ? 4 : 2; }
-
 // The codebook in int8 mode: codebook[i] ~ factor * (bytes[i] - 128). Not-a-number and infinity end up in the factor.
 float quantize_codebook(const float* codebook, uint8_t* bytes) {
   float largest = 0.0f;
@@ -101,7 +99,6 @@ LinearParams weight_of(const LinearCall& call, const uint8_t* codebook_u8, float
   p.scale_dtype = call.scale_dtype;
   p.bias_dtype = call.bias_dtype;
   p.y_dtype = call.x_dtype;
-  p.int8_activations = call.int8_activations;
   return p;
 }
 

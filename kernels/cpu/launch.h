@@ -9,6 +9,8 @@
 
 namespace hfq {
 
+inline int64_t element_size(DType dtype) { return dtype == kFloat32 ? 4 : 2; }
+
 struct LinearCall {
   Shape shape;
   int64_t tokens;          // M

@@ -9,15 +9,12 @@ namespace {
 
 constexpr int64_t kGrain = 8 * 1024;         // numbers per thread: a few microseconds
 constexpr int64_t kAttendBytes = 64 * 1024;  // keys and values per thread, likewise
-constexpr int64_t kMostHeads = 4;            // query heads that attend() takes at once
-
-int64_t size_of(DType dtype) { return dtype == kFloat32 ? 4 : 2; }
 
 }  // namespace
 
 void launch_rms_norm(const NormParams& params) {
   const Kernels& isa = kernels();
-  advise_huge_pages(params.y, params.rows * params.columns * size_of(params.dtype));
+  advise_huge_pages(params.y, params.rows * params.columns * element_size(params.dtype));
   parallel_for(params.rows, at_least_one(kGrain / params.columns), [&](int64_t first, int64_t last) { isa.rms_norm(params, first, last); });
 }
 
@@ -28,8 +25,8 @@ void launch_rotate(const RotateParams& params) {
 
 void launch_gate(const GateParams& params) {
   const Kernels& isa = kernels();
-  advise_huge_pages(params.y, params.rows * params.columns * size_of(params.dtype));
-  parallel_for(params.rows * ceil_div(params.columns, kGateChunk), kGrain / kGateChunk, [&](int64_t first, int64_t last) { isa.gate(params, first, last); });
+  advise_huge_pages(params.y, params.rows * params.columns * element_size(params.dtype));
+  parallel_for(params.rows * ceil_div(params.columns, kDecodeChunk), kGrain / kDecodeChunk, [&](int64_t first, int64_t last) { isa.gate(params, first, last); });
 }
 
 void launch_append(const AppendCall& call) {
@@ -45,10 +42,10 @@ void launch_append(const AppendCall& call) {
 
 void launch_attend(const AttendParams& params) {
   const Kernels& isa = kernels();
-  const int64_t bytes = 2 * params.length * params.size * size_of(params.dtype);
+  const int64_t bytes = 2 * params.length * params.size * element_size(params.dtype);
   parallel_for(params.batch * params.kv_heads, at_least_one(kAttendBytes / at_least_one(bytes)), [&](int64_t first, int64_t last) {
     static thread_local Scratch scratch;
-    const int64_t numbers = kMostHeads * (round_up(params.length, 16) + params.size);
+    const int64_t numbers = kMostHeadsAtOnce * (round_up(params.length, 16) + params.size);
     isa.attend(params, reinterpret_cast<float*>(scratch.reserve(static_cast<size_t>(numbers * 4))), first, last);
   });
 }

@@ -27,7 +27,7 @@ void sum_groups(const SpqrLinearParams& p) {
 void sweep(const Kernels& isa, const SpqrLinearParams& all, int64_t begin, int64_t tokens) {
   static thread_local Scratch scratch;
   const SpqrWeight& w = all.weight;
-  const int64_t units = ceil_div(w.in_features, kUnit), size = all.x_dtype == kFloat32 ? 4 : 2;
+  const int64_t units = ceil_div(w.in_features, kUnit), size = element_size(all.x_dtype);
   const int64_t value_bytes = tokens * units * kUnit * 4, sum_bytes = round_up(tokens * w.groups * 4, 64);
   char* base = scratch.reserve(static_cast<size_t>(value_bytes + sum_bytes));
   const Passes passes{tokens, ceil_div(tokens, isa.spqr_max_tokens)};
@@ -70,7 +70,7 @@ void launch_spqr_linear(const SpqrLinearParams& params, int64_t tokens) {
 void launch_spqr_dequantize(const SpqrDequantizeParams& params) {
   const Kernels& isa = kernels();
   const SpqrWeight& w = params.weight;
-  advise_huge_pages(params.y, w.out_features * w.in_features * (params.y_dtype == kFloat32 ? 4 : 2));
+  advise_huge_pages(params.y, w.out_features * w.in_features * element_size(params.y_dtype));
   parallel_for(ceil_div(w.out_features, kRows), at_least_one(kGrainBytes / (w.words * kLineBytes)),
                [&](int64_t first, int64_t last) { isa.spqr_dequantize(params, first, last); });
 }

@@ -81,7 +81,6 @@ struct LinearParams {
   DType scale_dtype;           // of scales and zeros
   DType bias_dtype;
   DType y_dtype;
-  bool int8_activations;
   int32_t tokens;              // 1 .. max_tokens
   Activations x;
   void* y;                     // [tokens, N]
@@ -119,18 +118,18 @@ struct GateParams;
 struct AttendParams;
 
 // What one instruction set offers. prepare() covers groups [first, last), spqr_prepare() units, quantize() all tokens, round_columns()
-// tiles of kTileRows rows, search_grid() groups of row blocks, rms_norm() rows, rotate() tokens, gate() numbers, attend() key-value heads, the
+// tiles of kTileRows rows, search_grid() groups of row blocks, rms_norm() rows, rotate() tokens, gate() chunks of rows, attend() key-value heads, the
 // others row blocks.
 struct Kernels {
   const char* name;
   int32_t max_tokens;
   int32_t spqr_max_tokens;
   void (*prepare)(const PrepareParams& params, int64_t first, int64_t last);
-  void (*linear)(const LinearParams& params, int64_t first, int64_t last);
-  void (*linear_int8)(const LinearParams& params, int64_t first, int64_t last);
+  void (*linear)(const LinearParams& params, int64_t first, int64_t last);  // activations in fp32
+  void (*linear_int8)(const LinearParams& params, int64_t first, int64_t last);  // activations with scales for kActBlock columns
   void (*dequantize)(const DequantizeParams& params, int64_t first, int64_t last);
   void (*quantize)(const QuantizeParams& params);
-  void (*int8_linear)(const LinearParams& params, int64_t first, int64_t last);
+  void (*int8_linear)(const LinearParams& params, int64_t first, int64_t last);  // with one for the whole row
   void (*spqr_prepare)(const SpqrLinearParams& params, int64_t first, int64_t last);
   void (*spqr_linear)(const SpqrLinearParams& params, int64_t first, int64_t last);
   void (*spqr_dequantize)(const SpqrDequantizeParams& params, int64_t first, int64_t last);

@@ -196,7 +196,7 @@ void exact_product(const LinearParams& p, int64_t first, int64_t last) {
 }
 
 void linear(const LinearParams& p, int64_t first, int64_t last) {
-  by_tokens_and_codes(p.tokens, p, [&](auto tokens, auto codes) { exact_product<decltype(tokens)::value, decltype(codes)::value>(p, first, last); });
+  by_tokens_and_codes(p, [&](auto tokens, auto codes) { exact_product<decltype(tokens)::value, decltype(codes)::value>(p, first, last); });
 }
 
 // ---- dequantization ----

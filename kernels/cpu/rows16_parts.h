@@ -147,8 +147,8 @@ struct CodesOf {
 
 // body(Column<M>, CodesOf<...>) for the tokens of a call and the codes of its weight.
 template <class Body>
-inline void by_tokens_and_codes(int64_t tokens, const LinearParams& p, const Body& body) {
-  by_tokens(tokens, [&](auto m) {
+inline void by_tokens_and_codes(const LinearParams& p, const Body& body) {
+  by_tokens(p.tokens, [&](auto m) {
     switch (p.shape.bits) {
       case 2: return body(m, CodesOf<kPairs>{});
       case 3: return body(m, CodesOf<kPlanes>{});

@@ -1,7 +1,7 @@
 // What the operators for the CPU share in reading their arguments.
 #pragma once
 
-#include "../cpu/rows16.h"
+#include "../cpu/launch.h"
 #include "boxed_call.h"
 
 namespace hfq {
@@ -12,8 +12,6 @@ inline DType float_dtype(int32_t dtype) {
   if (dtype == aoti_torch_dtype_bfloat16()) return kBFloat16;
   return kUnsupported;
 }
-
-inline int64_t element_size(DType dtype) { return dtype == kFloat32 ? 4 : 2; }
 
 inline DType expect_float(const Tensor& tensor) {
   const DType dtype = float_dtype(tensor.dtype());

@@ -5,7 +5,7 @@
 namespace hfq {
 namespace {
 
-constexpr int64_t kLargestHead = 512;  // rotate() keeps halves of heads on the stack
+constexpr int64_t kLargestHead = 2 * kDecodeChunk;  // rotate() keeps halves of heads on the stack
 
 void expect_dtype_of(const Tensor& tensor, const Tensor& other, const char* name) {
   if (tensor.dtype() != other.dtype()) tensor.refuse(std::string("of the dtype of ") + name);
@@ -50,7 +50,7 @@ RotateParams rotation(const char* op, const Tensor& x, const Tensor& cos, const 
   RotateParams p = {};
   if (cos.dim() != 3 || cos.size(1) != 1) cos.refuse("of shape [B or 1, 1, D]");
   p.size = cos.size(2);
-  expect(p.size > 0 && p.size % 2 == 0 && p.size <= kLargestHead, op, "D must be even, 2 to 512, got " + std::to_string(p.size));
+  expect(p.size > 0 && p.size % 2 == 0 && p.size <= kLargestHead, op, "D must be even, 2 to " + std::to_string(kLargestHead) + ", got " + std::to_string(p.size));
   if (x.dim() != 3 || x.size(1) != 1 || x.size(2) % p.size) x.refuse("of shape [B, 1, H * D]");
   p.tokens = x.size(0);
   p.heads = x.size(2) / p.size;
