@@ -34,8 +34,6 @@ from typing import Any
 PEERS = Path(__file__).parent / "peers"
 TRANSFORMERS, LLAMA_CPP = PEERS / "transformers_worker.py", PEERS / "llamacpp_worker.py"
 
-PARTS = ("kernels", "gradients", "models", "avx2", "step")
-
 # (N, K) of the shape's layers, the head among them.
 SHAPES = ((2048, 2048), (8192, 2048), (2048, 8192), (32000, 2048))
 TOKENS = (1, 2, 4, 8, 16, 64, 512)
@@ -72,17 +70,19 @@ STEPS = {"the model's own code": "hfq-plain-free", "native code": "hfq-free"}
 # ---- kernels
 
 
-def weight(bits: int, rows: int, columns: int, generator: Any) -> Any:
+def weight(
+    bits: int, rows: int, columns: int, generator: Any, group: int = GROUP, table: Any = None
+) -> Any:
     """A random weight as it is stored: codes, scales and what they stand for in float32."""
     import torch
 
     from hfq.core.bits import pack
 
     codes = torch.randint(1 << bits, (rows, columns), generator=generator, dtype=torch.uint8)
-    groups = columns // GROUP
+    groups = columns // group
     scales = (torch.rand(rows, groups, generator=generator) * 0.01 + 0.001).half()
-    values = (codes.float() - (1 << (bits - 1))).view(rows, groups, GROUP)
-    dense = (values * scales.float().unsqueeze(-1)).view(rows, columns)
+    values = codes.float() - (1 << (bits - 1)) if table is None else table[codes.int()]
+    dense = (values.view(rows, groups, group) * scales.float().unsqueeze(-1)).view(rows, columns)
     return pack(codes, bits).unsqueeze(-1), scales, dense
 
 
@@ -162,7 +162,6 @@ def gradients(rounds: int) -> list[dict[str, Any]]:
     """grad W of packed weights, checked against float64, then timed in turn with a bfloat16 W."""
     import torch
 
-    from hfq.core.bits import pack
     from hfq.core.codebooks import codebook
     from hfq.kernels import rows16
     from hfq.kernels.ops import rows16_weight
@@ -172,14 +171,9 @@ def gradients(rounds: int) -> list[dict[str, Any]]:
     for (n, k), (name, kind) in itertools.product(GRADIENT_SHAPES, GRADIENTS.items()):
         bits, group, has_table = kind
         group = group or k
-        codes = torch.randint(1 << bits, (n, k), generator=generator, dtype=torch.uint8)
-        scales = (torch.rand(n, k // group, generator=generator) * 0.01 + 0.001).half()
         table = codebook("nf4") if has_table else None
-        values = codes.double() - (1 << (bits - 1))
-        if table is not None:
-            values = table.double()[codes.int()]
-        exact = (values.view(n, -1, group) * scales.double().unsqueeze(-1)).view(n, k)
-        lines = rows16.to_rows16(pack(codes, bits).unsqueeze(-1))
+        codes, scales, exact = weight(bits, n, k, generator, group, table)
+        lines = rows16.to_rows16(codes)
         operands, sizes = (lines, rows16.to_rows16(scales), None, table), (bits, group, k, n)
         dense = rows16_weight(operands, sizes, torch.bfloat16)
         for tokens in GRADIENT_TOKENS:
@@ -193,7 +187,7 @@ def gradients(rounds: int) -> list[dict[str, Any]]:
             def plain(grad: Any = grad, dense: Any = dense) -> Any:
                 return grad @ dense
 
-            expected = grad.double() @ exact
+            expected = grad.double() @ exact.double()
             error = (packed().double() - expected).norm() / expected.norm()
             assert error < 0.005, (name, n, k, tokens, error)
             ours, theirs = seconds_in_turn([packed, plain], rounds)
@@ -275,7 +269,7 @@ def make_models(work: Path) -> None:
     import hfq
 
     for name, settings in OURS.items():
-        folder = work / name.replace(" ", "-")
+        folder = packed_folder(work, name)
         if (folder / "config.json").exists():
             continue
         config = hfq.HfqConfig(**settings, **WHOLE)
@@ -285,10 +279,17 @@ def make_models(work: Path) -> None:
         model.save_pretrained(folder)
 
 
+def packed_folder(work: Path, name: str) -> Path:
+    return work / name.replace(" ", "-")
+
+
+def packed_command(work: Path, kind: str = "hfq", name: str = PACKED) -> list[str]:
+    return [sys.executable, str(TRANSFORMERS), kind, str(packed_folder(work, name))]
+
+
 def commands(args: argparse.Namespace, work: Path) -> dict[str, list[str]]:
-    here = [sys.executable, str(TRANSFORMERS)]
-    found = {name: [*here, "hfq", str(work / name.replace(" ", "-"))] for name in OURS}
-    found["bfloat16"] = [*here, "bfloat16", str(work / "float")]
+    found = {name: packed_command(work, name=name) for name in OURS}
+    found["bfloat16"] = [sys.executable, str(TRANSFORMERS), "bfloat16", str(work / "float")]
     for name in ("bitsandbytes", "quanto", "torchao"):
         if python := getattr(args, name):
             kind = f"{name}-int8" if name == "torchao" else name
@@ -353,18 +354,16 @@ def models(args: argparse.Namespace, work: Path) -> dict[str, Any]:
 def avx2(args: argparse.Namespace, work: Path) -> dict[str, Any] | None:
     if not args.llamacpp_avx2:
         return None
-    ours = [sys.executable, str(TRANSFORMERS), "hfq", str(work / PACKED.replace(" ", "-"))]
     theirs = [args.llamacpp_avx2, str(LLAMA_CPP), "serve", str(work / "q4_0.gguf")]
-    workers = [start(PACKED, ours, work, **AVX2), start("llama.cpp Q4_0", theirs, work)]
+    workers = [
+        start(PACKED, packed_command(work), work, **AVX2),
+        start("llama.cpp Q4_0", theirs, work),
+    ]
     return in_turn(workers, list(TASKS), args.rounds)
 
 
 def step(args: argparse.Namespace, work: Path) -> dict[str, Any]:
-    folder = str(work / PACKED.replace(" ", "-"))
-    workers = [
-        start(name, [sys.executable, str(TRANSFORMERS), kind, folder], work)
-        for name, kind in STEPS.items()
-    ]
+    workers = [start(name, packed_command(work, kind), work) for name, kind in STEPS.items()]
     tasks = [task for task, (kind, *_) in TASKS.items() if kind == "decode"]
     return in_turn(workers, tasks, args.rounds)
 
@@ -487,11 +486,14 @@ def draw_models(found: dict[str, Any]) -> str:
     return bars("1B parameters on the CPU", "tokens per second, each task to its own scale", groups)
 
 
+PICTURES: dict[str, Callable[[Any], str]] = {"kernels": draw_kernels, "models": draw_models}
+
+
 def draw(results: dict[str, Any]) -> None:
     """A picture of each part that has one, beside the JSON files."""
     import machine
 
-    for part, picture in {"kernels": draw_kernels, "models": draw_models}.items():
+    for part, picture in PICTURES.items():
         if part in results:
             path = machine.RESULTS / f"cpu_{part}.svg"
             path.write_text(picture(results[part]), encoding="utf-8")
@@ -501,7 +503,7 @@ def draw(results: dict[str, Any]) -> None:
 def draw_again() -> None:
     import machine
 
-    for part in ("kernels", "models"):
+    for part in PICTURES:
         path = machine.RESULTS / f"cpu_{part}.json"
         draw({part: json.loads(path.read_text())[part]})
 
@@ -518,7 +520,7 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, help="folder for models, which are not made again")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", choices=PARTS)
+    parser.add_argument("--only", choices=REPORTS)
     parser.add_argument("--plot", action="store_true", help="only draw what was measured before")
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -534,7 +536,7 @@ def main() -> None:
     torch.set_num_threads(os.cpu_count() or 1)
     status = native.load()
     results: dict[str, Any] = {"isa": status.isa}
-    parts = (args.only,) if args.only else PARTS
+    parts = (args.only,) if args.only else tuple(REPORTS)
     if "kernels" in parts:
         results["kernels"] = kernels(args.rounds)
     if "gradients" in parts:

@@ -59,21 +59,19 @@ class _NativeNorm(_Native):
         if len(args) == 1 and not kwargs and _applies(self, args[0]):
             x, weight = args[0], self._parameters["weight"]
             if weight is not None and weight.dtype == x.dtype and weight.is_cpu:
-                return _norm(self, x)
+                return _norm(self, x, weight)
         return super().forward(*args, **kwargs)
 
 
-def _norm(module: Any, x: Tensor) -> Tensor:
-    weight = module._parameters["weight"]
+def _norm(module: Any, x: Tensor, weight: Tensor) -> Tensor:
     settings = (_eps(module), module.offset, module.round_first)
     y: Tensor = torch.ops.hfq.rms_norm.default(x.contiguous(), weight, *settings)
     return y
 
 
-def _eps(module: Any) -> float:
+def _eps(module: Any) -> Any:
     attributes = module.__dict__
-    eps: float = attributes["variance_epsilon" if "variance_epsilon" in attributes else "eps"]
-    return eps
+    return attributes.get("variance_epsilon", attributes.get("eps"))
 
 
 class _NativeGate(_Native):
@@ -199,7 +197,7 @@ def install(model: nn.Module) -> dict[str, int]:
             if isinstance(module, kind):
                 found[name] += 1
                 break
-            key = (name, type(module), *_settings_of(module))
+            key = (name, type(module), *_traits(module))
             if key not in verdicts:
                 verdicts[key] = examine(module)
             settings = verdicts[key]
@@ -239,7 +237,7 @@ def _new(plain: type[nn.Module], kind: type[_Native], settings: _Settings) -> nn
     return new
 
 
-def _settings_of(module: nn.Module) -> Iterator[Any]:
+def _traits(module: nn.Module) -> Iterator[Any]:
     """What may tell modules of one class apart."""
     for name, value in module.__dict__.items():
         if isinstance(value, (bool, int, float, str, type(None))) and name != "layer_idx":
@@ -334,9 +332,7 @@ def _examine_norm(module: nn.Module) -> _Settings | None:
         or len(module._parameters) > 1
         or module._buffers
         or module._modules
-        or not isinstance(
-            module.__dict__.get("variance_epsilon", module.__dict__.get("eps")), float
-        )
+        or not isinstance(_eps(module), float)
     ):
         return None
     normal, columns = _Random(), weight.shape[0]
@@ -378,8 +374,8 @@ def _examine_gate(module: nn.Module) -> _Settings | None:
 
 
 def _examine_attention(module: nn.Module) -> _Settings | None:
-    projections = [module._modules.get(name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
-    sizes: list[Any] = [getattr(each, "out_features", None) for each in projections]
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    sizes: list[Any] = [getattr(module._modules.get(n), "out_features", None) for n in names]
     size = module.__dict__.get("head_dim")
     if (
         module._parameters
@@ -400,11 +396,8 @@ def _examine_attention(module: nn.Module) -> _Settings | None:
 
     def run(forward: Callable[..., Any], **step: Any) -> list[Tensor] | None:
         stubs = [_Stub(each) for each in (q, k, v, y)]
-        names = ("q_proj", "k_proj", "v_proj", "o_proj")
-        probe, cache = (
-            _stand_in(module, modules=dict(zip(names, stubs, strict=True))),
-            _Past(keys, values),
-        )
+        probe = _stand_in(module, modules=dict(zip(names, stubs, strict=True)))
+        cache = _Past(keys, values)
         found = forward(probe, hidden_states=x, past_key_values=cache, **step)
         right = (
             isinstance(found, tuple)

@@ -35,6 +35,7 @@ from hfq import HfqConfig
 from hfq.integrations import decode
 from hfq.kernels import native
 
+from . import tiny_models
 from .tiny_models import CONFIGS, build
 
 pytestmark = [
@@ -43,16 +44,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),
 ]
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-}
+SIZES: dict[str, Any] = {**tiny_models.SIZES, "pad_token_id": 0}
 
 # Model -> norms, gates and attentions that native code takes.
 FAMILIES: dict[str, tuple[Callable[[], Any], tuple[int, int, int]]] = {

@@ -19,7 +19,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-_SIZES = {
+SIZES = {
     "vocab_size": 128,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -31,8 +31,8 @@ _SIZES = {
 _ROUTED = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
-    "llama": lambda: LlamaConfig(**_SIZES, attention_bias=True),
-    "llama_tied": lambda: LlamaConfig(**_SIZES, tie_word_embeddings=True),
+    "llama": lambda: LlamaConfig(**SIZES, attention_bias=True),
+    "llama_tied": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True),
     "gpt2": lambda: GPT2Config(
         vocab_size=128,
         n_embd=64,
@@ -42,11 +42,11 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         bos_token_id=1,
         eos_token_id=2,
     ),
-    "mixtral": lambda: MixtralConfig(**_SIZES, **_ROUTED),
+    "mixtral": lambda: MixtralConfig(**SIZES, **_ROUTED),
     "qwen3_moe": lambda: Qwen3MoeConfig(
-        **_SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, head_dim=16
+        **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, head_dim=16
     ),
-    "gpt_oss": lambda: GptOssConfig(**_SIZES, **_ROUTED, head_dim=16),
+    "gpt_oss": lambda: GptOssConfig(**SIZES, **_ROUTED, head_dim=16),
 }
 
 # Settings of ``gptq`` that take a fifth of the time. What they switch off changes which codes are chosen and not where

@@ -29,14 +29,6 @@ def _native() -> Iterator[None]:
     scratch._LOCAL.__dict__.clear()
 
 
-@pytest.fixture(params=["avx512_amx", "avx512_vnni", "avx512", "avx2", "neon", "generic"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param not in native.load().isas:
-        pytest.skip(f"this machine does not run {request.param}")
-    with native.use_isa(request.param):
-        yield request.param
-
-
 class Weight:
     """Small integers times powers of two: products with integers are rounded at the end only."""
 

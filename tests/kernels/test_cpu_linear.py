@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -65,16 +65,6 @@ def _native() -> None:
     status = native.load()
     if not status.cpu:
         pytest.skip(f"no native CPU kernels: {status.cpu_reason}")
-
-
-@pytest.fixture(
-    params=["avx512_amx", "avx512_vnni", "avx512", "avx2_vnni", "avx2", "neon", "generic"]
-)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param not in native.load().isas:
-        pytest.skip(f"this machine does not run {request.param}")
-    with native.use_isa(request.param):
-        yield request.param
 
 
 @pytest.fixture

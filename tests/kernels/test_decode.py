@@ -11,21 +11,13 @@ from torch import Tensor
 
 from hfq.kernels import decode, native
 
-ISAS = native.load().isas if native.load().cpu else ()
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 OPS = torch.ops.hfq
 
+pytestmark = pytest.mark.usefixtures("isa_or_reference")
+
 # Of a dtype, that values of size 1 are rounded to.
 STEP = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-
-
-@pytest.fixture(params=ISAS or [None], autouse=True)
-def isa(request: pytest.FixtureRequest) -> Iterator[None]:
-    if request.param is None:
-        yield
-        return
-    with native.use_isa(request.param):
-        yield
 
 
 @pytest.fixture
@@ -205,7 +197,7 @@ def test_what_is_not_finite_is_not_hidden(bad: float, normal: Callable[..., Tens
     assert OPS.attend(q, k, v, 20, None, 0.2).view(2, 32)[0].isnan().all()
 
 
-@pytest.mark.skipif(not ISAS, reason="no native CPU kernels")
+@pytest.mark.skipif(not native.load().cpu, reason="no native CPU kernels")
 def test_operands_are_checked(normal: Callable[..., Tensor]) -> None:
     x, one = normal(2, 1, 64), normal(1, 1, 32)
     q, k = normal(2, 4, 1, 32), normal(2, 2, 9, 32)

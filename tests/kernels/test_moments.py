@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,17 +9,9 @@ from torch import Tensor
 from hfq.kernels import native
 from hfq.kernels.moments import SecondMoment
 
-ISAS = native.load().isas if native.load().cpu else ()
-AMX = pytest.mark.skipif("avx512_amx" not in ISAS, reason="no matrix units, or not built for them")
-
-
-@pytest.fixture(params=ISAS or [None])
-def isa(request: pytest.FixtureRequest) -> Iterator[None]:
-    if request.param is None:
-        yield
-        return
-    with native.use_isa(request.param):
-        yield
+AMX = pytest.mark.skipif(
+    "avx512_amx" not in native.load().isas, reason="no matrix units, or not built for them"
+)
 
 
 def activations(tokens: int, columns: int, generator: torch.Generator) -> Tensor:
@@ -32,7 +22,7 @@ def activations(tokens: int, columns: int, generator: torch.Generator) -> Tensor
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("columns", [3, 1024, 1500])
-@pytest.mark.usefixtures("isa")
+@pytest.mark.usefixtures("isa_or_reference")
 def test_moments_add_up(
     columns: int, symmetric: bool, dtype: torch.dtype, generator: torch.Generator
 ) -> None:
