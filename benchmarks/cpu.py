@@ -1,7 +1,7 @@
 """CPU kernels and whole models beside other people's, in turn, one run. Checks that products are right before it times them.
 
     python benchmarks/cpu.py [--llamacpp PYTHON] [--bitsandbytes PYTHON] [--quanto PYTHON] [--torchao PYTHON]
-                             [--gptqmodel PYTHON --gptqmodel-path FOLDER] [--llamacpp-avx2 PYTHON]
+                             [--gptqmodel PYTHON] [--openvino PYTHON] [--llamacpp-avx2 PYTHON]
                              [--work FOLDER] [--rounds 5]
     python benchmarks/cpu.py --plot    # draws results/cpu_*.json once more, measures nothing
 
@@ -33,6 +33,7 @@ from typing import Any
 
 PEERS = Path(__file__).parent / "peers"
 TRANSFORMERS, LLAMA_CPP = PEERS / "transformers_worker.py", PEERS / "llamacpp_worker.py"
+GPTQ_CHECKPOINT = PEERS / "gptq_checkpoint.py"
 
 # (N, K) of the shape's layers, the head among them.
 SHAPES = ((2048, 2048), (8192, 2048), (2048, 8192), (32000, 2048))
@@ -290,17 +291,17 @@ def packed_command(work: Path, kind: str = "hfq", name: str = PACKED) -> list[st
 def commands(args: argparse.Namespace, work: Path) -> dict[str, list[str]]:
     found = {name: packed_command(work, name=name) for name in OURS}
     found["bfloat16"] = [sys.executable, str(TRANSFORMERS), "bfloat16", str(work / "float")]
-    for name in ("bitsandbytes", "quanto", "torchao"):
+    for name in ("bitsandbytes", "quanto", "torchao", "openvino"):
         if python := getattr(args, name):
             kind = f"{name}-int8" if name == "torchao" else name
             found[kind] = [python, str(TRANSFORMERS), kind, str(work / "float")]
     if args.gptqmodel:
-        found["gptqmodel"] = [
-            args.gptqmodel,
-            str(TRANSFORMERS),
-            "gptqmodel",
-            str(args.gptqmodel_path),
-        ]
+        folder = work / "gptq"
+        if not (folder / "config.json").exists():
+            subprocess.run(
+                [sys.executable, str(GPTQ_CHECKPOINT), str(work / "float"), str(folder)], check=True
+            )
+        found["gptqmodel"] = [args.gptqmodel, str(TRANSFORMERS), "gptqmodel", str(folder)]
     if args.llamacpp:
         for kind in ("q4_0", "q4_k_m", "q8_0"):
             file = work / f"{kind}.gguf"
@@ -510,11 +511,8 @@ def draw_again() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for package in ("llamacpp", "bitsandbytes", "quanto", "torchao", "gptqmodel"):
+    for package in ("llamacpp", "bitsandbytes", "quanto", "torchao", "gptqmodel", "openvino"):
         parser.add_argument(f"--{package}", metavar="PYTHON", help="interpreter that has it")
-    parser.add_argument(
-        "--gptqmodel-path", type=Path, help="a checkpoint of the shape that it quantized"
-    )
     parser.add_argument(
         "--llamacpp-avx2", metavar="PYTHON", help="interpreter whose llama.cpp is built for AVX2"
     )

@@ -2,7 +2,8 @@
 
     python benchmarks/peers/transformers_worker.py KIND MODEL
 
-KIND: bfloat16, hfq (MODEL is packed), bitsandbytes, quanto, quanto-int8, torchao-int8, gptqmodel (MODEL is packed by it).
+KIND: bfloat16, hfq (MODEL is packed), bitsandbytes, quanto, quanto-int8, torchao-int8, gptqmodel (MODEL is in its format), openvino
+(through optimum-intel, 4 bits in groups of 128, converted at the first call and kept in a folder beside MODEL).
 hfq-plain leaves the model's own code alone, and with -free behind it products give zeros.
 It answers each line of its input with a line of JSON; see `worker.serve`.
 """
@@ -26,6 +27,8 @@ from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteri
 
 
 def load(kind: str, path: str) -> Any:
+    if kind == "openvino":
+        return load_openvino(path)
     settings: dict[str, Any] = {"dtype": torch.bfloat16}
     if kind.startswith("hfq"):
         import hfq
@@ -61,6 +64,26 @@ def load(kind: str, path: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, **settings).eval()
 
 
+def load_openvino(path: str) -> Any:
+    from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
+
+    made = f"{path}-openvino"
+    if not os.path.isdir(made):
+        settings = OVWeightQuantizationConfig(bits=4, group_size=128, sym=True, ratio=1.0)
+        new = OVModelForCausalLM.from_pretrained(path, export=True, quantization_config=settings)
+        new.save_pretrained(made)
+    return OVModelForCausalLM.from_pretrained(made)
+
+
+def weights_bytes(model: Any, path: str) -> int:
+    """Bytes of all parameters and buffers, or of the file that has them."""
+    if not isinstance(model, torch.nn.Module):
+        return os.path.getsize(f"{path}-openvino/openvino_model.bin")
+    held = {t.data_ptr(): t.numel() * t.element_size() for t in model.parameters()}
+    held |= {t.data_ptr(): t.numel() * t.element_size() for t in model.buffers()}
+    return sum(held.values())
+
+
 def zeros(row: Any, x: torch.Tensor, grid: Any, *_: Any) -> torch.Tensor:
     """A product that costs nothing."""
     return x.new_zeros((*x.shape[:-1], grid.out_features))
@@ -84,8 +107,10 @@ def measure(model: Any, task: str, batch: int, tokens: int) -> float:
     ids = torch.randint(model.config.vocab_size, (batch, length), generator=generator)
     if task == "prefill":
         with torch.no_grad():
+            # Where the head cannot be asked for one token, it runs for all.
+            last = {"logits_to_keep": 1} if isinstance(model, torch.nn.Module) else {}
             start = time.perf_counter()
-            model(ids, use_cache=True, logits_to_keep=1)
+            model(ids, attention_mask=torch.ones_like(ids), use_cache=True, **last)
             return time.perf_counter() - start
     clock = Clock()
     model.generate(
@@ -105,9 +130,7 @@ def main() -> None:
     model = load(kind, path)
     # All tokens that were asked for, without the work of looking for an end, which llamacpp_worker.py does not do either.
     model.generation_config.eos_token_id = None
-    held = {t.data_ptr(): t.numel() * t.element_size() for t in model.parameters()}
-    held |= {t.data_ptr(): t.numel() * t.element_size() for t in model.buffers()}
-    about = {"weights_MiB": sum(held.values()) / 2**20, "torch": torch.__version__}
+    about = {"weights_MiB": weights_bytes(model, path) / 2**20, "torch": torch.__version__}
     serve(lambda *task: measure(model, *task), about)
 
 

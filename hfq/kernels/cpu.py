@@ -155,14 +155,8 @@ def no_native_code(problem: Problem) -> str | None:
 
 
 def call(op: Any, *arguments: Tensor | int | None) -> Tensor:
-    """An operator; under `torch.no_grad` past the Python code of its gradient, half of the time of a small call."""
-    if (
-        torch.is_grad_enabled()
-        or forward_ad._current_level >= 0  # forward-mode differentiation goes on under no_grad
-        or torch.compiler.is_compiling()
-    ):
-        y: Tensor = op(*arguments)
-        return y
-    with torch._C._AutoDispatchBelowAutograd():
-        y = op.default(*arguments)
+    """A native product (`ops.define_product`); where no gradient is wanted, the overload that has none."""
+    # Forward-mode differentiation goes on under no_grad.
+    wanted = torch.is_grad_enabled() or forward_ad._current_level >= 0
+    y: Tensor = op.default(*arguments) if wanted else op.inference(*arguments)
     return y

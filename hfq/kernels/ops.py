@@ -36,6 +36,7 @@ from .scratch import scratch
 
 __all__ = [
     "LIBRARY",
+    "define_product",
     "dequantized",
     "matmul",
     "native_dtype",
@@ -59,13 +60,26 @@ for _schema in (
     f"cpu_dequantize_into(Tensor(a!) out, {_GRID}, {_SIZES}, int out_features) -> ()",
     f"cpu_linear_gradient(Tensor grad, {_GRID}, {_SIZES}, int out_features) -> Tensor",
     f"cpu_lookup(Tensor index, {_GRID}, {_SIZES}, int out_features, ScalarType dtype) -> Tensor",
-    f"cpu_linear(Tensor x, {_ROWS16}, bool int8_activations) -> Tensor",
     f"cpu_linear_dequantized(Tensor x, {_ROWS16}) -> Tensor",
     f"cpu_experts_linear(Tensor x, Tensor counts, {_ROWS16}, bool int8_activations) -> Tensor",
     f"int8_linear({_INT8}, int in_features) -> Tensor",
-    f"cpu_int8_linear({_INT8}, int in_features, int out_features) -> Tensor",
 ):
     LIBRARY.define(_schema, tags=(torch.Tag.needs_fixed_stride_order,))
+
+
+def define_product(schema: str) -> None:
+    """Define a native product ``name(...)``, and ``name.inference(...)``: the same without a gradient.
+
+    A call of the first passes through the Python code of its gradient even where none is wanted, 15 us that an eager call
+    could go around (`torch._C._AutoDispatchBelowAutograd`), but a compiled one cannot.
+    """
+    name, arguments = schema.split("(", 1)
+    for overload in (name, f"{name}.inference"):
+        LIBRARY.define(f"{overload}({arguments}", tags=(torch.Tag.needs_fixed_stride_order,))
+
+
+define_product(f"cpu_linear(Tensor x, {_ROWS16}, bool int8_activations) -> Tensor")
+define_product(f"cpu_int8_linear({_INT8}, int in_features, int out_features) -> Tensor")
 
 
 # ---- implementations in PyTorch
@@ -225,10 +239,12 @@ _FAKES: dict[str, Callable[..., Tensor | None]] = {
     "cpu_linear_gradient": _fake_cpu_linear_gradient,
     "cpu_lookup": _fake_cpu_lookup,
     "cpu_linear": _fake_cpu_linear,
+    "cpu_linear.inference": _fake_cpu_linear,
     "cpu_linear_dequantized": _fake_cpu_linear_dequantized,
     "cpu_experts_linear": _fake_cpu_linear,
     "int8_linear": _fake_linear,
     "cpu_int8_linear": _fake_cpu_linear_dequantized,  # out_features stands last, too
+    "cpu_int8_linear.inference": _fake_cpu_linear_dequantized,
 }
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"hfq::{_name}", _fake, lib=LIBRARY)

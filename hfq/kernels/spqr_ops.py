@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .ops import LIBRARY, dequantized, matmul, register_gradient
+from .ops import LIBRARY, define_product, dequantized, matmul, register_gradient
 
 __all__ = ["spqr_rows16_weight"]
 
@@ -38,10 +38,13 @@ for _schema in (
     f"spqr_dequantize({_GRID}, {_SIZES}, ScalarType dtype) -> Tensor",
     f"spqr_linear(Tensor x, {_GRID}, Tensor? bias, {_SIZES}) -> Tensor",
     f"cpu_spqr_dequantize({_GRID}, {_SIZES}, int out_features, ScalarType dtype) -> Tensor",
-    f"cpu_spqr_linear(Tensor x, {_GRID}, Tensor? bias, {_SIZES}, int out_features) -> Tensor",
     f"cpu_spqr_linear_dequantized(Tensor x, {_GRID}, Tensor? bias, {_SIZES}, int out_features) -> Tensor",
 ):
     LIBRARY.define(_schema, tags=(torch.Tag.needs_fixed_stride_order,))
+
+define_product(
+    f"cpu_spqr_linear(Tensor x, {_GRID}, Tensor? bias, {_SIZES}, int out_features) -> Tensor"
+)
 
 
 def _neutral_weight(
@@ -100,6 +103,7 @@ _FAKES: dict[str, Callable[..., Tensor]] = {
     "spqr_linear": _fake_linear,
     "cpu_spqr_dequantize": _fake_cpu_dequantize,
     "cpu_spqr_linear": _fake_cpu_linear,
+    "cpu_spqr_linear.inference": _fake_cpu_linear,
     "cpu_spqr_linear_dequantized": _fake_cpu_linear,
 }
 for _name, _fake in _FAKES.items():

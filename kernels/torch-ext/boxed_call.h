@@ -169,4 +169,9 @@ inline bool register_impl(TorchLibraryHandle library, const char* name, void (*f
   return torch_library_impl(library, name, fn, kTorch211) == 0;
 }
 
+// A product and its overload without a gradient (`define_product` in hfq/kernels/ops.py).
+inline bool register_product(TorchLibraryHandle library, const std::string& name, void (*fn)(StableIValue*, uint64_t, uint64_t)) {
+  return register_impl(library, name.c_str(), fn) && register_impl(library, (name + ".inference").c_str(), fn);
+}
+
 }  // namespace hfq

@@ -261,7 +261,7 @@ void cpu_lookup(StableIValue* stack, uint64_t, uint64_t) {
 bool register_all() {
   TorchLibraryHandle library = nullptr;  // lives as long as the process, like the operators
   if (aoti_torch_library_init_impl("hfq", "CPU", __FILE__, __LINE__, &library) != 0) return false;
-  return register_impl(library, "cpu_linear", cpu_linear) && register_impl(library, "cpu_int8_linear", cpu_int8_linear) &&
+  return register_product(library, "cpu_linear", cpu_linear) && register_product(library, "cpu_int8_linear", cpu_int8_linear) &&
          register_impl(library, "cpu_experts_linear", cpu_experts_linear) &&
          register_impl(library, "cpu_dequantize", cpu_dequantize) && register_impl(library, "cpu_dequantize_into", cpu_dequantize_into) &&
          register_impl(library, "cpu_lookup", cpu_lookup) && register_spqr(library) && register_rounding(library) && register_moments(library) &&

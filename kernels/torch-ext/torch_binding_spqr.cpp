@@ -103,7 +103,7 @@ void cpu_spqr_dequantize(StableIValue* stack, uint64_t, uint64_t) {
 }  // namespace
 
 bool register_spqr(TorchLibraryHandle library) {
-  return register_impl(library, "cpu_spqr_linear", cpu_spqr_linear) && register_impl(library, "cpu_spqr_dequantize", cpu_spqr_dequantize);
+  return register_product(library, "cpu_spqr_linear", cpu_spqr_linear) && register_impl(library, "cpu_spqr_dequantize", cpu_spqr_dequantize);
 }
 
 }  // namespace hfq

@@ -163,7 +163,9 @@ def test_gradients_of_16_bit_activations_with_a_float32_bias(
     linear(x, int4, bias).backward(grad)
     assert x.grad is not None and bias.grad is not None
     assert x.grad.dtype == torch.bfloat16 and bias.grad.dtype == torch.float32
-    torch.testing.assert_close(x.grad, grad @ dequantize(int4, torch.bfloat16))
+    # bfloat16 rounds the weight and the result, or the result alone where float32 products are faster.
+    expected = grad.double() @ dequantize(int4, torch.float64)
+    assert (x.grad - expected).norm() < 2**-8 * expected.norm()
     torch.testing.assert_close(bias.grad, grad.float().sum(0), atol=0.02, rtol=0.02)
 
 
