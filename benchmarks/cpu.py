@@ -9,7 +9,7 @@ PYTHON is the interpreter of an environment that has the package (benchmarks/pee
 at once, one process each, and take turns: a round is one measurement of each. All use every core.
 
 Kernels: milliseconds of a product with weights that come from memory, and which share of the measured read bandwidth that is.
-Gradients: milliseconds of grad W for training, beside the same product with a bfloat16 weight.
+Gradients: milliseconds of grad W for training, beside the same product with a dense weight, in bfloat16 and in float32.
 Models: a 1B-parameter Llama shape with random weights; seconds of a prompt of 512 tokens, and of a step of `model.generate`.
 AVX2: hfq held to it beside a llama.cpp that was built for it.
 Step: what a step of `model.generate` takes beside its products, which give zeros here, with and without native code for the rest.
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -88,60 +89,63 @@ def weight(
 
 
 def kernels(rounds: int) -> dict[str, Any]:
-    """Every product checked against float64, then timed; the read bandwidth is measured in every round."""
-    import torch
-
+    """Every product checked against float64, then all timed in turn; the read bandwidth is measured in every round."""
     from hfq.diagnose.machine import read_bandwidth
-    from hfq.kernels import huge_pages, rows16
-    from hfq.kernels.cpu import call
 
-    generator = torch.Generator().manual_seed(0)
     rows: list[dict[str, Any]] = []
-    bandwidth = [read_bandwidth() / 1e9]
-    for bits in (2, 3, 4, 8):
-        for n, k in SHAPES:
-            codes, scales, dense = weight(bits, n, k, generator)
-            lines = rows16.to_rows16(codes, split=bits == 3)
-            copies = max(2, ROTATED // lines.numel())
-            many = huge_pages.empty((copies, *lines.shape), torch.uint8)
-            many.copy_(lines)
-            operands = (rows16.to_rows16(scales), None, None, None, bits, GROUP, k, n)
-            for tokens in TOKENS:
-                x = torch.randn(tokens, k, generator=generator).bfloat16()
-                expected = x.double() @ dense.double().T
-                turn = itertools.cycle(range(copies))
-
-                def product(int8: bool, x: Any = x, turn: Iterator[int] = turn) -> Any:
-                    at = many[next(turn)]  # noqa: B023
-                    with torch.no_grad():  # as in `generate`
-                        return call(torch.ops.hfq.cpu_linear, x, at, *operands, int8)  # noqa: B023
-
-                for int8 in (True, False):
-                    error = (product(int8).double() - expected).norm() / expected.norm()
-                    assert error < (0.02 if int8 else 0.005), (bits, n, k, tokens, int8, error)
-                if tokens > 16:
-                    continue
-                seconds = median_seconds(lambda: product(True), rounds)
-                size = lines.numel() + scales.numel() * 2
-                rows.append(
-                    {
-                        "bits": bits,
-                        "shape": [n, k],
-                        "tokens": tokens,
-                        "milliseconds": seconds * 1e3,
-                        "GB_per_second": size / seconds / 1e9,
-                    }
-                )
-            bandwidth.append(read_bandwidth() / 1e9)
-            print(f"int{bits} {n} x {k}: {rows[-5]['GB_per_second']:.1f} GB/s", flush=True)
+    works: list[Callable[[], Any]] = []
+    for bits, shape in itertools.product((2, 3, 4, 8), SHAPES):
+        size, products = checked_products(bits, *shape)
+        for tokens, product in products.items():
+            rows.append({"bits": bits, "shape": list(shape), "tokens": tokens, "bytes": size})
+            works.append(product)
+        print(f"int{bits} {shape[0]} x {shape[1]} is right", flush=True)
+    bandwidth: list[float] = []
+    seconds: list[list[float]] = [[] for _ in works]
+    for number in range(rounds):
+        bandwidth.append(read_bandwidth() / 1e9)
+        for taken, work in zip(seconds, works, strict=True):
+            taken += seconds_in_turn([work], 1)[0]
+        print(f"round {number + 1} of {rounds}: reads {bandwidth[-1]:.1f} GB/s", flush=True)
     read = statistics.median(bandwidth)
-    for row in rows:
+    for row, taken in zip(rows, seconds, strict=True):
+        median = statistics.median(taken)
+        row["milliseconds"] = median * 1e3
+        row["GB_per_second"] = row.pop("bytes") / median / 1e9
         row["share_of_read_bandwidth"] = row["GB_per_second"] / read
     return {"read_GB_per_second": read, "rows": rows}
 
 
-def median_seconds(work: Callable[[], Any], rounds: int) -> float:
-    return statistics.median(seconds_in_turn([work], rounds)[0])
+def checked_products(bits: int, n: int, k: int) -> tuple[int, dict[int, Callable[[], Any]]]:
+    """Bytes of a weight, and what multiplies by tokens, up to 16, after all were compared with float64."""
+    import torch
+
+    from hfq.kernels import huge_pages, rows16
+    from hfq.kernels.cpu import call
+
+    generator = torch.Generator().manual_seed(0)
+    codes, scales, dense = weight(bits, n, k, generator)
+    lines = rows16.to_rows16(codes, split=bits == 3)
+    copies = max(2, ROTATED // lines.numel())
+    many = huge_pages.empty((copies, *lines.shape), torch.uint8)
+    many.copy_(lines)
+    operands = (rows16.to_rows16(scales), None, None, None, bits, GROUP, k, n)
+    turn = itertools.cycle(many.unbind())
+
+    def product(x: Any, int8: bool = True) -> Any:
+        with torch.no_grad():  # as in `generate`
+            return call(torch.ops.hfq.cpu_linear, x, next(turn), *operands, int8)
+
+    products = {}
+    for tokens in TOKENS:
+        x = torch.randn(tokens, k, generator=generator).bfloat16()
+        expected = x.double() @ dense.double().T
+        for int8 in (True, False):
+            error = (product(x, int8).double() - expected).norm() / expected.norm()
+            assert error < (0.02 if int8 else 0.005), (bits, n, k, tokens, int8, error)
+        if tokens <= 16:
+            products[tokens] = functools.partial(product, x)
+    return lines.numel() + scales.numel() * 2, products
 
 
 def seconds_in_turn(works: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
@@ -160,7 +164,10 @@ def seconds_in_turn(works: Sequence[Callable[[], Any]], rounds: int) -> list[lis
 
 
 def gradients(rounds: int) -> list[dict[str, Any]]:
-    """grad W of packed weights, checked against float64, then timed in turn with a bfloat16 W."""
+    """grad W of packed weights, checked against float64, then timed in turn with a dense W.
+
+    Processors without products of bfloat16 multiply float32 several times faster, so that both are the measure.
+    """
     import torch
 
     from hfq.core.codebooks import codebook
@@ -176,7 +183,10 @@ def gradients(rounds: int) -> list[dict[str, Any]]:
         codes, scales, exact = weight(bits, n, k, generator, group, table)
         lines = rows16.to_rows16(codes)
         operands, sizes = (lines, rows16.to_rows16(scales), None, table), (bits, group, k, n)
-        dense = rows16_weight(operands, sizes, torch.bfloat16)
+        dense = {
+            dtype: rows16_weight(operands, sizes, dtype)
+            for dtype in (torch.bfloat16, torch.float32)
+        }
         for tokens in GRADIENT_TOKENS:
             x = torch.randn(tokens, k, generator=generator).bfloat16().requires_grad_()
             y = torch.ops.hfq.cpu_linear(x, *operands, None, *sizes, False)
@@ -185,29 +195,36 @@ def gradients(rounds: int) -> list[dict[str, Any]]:
             def packed(x: Any = x, y: Any = y, grad: Any = grad) -> Any:
                 return torch.autograd.grad(y, x, grad, retain_graph=True)[0]
 
-            def plain(grad: Any = grad, dense: Any = dense) -> Any:
-                return grad @ dense
+            def plain(dtype: torch.dtype, grad: Any = grad, dense: Any = dense) -> Any:
+                return (grad.to(dtype) @ dense[dtype]).to(grad.dtype)
 
             expected = grad.double() @ exact.double()
             error = (packed().double() - expected).norm() / expected.norm()
             assert error < 0.005, (name, n, k, tokens, error)
-            ours, theirs = seconds_in_turn([packed, plain], rounds)
+            works = [packed, *(functools.partial(plain, dtype) for dtype in dense)]
+            ours, narrow, wide = (
+                [1e3 * second for second in seconds] for seconds in seconds_in_turn(works, rounds)
+            )
+            fastest = min(statistics.median(narrow), statistics.median(wide))
             rows.append(
                 {
                     "kind": "gradient",
                     "weights": name,
                     "shape": [n, k],
                     "tokens": tokens,
-                    "milliseconds": statistics.median(ours) * 1e3,
-                    "bfloat16_milliseconds": statistics.median(theirs) * 1e3,
-                    "least_milliseconds": min(ours) * 1e3,
-                    "bfloat16_least_milliseconds": min(theirs) * 1e3,
-                    "speed_of_bfloat16": statistics.median(theirs) / statistics.median(ours),
+                    "milliseconds": statistics.median(ours),
+                    "bfloat16_milliseconds": statistics.median(narrow),
+                    "float32_milliseconds": statistics.median(wide),
+                    "least_milliseconds": min(ours),
+                    "bfloat16_least_milliseconds": min(narrow),
+                    "float32_least_milliseconds": min(wide),
+                    "speed_of_fastest_dense": fastest / statistics.median(ours),
                 }
             )
             print(
                 f"gradient, {name} {n} x {k}, {tokens} tokens: {rows[-1]['milliseconds']:.1f} ms, "
-                f"bfloat16 {rows[-1]['bfloat16_milliseconds']:.1f}",
+                f"bfloat16 {rows[-1]['bfloat16_milliseconds']:.1f}, "
+                f"float32 {rows[-1]['float32_milliseconds']:.1f}",
                 flush=True,
             )
     return rows
@@ -436,11 +453,12 @@ def report_gradients(found: Sequence[dict[str, Any]]) -> None:
             str(row["tokens"]),
             f"{row['milliseconds']:.1f}",
             f"{row['bfloat16_milliseconds']:.1f}",
-            f"{row['speed_of_bfloat16']:.0%}",
+            f"{row['float32_milliseconds']:.1f}",
+            f"{row['speed_of_fastest_dense']:.0%}",
         )
         for row in found
     ]
-    head = ("gradients", "N x K", "tokens", "milliseconds", "bfloat16", "of its speed")
+    head = ("gradients", "N x K", "tokens", "milliseconds", "bfloat16", "float32", "of the faster")
     print(format_table(head, rows))
 
 
