@@ -190,6 +190,7 @@ def test_a_new_process_computes_the_same(
 UNKNOWN = {
     "llama": ("llama", {}),
     "int8": ("llama", {"format": "int8"}),
+    "fp8": ("llama", {"format": "fp8"}),
     "gpt2": ("gpt2", {}),
     "mixtral": ("mixtral", {}),
     "gpt_oss": ("gpt_oss", {}),
