@@ -3,7 +3,7 @@
 M tokens, N out_features, K in_features; qweight uint8 [N, K, 1], scales float32 [N, 1], as stored (hfq.formats.fp8).
 
     fp8_dequantize     -> [N, K]             PyTorch
-    fp8_linear         x -> x W^T + bias     dequantize, then a matrix product; with x as it is or rounded to E4M3
+    fp8_linear         x -> x W^T + bias     a matrix product with dequantized rows; x as it is or rounded to E4M3
     fp8_scaled_linear  x -> x W^T + bias     x rounded to E4M3, `torch._scaled_mm`
 
 As for the operators in `hfq.kernels.ops`: only x and bias have gradients, from the packed operands, and the rounding of
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import fp8
-from .ops import LIBRARY, dequantized, matmul, register_gradient, widened
+from .ops import LIBRARY, dequantized, register_gradient, widened
 
 __all__: list[str] = []
 
@@ -42,8 +42,11 @@ def _linear(
 ) -> Tensor:
     if fp8_activations:
         return fp8.linear(x, qweight, scales, input_scale, bias)
-    wide = widened(x) if x.is_cpu else x
-    return matmul(wide, fp8.dequantize(qweight, scales, wide.dtype), bias).to(x.dtype)
+    tokens = x.reshape(-1, x.shape[-1])
+    # Autocast would choose the dtype of the product; the schema's fake promises that of x.
+    with torch.autocast(x.device.type, enabled=False):
+        y = fp8.product(widened(tokens) if x.is_cpu else tokens, qweight, scales)
+    return fp8.output(y, bias, x)
 
 
 LIBRARY.impl("fp8_dequantize", fp8.dequantize, "CompositeExplicitAutograd")

@@ -136,8 +136,12 @@ def test_dequantize(dtype: torch.dtype, generator: torch.Generator) -> None:
 def test_dequantize_in_pieces(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     codes, scales = operands(24, 37, generator)
     whole = fp8.dequantize(codes, scales, torch.float32)
-    monkeypatch.setattr(fp8, "_CHUNKS", {"cpu": 100})
-    assert torch.equal(fp8.dequantize(codes, scales, torch.float32), whole)
+    x = torch.randn(5, 37, generator=generator)
+    expected = x @ whole.T
+    for chunk in (1, 100, 1000):
+        monkeypatch.setattr(fp8, "_CHUNKS", {"cpu": chunk})
+        assert torch.equal(fp8.dequantize(codes, scales, torch.float32), whole)
+        torch.testing.assert_close(fp8.product(x, codes, scales), expected)
 
 
 @pytest.mark.gpu

@@ -134,6 +134,18 @@ def test_gradients_pass_the_rounding(spec: Spec, generator: torch.Generator) -> 
     torch.testing.assert_close(x.grad, grad @ packed.dequantize())
 
 
+@pytest.mark.parametrize("prepared", [True, False])
+def test_outputs_may_be_changed_in_place(
+    prepared: bool, spec: Spec, generator: torch.Generator
+) -> None:
+    packed = quantized(spec, generator)
+    x = torch.randn(2, 4, 70, generator=generator, requires_grad=True)
+    y = packed(x) if prepared else _as_stored(packed, x)
+    y += 1
+    y.sum().backward()
+    assert x.grad is not None
+
+
 def test_autocast(spec: Spec, generator: torch.Generator) -> None:
     packed = quantized(spec, generator)
     x = torch.randn(4, 70, generator=generator)
