@@ -9,12 +9,12 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ..core.weight import Grid, PackedGrid, SpqrGrid
+from ..core.weight import Fp8Grid, Grid, PackedGrid, SpqrGrid
 
 __all__ = ["KernelRow", "OneByOne", "Problem", "each_expert"]
 
 # The one class of grids that a kernel reads.
-G = TypeVar("G", PackedGrid, SpqrGrid)
+G = TypeVar("G", PackedGrid, Fp8Grid, SpqrGrid)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class KernelRow(Protocol[G]):
     def linear(self, x: Tensor, grid: G, bias: Tensor | None, int8_activations: bool) -> Tensor:
         """``x W^T + bias``: x `[..., K]` -> `[..., N]` in x.dtype. `grid` is in the kernel's layout.
 
-        Where ``grid.activation`` is set, x is quantized to int8 whatever `int8_activations` says.
+        Where ``grid.activation`` is set, x is quantized as it says, whatever `int8_activations` says.
         """
 
     def experts(
