@@ -14,6 +14,7 @@ from ..core.weight import Grid, PackedGrid, SpqrGrid
 from .cpu import CpuRows16
 from .cpu_int8 import CpuInt8
 from .cpu_spqr import CpuSpqr
+from .cuda import CudaFragments
 from .neutral import Neutral
 from .neutral_spqr import NeutralSpqr
 from .row import KernelRow, Problem
@@ -31,7 +32,7 @@ class Choice:
 
 # A plain table, not a cached function: `as_stored` is called inside forwards that a compiler traces.
 _ROWS: dict[type[Grid], tuple[KernelRow[Any], ...]] = {
-    PackedGrid: (CpuRows16(), CpuInt8(), Neutral()),
+    PackedGrid: (CpuRows16(), CpuInt8(), CudaFragments(), Neutral()),
     SpqrGrid: (CpuSpqr(), NeutralSpqr()),
 }
 

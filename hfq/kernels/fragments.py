@@ -22,14 +22,14 @@ padded rows are not stored to.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ..core.bits import pack, unpack
 
-__all__ = ["BITS", "COLUMN_UNIT", "ROWS", "from_fragments", "to_fragments"]
+__all__ = ["BITS", "COLUMN_UNIT", "ROWS", "from_fragments", "stack", "to_fragments"]
 
 BITS = (2, 3, 4, 8)
 ROWS = 16  # of a tile
@@ -85,6 +85,12 @@ def from_fragments(tiles: Tensor, shape: tuple[int, ...], bits: int) -> Tensor:
     return out
 
 
+def stack(tensors: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Tiles of several weights in one memory, and each weight's part of it."""
+    out = torch.cat([tensor.detach() for tensor in tensors])
+    return out, out.split_with_sizes([len(tensor) for tensor in tensors])
+
+
 def _matrices(tensor: Tensor, dims: int) -> Tensor:
     """`[..., *dims]` -> `[E, *dims]`."""
     return tensor.reshape(math.prod(tensor.shape[:-dims]), *tensor.shape[-dims:])
@@ -109,7 +115,8 @@ def _words(registers: Tensor, bits: int) -> Tensor:
     spare = None
     if bits == 3:
         pairs, spare = pairs[..., :30], pairs[..., 30:]
-    fields = pairs.unflatten(-1, (-1, 5 if bits == 3 else 16 // bits))
+    count = 5 if bits == 3 else 16 // bits
+    fields = pairs.reshape(*pairs.shape[:-1], pairs.shape[-1] // count, count)
     words = fields[..., 0].clone()
     for field in range(1, fields.shape[-1]):
         words |= fields[..., field] << bits * field
@@ -122,13 +129,16 @@ def _words(registers: Tensor, bits: int) -> Tensor:
 def _registers(words: Tensor, bits: int) -> Tensor:
     """The inverse of `_words`: uint8 `[..., R, 2]`."""
     if bits == 8:
-        return words.contiguous().view(torch.uint8).unflatten(-1, (-1, 2))
+        return words.contiguous().view(torch.uint8).view(*words.shape[:-1], 8, 2)
     mask, count = (1 << bits) - 1, 5 if bits == 3 else 16 // bits
     fields = torch.stack([words >> bits * field for field in range(count)], dim=-1).flatten(-2)
     if bits == 3:
         upper = words >> 15 & 0x10001
-        spare = [sum(upper[..., 3 * i + b] << b for b in range(3)) for i in range(2)]
-        fields = torch.cat([fields, torch.stack(spare, dim=-1)], dim=-1)  # type: ignore[arg-type]
+        spare = [
+            upper[..., 3 * i] | upper[..., 3 * i + 1] << 1 | upper[..., 3 * i + 2] << 2
+            for i in range(2)
+        ]
+        fields = torch.cat([fields, torch.stack(spare, dim=-1)], dim=-1)
     return torch.stack([fields & mask, fields >> 16 & mask], dim=-1).to(torch.uint8)
 
 
@@ -136,11 +146,12 @@ def _bytes(words: Tensor) -> Tensor:
     """Words of lanes `[T, C, 32, 4 | 6]` as they stand in memory: uint8 `[T, C, 32 | 48, 16]`."""
     parts = [words[..., :4], words[..., 4:]]
     flat = torch.cat([part.flatten(-2) for part in parts], dim=-1).contiguous()
-    return flat.view(torch.uint8).unflatten(-1, (-1, 16))
+    return flat.view(torch.uint8).view(*words.shape[:2], words.shape[-1] * 8, 16)
 
 
 def _lanes(tiles: Tensor) -> Tensor:
     """The inverse of `_bytes`."""
     words = tiles.flatten(-2).contiguous().view(torch.int32)
     parts = [words[..., : 4 * _LANES], words[..., 4 * _LANES :]]
-    return torch.cat([part.unflatten(-1, (_LANES, -1)) for part in parts if part.shape[-1]], dim=-1)
+    by_lane = [part.reshape(*part.shape[:-1], _LANES, part.shape[-1] // _LANES) for part in parts]
+    return torch.cat(by_lane, dim=-1)

@@ -13,6 +13,12 @@ const char* launch(void (*kernel)(Params), unsigned blocks, unsigned threads, si
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+// Enqueues a copy within the memory of the device.
+inline const char* launch_copy(void* to, const void* from, size_t bytes, cudaStream_t stream) {
+  const cudaError_t error = cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
 // Multiprocessors of the current device.
 inline int multiprocessors() {
   int device = 0, count = 1;

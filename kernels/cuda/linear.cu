@@ -5,6 +5,10 @@
 
 namespace hfq {
 
+const char* copy_on_device(void* to, const void* from, int64_t bytes, cudaStream_t stream) {
+  return launch_copy(to, from, static_cast<size_t>(bytes), stream);
+}
+
 const char* launch_linear(const LinearParams& params, cudaStream_t stream) {
   if (params.tokens == 0 || params.weight.out_features == 0) return nullptr;
   LinearParams p = params;
