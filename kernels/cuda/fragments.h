@@ -65,13 +65,13 @@ __device__ __forceinline__ uint32_t field_numbers(uint32_t word) {
   constexpr int kShift = kAt / kSpan * kSpan, kPlace = kAt - kShift;
   constexpr uint32_t kMask = 0x00010001u * (((1u << kBits) - 1) << kPlace);
   constexpr int kOffset = (1 << (kMantissa - kPlace)) + (1 << (kBits - 1));
-  return fma2(T{}, ((word >> kShift) & kMask) | kBoth<T, 1 << kMantissa>, kBoth<T, 1, kPlace>, kBoth<T, -kOffset>);
+  return fma2(T{}, and_or<kMask>(word >> kShift, kBoth<T, 1 << kMantissa>), kBoth<T, 1, kPlace>, kBoth<T, -kOffset>);
 }
 
 // Two 8-bit codes in the lower bytes of the halves, as code - 128.
 __device__ __forceinline__ uint32_t byte_numbers(BFloat16, uint32_t bytes) {
   // 7 bits of mantissa: the code without its upper bit is 128 + that; the upper bit chooses between - 128 and - 256.
-  const uint32_t lower = (bytes & 0x007f007fu) | kBoth<BFloat16, 128>;
+  const uint32_t lower = and_or<0x007f007fu>(bytes, kBoth<BFloat16, 128>);
   const uint32_t offset = (bytes & 0x00800080u) ^ kBoth<BFloat16, -256>;
   return fma2(BFloat16{}, lower, kBoth<BFloat16, 1>, offset);
 }
@@ -86,12 +86,12 @@ struct Codes {
   static constexpr int kUnits = kBlockColumns<kBits> / kUnitColumns;
   uint32_t words[kWords];
 
-  // `block`: the first byte of a block.
-  __device__ __forceinline__ void load(const uint8_t* block, int lane) {
-    const uint4 v = load_streaming(reinterpret_cast<const uint4*>(block) + lane);
+  // `first`: where the lane's first words of a block are, 16 lane bytes behind its beginning.
+  __device__ __forceinline__ void load(const uint8_t* first, int lane) {
+    const uint4 v = load_streaming(reinterpret_cast<const uint4*>(first));
     words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
     if constexpr (kBits == 3) {
-      const uint2 u = load_streaming(reinterpret_cast<const uint2*>(block + 512) + lane);
+      const uint2 u = load_streaming(reinterpret_cast<const uint2*>(first + 512 - 8 * lane));
       words[4] = u.x, words[5] = u.y;
     }
   }
@@ -190,12 +190,15 @@ struct Pair {
   float low, high;  // of rows g, g + 8
 };
 
-__device__ __forceinline__ RawPair load_pair(const void* pairs, int64_t at, DType dtype) {
+// Bytes of a pair.
+__device__ __forceinline__ uint32_t pair_bytes(DType dtype) { return dtype == kFloat32 ? 8 : 4; }
+
+__device__ __forceinline__ RawPair load_pair(const uint8_t* pair, DType dtype) {
   if (dtype == kFloat32) {
-    const uint2 v = load(static_cast<const uint2*>(pairs) + at);
+    const uint2 v = load(reinterpret_cast<const uint2*>(pair));
     return {v.x, v.y};
   }
-  return {load(static_cast<const uint32_t*>(pairs) + at), 0};
+  return {load(reinterpret_cast<const uint32_t*>(pair)), 0};
 }
 
 __device__ __forceinline__ Pair to_floats(RawPair raw, DType dtype) {

@@ -6,7 +6,7 @@
 //
 // Bytes and instructions: per clock a multiprocessor gets some 14 bytes of weights from memory on an H100 (3.35 TB/s, 132 of them at
 // 1.75 GHz), 20 on an H200, and issues 4 instructions. A warp's 512 bytes of 4-bit codes thus have 140 (100) issue slots, and take about
-// 75 instructions: 44 for codes, 4 mma, 5 loads, the rest for scales and addresses. With 8 tokens, activations are twice the bytes of one
+// 95 instructions: 44 for codes, 4 mma, 4 loads, the rest for scales, addresses and bounds. With 8 tokens, activations are twice the bytes of one
 // tile of 4-bit codes, from L2; hence two tiles for one read of them where there are enough tiles for all multiprocessors.
 #pragma once
 
@@ -47,29 +47,36 @@ struct LinearWarp {
   const LinearParams& p;
   const uint8_t* table;
   int lane;
-  uint32_t blocks;  // of columns
-  bool whole;       // no group ends inside of a block
-  bool present;     // the lane's token exists
-  const uint8_t* qweight[kTiles];
-  int64_t pairs[kTiles];  // index of the lane's pair in group 0
-  const uint16_t* x;      // the lane's first activation
+  uint32_t blocks;                 // of columns
+  bool whole;                      // no group ends inside of a block
+  const uint8_t* qweight[kTiles];  // the lane's first words of block 0
+  const uint8_t* scales[kTiles];   // the lane's pair of group 0
+  const uint8_t* zeros[kTiles];
+  uint32_t group_bytes;            // from one group's pairs to the next
+  const uint8_t* x;                // the lane's first activations
+  uint32_t columns;                // columns from there to the end of the row; 0 if the lane's token does not exist
   float sums[kTiles][4] = {};
 
   __device__ __forceinline__ LinearWarp(const LinearParams& params, uint8_t* shared, int64_t first_tile, int64_t first_token)
       : p(params), table(shared), lane(threadIdx.x % 32) {
     const Weight& w = p.weight;
     const int64_t tiles = (w.out_features + kTileRows - 1) / kTileRows, token = first_token + lane / 4;
-    blocks = static_cast<uint32_t>((w.in_features + kBlockColumns<kBits> - 1) / kBlockColumns<kBits>);
+    blocks = kept(static_cast<uint32_t>((w.in_features + kBlockColumns<kBits> - 1) / kBlockColumns<kBits>));
     whole = w.groups == 1 || w.group_size % kBlockColumns<kBits> == 0;
-    present = token < p.tokens;
+    group_bytes = 8 * pair_bytes(w.scale_dtype);
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
       // An odd number of tiles: the last one is computed twice and stored once.
       const int64_t tile = first_tile + i < tiles ? first_tile + i : tiles - 1;
-      qweight[i] = w.qweight + tile * blocks * kBytes;
-      pairs[i] = tile * w.groups * 8 + lane / 4;
+      const int64_t pair = tile * w.groups * group_bytes + lane / 4 * pair_bytes(w.scale_dtype);
+      qweight[i] = kept(w.qweight + tile * blocks * kBytes + 16 * lane);
+      scales[i] = kept(static_cast<const uint8_t*>(w.scales) + pair);
+      if constexpr (kZeros) zeros[i] = kept(static_cast<const uint8_t*>(w.zeros) + pair);
     }
-    x = static_cast<const uint16_t*>(p.x) + (present ? token : 0) * w.in_features + 8 * (lane % 4);
+    const uint32_t first = 8 * (lane % 4), in_features = static_cast<uint32_t>(w.in_features);
+    const bool present = token < p.tokens;
+    columns = kept(present && first < in_features ? in_features - first : 0);
+    x = kept(static_cast<const uint8_t*>(p.x) + ((present ? token : 0) * w.in_features + first) * 2);
   }
 
   __device__ __forceinline__ void load(Stage<Kind, kZeros, kTiles>& stage, uint32_t block) const {
@@ -85,8 +92,8 @@ struct LinearWarp {
       group = group < last ? group : last;  // units behind K
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
-        stage.scales[i][u] = load_pair(w.scales, pairs[i] + 8 * group, w.scale_dtype);
-        if constexpr (kZeros) stage.zeros[i][u] = load_pair(w.zeros, pairs[i] + 8 * group, w.scale_dtype);
+        stage.scales[i][u] = load_pair(scales[i] + group * group_bytes, w.scale_dtype);
+        if constexpr (kZeros) stage.zeros[i][u] = load_pair(zeros[i] + group * group_bytes, w.scale_dtype);
       }
     }
   }
@@ -96,8 +103,7 @@ struct LinearWarp {
     for (int u = 0; u < kUnits; ++u) {
       const uint32_t column = (block * kUnits + u) * kUnitColumns;
       activations.units[u] = make_uint4(0, 0, 0, 0);
-      if (present && column + 8 * (lane % 4) < p.weight.in_features)
-        activations.units[u] = hfq::load(reinterpret_cast<const uint4*>(x + column));
+      if (column < columns) activations.units[u] = hfq::load(reinterpret_cast<const uint4*>(x + 2 * column));
     }
   }
 
@@ -150,20 +156,20 @@ struct LinearWarp {
     constexpr int kStages = kAhead<kBits, kTiles>;
     const uint32_t warp = threadIdx.x / 32;
     Stage<Kind, kZeros, kTiles> stages[kStages];
-    Activations<Kind> next;
+    static_assert(kStages % 2 == 0, "activations alternate between two places");
+    Activations<Kind> activations[2];
 #pragma unroll
     for (int s = 0; s < kStages; ++s) load(stages[s], warp + s * kWarps);
-    load(next, warp);
+    load(activations[0], warp);
     fill();
     for (uint32_t first = warp; first < blocks; first += kStages * kWarps) {
 #pragma unroll
       for (int s = 0; s < kStages; ++s) {
         const uint32_t block = first + s * kWarps;
         if (block < blocks) {
-          const Activations<Kind> activations = next;
-          load(next, block + kWarps);
+          load(activations[(s + 1) % 2], block + kWarps);
           float products[kTiles][4] = {}, x_sums[4] = {};
-          multiply<0>(stages[s], activations, products, x_sums);
+          multiply<0>(stages[s], activations[s % 2], products, x_sums);
           load(stages[s], block + kStages * kWarps);
         }
       }

@@ -91,6 +91,23 @@ __device__ __forceinline__ void ldmatrix(uint32_t (&v)[4], const void* row) {
 
 // ---- numbers ----
 
+// (word & mask) | bits in one instruction, with the mask as its constant: it takes one only, so that the compiler makes two of it.
+template <uint32_t kMask>
+__device__ __forceinline__ uint32_t and_or(uint32_t word, uint32_t bits) {
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(word), "n"(kMask), "r"(bits));
+  return d;
+}
+// A value that the compiler takes as it is: it would compute addresses and constants again at each use, in place of keeping a register.
+template <class V>
+__device__ __forceinline__ V kept(V v) {
+  if constexpr (sizeof(V) == 8)
+    asm volatile("" : "+l"(v));
+  else
+    asm volatile("" : "+r"(v));
+  return v;
+}
+
 __device__ __forceinline__ uint32_t fma2(BFloat16, uint32_t a, uint32_t b, uint32_t c) {
   uint32_t d;
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,9 @@ class Emulator:
     """The launchers, with the arguments of the operators ``hfq::cuda_*``."""
 
     def __init__(self, library: Path) -> None:
+        self.folder = library.parent
         self._library = ctypes.CDLL(str(library))
-        for launcher in (self._library.linear, self._library.unpack):
+        for launcher in (self._library.linear, self._library.unpack, self._library.self_check):
             launcher.restype = ctypes.c_char_p
 
     def linear(
@@ -106,18 +108,32 @@ class Emulator:
         self._run(self._library.unpack, params, (index, *operands), y)
         return y
 
+    def self_check(self, name: str, x: Tensor) -> Tensor:
+        """What a kernel of self_check.cpp makes of int32 `[128]`."""
+        y = torch.zeros_like(x)
+        pointers = (ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()))
+        self._allow((x,), y)
+        _raise(self._library.self_check(name.encode(), *pointers))
+        return y
+
     def _run(
         self, launcher: Any, params: ctypes.Structure, read: tuple[Tensor | None, ...], y: Tensor
     ) -> None:
+        self._allow(read, y)
+        _raise(launcher(ctypes.byref(params)))
+
+    def _allow(self, read: tuple[Tensor | None, ...], y: Tensor) -> None:
         self._library.forget_all()
         for tensor in (*read, y):
             if tensor is not None:
                 assert tensor.is_contiguous()
                 size = ctypes.c_size_t(tensor.numel() * tensor.element_size())
                 self._library.allow(ctypes.c_void_p(tensor.data_ptr()), size, int(tensor is y))
-        error = launcher(ctypes.byref(params))
-        if error is not None:
-            raise RuntimeError(error.decode())
+
+
+def _raise(error: bytes | None) -> None:
+    if error is not None:
+        raise RuntimeError(error.decode())
 
 
 def _weight(operands: tuple[Tensor | None, ...], sizes: tuple[int, int, int, int]) -> _Weight:
@@ -140,18 +156,45 @@ def _weight(operands: tuple[Tensor | None, ...], sizes: tuple[int, int, int, int
 
 def build(folder: Path) -> Emulator:
     """Compile kernels and emulator into a library."""
+    sources = [
+        *SOURCES,
+        EMULATOR / "fibers.cpp",
+        EMULATOR / "exports.cpp",
+        EMULATOR / "self_check.cpp",
+    ]
+    return Emulator(_library(folder, "libcuda_on_cpu.so", _compiled(folder, sources)))
+
+
+def build_operators(folder: Path) -> Path:
+    """Compile the operators into a library; `folder` is where `build` was."""
+    device = "-Daoti_torch_device_type_cuda=aoti_torch_device_type_cpu"
+    sources = [
+        ROOT / "kernels/torch-ext/torch_binding_cuda_fragments.cpp",
+        EMULATOR / "operators.cpp",
+    ]
+    objects = _compiled(folder, sources, device)
+    objects += [folder / f"{source.name}.o" for source in (*SOURCES, EMULATOR / "fibers.cpp")]
+    torch_library = Path(torch.__file__).parent / "lib/libtorch_cpu.so"
+    return _library(folder, "libcuda_operators_on_cpu.so", objects, str(torch_library))
+
+
+def _compiled(folder: Path, sources: Sequence[Path], *options: str) -> list[Path]:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++")
 
     def compiled(source: Path) -> Path:
         target = folder / f"{source.name}.o"
-        command = [compiler, *FLAGS, "-DHFQ_CUDA_ON_CPU", f"-I{EMULATOR}", "-x", "c++"]
+        command = [compiler, *FLAGS, *options, "-DHFQ_CUDA_ON_CPU", f"-I{EMULATOR}", "-x", "c++"]
         subprocess.run([*command, "-c", str(source), "-o", str(target)], check=True)
         return target
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compiled, [*SOURCES, *sorted(EMULATOR.glob("*.cpp"))]))
-    library = folder / "libcuda_on_cpu.so"
-    subprocess.run([compiler, "-shared", *map(str, objects), "-o", str(library)], check=True)
-    return Emulator(library)
+        return list(pool.map(compiled, sources))
+
+
+def _library(folder: Path, name: str, objects: Sequence[Path], *options: str) -> Path:
+    library = folder / name
+    words = ["g++", "-shared", *map(str, objects), *options, "-o", str(library)]
+    subprocess.run(words, check=True)
+    return library

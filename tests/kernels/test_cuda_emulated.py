@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,6 +139,45 @@ def _name(value: object) -> str:
 @pytest.fixture
 def weight(generator: torch.Generator) -> Callable[..., Weight]:
     return lambda *arguments, **options: make(generator, *arguments, **options)
+
+
+# ---- the emulator itself
+
+
+@pytest.mark.parametrize(
+    ("kernel", "words"),
+    [
+        ("barrier_for_some", "threads wait for others"),
+        ("reads_too_far", "read outside of global memory"),
+        ("writes_what_is_read_only", "write outside of global memory"),
+        ("misaligned", "misaligned access to global memory"),
+        ("writes_behind_shared_memory", "write behind the end of shared memory"),
+    ],
+)
+def test_mistakes_are_seen(emulator: Any, kernel: str, words: str) -> None:
+    with pytest.raises(RuntimeError, match=words):
+        emulator.self_check(kernel, torch.zeros(128, dtype=torch.int32))
+
+
+def test_missing_barriers_are_seen(emulator: Any) -> None:
+    x = torch.arange(128, dtype=torch.int32)
+    y = emulator.self_check("neighbour_without_barrier", x)
+    assert not torch.equal(y[:32], x[:32].roll(-1))
+
+
+def test_copies_are_there_when_they_were_waited_for(emulator: Any) -> None:
+    x = torch.arange(128, dtype=torch.int32)
+    before, first, second, after = emulator.self_check("copies", x).view(32, 4).unbind(1)
+    assert (before == -1).all() and (second == -1).all()
+    assert torch.equal(first, x[::4]) and torch.equal(after, x[::4])
+
+
+def test_matrices_and_shuffles(emulator: Any, generator: torch.Generator) -> None:
+    x = torch.randint(1 << 30, (128,), generator=generator, dtype=torch.int32)
+    lanes = emulator.self_check("matrices", x).view(8, 4, 4)  # g, t, matrix
+    assert torch.equal(lanes, x.view(4, 8, 4).permute(1, 2, 0))
+    shuffled = emulator.self_check("shuffle", x).view(32, 4)[:, 0]
+    assert torch.equal(shuffled, x[torch.arange(32) ^ 5])
 
 
 # ---- products
@@ -292,6 +333,20 @@ def test_lookup_gives_rows_of_the_dequantized_weight(
     outside = torch.tensor([3, -1, 45, 44])
     rows = emulator.unpack(outside, w.operands, w.sizes, torch.float32)
     assert rows.isnan().all(1).tolist() == [False, True, True, False]
+
+
+# ---- operators
+
+
+def test_operators_and_modules(emulator: Any) -> None:
+    """The binding, the row and modules with it: on CPU tensors, in a process whose CPU is the emulated GPU."""
+    library = _emulator_module().build_operators(emulator.folder)
+    script = Path(__file__).parent / "cuda_on_cpu/check_operators.py"
+    run = subprocess.run(
+        [sys.executable, str(script), str(library)], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "all checks passed" in run.stdout
 
 
 # ---- all of them

@@ -90,6 +90,15 @@ inline uint32_t shuffle_xor(uint32_t v, int lanes) {
 
 // ---- numbers ----
 
+template <uint32_t kMask>
+uint32_t and_or(uint32_t word, uint32_t bits) {
+  return (word & kMask) | bits;
+}
+template <class V>
+V kept(V v) {
+  return v;
+}
+
 inline float as_float(uint32_t bits) {
   float f;
   std::memcpy(&f, &bits, 4);
