@@ -32,12 +32,6 @@ struct Stage {
   RawPair zeros[kTiles][kZeros ? Kind::kUnits : 1];
 };
 
-// A lane's activations of one block of columns.
-template <class Kind>
-struct Activations {
-  uint4 units[Kind::kUnits];
-};
-
 template <class Kind, class T, bool kZeros, int kTiles>
 struct LinearWarp {
   static constexpr int kUnits = Kind::kUnits;
@@ -98,22 +92,20 @@ struct LinearWarp {
     }
   }
 
-  __device__ __forceinline__ void load(Activations<Kind>& activations, uint32_t block) const {
-#pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-      const uint32_t column = (block * kUnits + u) * kUnitColumns;
-      activations.units[u] = make_uint4(0, 0, 0, 0);
-      if (column < columns) activations.units[u] = hfq::load(reinterpret_cast<const uint4*>(x + 2 * column));
-    }
+  __device__ __forceinline__ void load(uint4& activations, uint32_t unit) const {
+    const uint32_t column = unit * kUnitColumns;
+    activations = make_uint4(0, 0, 0, 0);
+    if (column < columns) activations = hfq::load(reinterpret_cast<const uint4*>(x + 2 * column));
   }
 
+  // Units u and later of a block. Activations make room for those of the warp's next block, `next`, as they are used up.
   template <int u>
-  __device__ __forceinline__ void multiply(const Stage<Kind, kZeros, kTiles>& stage, const Activations<Kind>& activations,
+  __device__ __forceinline__ void multiply(const Stage<Kind, kZeros, kTiles>& stage, uint4 (&activations)[kUnits], uint32_t next,
                                            float (&products)[kTiles][4], float (&x_sums)[4]) {
     constexpr uint32_t kOne = kBoth<T, 1>, ones[4] = {kOne, kOne, kOne, kOne};
     constexpr float kMiddle = 1 << (kBits - 1);
     uint32_t b[2][2];
-    Kind::activations(activations.units[u], b);
+    Kind::activations(activations[u], b);
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
       uint32_t a[2][4];
@@ -125,6 +117,7 @@ struct LinearWarp {
       mma(T{}, x_sums, ones, b[0][0], b[0][1]);
       mma(T{}, x_sums, ones, b[1][0], b[1][1]);
     }
+    load(activations[u], next * kUnits + u);
     if (!whole || u + 1 == kUnits) {
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
@@ -147,7 +140,7 @@ struct LinearWarp {
 #pragma unroll
       for (int c = 0; c < 4; ++c) x_sums[c] = 0.0f;
     }
-    if constexpr (u + 1 < kUnits) multiply<u + 1>(stage, activations, products, x_sums);
+    if constexpr (u + 1 < kUnits) multiply<u + 1>(stage, activations, next, products, x_sums);
   }
 
   // All blocks of one warp. `fill`: what is to be done once while the first loads are on their way.
@@ -156,20 +149,19 @@ struct LinearWarp {
     constexpr int kStages = kAhead<kBits, kTiles>;
     const uint32_t warp = threadIdx.x / 32;
     Stage<Kind, kZeros, kTiles> stages[kStages];
-    static_assert(kStages % 2 == 0, "activations alternate between two places");
-    Activations<Kind> activations[2];
+    uint4 activations[kUnits];
 #pragma unroll
     for (int s = 0; s < kStages; ++s) load(stages[s], warp + s * kWarps);
-    load(activations[0], warp);
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) load(activations[u], warp * kUnits + u);
     fill();
     for (uint32_t first = warp; first < blocks; first += kStages * kWarps) {
 #pragma unroll
       for (int s = 0; s < kStages; ++s) {
         const uint32_t block = first + s * kWarps;
         if (block < blocks) {
-          load(activations[(s + 1) % 2], block + kWarps);
           float products[kTiles][4] = {}, x_sums[4] = {};
-          multiply<0>(stages[s], activations[s % 2], products, x_sums);
+          multiply<0>(stages[s], activations, block + kWarps, products, x_sums);
           load(stages[s], block + kStages * kWarps);
         }
       }
