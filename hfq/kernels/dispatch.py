@@ -14,6 +14,7 @@ from ..core.weight import Fp8Grid, Grid, PackedGrid, SpqrGrid
 from .cpu import CpuRows16
 from .cpu_int8 import CpuInt8
 from .cpu_spqr import CpuSpqr
+from .cuda import CudaFragments
 from .cuda_fp8 import CudaFp8
 from .neutral import Neutral
 from .neutral_fp8 import NeutralFp8
@@ -33,7 +34,7 @@ class Choice:
 
 # A plain table, not a cached function: `as_stored` is called inside forwards that a compiler traces.
 _ROWS: dict[type[Grid], tuple[KernelRow[Any], ...]] = {
-    PackedGrid: (CpuRows16(), CpuInt8(), Neutral()),
+    PackedGrid: (CpuRows16(), CpuInt8(), CudaFragments(), Neutral()),
     Fp8Grid: (CudaFp8(), NeutralFp8()),
     SpqrGrid: (CpuSpqr(), NeutralSpqr()),
 }
