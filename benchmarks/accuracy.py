@@ -28,6 +28,7 @@ MODEL = Path(__file__).parent.parent / "examples" / "stdlib-llama"
 # name -> (settings, what is measured beside it)
 OURS: dict[str, dict[str, Any]] = {
     "hfq int8": {"format": "int8"},
+    "hfq fp8": {"format": "fp8"},
     "hfq int4 g128 rtn": {"bits": 4, "group_size": 128},
     "hfq int4 g128 rtn, scale_search": {"bits": 4, "group_size": 128, "scale_search": True},
     "hfq int4 g128 asym, scale_search": {

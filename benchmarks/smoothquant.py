@@ -1,4 +1,4 @@
-"""What int8 activations cost on a model with outlier channels, and what SmoothQuant wins back.
+"""What activations of 8 bits cost on a model with outlier channels, and what SmoothQuant wins back.
 
     python benchmarks/smoothquant.py
 
@@ -27,6 +27,7 @@ from hfq.table import format_table
 
 MODEL = Path(__file__).parent.parent / "examples" / "stdlib-llama"
 
+# int8 unless the name says otherwise.
 SETTINGS: dict[str, dict[str, Any]] = {
     "weights only": {"format": "int8"},
     "dynamic": {"format": "int8", "activation": "dynamic"},
@@ -36,6 +37,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "smoothquant dynamic, 0.5": {"method": "smoothquant", "smoothing": 0.5},
     "smoothquant static, 0.5": {"method": "smoothquant", "activation": "static", "smoothing": 0.5},
     "smoothquant+gptq dynamic": {"method": "smoothquant+gptq"},
+    "fp8 weights only": {"format": "fp8"},
+    "fp8 dynamic": {"format": "fp8", "activation": "dynamic"},
+    "fp8 static": {"format": "fp8", "activation": "static"},
+    "fp8 smoothquant dynamic": {
+        "method": "smoothquant",
+        "format": "fp8",
+        "activation": "dynamic",
+    },
+    "fp8 smoothquant static": {"method": "smoothquant", "format": "fp8", "activation": "static"},
 }
 
 # Channels in a hundred that become outliers, and by how much: about what Dettmers et al. ("LLM.int8()", 2022) found.
@@ -107,7 +117,7 @@ def main() -> None:
         tokenizer.save_pretrained(folder)
         for kind, path in (("as trained", str(MODEL)), ("with outliers", folder)):
             for name, settings in SETTINGS.items():
-                data = {} if name in ("weights only", "dynamic") else calibration
+                data = calibration if hfq.HfqConfig(**settings).calibrated else {}
                 config = hfq.HfqConfig(kernel_mode="exact", **settings, **data)
                 model = AutoModelForCausalLM.from_pretrained(
                     path, quantization_config=config, dtype=torch.float32
@@ -133,7 +143,7 @@ def main() -> None:
                     }
                 )
                 print(f"{kind}, {name}: {result.perplexity:.4f} of {base:.4f}", flush=True)
-    header = ("model", "int8", "perplexity", "loss", "KL, nats", "top-1")
+    header = ("model", "settings", "perplexity", "loss", "KL, nats", "top-1")
     print("\n" + format_table(header, [_cells(row) for row in rows]))
     command = "python benchmarks/smoothquant.py"
     if args.max_tokens:

@@ -75,17 +75,18 @@ class HfqConfig(QuantizationConfigMixin):
 
     Args:
         method: "rtn", "hqq" without data; "gptq", "spqr", "awq", "awq+gptq", "smoothquant", "smoothquant+gptq" with.
-        format: a registered layout: "int", "nf4", "fp4", "int8", "spqr". Default: the method's ("int"; "int8" for
+        format: a registered layout: "int", "nf4", "fp4", "int8", "fp8", "spqr". Default: the method's ("int"; "int8" for
             smoothquant, "spqr" for spqr).
-        bits: 2 to 8 for "int" and "spqr"; the other formats fix it. Default 4 (8 for "int8", 3 for "spqr").
+        bits: 2 to 8 for "int" and "spqr"; the other formats fix it. Default 4 (8 for "int8" and "fp8", 3 for "spqr").
         group_size: columns that share a scale, -1 for whole rows. Default 128 ("int"), 64 ("nf4", "fp4"), 16 ("spqr").
         sym: no zero points. Default True, False for method "hqq" and format "spqr".
         scale_dtype: "float16" (default), "bfloat16" or "float32".
         static_groups: for "int": False lets groups follow the order in which gptq rounds columns; such weights decode on
             the slower PyTorch path. Default True: groups are runs of neighbours.
         double_quant: 8-bit scales, for "nf4" and "fp4".
-        activation: for "int8": None keeps activations in float, "dynamic" rounds each token to int8 on the way in,
-            "static" with one scale per weight that calibration finds. Default None ("dynamic" for smoothquant).
+        activation: for "int8" and "fp8": None keeps activations in float, "dynamic" rounds each token to int8 or to
+            8-bit floats on the way in, "static" with one scale per weight that calibration finds. Default None ("dynamic"
+            for smoothquant with "int8").
         stat_bits, stat_group_size: for "spqr": bits of scales and zero points, and how many rows share the float steps
             and offsets that turn them into numbers. Default 3 and 64.
         outliers: for "spqr": share of the weights that are stored beside the grid. Default 0.005.

@@ -14,7 +14,7 @@ from hfq import HfqConfig
 from hfq.algorithms import ALGORITHMS
 from hfq.config import Recipe
 from hfq.core.errors import ConfigError, HfqError, UnknownNameError, VersionError
-from hfq.core.spec import CodebookSpec, Int8Spec, IntSpec, QuantSpec
+from hfq.core.spec import CodebookSpec, Fp8Spec, Int8Spec, IntSpec, QuantSpec
 from hfq.formats import FORMAT_VERSION, FORMATS
 
 
@@ -41,6 +41,7 @@ def through_json(config: HfqConfig) -> HfqConfig:
         ({"format": "nf4"}, "rtn", "nf4", CodebookSpec()),
         ({"format": "fp4"}, "rtn", "fp4", CodebookSpec(codebook="fp4")),
         ({"format": "int8"}, "rtn", "int8", Int8Spec()),
+        ({"format": "fp8", "bits": 8, "group_size": -1}, "rtn", "fp8", Fp8Spec()),
         ({"bits": 3, "group_size": -1}, "rtn", "int", IntSpec(bits=3, group_size=-1)),
         ({"method": "hqq", "format": "int"}, "hqq", "int", IntSpec(sym=False)),
         ({"format": "nf4", "bits": 4, "sym": True}, "rtn", "nf4", CodebookSpec()),
@@ -87,6 +88,32 @@ def test_smoothquant_brings_int8_activations_along() -> None:
         assert HfqConfig(method, activation="static").activation == "static"
 
 
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("gptq", {}, "use method 'rtn' or 'smoothquant' with format 'fp8'"),
+        ("smoothquant+gptq", {"activation": "dynamic"}, "not to 8-bit floats"),
+        ("awq", {}, "those of format 'fp8' grow alike: use method 'rtn'"),
+        ("awq+gptq", {}, "those of format 'fp8' grow alike"),
+        ("hqq", {}, "optimises zero points"),
+        ("spqr", {}, "format 'spqr'"),
+        ("smoothquant", {}, "needs format 'int8' or 'fp8' with activation="),
+        ("rtn", {"scale_search": True}, "leave scale_search out"),
+    ],
+)
+def test_8_bit_floats_are_rounded_to_nearest(
+    method: str, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        HfqConfig(method, format="fp8", **settings)
+
+
+def test_8_bit_floats_may_be_smoothed() -> None:
+    config = HfqConfig("smoothquant", format="fp8", activation="dynamic")
+    assert recipe(config).spec == Fp8Spec(activation="dynamic") and config.calibrated
+    assert not HfqConfig(format="fp8", activation="dynamic").calibrated
+
+
 def test_static_activations_need_data_whatever_the_method() -> None:
     assert not HfqConfig(format="int8").calibrated
     assert not HfqConfig(format="int8", activation="dynamic").calibrated
@@ -126,6 +153,8 @@ def test_the_first_override_that_matches_counts() -> None:
         # Another format starts from its own defaults.
         ({"bits": 3}, {"format": "nf4"}, ("rtn", "nf4", CodebookSpec())),
         ({"bits": 3}, {"format": "int8"}, ("rtn", "int8", Int8Spec())),
+        ({"format": "int8", "activation": "dynamic"}, {"format": "fp8"}, ("rtn", "fp8", Fp8Spec())),
+        ({"format": "fp8"}, {"activation": "static"}, ("rtn", "fp8", Fp8Spec(activation="static"))),
         ({"format": "nf4"}, {"format": "int"}, ("rtn", "int", IntSpec())),
         ({"format": "nf4", "double_quant": True}, {"format": "fp4"}, ("rtn", "fp4", CodebookSpec(codebook="fp4"))),
         ({"format": "int8"}, {"format": "int", "bits": 2}, ("rtn", "int", IntSpec(bits=2))),

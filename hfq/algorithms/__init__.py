@@ -148,9 +148,9 @@ class Method:
                 f"static_groups=False stores groups that follow gptq's order of rounding: method {self.algorithm!r} has "
                 "no order; set static_groups=True, or use method 'gptq'"
             )
-        ALGORITHMS.get(self.algorithm).check(spec, options)
         if self.transform is not None:
             TRANSFORMS.get(self.transform).check(spec, options)
+        ALGORITHMS.get(self.algorithm).check(spec, options)
 
 
 def find_method(name: str) -> Method:

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..core import affine
 from ..core.errors import ConfigError
 from ..core.fit import fit_grid
-from ..core.spec import QuantSpec
+from ..core.spec import Fp8Spec, QuantSpec
 from ..core.statistics import InputStatistics
 from . import TRANSFORMS
 
@@ -42,6 +42,11 @@ class ActivationAware:
         steps = options["awq_steps"]
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise ConfigError(f"awq_steps must be a positive integer, got {steps!r}")
+        if isinstance(spec, Fp8Spec):
+            raise ConfigError(
+                "method 'awq' makes the errors of some columns smaller by making their weights larger, and those of format "
+                "'fp8' grow alike: use method 'rtn', or 'smoothquant' where activations are rounded, too"
+            )
 
     def factors(
         self,

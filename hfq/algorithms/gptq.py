@@ -36,7 +36,7 @@ from ..core.columns import ColumnRounding, StaticGrid
 from ..core.errors import CalibrationError, ConfigError
 from ..core.fit import fit_grid
 from ..core.refine import refine, turns_for
-from ..core.spec import CodebookSpec, QuantSpec, SpqrSpec, columns_per_group
+from ..core.spec import CodebookSpec, Fp8Spec, QuantSpec, SpqrSpec, columns_per_group
 from ..core.statistics import Factor, InputStatistics
 from ..core.weight import QuantizedWeight
 from . import ALGORITHMS
@@ -63,6 +63,11 @@ class Gptq:
         if isinstance(spec, SpqrSpec):
             raise ConfigError(
                 "method 'gptq' chooses no outliers and no bilevel scales: format 'spqr' needs method 'spqr'"
+            )
+        if isinstance(spec, Fp8Spec):
+            raise ConfigError(
+                "method 'gptq' rounds to integers and to codebooks of 16 values, not to 8-bit floats: use method 'rtn' or "
+                "'smoothquant' with format 'fp8', or format 'int8'"
             )
         for name in ("desc_act", "scale_search"):
             check_flag(name, options[name])

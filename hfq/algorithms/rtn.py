@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..core import affine
 from ..core.checks import check_flag
+from ..core.errors import ConfigError
 from ..core.fit import fit_grid
-from ..core.spec import QuantSpec
+from ..core.spec import Fp8Spec, QuantSpec
 from ..core.statistics import InputStatistics
 from ..core.weight import QuantizedWeight
 from . import ALGORITHMS
@@ -31,6 +32,11 @@ class RoundToNearest:
 
     def check(self, spec: QuantSpec, options: Mapping[str, object]) -> None:
         check_flag("scale_search", options["scale_search"])
+        if options["scale_search"] and isinstance(spec, Fp8Spec):
+            raise ConfigError(
+                "scale_search=True looks for a grid of even steps or of 16 values, which format 'fp8' has not: its steps "
+                "follow the size of each weight; leave scale_search out"
+            )
 
     def quantize(
         self,

@@ -1,4 +1,4 @@
-"""``smoothquant``: difficulty moves from activations to weights before both are quantized to int8.
+"""``smoothquant``: difficulty moves from activations to weights before both are quantized to 8 bits.
 
 Xiao, Lin, Seznec, Wu, Demouth and Han, "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large
 Language Models", 2022. A few channels of the activations are many times larger than the others, so that a scale for the
@@ -24,7 +24,7 @@ from torch import Tensor
 from ..core import affine
 from ..core.activations import rounded_tokens, widest_input_scale
 from ..core.errors import CalibrationError, ConfigError
-from ..core.spec import QuantSpec
+from ..core.spec import QuantSpec, activation_dtype
 from ..core.statistics import InputStatistics
 from . import TRANSFORMS
 
@@ -53,8 +53,8 @@ class SmoothQuant:
             )
         if spec.activation is None:
             raise ConfigError(
-                "method 'smoothquant' is for quantized activations: it needs format 'int8' with activation='dynamic' "
-                f"or 'static', got {spec}; use method 'awq' or 'gptq' where activations stay in float"
+                "method 'smoothquant' is for quantized activations: it needs format 'int8' or 'fp8' with "
+                f"activation='dynamic' or 'static', got {spec}; use method 'awq' or 'gptq' where activations stay in float"
             )
 
     def factors(
@@ -117,8 +117,9 @@ def _error(weights: Sequence[tuple[Tensor, QuantSpec]], factors: Tensor, sample:
     for weight, spec in weights:
         scaled = weight * factors
         rounded = affine.encode(scaled, *affine.range_grid(scaled, spec), spec).dequantize()
-        scale = widest_input_scale(smooth) if spec.activation == "static" else None
-        found = rounded_tokens(smooth, scale) @ rounded.T
+        dtype = activation_dtype(spec)
+        scale = widest_input_scale(smooth, dtype) if spec.activation == "static" else None
+        found = rounded_tokens(smooth, scale, dtype) @ rounded.T
         total += float((found - x @ weight.T).square().sum())
     return total
 

@@ -10,6 +10,7 @@ from ..algorithms import ALGORITHMS, find_method
 from ..config import Recipe
 from ..core.activations import fit_input_scale, rounded_tokens
 from ..core.errors import CalibrationError, HfqError
+from ..core.spec import activation_dtype
 from ..core.statistics import InputStatistics
 from ..core.weight import QuantizedWeight
 
@@ -60,7 +61,12 @@ def _input_scale(
             "give data that it reads, or use activation='dynamic' for it (overrides)"
         )
     rows = slice(None, None, max(1, len(weight) // _ERROR_ROWS))
-    return fit_input_scale(statistics.sample, weight[rows], quantized.dequantize()[rows])
+    return fit_input_scale(
+        statistics.sample,
+        weight[rows],
+        quantized.dequantize()[rows],
+        activation_dtype(quantized.spec),
+    )
 
 
 def relative_error(
@@ -78,7 +84,8 @@ def relative_error(
         x = statistics.sample.float()
         wanted = x @ rows.T
         whole = float(wanted.square().sum())
-        found = rounded_tokens(x, quantized.input_scale) @ rounded.T
+        read = rounded_tokens(x, quantized.input_scale, activation_dtype(quantized.spec))
+        found = read @ rounded.T
         wrong = float((found - wanted).square().sum())
     else:
         whole, wrong = statistics.error(rows), statistics.error(rounded - rows)

@@ -39,7 +39,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         default="rtn",
         help="rtn, hqq, gptq, spqr, awq, awq+gptq, smoothquant (default: rtn)",
     )
-    parser.add_argument("--format", help="int, nf4, fp4, int8, spqr (default: the method's)")
+    parser.add_argument("--format", help="int, nf4, fp4, int8, fp8, spqr (default: the method's)")
     parser.add_argument("--bits", type=int, help="2 to 8 (default: the format's)")
     parser.add_argument(
         "--target-bits",
@@ -76,7 +76,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         help="least squares grids (rtn: off by default, gptq: on)",
     )
     parser.add_argument(
-        "--activation", help="dynamic, static: int8 activations, too (int8; default: float)"
+        "--activation", help="dynamic, static: 8-bit activations, too (int8, fp8; default: float)"
     )
     parser.add_argument("--iterations", type=int, help="optimisation steps (hqq)")
     parser.add_argument(

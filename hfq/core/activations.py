@@ -1,11 +1,11 @@
-"""The only code that rounds activations: symmetric int8 codes with one scale for each token, or one for all.
+"""The only code that rounds activations: int8 or E4M3 codes with one scale for each token, or one for all.
 
-    code = round(x / scale), between -127 and 127          x ~ code * scale
+    code = nearest(x / scale)          x ~ code * scale
 
-"dynamic": a token's scale is its largest magnitude over 127, so that nothing is clipped. "static": one scale that
-calibration has found (`fit_input_scale`); what lies beyond 127 of it saturates. A token that holds NaN or infinity has
-the scale NaN, so that all that is computed from it is NaN. Native kernels follow these rules to the bit
-(kernels/cpu/int8_body.h).
+int8: whole numbers from -127 to 127; E4M3: 8-bit floats up to 448 (`hfq.core.float8`). "dynamic": a token's scale is its
+largest magnitude over the largest code, so that nothing is clipped. "static": one scale that calibration has found
+(`fit_input_scale`); what lies beyond the largest code saturates. A token that holds NaN or infinity has the scale NaN,
+so that all that is computed from it is NaN. Native kernels follow the rules of int8 to the bit (kernels/cpu/int8_body.h).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import CalibrationError
+from .float8 import E4M3, E4M3_MAX, e4m3_values, to_e4m3
 
 __all__ = [
     "ACTIVATIONS",
@@ -26,7 +27,8 @@ __all__ = [
 
 ACTIVATIONS = ("dynamic", "static")
 
-_MOST = 127
+# The largest code.
+_MOST = {torch.int8: 127.0, E4M3: E4M3_MAX}
 # Below this the reciprocal of a scale overflows: what is that small counts as zero.
 _LEAST = 1e-35
 
@@ -34,44 +36,52 @@ _LEAST = 1e-35
 _CLIPS = [0.93**step for step in range(29)]
 
 
-def quantize_tokens(x: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_tokens(
+    x: Tensor, input_scale: Tensor | None = None, dtype: torch.dtype = torch.int8
+) -> tuple[Tensor, Tensor]:
     """Codes and scales of activations.
 
     Args:
         x: `[M, K]` of any float dtype; read as float32.
         input_scale: float32 `[1]` for all tokens, or None for one from each token's largest magnitude.
+        dtype: of the codes, torch.int8 or `E4M3`.
 
     Returns:
-        codes int8 `[M, K]` and scales float32 `[M, 1]`.
+        codes `[M, K]` and scales float32 `[M, 1]`.
     """
-    x = x.float()
+    x, most = x.float(), _MOST[dtype]
     largest = x.abs().amax(-1, keepdim=True)
     if input_scale is None:
         some = largest > _LEAST
-        scales = torch.where(some, largest / _MOST, 0.0)
-        # Not `_MOST / largest`: PyTorch makes that a product with the reciprocal, rounded twice.
-        inverse = torch.where(some, torch.full_like(largest, _MOST) / largest, 0.0)
+        scales = torch.where(some, largest / most, 0.0)
+        # Not `most / largest`: PyTorch makes that a product with the reciprocal, rounded twice.
+        inverse = torch.where(some, torch.full_like(largest, most) / largest, 0.0)
     else:
         usable = (input_scale > _LEAST) & input_scale.isfinite()
         scales = torch.where(usable, input_scale, torch.nan).expand_as(largest)
         inverse = torch.where(usable, 1 / input_scale, 0.0)
     # Infinity times zero and whatever comes of NaN: such tokens have no codes.
-    codes = (x * inverse).round_().clamp_(-_MOST, _MOST).nan_to_num_(0.0).to(torch.int8)
+    steps = (x * inverse).clamp_(-most, most).nan_to_num_(0.0)
+    codes = to_e4m3(steps) if dtype == E4M3 else steps.round_().to(torch.int8)
     return codes, torch.where(largest.isfinite(), scales, torch.nan)
 
 
-def rounded_tokens(x: Tensor, input_scale: Tensor | None = None) -> Tensor:
+def rounded_tokens(
+    x: Tensor, input_scale: Tensor | None = None, dtype: torch.dtype = torch.int8
+) -> Tensor:
     """The activations that the codes stand for, float32 `[M, K]`; arguments as for `quantize_tokens`."""
-    codes, scales = quantize_tokens(x, input_scale)
-    return codes * scales
+    codes, scales = quantize_tokens(x, input_scale, dtype)
+    return (e4m3_values(codes.view(torch.uint8)) if dtype == E4M3 else codes) * scales
 
 
-def widest_input_scale(x: Tensor) -> Tensor:
+def widest_input_scale(x: Tensor, dtype: torch.dtype = torch.int8) -> Tensor:
     """The static scale that clips nothing of `[M, K]`, float32 `[1]`."""
-    return (x.float().abs().amax() / _MOST).view(1)
+    return (x.float().abs().amax() / _MOST[dtype]).view(1)
 
 
-def fit_input_scale(sample: Tensor, weight: Tensor, rounded: Tensor) -> Tensor:
+def fit_input_scale(
+    sample: Tensor, weight: Tensor, rounded: Tensor, dtype: torch.dtype = torch.int8
+) -> Tensor:
     """The static scale with the least squared error of a layer's output, float32 `[1]`.
 
     Clipping a few extreme activations buys finer steps for all others. The error is that of the product of quantized
@@ -80,12 +90,13 @@ def fit_input_scale(sample: Tensor, weight: Tensor, rounded: Tensor) -> Tensor:
     Args:
         sample: `[S, K]`, what the layer reads; its largest magnitude is where the search begins.
         weight, rounded: float32 `[N, K]`, the weight and what its codes stand for; some of the rows will do.
+        dtype: of the codes of activations.
 
     Raises:
         CalibrationError: the sample is empty, or holds NaN or infinity.
     """
     x = sample.float()
-    widest = widest_input_scale(x) if x.numel() else x.new_tensor([torch.nan])
+    widest = widest_input_scale(x, dtype) if x.numel() else x.new_tensor([torch.nan])
     if not bool(widest.isfinite()):
         raise CalibrationError(
             "the activations that this weight reads on the calibration data are NaN, infinite or missing: a static "
@@ -98,7 +109,7 @@ def fit_input_scale(sample: Tensor, weight: Tensor, rounded: Tensor) -> Tensor:
     best, least = widest, torch.inf
     for clip in _CLIPS:
         scale = (widest * clip).clamp(min=2 * _LEAST)
-        error = float((rounded_tokens(x, scale) @ rounded.T - wanted).square().sum())
+        error = float((rounded_tokens(x, scale, dtype) @ rounded.T - wanted).square().sum())
         if error < least:
             best, least = scale, error
     return best

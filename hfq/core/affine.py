@@ -16,8 +16,9 @@ from torch import Tensor
 from .bilevel import decode_bilevel, encode_bilevel
 from .codebooks import codebook
 from .errors import ConfigError, WeightError
+from .float8 import E4M3_MAX, to_e4m3
 from .outliers import collect_outliers, largest_of_pieces
-from .spec import SCALE_BLOCK, CodebookSpec, QuantSpec, SpqrSpec, group_count
+from .spec import SCALE_BLOCK, CodebookSpec, Fp8Spec, QuantSpec, SpqrSpec, group_count
 from .weight import QuantizedWeight, ScaleCodes
 
 __all__ = [
@@ -82,6 +83,7 @@ def range_grid(
         (scales, zeros), float32 `[N, G]`; zeros is None for symmetric grids and codebooks.
 
         - codebook: the largest magnitude.
+        - 8-bit floats: the largest magnitude becomes the largest of them, 448.
         - symmetric: the codes reach one step further down than up (-8 to 7 at 4 bits), so the scale takes the
           sign that puts the group's extreme value on the longer side. A value of almost that size on the other
           side loses up to one step; a longer scale would cost all values of the group more.
@@ -91,6 +93,8 @@ def range_grid(
     low, high = groups.amin(-1), groups.amax(-1)
     if isinstance(spec, CodebookSpec):
         return torch.maximum(high, -low), None
+    if isinstance(spec, Fp8Spec):
+        return torch.maximum(high, -low) / E4M3_MAX, None
     if spec.sym:
         extreme = torch.where(-low >= high, low, high)
         return extreme / -spec.implied_zero, None
@@ -217,8 +221,11 @@ def round_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor | None, spec: Qu
     A group whose scale is 0 gets the code of 0.
     """
     scaled = _in_steps(group_columns(weight, spec.group_size), scales)
-    points = codebook_of(spec, weight.device)
-    codes = _nearest(scaled, zeros, points, spec.bits).to(torch.uint8)
+    if isinstance(spec, Fp8Spec):
+        codes = to_e4m3(scaled).view(torch.uint8)
+    else:
+        points = codebook_of(spec, weight.device)
+        codes = _nearest(scaled, zeros, points, spec.bits).to(torch.uint8)
     return codes.flatten(1)[:, : weight.shape[1]].contiguous()
 
 
@@ -274,7 +281,11 @@ def residual(groups: Tensor, scales: Tensor, zeros: Tensor | None, spec: QuantSp
 
 
 def codebook_of(spec: QuantSpec, device: torch.device) -> Tensor | None:
-    """The values that codes stand for, float32 `[16]`; None where they are numbers themselves."""
+    """The values that codes stand for, float32 `[16]`; None where they are numbers themselves.
+
+    8-bit floats are neither: `round_to_grid` alone knows them.
+    """
+    assert not isinstance(spec, Fp8Spec)
     return codebook(spec.codebook, device) if isinstance(spec, CodebookSpec) else None
 
 

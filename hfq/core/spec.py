@@ -6,7 +6,7 @@ W is `[N, K]` = `[out_features, in_features]`. Each row is cut into groups of `g
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -15,17 +15,21 @@ from .activations import ACTIVATIONS
 from .checks import check_flag
 from .codebooks import CODEBOOKS
 from .errors import ConfigError, nearest
+from .float8 import E4M3
 
 __all__ = [
     "SCALE_BLOCK",
     "CodebookSpec",
+    "Fp8Spec",
     "Int8Spec",
     "IntSpec",
     "QuantSpec",
     "SpqrSpec",
+    "activation_dtype",
     "columns_per_group",
     "group_count",
     "outlier_count",
+    "with_float_activations",
 ]
 
 _SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -114,11 +118,35 @@ class Int8Spec(IntSpec):
                 f"bits={self.bits}, group_size={self.group_size}, sym={self.sym}, "
                 f"scale_dtype={self.scale_dtype!r}; use format 'int' for other settings"
             )
-        if self.activation is not None and self.activation not in ACTIVATIONS:
-            raise ConfigError(
-                f"activation must be None or one of {', '.join(ACTIVATIONS)}, got {self.activation!r}."
-                f"{nearest(str(self.activation), ACTIVATIONS)}"
-            )
+        _check_activation(self.activation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8Spec:
+    """8-bit floats (E4M3) with one float32 scale per output channel: ``w = value(code) * scale``.
+
+    Attributes:
+        activation: None for float activations, "dynamic" for E4M3 with a scale from each token, "static" for E4M3 with
+            one calibrated scale, which is stored (`hfq.core.activations`).
+    """
+
+    activation: str | None = None
+    bits: ClassVar[int] = 8
+    group_size: ClassVar[int] = -1
+    sym: ClassVar[bool] = True
+    scale_dtype: ClassVar[str] = "float32"
+    static_groups: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_activation(self.activation)
+
+    @property
+    def levels(self) -> int:
+        return 256
+
+    @property
+    def torch_scale_dtype(self) -> torch.dtype:
+        return torch.float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +238,17 @@ class SpqrSpec(IntSpec):
         return _SCALE_DTYPES[self.scale_dtype]
 
 
-QuantSpec = IntSpec | CodebookSpec
+QuantSpec = IntSpec | CodebookSpec | Fp8Spec
+
+
+def activation_dtype(spec: QuantSpec) -> torch.dtype:
+    """What activations are rounded to where ``spec.activation`` is set: that of the weights' own codes."""
+    return E4M3 if isinstance(spec, Fp8Spec) else torch.int8
+
+
+def with_float_activations(spec: QuantSpec) -> QuantSpec:
+    """The same weight, read with activations as they come."""
+    return replace(spec, activation=None) if isinstance(spec, (Int8Spec, Fp8Spec)) else spec
 
 
 def outlier_count(spec: SpqrSpec, out_features: int, in_features: int) -> int:
@@ -225,6 +263,14 @@ def outlier_count(spec: SpqrSpec, out_features: int, in_features: int) -> int:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_activation(activation: str | None) -> None:
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ConfigError(
+            f"activation must be None or one of {', '.join(ACTIVATIONS)}, got {activation!r}."
+            f"{nearest(str(activation), ACTIVATIONS)}"
+        )
 
 
 def _check_group_size(group_size: int) -> None:

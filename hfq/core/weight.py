@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from .codebooks import codebook
-from .spec import CodebookSpec, QuantSpec, group_count
+from .float8 import e4m3_values
+from .spec import CodebookSpec, Fp8Spec, QuantSpec, group_count
 
 __all__ = [
+    "Fp8Grid",
     "Grid",
     "Outliers",
     "PackedGrid",
@@ -98,6 +100,8 @@ class QuantizedWeight:
         scales = expand_groups(self.scales.float(), self.spec.group_size, in_features, self.g_idx)
         if isinstance(self.spec, CodebookSpec):
             values = codebook(self.spec.codebook, self.codes.device)[self.codes.long()]
+        elif isinstance(self.spec, Fp8Spec):
+            values = e4m3_values(self.codes)
         elif self.zeros is None:
             values = self.codes.float() - self.spec.implied_zero
         else:
@@ -156,6 +160,41 @@ class PackedGrid:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Fp8Grid:
+    """What a kernel multiplies with where weights are 8-bit floats; see `Fp8Spec`.
+
+    Attributes:
+        qweight: uint8 `[N, K, 1]`, the bytes of E4M3 (`hfq.core.float8`).
+        scales: float32 `[N, 1]`.
+        activation, input_scale: see `Fp8Spec` and `QuantizedWeight`.
+        group_size: K.
+    """
+
+    OPERANDS: ClassVar[Mapping[str, str]] = {"weight": "qweight", "weight_scale": "scales"}
+
+    qweight: Tensor
+    scales: Tensor
+    in_features: int
+    out_features: int
+    activation: str | None = None
+    input_scale: Tensor | None = None
+    bits: ClassVar[int] = 8
+
+    @property
+    def group_size(self) -> int:
+        return max(1, self.in_features)
+
+    def expert(self, index: int) -> Fp8Grid:
+        """One weight out of a stack: every tensor `[E, ...]` becomes its slice `[...]`."""
+        return replace(
+            self,
+            qweight=self.qweight[index],
+            scales=self.scales[index],
+            input_scale=None if self.input_scale is None else self.input_scale[index],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class SpqrGrid:
     """What a kernel multiplies with where scales are bilevel and outliers stand beside the grid; see `SpqrSpec`.
 
@@ -203,7 +242,7 @@ class SpqrGrid:
         )
 
 
-Grid = PackedGrid | SpqrGrid
+Grid = PackedGrid | Fp8Grid | SpqrGrid
 
 
 def index_dtype(in_features: int) -> torch.dtype:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..algorithms import ALGORITHMS, TRANSFORMS, find_method
 from ..config import Recipe
 from ..core.activations import fit_input_scale
+from ..core.spec import activation_dtype
 from ..core.statistics import InputStatistics
 from ..formats import FORMATS
 from ..kernels import native
@@ -126,7 +127,8 @@ def _choosing(recipe: Recipe, x: Tensor, weight: Tensor) -> Choosing:
             algorithm, sample = ALGORITHMS.get(method.algorithm), weight[:rows, :COLUMNS]
             codes = algorithm.quantize(sample.contiguous(), recipe.spec, recipe.options, statistics)
             if recipe.spec.activation == "static":
-                scale = fit_input_scale(inputs[:_SAMPLE], sample, codes.dequantize())
+                dtype = activation_dtype(recipe.spec)
+                scale = fit_input_scale(inputs[:_SAMPLE], sample, codes.dequantize(), dtype)
                 codes = replace(codes, input_scale=scale)
             FORMATS.get(recipe.format).pack(codes)
 

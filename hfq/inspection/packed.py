@@ -10,7 +10,7 @@ import torch
 from ..config import HfqConfig, Recipe
 from ..core.bits import packed_bytes
 from ..core.errors import CheckpointError
-from ..core.spec import Int8Spec
+from ..core.spec import with_float_activations
 from ..formats import TensorLayout, check_tensors
 from ..nn.slot import PackedSlot
 from .summary import StoredWeight, tensor_bytes
@@ -60,8 +60,7 @@ def _packed_weight(name: str, tensors: Mapping[str, TensorLayout], config: HfqCo
             f"{name} is packed, but the quantization_config keeps {module!r} in float"
         )
     if f"{name}_input_scale" not in tensors and _may_be_table(module, recipe, config):
-        assert isinstance(recipe.spec, Int8Spec)
-        recipe = replace(recipe, spec=replace(recipe.spec, activation=None))
+        recipe = replace(recipe, spec=with_float_activations(recipe.spec))
     slot = _slot(module, tensors[name], tensors[f"{name}_scale"], recipe)
     stored = {name + key.removeprefix("weight"): key for key in slot.layout()}
     found = {key: tensors[full_name] for full_name, key in stored.items() if full_name in tensors}

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config import HfqConfig, Recipe
 from ..core.errors import ConfigError
-from ..core.spec import Int8Spec
+from ..core.spec import Fp8Spec, with_float_activations
 from ..nn.experts import is_fused_experts
 
 if TYPE_CHECKING:
@@ -141,11 +141,11 @@ def _without_data(
     table = isinstance(module, nn.Embedding) or name in roles.tied or name in roles.tied.values()
     if recipe is None or not table:
         return recipe
-    if isinstance(recipe.spec, Int8Spec):
-        recipe = replace(recipe, spec=replace(recipe.spec, activation=None))
+    recipe = replace(recipe, spec=with_float_activations(recipe.spec))
     if not recipe.calibrated:
         return recipe
-    return replace(recipe, method="rtn", options={"scale_search": True})
+    searched = not isinstance(recipe.spec, Fp8Spec)  # floats have one grid
+    return replace(recipe, method="rtn", options={"scale_search": searched})
 
 
 def _stored_float(config: HfqConfig, owner: str) -> str:

@@ -8,7 +8,6 @@ library multiply, which costs one more pass over the weight and reuses it for al
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch.autograd import forward_ad
 from ..core.weight import PackedGrid
 from . import native, rows16
 from .ops import native_dtype, rows16_weight, widened
-from .row import OneByOne, Problem
+from .row import OneByOne, Problem, stack_tiles
 
 __all__ = ["MAX_DIRECT_TOKENS", "CpuRows16", "call", "no_native_code"]
 
@@ -95,27 +94,7 @@ class CpuRows16(OneByOne):
         return y
 
     def stack(self, grids: Sequence[PackedGrid]) -> tuple[PackedGrid, list[PackedGrid]] | None:
-        first, table = grids[0], grids[0].codebook
-        for grid in grids:
-            if grid.out_features % rows16.ROWS or grid.scales.dtype != first.scales.dtype:
-                return None
-            if (grid.zeros is None) != (first.zeros is None):
-                return None
-            if table is not None and (
-                grid.codebook is None or not torch.equal(table, grid.codebook)
-            ):
-                return None
-        whole: dict[str, Any] = {"out_features": sum(grid.out_features for grid in grids)}
-        parts: list[dict[str, Any]] = [{} for _ in grids]
-        for name in ("qweight", "scales", "zeros"):
-            if getattr(first, name) is None:
-                continue
-            whole[name], views = rows16.stack([getattr(grid, name) for grid in grids])
-            for part, view in zip(parts, views, strict=True):
-                part[name] = view
-        return replace(first, **whole), [
-            replace(grid, **part) for grid, part in zip(grids, parts, strict=True)
-        ]
+        return stack_tiles(grids, rows16.ROWS, rows16.stack)
 
     def lookup(self, grid: PackedGrid, index: Tensor, dtype: torch.dtype) -> Tensor:
         rows: Tensor = torch.ops.hfq.cpu_lookup(

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from ..core.weight import Grid, PackedGrid, SpqrGrid
+from ..core.weight import Fp8Grid, Grid, PackedGrid, SpqrGrid
 from .cpu import CpuRows16
 from .cpu_int8 import CpuInt8
 from .cpu_spqr import CpuSpqr
+from .cuda import CudaFragments
+from .cuda_fp8 import CudaFp8
 from .neutral import Neutral
+from .neutral_fp8 import NeutralFp8
 from .neutral_spqr import NeutralSpqr
 from .row import KernelRow, Problem
 
@@ -31,7 +34,8 @@ class Choice:
 
 # A plain table, not a cached function: `as_stored` is called inside forwards that a compiler traces.
 _ROWS: dict[type[Grid], tuple[KernelRow[Any], ...]] = {
-    PackedGrid: (CpuRows16(), CpuInt8(), Neutral()),
+    PackedGrid: (CpuRows16(), CpuInt8(), CudaFragments(), Neutral()),
+    Fp8Grid: (CudaFp8(), NeutralFp8()),
     SpqrGrid: (CpuSpqr(), NeutralSpqr()),
 }
 

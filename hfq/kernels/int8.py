@@ -51,7 +51,10 @@ def int8_linear(
     y = integer_product(codes, weight).float() * (token_scales * scales.float().T)
     if bias is not None:
         y = y + bias.float()
-    return y.to(x.dtype).view(*x.shape[:-1], qweight.shape[0])
+    # No view: autograd refuses to change one in place that an operator returned, and adapters do that.
+    shape = (*x.shape[:-1], qweight.shape[0])
+    out: Tensor = torch.ops.aten._unsafe_view(y.to(x.dtype), shape)
+    return out
 
 
 def integer_product(a: Tensor, b: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Schemas of the ``hfq::`` operators, their fakes (shape functions) and their gradients.
 
 M tokens, N out_features, K in_features, G groups per row. A weight is ``(code - zero) * scale`` per group, or
-``codebook[code] * scale``; see `hfq.core.weight.PackedGrid` for the operands. Two layouts of the operands:
+``codebook[code] * scale``; see `hfq.core.weight.PackedGrid` for the operands. Two layouts of the operands (a third one in `hfq.kernels.cuda_ops`):
 
     neutral   qweight uint8 [N, B, 1], scales/zeros [N, G]               as stored (hfq.core.bits)
     rows16    qweight uint8 [N16, W, 16, 4], scales/zeros [N16, G, 16]   CPU kernels (hfq.kernels.rows16)
@@ -35,12 +35,15 @@ from . import int8, reference
 from .scratch import scratch
 
 __all__ = [
+    "GRID",
     "LIBRARY",
+    "SIZES",
     "define_product",
     "dequantized",
     "matmul",
     "native_dtype",
     "register_gradient",
+    "register_second_gradient",
     "rows16_weight",
     "widened",
 ]
@@ -48,18 +51,19 @@ __all__ = [
 # Any, and not checked: torch does not annotate the class.
 LIBRARY: Any = torch.library.Library("hfq", "DEF")  # type: ignore[no-untyped-call]
 
-_GRID = "Tensor qweight, Tensor scales, Tensor? zeros, Tensor? codebook"
-_SIZES = "int bits, int group_size, int in_features"
+# Of every operator that takes a weight.
+GRID = "Tensor qweight, Tensor scales, Tensor? zeros, Tensor? codebook"
+SIZES = "int bits, int group_size, int in_features"
 _INT8 = "Tensor x, Tensor qweight, Tensor scales, Tensor? input_scale, Tensor? bias"
-_ROWS16 = f"{_GRID}, Tensor? bias, {_SIZES}, int out_features"
+_ROWS16 = f"{GRID}, Tensor? bias, {SIZES}, int out_features"
 
 for _schema in (
-    f"dequantize({_GRID}, Tensor? g_idx, {_SIZES}, ScalarType dtype) -> Tensor",
-    f"linear(Tensor x, {_GRID}, Tensor? g_idx, Tensor? bias, {_SIZES}) -> Tensor",
-    f"cpu_dequantize({_GRID}, {_SIZES}, int out_features, ScalarType dtype) -> Tensor",
-    f"cpu_dequantize_into(Tensor(a!) out, {_GRID}, {_SIZES}, int out_features) -> ()",
-    f"cpu_linear_gradient(Tensor grad, {_GRID}, {_SIZES}, int out_features) -> Tensor",
-    f"cpu_lookup(Tensor index, {_GRID}, {_SIZES}, int out_features, ScalarType dtype) -> Tensor",
+    f"dequantize({GRID}, Tensor? g_idx, {SIZES}, ScalarType dtype) -> Tensor",
+    f"linear(Tensor x, {GRID}, Tensor? g_idx, Tensor? bias, {SIZES}) -> Tensor",
+    f"cpu_dequantize({GRID}, {SIZES}, int out_features, ScalarType dtype) -> Tensor",
+    f"cpu_dequantize_into(Tensor(a!) out, {GRID}, {SIZES}, int out_features) -> ()",
+    f"cpu_linear_gradient(Tensor grad, {GRID}, {SIZES}, int out_features) -> Tensor",
+    f"cpu_lookup(Tensor index, {GRID}, {SIZES}, int out_features, ScalarType dtype) -> Tensor",
     f"cpu_linear_dequantized(Tensor x, {_ROWS16}) -> Tensor",
     f"cpu_experts_linear(Tensor x, Tensor counts, {_ROWS16}, bool int8_activations) -> Tensor",
     f"int8_linear({_INT8}, int in_features) -> Tensor",
@@ -323,17 +327,30 @@ register_gradient("cpu_int8_linear", 3, _cpu_int8_product)
 # Gradients of gradients: d(grad W) = d(grad) W, so that of grad is a product with W^T.
 
 
-def _keep_operands(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:5])
-    ctx.sizes = inputs[5:]
+def register_second_gradient(name: str, product: Callable[..., Tensor]) -> None:
+    """Give ``hfq::<name>(grad, qweight, scales, zeros, codebook, *sizes)``, grad W, its gradient.
+
+    Args:
+        product: (x, operands, sizes) -> x W^T.
+    """
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:5])
+        ctx.sizes = inputs[5:]
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        grad_x = product(grad, ctx.saved_tensors, ctx.sizes)
+        return (grad_x, *[None] * (4 + len(ctx.sizes)))
+
+    torch.library.register_autograd(
+        f"hfq::{name}", backward, setup_context=setup_context, lib=LIBRARY
+    )
 
 
-def _second_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    product = torch.ops.hfq.cpu_linear_dequantized
-    wide = product(widened(grad), *ctx.saved_tensors, None, *ctx.sizes)
-    return (wide.to(grad.dtype), *[None] * 8)
+def _rows16_transposed(x: Tensor, operands: tuple[Any, ...], sizes: tuple[int, ...]) -> Tensor:
+    y = torch.ops.hfq.cpu_linear_dequantized(widened(x), *operands, None, *sizes)
+    out: Tensor = y.to(x.dtype)
+    return out
 
 
-torch.library.register_autograd(
-    "hfq::cpu_linear_gradient", _second_gradient, setup_context=_keep_operands, lib=LIBRARY
-)
+register_second_gradient("cpu_linear_gradient", _rows16_transposed)

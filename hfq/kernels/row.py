@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..core.weight import Grid, PackedGrid, SpqrGrid
+from ..core.weight import Fp8Grid, Grid, PackedGrid, SpqrGrid
 
-__all__ = ["KernelRow", "OneByOne", "Problem", "each_expert"]
+__all__ = ["KernelRow", "OneByOne", "Problem", "each_expert", "stack_tiles"]
 
 # The one class of grids that a kernel reads.
-G = TypeVar("G", PackedGrid, SpqrGrid)
+G = TypeVar("G", PackedGrid, Fp8Grid, SpqrGrid)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class KernelRow(Protocol[G]):
     def linear(self, x: Tensor, grid: G, bias: Tensor | None, int8_activations: bool) -> Tensor:
         """``x W^T + bias``: x `[..., K]` -> `[..., N]` in x.dtype. `grid` is in the kernel's layout.
 
-        Where ``grid.activation`` is set, x is quantized to int8 whatever `int8_activations` says.
+        Where ``grid.activation`` is set, x is quantized as it says, whatever `int8_activations` says.
         """
 
     def experts(
@@ -125,3 +125,34 @@ class OneByOne:
             return y
 
         return each_expert(x, counts, linear)
+
+
+def stack_tiles(
+    grids: Sequence[PackedGrid],
+    tile_rows: int,
+    join: Callable[[Sequence[Tensor]], tuple[Tensor, Sequence[Tensor]]],
+) -> tuple[PackedGrid, list[PackedGrid]] | None:
+    """`KernelRow.stack` for layouts whose tensors are, in their first dimension, tiles of so many rows.
+
+    Args:
+        join: tensors in one memory, and each one's part of it.
+    """
+    first, table = grids[0], grids[0].codebook
+    for grid in grids:
+        if grid.out_features % tile_rows or grid.scales.dtype != first.scales.dtype:
+            return None
+        if (grid.zeros is None) != (first.zeros is None):
+            return None
+        if table is not None and (grid.codebook is None or not torch.equal(table, grid.codebook)):
+            return None
+    whole: dict[str, Any] = {"out_features": sum(grid.out_features for grid in grids)}
+    parts: list[dict[str, Any]] = [{} for _ in grids]
+    for name in ("qweight", "scales", "zeros"):
+        if getattr(first, name) is None:
+            continue
+        whole[name], views = join([getattr(grid, name) for grid in grids])
+        for part, view in zip(parts, views, strict=True):
+            part[name] = view
+    return replace(first, **whole), [
+        replace(grid, **part) for grid, part in zip(grids, parts, strict=True)
+    ]

@@ -1,17 +1,9 @@
 // hfq::dequantize on CUDA: neutral (stored) layout to a dense matrix.
 #pragma once
 
-#include <cstdint>
-
-#ifdef __CUDACC__
-#include <cuda_runtime.h>
-#else
-typedef struct CUstream_st* cudaStream_t;
-#endif
+#include "dtype.h"
 
 namespace hfq {
-
-enum DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kUnsupported = -1 };
 
 struct DequantizeParams {
   const uint8_t* qweight;  // [rows, row_bytes]  little-endian bit stream per row; code k is bits [k*bits, (k+1)*bits)

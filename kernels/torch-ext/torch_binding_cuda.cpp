@@ -1,33 +1,9 @@
 // Operators of hfq for CUDA: read the arguments, validate every one of them, launch on PyTorch's current stream.
 #include "../cuda/dequantize.h"
-#include "boxed_call.h"
+#include "cuda_arguments.h"
 
 namespace hfq {
 namespace {
-
-DType float_dtype(int32_t dtype) {
-  if (dtype == aoti_torch_dtype_float32()) return kFloat32;
-  if (dtype == aoti_torch_dtype_float16()) return kFloat16;
-  if (dtype == aoti_torch_dtype_bfloat16()) return kBFloat16;
-  return kUnsupported;
-}
-
-int64_t element_size(DType dtype) { return dtype == kFloat32 ? 4 : 2; }
-
-void expect(bool condition, const std::string& message) {
-  if (!condition) fail("hfq::dequantize: " + message);
-}
-
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int32_t index) { check_shim(aoti_torch_create_cuda_guard(index, &guard_), "create_cuda_guard"); }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-  ~DeviceGuard() { aoti_torch_delete_cuda_guard(guard_); }
-
- private:
-  CUDAGuardHandle guard_ = nullptr;
-};
 
 // hfq::dequantize(qweight [..., N, B, 1], scales [..., N, G], zeros?, codebook?, g_idx? [K], bits, group_size, in_features, dtype)
 //   -> [..., N, K]
@@ -42,15 +18,15 @@ void dequantize(StableIValue* stack, uint64_t, uint64_t) {
   DequantizeParams p = {};
   const int64_t bits = as_int(stack[5]), group_size = as_int(stack[6]), in_features = as_int(stack[7]);
   const int32_t dtype = as_dtype(stack[8]);
-  expect(bits >= 1 && bits <= 8, "bits must be 1 to 8, got " + std::to_string(bits));
-  expect(in_features > 0 && in_features < (int64_t{1} << 31), "in_features must be between 1 and 2^31, got " + std::to_string(in_features));
-  expect(group_size > 0, "group_size must be positive, got " + std::to_string(group_size));
+  expect(bits >= 1 && bits <= 8, op, "bits must be 1 to 8, got " + std::to_string(bits));
+  expect(in_features > 0 && in_features < (int64_t{1} << 31), op, "in_features must be between 1 and 2^31, got " + std::to_string(in_features));
+  expect(group_size > 0, op, "group_size must be positive, got " + std::to_string(group_size));
   p.bits = static_cast<int32_t>(bits);
   p.in_features = in_features;
   p.group_size = group_size < in_features ? group_size : in_features;
   p.row_bytes = (in_features * bits + 7) / 8;
   p.y_dtype = float_dtype(dtype);
-  expect(p.y_dtype != kUnsupported, "dtype must be float32, float16 or bfloat16");
+  expect(p.y_dtype != kUnsupported, op, "dtype must be float32, float16 or bfloat16");
 
   const int64_t dims = qweight.dim();
   if (qweight.dtype() != aoti_torch_dtype_uint8() || dims < 3 || dims > kMaxDims || qweight.size(dims - 1) != 1 ||
@@ -82,7 +58,7 @@ void dequantize(StableIValue* stack, uint64_t, uint64_t) {
   }
   if (!g_idx.defined()) {
     const int64_t groups = (in_features + p.group_size - 1) / p.group_size;
-    expect(p.groups == groups, "scales must have " + std::to_string(groups) + " groups per row, got " + std::to_string(p.groups));
+    expect(p.groups == groups, op, "scales must have " + std::to_string(groups) + " groups per row, got " + std::to_string(p.groups));
   } else {
     if (g_idx.dtype() != aoti_torch_dtype_int32()) g_idx.refuse("int32");
     g_idx.expect_shape({in_features});
@@ -91,27 +67,20 @@ void dequantize(StableIValue* stack, uint64_t, uint64_t) {
   if (codebook.defined()) {
     if (codebook.dtype() != aoti_torch_dtype_float32()) codebook.refuse("float32");
     codebook.expect_shape({int64_t{1} << bits});
-    expect(!zeros.defined(), "a codebook takes no zeros");
+    expect(!zeros.defined(), op, "a codebook takes no zeros");
     p.codebook = static_cast<const float*>(codebook.data(cuda, 4));
   }
 
   const DeviceGuard guard(qweight.device_index());
-  void* stream = nullptr;
-  check_shim(aoti_torch_get_current_cuda_stream(qweight.device_index(), &stream), "get_current_cuda_stream");
   sizes[dims - 2] = in_features;
   const StableIValue y = empty_tensor(sizes, dims - 1, dtype, cuda, qweight.device_index(), &p.y);
-  const char* error = launch_dequantize(p, static_cast<cudaStream_t>(stream));
-  if (error) {
-    const Tensor freed(op, "y", y);
-    fail(std::string("hfq::dequantize: CUDA error: ") + error);
-  }
-  stack[0] = y;
+  stack[0] = checked(op, y, launch_dequantize(p, current_stream(qweight.device_index())));
 }
 
 bool register_all() {
   TorchLibraryHandle library = nullptr;  // lives as long as the process, like the operators
   if (aoti_torch_library_init_impl("hfq", "CUDA", __FILE__, __LINE__, &library) != 0) return false;
-  return register_impl(library, "dequantize", dequantize);
+  return register_impl(library, "dequantize", dequantize) && register_fragments(library);
 }
 
 const bool registered = register_all();

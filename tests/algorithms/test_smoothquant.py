@@ -139,5 +139,7 @@ def test_the_strength_is_checked(smoothing: object) -> None:
 
 @pytest.mark.parametrize("spec", [Int8Spec(), IntSpec()], ids=str)
 def test_float_activations_are_refused(spec: QuantSpec) -> None:
-    with pytest.raises(ConfigError, match="needs format 'int8' with activation='dynamic' or 'stat"):
+    with pytest.raises(
+        ConfigError, match="needs format 'int8' or 'fp8' with activation='dynamic' or 's"
+    ):
         find_method("smoothquant").check(spec, find_method("smoothquant").options)

@@ -104,6 +104,18 @@ def test_int8_activations(float_model, text, tmp_path, capsys):
     assert tensors["model.layers.0.mlp.up_proj.weight_input_scale"].shape == (1,)
 
 
+def test_8_bit_floats(float_model, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    flags = ["--format", "fp8", "--activation", "dynamic"]
+    assert main(["quantize", str(float_model), "-o", out, *flags]) == 0
+    assert "identical logits" in capsys.readouterr().out
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert tensors["model.layers.0.mlp.up_proj.weight"].dtype == torch.uint8
+    assert "fp8" in (tmp_path / "out" / "README.md").read_text()
+    assert main(["inspect", out]) == 0
+    assert "fp8" in capsys.readouterr().out
+
+
 def test_the_card_has_the_command(quantize, tmp_path):
     quantize("--bits", "8")
     card = (tmp_path / "out" / "README.md").read_text()
@@ -131,6 +143,7 @@ def test_somebodys_own_card_stays(quantize, tmp_path):
         (["--iterations", "3"], "unknown setting 'iterations'"),
         (["--sym", "--asym"], "not allowed with"),
         (["--bits", "four"], "invalid int"),
+        (["--format", "fp8", "--bits", "4"], "got bits=4: expected 8"),
         (["--activation", "dynamic"], "format 'int' has no setting 'activation'"),
         (["--smoothing", "0.5"], "unknown setting 'smoothing'"),
     ],

@@ -54,6 +54,8 @@ CASES: dict[str, tuple[str, dict[str, object], int, int]] = {
     "nf4_double_quant": ("nf4", {"group_size": 4, "double_quant": True}, 40, 29),
     "int8": ("int8", {}, 5, 37),
     "int8_static": ("int8", {"activation": "static"}, 5, 37),
+    "fp8": ("fp8", {}, 5, 37),
+    "fp8_static": ("fp8", {"activation": "static"}, 5, 37),
     # Two blocks of rows that share stats; codes of scales and zero points across bytes.
     "spqr": ("spqr", {"group_size": 8, "stat_group_size": 4, "outliers": 0.05}, 5, 37),
     "spqr4_bfloat16": (
@@ -144,9 +146,18 @@ def read_values(
     def unit(code: int, n: int, g: int) -> float:
         if format_name in CODEBOOKS:
             return as_float32(CODEBOOKS[format_name][code])
+        if format_name == "fp8":
+            return e4m3_value(code)
         return float(code - (zeros[n][g] if zeros else 2 ** (bits - 1)))
 
     return lambda code, n, g: unit(code, n, g) * scale(n, g)
+
+
+def e4m3_value(code: int) -> float:
+    """OCP 8-bit Floating Point Specification 1.0, section 5: 4 bits of exponent with bias 7, 3 of mantissa."""
+    exponent, mantissa = code >> 3 & 15, code & 7
+    size = mantissa / 8 * 2**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7)
+    return -size if code >> 7 else size
 
 
 def read_bilevel_values(

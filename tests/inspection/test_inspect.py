@@ -70,6 +70,7 @@ def edit(folder, change):
         {"format": "nf4", "double_quant": True, "group_size": 12},
         {"overrides": {"down_proj": {"bits": 2, "group_size": 7}, "q_proj": None}},
         {"quantize_embeddings": True, "format": "int8"},
+        {"quantize_embeddings": True, "format": "fp8", "activation": "dynamic"},
         {"format": "spqr", "outliers": 0.02},
     ],
 )

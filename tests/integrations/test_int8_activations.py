@@ -1,4 +1,4 @@
-"""W8A8 and SmoothQuant as users run them: quantize, save, load, train adapters."""
+"""Activations of 8 bits and SmoothQuant as users run them: quantize, save, load, train adapters."""
 
 from __future__ import annotations
 
@@ -82,6 +82,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("qwen3_moe", {}),
     ("gpt_oss", {"activation": "static", "smoothing": 0.5}),
     ("llama", {"method": "rtn", "format": "int8", "activation": "static"}),
+    ("llama", {"method": "rtn", "format": "fp8", "activation": "static", "quantize_lm_head": True}),
+    ("llama", {"format": "fp8", "activation": "dynamic"}),
+    ("llama_tied", {"format": "fp8", "activation": "static", "quantize_embeddings": True}),
+    ("mixtral", {"format": "fp8", "activation": "static"}),
 ]
 
 
@@ -187,11 +191,14 @@ def test_an_unfinished_run_goes_on_with_the_same_scales(
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("format_name", ["int8", "fp8"])
 @pytest.mark.parametrize("activation", ["dynamic", "static"])
-def test_adapters_train_on_top(activation: str, tokens: Tensor, tmp_path: Path) -> None:
+def test_adapters_train_on_top(
+    activation: str, format_name: str, tokens: Tensor, tmp_path: Path
+) -> None:
     build("llama").save_pretrained(tmp_path)
     data = tokens if activation == "static" else None
-    base = quantize(tmp_path, data, method="rtn", format="int8", activation=activation)
+    base = quantize(tmp_path, data, method="rtn", format=format_name, activation=activation)
     torch.manual_seed(0)
     model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules="all-linear"))
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)

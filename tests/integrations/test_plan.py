@@ -65,6 +65,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"method": "rtn", **W8A8, "dataset": None}),
     ("llama", {"method": "smoothquant+gptq", **W8A8, "activation": "static"}),
     ("mixtral", {"method": "rtn", **W8A8, "activation": "static"}),
+    ("llama", {"method": "rtn", **W8A8, "format": "fp8", "dataset": None}),
 ]
 
 

@@ -57,6 +57,18 @@ CASES: list[tuple[str, dict[str, Any]]] = [
             "overrides": {"down_proj": {"activation": None}, "o_proj": {"format": "int"}},
         },
     ),
+    *((kind, {"format": "fp8", "activation": "dynamic"}) for kind in CONFIGS),
+    ("mixtral", {"format": "fp8"}),
+    ("gpt2", {"format": "fp8", "quantize_embeddings": True}),
+    (
+        "llama_tied",
+        {
+            "format": "fp8",
+            "activation": "dynamic",
+            "quantize_embeddings": True,
+            "overrides": {"down_proj": {"activation": None}, "o_proj": {"format": "int"}},
+        },
+    ),
     ("llama_tied", {"format": "spqr", "bits": 4, "outliers": 0.05, "quantize_embeddings": True}),
     ("gpt2", {"format": "spqr", "bits": 4, "group_size": 12, "stat_group_size": 8}),
     ("mixtral", {"format": "spqr", "bits": 4}),
@@ -178,6 +190,7 @@ def test_a_new_process_computes_the_same(
 UNKNOWN = {
     "llama": ("llama", {}),
     "int8": ("llama", {"format": "int8"}),
+    "fp8": ("llama", {"format": "fp8"}),
     "gpt2": ("gpt2", {}),
     "mixtral": ("mixtral", {}),
     "gpt_oss": ("gpt_oss", {}),

@@ -19,6 +19,7 @@ SPECS: dict[str, tuple[str, QuantSpec]] = {
     "int 4": ("int", FOUR_BITS),
     "int 3, zeros": ("int", IntSpec(bits=3, group_size=16, sym=False)),
     "int8": ("int8", FORMATS.get("int8").spec({})),
+    "fp8": ("fp8", FORMATS.get("fp8").spec({})),
     "nf4, double quantization": ("nf4", CodebookSpec(group_size=16, double_quant=True)),
 }
 

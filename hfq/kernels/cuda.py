@@ -1,0 +1,107 @@
+"""CUDA kernels on the ``fragments`` layout: integers of 2, 3, 4 and 8 bits, codebooks of 4.
+
+Few tokens: the packed weight is read directly (`cuda_linear`). More: it is dequantized, some rows at a time, and multiplied by
+the matrix library, which costs another pass over 16 bits per weight and reuses it for all tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..core.weight import PackedGrid
+from . import fragments, native
+from .cpu import call
+from .cuda_ops import fragments_weight
+from .ops import native_dtype
+from .row import OneByOne, Problem, stack_tiles
+
+__all__ = ["MAX_DIRECT_TOKENS", "CudaFragments"]
+
+# Each 8 tokens read the weight once, the first of them from memory, others from L2. At 4 bits, 32 tokens thus move 2 bytes per
+# weight through L2; dequantizing writes and reads 4. Not measured: reasoned from bytes.
+MAX_DIRECT_TOKENS = 32
+
+# The tensor cores' product of bfloat16 with float32 sums, and asynchronous copies.
+_CAPABILITY = (8, 0)
+_MOST_COLUMNS = 1 << 20
+# Columns that two matrix instructions take: groups end with them.
+_UNIT = 32
+
+
+class CudaFragments(OneByOne):
+    """Native CUDA kernels; see `kernels/cuda/`."""
+
+    name = "cuda_fragments"
+
+    def reject(self, problem: Problem) -> str | None:
+        if problem.device != "cuda":
+            return f"runs on cuda, the weight is on {problem.device}"
+        if problem.activation is not None:
+            return f"takes float activations, this weight asks for int8 ({problem.activation})"
+        if problem.bits not in fragments.BITS:
+            return f"takes 2, 3, 4 and 8 bits, not {problem.bits}"
+        if problem.has_codebook and problem.bits != 4:
+            return f"takes codebooks of 4 bits, not {problem.bits}"
+        if problem.has_g_idx:
+            return "takes groups of neighbouring columns only, the weight has a g_idx"
+        if problem.in_features % fragments.COLUMN_UNIT or problem.in_features >= _MOST_COLUMNS:
+            return f"takes columns in multiples of {fragments.COLUMN_UNIT} below {_MOST_COLUMNS}, not {problem.in_features}"
+        if problem.group_size % _UNIT and problem.group_size < problem.in_features:
+            return f"takes group sizes that are multiples of {_UNIT}, not {problem.group_size}"
+        return _no_native_code()
+
+    def prepare(self, tensor: Tensor, bits: int) -> Tensor:
+        return fragments.to_fragments(tensor, bits)
+
+    def restore(self, tensor: Tensor, shape: tuple[int, ...], bits: int) -> Tensor:
+        return fragments.from_fragments(tensor, shape, bits)
+
+    def linear(
+        self, x: Tensor, grid: PackedGrid, bias: Tensor | None, int8_activations: bool
+    ) -> Tensor:
+        tokens = x.reshape(-1, grid.in_features)
+        arguments = (*_operands(grid), bias, *_sizes(grid))
+        # Wider activations keep their precision: the kernel would round them to 16 bits.
+        if x.dtype.itemsize == 2 and tokens.shape[0] <= MAX_DIRECT_TOKENS:
+            y = call(torch.ops.hfq.cuda_linear, tokens.contiguous(), *arguments)
+        else:
+            y = torch.ops.hfq.cuda_linear_dequantized(tokens, *arguments)
+        out: Tensor = y.view(*x.shape[:-1], grid.out_features)
+        return out
+
+    def stack(self, grids: Sequence[PackedGrid]) -> tuple[PackedGrid, list[PackedGrid]] | None:
+        return stack_tiles(grids, fragments.ROWS, fragments.stack)
+
+    def lookup(self, grid: PackedGrid, index: Tensor, dtype: torch.dtype) -> Tensor:
+        rows: Tensor = torch.ops.hfq.cuda_lookup(
+            index.long(), *_operands(grid), *_sizes(grid), native_dtype(dtype)
+        )
+        return rows.to(dtype)
+
+    def dequantize(self, grid: PackedGrid, dtype: torch.dtype) -> Tensor:
+        return fragments_weight(_operands(grid), _sizes(grid), dtype)
+
+
+def _operands(grid: PackedGrid) -> tuple[Tensor | None, ...]:
+    return (grid.qweight, grid.scales, grid.zeros, grid.codebook)
+
+
+def _sizes(grid: PackedGrid) -> tuple[int, int, int, int]:
+    return (grid.bits, grid.group_size, grid.in_features, grid.out_features)
+
+
+def _no_native_code() -> str | None:
+    """Why the kernels cannot run at all, or None."""
+    status = native.load()
+    if not status.cuda:
+        return f"native CUDA kernels are not loaded: {status.cuda_reason}"
+    # A problem does not say which GPU: all have to run the kernels.
+    found = min(
+        torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())
+    )
+    if found < _CAPABILITY:
+        return f"needs GPUs of compute capability 8.0 or later, found {found[0]}.{found[1]}"
+    return None

@@ -1,0 +1,222 @@
+"""Operators on the layout ``fragments`` (hfq.kernels.fragments): schemas, fakes, gradients, and what each computes in PyTorch.
+
+    cuda_dequantize          fragments -> [N, K]                  native on CUDA; elsewhere the reference
+    cuda_lookup              index [T], fragments -> [T, K]       the same; rows of a table; no gradient, index is int64
+    cuda_linear              x, fragments -> x W^T + bias         the same; x [M, K] in float16 or bfloat16, for few tokens
+    cuda_linear_dequantized  x, fragments -> x W^T + bias         cuda_dequantize, then a matrix product; some rows of W at a time
+    cuda_linear_gradient     grad, fragments -> grad W            the same
+
+See `hfq.kernels.ops` for the operands. Native products are of integers in 16 bits, which are exact, summed in float32 and scaled
+there: no weight is rounded to the dtype of x. Entries of a codebook are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import fragments, reference
+from .ops import (
+    GRID,
+    LIBRARY,
+    SIZES,
+    define_product,
+    matmul,
+    native_dtype,
+    register_gradient,
+    register_second_gradient,
+)
+
+__all__ = ["fragments_weight"]
+
+# Bytes of a dequantized weight that are there at a time.
+_CHUNK = 128 << 20
+
+_LINEAR = f"Tensor x, {GRID}, Tensor? bias, {SIZES}, int out_features"
+
+for _schema in (
+    f"cuda_dequantize({GRID}, {SIZES}, int out_features, ScalarType dtype) -> Tensor",
+    f"cuda_lookup(Tensor index, {GRID}, {SIZES}, int out_features, ScalarType dtype) -> Tensor",
+    f"cuda_linear_dequantized({_LINEAR}) -> Tensor",
+    f"cuda_linear_gradient(Tensor grad, {GRID}, {SIZES}, int out_features) -> Tensor",
+):
+    LIBRARY.define(_schema, tags=(torch.Tag.needs_fixed_stride_order,))
+
+define_product(f"cuda_linear({_LINEAR}) -> Tensor")
+
+
+def fragments_weight(
+    operands: tuple[Any, ...], sizes: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    """The weight `[N, K]` behind qweight, scales, zeros and codebook in layout fragments, in any float dtype.
+
+    Args:
+        sizes: bits, group_size, in_features, out_features.
+    """
+    weight: Tensor = torch.ops.hfq.cuda_dequantize(*operands, *sizes, native_dtype(dtype))
+    return weight.to(dtype)
+
+
+# ---- implementations in PyTorch
+
+
+def _dequantize(
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    codebook: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    out_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    shape = (out_features, in_features * bits // 8, 1)
+    codes = fragments.from_fragments(qweight, shape, bits)
+    grid = [
+        None
+        if tensor is None
+        else fragments.from_fragments(tensor, (out_features, scales.shape[-3]), bits)
+        for tensor in (scales, zeros)
+    ]
+    assert grid[0] is not None
+    sizes = (bits, group_size, in_features)
+    return reference.dequantize(codes, grid[0], grid[1], codebook, None, *sizes, dtype)
+
+
+def _lookup(index: Tensor, *arguments: Any) -> Tensor:
+    return _dequantize(*arguments)[index]
+
+
+def _linear(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    codebook: Tensor | None,
+    bias: Tensor | None,
+    *sizes: int,
+) -> Tensor:
+    return matmul(x, fragments_weight((qweight, scales, zeros, codebook), sizes, x.dtype), bias)
+
+
+def _linear_dequantized(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    codebook: Tensor | None,
+    bias: Tensor | None,
+    *sizes: int,
+) -> Tensor:
+    out_features = sizes[3]
+    y = x.new_empty((*x.shape[:-1], out_features))
+    for part, weight in _parts((qweight, scales, zeros, codebook), sizes, x.dtype):
+        product = matmul(x, weight, None if bias is None else bias[part])
+        if len(weight) == out_features:
+            return product
+        y[..., part] = product
+    return y
+
+
+def _linear_gradient(
+    grad: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    codebook: Tensor | None,
+    *sizes: int,
+) -> Tensor:
+    total = None
+    for part, weight in _parts((qweight, scales, zeros, codebook), sizes, grad.dtype):
+        product = matmul(grad[..., part], weight.T, None)
+        if len(weight) == sizes[3]:
+            return product
+        # Each product is rounded to the dtype of grad once; their sum is not rounded on the way.
+        wide = product.float() if product.dtype.itemsize == 2 else product
+        total = wide if total is None else total.add_(wide)
+    if total is None:
+        return grad.new_zeros((*grad.shape[:-1], sizes[2]))
+    return total.to(grad.dtype)
+
+
+def _parts(
+    operands: tuple[Any, ...], sizes: tuple[int, ...], dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor]]:
+    """Runs of rows of the weight, dequantized."""
+    qweight, scales, zeros, codebook = operands
+    bits, group_size, in_features, out_features = sizes
+    tiles = max(1, _CHUNK // (in_features * dtype.itemsize * fragments.ROWS))
+    for first in range(0, qweight.shape[0], tiles):
+        of_part = slice(first, first + tiles)
+        rows = slice(first * fragments.ROWS, min(out_features, (first + tiles) * fragments.ROWS))
+        part = (qweight[of_part], scales[of_part], None if zeros is None else zeros[of_part])
+        part_sizes = (bits, group_size, in_features, rows.stop - rows.start)
+        yield rows, fragments_weight((*part, codebook), part_sizes, dtype)
+
+
+for _name, _implementation in (
+    ("cuda_dequantize", _dequantize),
+    ("cuda_lookup", _lookup),
+    ("cuda_linear", _linear),
+    ("cuda_linear.inference", _linear),
+    ("cuda_linear_dequantized", _linear_dequantized),
+    ("cuda_linear_gradient", _linear_gradient),
+):
+    LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
+
+
+# ---- shapes
+
+
+def _fake_dequantize(qweight: Tensor, *rest: Any) -> Tensor:
+    in_features, out_features, dtype = rest[-3:]
+    return qweight.new_empty((out_features, in_features), dtype=dtype)
+
+
+def _fake_lookup(index: Tensor, qweight: Tensor, *rest: Any) -> Tensor:
+    in_features, _, dtype = rest[-3:]
+    return qweight.new_empty((index.shape[0], in_features), dtype=dtype)
+
+
+def _fake_linear(x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rest[-1]))
+
+
+def _fake_linear_gradient(grad: Tensor, *rest: Any) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], rest[-2]))
+
+
+_FAKES: dict[str, Callable[..., Tensor]] = {
+    "cuda_dequantize": _fake_dequantize,
+    "cuda_lookup": _fake_lookup,
+    "cuda_linear": _fake_linear,
+    "cuda_linear.inference": _fake_linear,
+    "cuda_linear_dequantized": _fake_linear,
+    "cuda_linear_gradient": _fake_linear_gradient,
+}
+for _name, _fake in _FAKES.items():
+    torch.library.register_fake(f"hfq::{_name}", _fake, lib=LIBRARY)
+
+
+# ---- gradients
+
+
+def _product(grad: Tensor, operands: tuple[Any, ...], sizes: tuple[int, ...]) -> Tensor:
+    product: Tensor = torch.ops.hfq.cuda_linear_gradient(grad, *operands, *sizes)
+    return product
+
+
+register_gradient("cuda_linear", 4, _product)
+register_gradient("cuda_linear_dequantized", 4, _product)
+
+
+def _transposed(grad: Tensor, operands: tuple[Any, ...], sizes: tuple[int, ...]) -> Tensor:
+    product: Tensor = torch.ops.hfq.cuda_linear_dequantized(grad, *operands, None, *sizes)
+    return product
+
+
+register_second_gradient("cuda_linear_gradient", _transposed)

@@ -1,0 +1,218 @@
+// Layout "fragments": the codes of a weight in the order in which tensor cores take them.
+//
+// W is the A operand of mma.m16n8k16, 16 rows by 16 columns, x the B operand, up to 8 tokens. A sum over k may be taken in any order, so
+// the columns of W stand where they are convenient, and those of x with them. A tile has 16 rows of W, a unit 32 columns, two instructions:
+//
+//   lane 4g + t of a unit holds rows g and g + 8 of the columns 8t .. 8t+7 of the unit, so its part of x is one 16-byte load
+//     instruction j, columns 8t + 4j + {0, 1} of row g: a[0], of row g + 8: a[1]; columns 8t + 4j + {2, 3}: a[2], a[3]
+//
+// Groups are multiples of a unit; the scale of each multiplies the float32 sums of its units. A block has as many units as fill one
+// 16-byte load of each lane (3 bits: 24 bytes); a lane's registers are numbered r = 8 unit + 4 j + 2 (row >= 8) + (column % 4 >= 2):
+//
+//   bits  block      words of a lane
+//   2     16 x 128   word r / 8  has register r at bits 2 (r % 8) of either half: its first column in the lower half
+//   3     16 x 128   word r / 5  has register r at bits 3 (r % 5), r < 30; register 30 + i has bit b of its codes in bit 15 of word 3i + b
+//   4     16 x 64    word r / 4  has register r at bits 4 (r % 4)
+//   8     16 x 32    word r / 2  has register r in the bytes 2 (r % 2) and 2 (r % 2) + 1: also the A operand of the int8 mma.m16n8k32
+//
+//   memory  words 0 .. 3 of lane 0, of lane 1, ... (512 bytes); 3 bits: then words 4, 5 of lane 0, of lane 1, ... (256 bytes)
+//
+// A shift, a mask and an addition of an exponent make numbers out of the codes of a register; most need no shift of their own. Numbers are
+// code - 2^(bits-1), which is exact in 16 bits. 3 bits in five fields and a spare bit take 86 instructions for 64 codes of a lane; planes
+// of 2 + 1 bits took more than 110.
+#pragma once
+
+#include "target.h"
+#include "weight.h"
+
+namespace hfq {
+
+// ---- 16-bit floats at compile time ----
+
+template <class T>
+struct Format;
+template <>
+struct Format<BFloat16> {
+  static constexpr int kMantissa = 7, kBias = 127;
+};
+template <>
+struct Format<Float16> {
+  static constexpr int kMantissa = 10, kBias = 15;
+};
+
+template <class T>
+constexpr uint32_t bits_of(double number) {
+  const uint32_t sign = number < 0 ? 0x8000u : 0u;
+  double fraction = number < 0 ? -number : number;
+  int exponent = 0;
+  while (fraction >= 2) fraction /= 2, ++exponent;
+  while (fraction < 1) fraction *= 2, --exponent;
+  const uint32_t mantissa = static_cast<uint32_t>((fraction - 1) * (1 << Format<T>::kMantissa));
+  return sign | static_cast<uint32_t>(exponent + Format<T>::kBias) << Format<T>::kMantissa | mantissa;
+}
+
+// The bits of kNumber / 2^kShift, which the format has exactly, in both halves.
+template <class T, int kNumber, int kShift = 0>
+constexpr uint32_t kBoth = bits_of<T>(1.0 * kNumber / (1 << kShift)) * 0x10001u;
+
+// ---- codes to numbers ----
+
+// The codes at bit kAt of either half of a word, as code - 2^(bits-1). With the exponent of 2^mantissa the mantissa counts in ones: a field
+// at bit p below its end gives 2^mantissa + code 2^p, and one multiply-add, exact, the number. Fields that lie there together share a shift.
+template <class T, int kBits, int kAt>
+__device__ __forceinline__ uint32_t field_numbers(uint32_t word) {
+  constexpr int kMantissa = Format<T>::kMantissa, kSpan = kMantissa / kBits * kBits;
+  constexpr int kShift = kAt / kSpan * kSpan, kPlace = kAt - kShift;
+  constexpr uint32_t kMask = 0x00010001u * (((1u << kBits) - 1) << kPlace);
+  constexpr int kOffset = (1 << (kMantissa - kPlace)) + (1 << (kBits - 1));
+  return fma2(T{}, and_or<kMask>(word >> kShift, kBoth<T, 1 << kMantissa>), kBoth<T, 1, kPlace>, kBoth<T, -kOffset>);
+}
+
+// Two 8-bit codes in the lower bytes of the halves, as code - 128.
+__device__ __forceinline__ uint32_t byte_numbers(BFloat16, uint32_t bytes) {
+  // 7 bits of mantissa: the code without its upper bit is 128 + that; the upper bit chooses between - 128 and - 256.
+  const uint32_t lower = and_or<0x007f007fu>(bytes, kBoth<BFloat16, 128>);
+  const uint32_t offset = (bytes & 0x00800080u) ^ kBoth<BFloat16, -256>;
+  return fma2(BFloat16{}, lower, kBoth<BFloat16, 1>, offset);
+}
+__device__ __forceinline__ uint32_t byte_numbers(Float16, uint32_t bytes) {
+  return fma2(Float16{}, bytes | kBoth<Float16, 1024>, kBoth<Float16, 1>, kBoth<Float16, -1152>);
+}
+
+// What a lane holds of a block, as it is loaded.
+template <int kBits>
+struct Codes {
+  static constexpr int kWords = kBits == 3 ? 6 : 4;
+  static constexpr int kUnits = kBlockColumns<kBits> / kUnitColumns;
+  uint32_t words[kWords];
+
+  // `first`: where the lane's first words of a block are, 16 lane bytes behind its beginning.
+  __device__ __forceinline__ void load(const uint8_t* first, int lane) {
+    const uint4 v = load_streaming(reinterpret_cast<const uint4*>(first));
+    words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+    if constexpr (kBits == 3) {
+      const uint2 u = load_streaming(reinterpret_cast<const uint2*>(first + 512 - 8 * lane));
+      words[4] = u.x, words[5] = u.y;
+    }
+  }
+
+  // Register r as two numbers.
+  template <class T, int r>
+  __device__ __forceinline__ uint32_t numbers() const {
+    if constexpr (kBits == 8) {
+      return byte_numbers(T{}, permute_bytes(words[r / 2], 0, r % 2 ? 0x4342u : 0x4140u));
+    } else if constexpr (kBits == 3) {
+      if constexpr (r < 30) {
+        return field_numbers<T, 3, 3 * (r % 5)>(words[r / 5]);
+      } else {
+        constexpr int w = 3 * (r - 30);
+        const uint32_t code = ((words[w] >> 15) & 0x00010001u) | ((words[w + 1] >> 14) & 0x00020002u) | ((words[w + 2] >> 13) & 0x00040004u);
+        return field_numbers<T, 3, 0>(code);
+      }
+    } else {
+      constexpr int kFields = 16 / kBits;
+      return field_numbers<T, kBits, kBits * (r % kFields)>(words[r / kFields]);
+    }
+  }
+};
+
+// ---- from a block to the operands of mma ----
+
+// Integer codes. `a[j]` is the A operand of instruction j of a unit.
+template <int kBits>
+struct IntCodes : Codes<kBits> {
+  static constexpr bool kTable = false;
+
+  template <class T, int kUnit>
+  __device__ __forceinline__ void unit(const uint8_t*, uint32_t (&a)[2][4]) const {
+    constexpr int r = 8 * kUnit;
+    a[0][0] = this->template numbers<T, r>();
+    a[0][2] = this->template numbers<T, r + 1>();
+    a[0][1] = this->template numbers<T, r + 2>();
+    a[0][3] = this->template numbers<T, r + 3>();
+    a[1][0] = this->template numbers<T, r + 4>();
+    a[1][2] = this->template numbers<T, r + 5>();
+    a[1][1] = this->template numbers<T, r + 6>();
+    a[1][3] = this->template numbers<T, r + 7>();
+  }
+
+  // The B operands of a unit from the 8 activations of its lane.
+  static __device__ __forceinline__ void activations(const uint4& x, uint32_t (&b)[2][2]) {
+    b[0][0] = x.x, b[0][1] = x.y, b[1][0] = x.z, b[1][1] = x.w;
+  }
+};
+
+// 4-bit codes of a codebook, looked up two at a time: a byte of a word has two codes of one row, columns 0 and 2 or 1 and 3 of four, whose
+// values stand side by side in a table of 256 pairs in shared memory. Each lane has a table of its own bank, so that 32 look-ups take
+// one cycle: a shift, one logical instruction and the load for two codes, where permutations of bytes in registers would take six.
+struct TableCodes : Codes<4> {
+  static constexpr bool kTable = true;
+  static constexpr int kTableBytes = 256 * 32 * 4;
+
+  template <class T, int kUnit>
+  __device__ __forceinline__ void unit(const uint8_t* table, uint32_t (&a)[2][4]) const {
+    const uint32_t lane = 4 * (threadIdx.x % 32);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const uint32_t word = words[2 * kUnit + j];
+      const uint32_t shifted[4] = {word << 7, word >> 1, word >> 9, word >> 17};  // a byte times the 128 bytes of 32 tables
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[j][i] = *reinterpret_cast<const uint32_t*>(table + ((shifted[i] & 0x7f80u) | lane));
+    }
+  }
+
+  static __device__ __forceinline__ void activations(const uint4& x, uint32_t (&b)[2][2]) {
+    b[0][0] = permute_bytes(x.x, x.y, 0x5410), b[0][1] = permute_bytes(x.x, x.y, 0x7632);
+    b[1][0] = permute_bytes(x.z, x.w, 0x5410), b[1][1] = permute_bytes(x.z, x.w, 0x7632);
+  }
+
+  // Fills the table; to be followed by a barrier.
+  template <class T>
+  static __device__ __forceinline__ void fill(uint8_t* table, const float* codebook) {
+    for (uint32_t byte = threadIdx.x; byte < 256; byte += blockDim.x) {
+      const uint32_t low = from_float(T{}, hfq::load(codebook + byte % 16)), high = from_float(T{}, hfq::load(codebook + byte / 16));
+      const uint32_t pair = high << 16 | low;
+      // Neighbouring threads begin at other banks.
+      for (uint32_t i = 0; i < 8; ++i)
+        *reinterpret_cast<uint4*>(table + 128 * byte + 16 * ((i + byte) % 8)) = make_uint4(pair, pair, pair, pair);
+    }
+  }
+};
+
+// ---- scales and zero points ----
+
+// Those of rows g and g + 8 in one group, as they are loaded: 16-bit floats are both in `first`.
+struct RawPair {
+  uint32_t first, second;
+};
+
+struct Pair {
+  float low, high;  // of rows g, g + 8
+};
+
+// Bytes of a pair.
+__device__ __forceinline__ uint32_t pair_bytes(DType dtype) { return dtype == kFloat32 ? 8 : 4; }
+
+__device__ __forceinline__ RawPair load_pair(const uint8_t* pair, DType dtype) {
+  if (dtype == kFloat32) {
+    const uint2 v = load(reinterpret_cast<const uint2*>(pair));
+    return {v.x, v.y};
+  }
+  return {load(reinterpret_cast<const uint32_t*>(pair)), 0};
+}
+
+__device__ __forceinline__ Pair to_floats(RawPair raw, DType dtype) {
+  if (dtype == kFloat32) return {as_float(raw.first), as_float(raw.second)};
+  const uint16_t low = static_cast<uint16_t>(raw.first), high = static_cast<uint16_t>(raw.first >> 16);
+  if (dtype == kFloat16) return {to_float(Float16{}, low), to_float(Float16{}, high)};
+  return {to_float(BFloat16{}, low), to_float(BFloat16{}, high)};
+}
+
+// One number of a tensor of any dtype.
+__device__ __forceinline__ float load_float(const void* numbers, int64_t at, DType dtype) {
+  if (dtype == kFloat32) return load(static_cast<const float*>(numbers) + at);
+  const uint16_t v = load(static_cast<const uint16_t*>(numbers) + at);
+  return dtype == kFloat16 ? to_float(Float16{}, v) : to_float(BFloat16{}, v);
+}
+
+}  // namespace hfq

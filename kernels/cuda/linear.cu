@@ -1,0 +1,26 @@
+// Which kernel multiplies.
+#include "linear.h"
+
+#include "target.h"
+
+namespace hfq {
+
+const char* copy_on_device(void* to, const void* from, int64_t bytes, cudaStream_t stream) {
+  return launch_copy(to, from, static_cast<size_t>(bytes), stream);
+}
+
+const char* launch_linear(const LinearParams& params, cudaStream_t stream) {
+  if (params.tokens == 0 || params.weight.out_features == 0) return nullptr;
+  LinearParams p = params;
+  p.token_tiles = static_cast<uint32_t>((p.tokens + 7) / 8);
+  const int64_t size = p.weight.group_size < p.weight.in_features ? p.weight.group_size : p.weight.in_features;
+  const int64_t units = (size + kUnitColumns - 1) / kUnitColumns;
+  p.group_magic = static_cast<uint32_t>(((int64_t{1} << 31) + units - 1) / units);
+  if (p.weight.codebook) return launch_linear_table4(p, stream);
+  if (p.weight.bits == 2) return launch_linear_int2(p, stream);
+  if (p.weight.bits == 3) return launch_linear_int3(p, stream);
+  if (p.weight.bits == 4) return launch_linear_int4(p, stream);
+  return launch_linear_int8(p, stream);
+}
+
+}  // namespace hfq

@@ -1,0 +1,34 @@
+// hfq::cuda_linear: few tokens times a weight in layout "fragments", read once and directly.
+#pragma once
+
+#include "weight.h"
+
+namespace hfq {
+
+struct LinearParams {
+  Weight weight;
+  const void* x;         // [tokens, K]
+  const void* bias;      // [N] or null
+  void* y;               // [tokens, N]
+  int64_t tokens;        // M
+  DType x_dtype;         // of x and y: kFloat16 or kBFloat16
+  DType bias_dtype;
+  // What follows is set by the launcher.
+  uint32_t token_tiles;  // ceil(M / 8)
+  uint32_t group_magic;  // ceil(2^31 / units of a group): unit / units is the upper half of 2 unit * magic
+};
+
+// Enqueues the kernel. Returns null, or CUDA's description of the error. K below 2^20.
+const char* launch_linear(const LinearParams& params, cudaStream_t stream);
+
+// Enqueues a copy within the memory of the device: activations have to begin at a multiple of 16 bytes.
+const char* copy_on_device(void* to, const void* from, int64_t bytes, cudaStream_t stream);
+
+// One for each kind of codes, so that they are compiled side by side; called by launch_linear.
+const char* launch_linear_int2(const LinearParams& params, cudaStream_t stream);
+const char* launch_linear_int3(const LinearParams& params, cudaStream_t stream);
+const char* launch_linear_int4(const LinearParams& params, cudaStream_t stream);
+const char* launch_linear_int8(const LinearParams& params, cudaStream_t stream);
+const char* launch_linear_table4(const LinearParams& params, cudaStream_t stream);
+
+}  // namespace hfq

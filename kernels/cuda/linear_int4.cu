@@ -1,0 +1,7 @@
+#include "linear_kernel.h"
+
+namespace hfq {
+
+const char* launch_linear_int4(const LinearParams& params, cudaStream_t stream) { return launch_linear_of<IntCodes<4>>(params, stream); }
+
+}  // namespace hfq

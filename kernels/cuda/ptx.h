@@ -1,0 +1,147 @@
+// Single instructions of the GPU (PTX ISA 8, compute capability 8.0 and later). 16-bit floats are raw bits, two to a register: the types
+// BFloat16 and Float16 only choose the instruction.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace hfq {
+
+struct BFloat16 {};
+struct Float16 {};
+
+// ---- memory ----
+
+// Weights: read once, so they should not displace activations in L1.
+__device__ __forceinline__ uint4 load_streaming(const uint4* p) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
+  return v;
+}
+__device__ __forceinline__ uint2 load_streaming(const uint2* p) {
+  uint2 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+  return v;
+}
+
+// What other threads of the multiprocessor read, too: through L1. Not changed while the kernel runs.
+template <class V>
+__device__ __forceinline__ V load(const V* p) {
+  return __ldg(p);
+}
+
+template <class V>
+__device__ __forceinline__ void store(V* p, const V& v) {
+  *p = v;
+}
+
+__device__ __forceinline__ uint8_t* shared_memory() {
+  extern __shared__ __align__(16) uint8_t memory[];
+  return memory;
+}
+
+// 16 bytes from global to shared memory, behind the thread's back: they are there for this thread after a `cp_async_wait` that covers
+// their group, for others after a barrier behind that.
+__device__ __forceinline__ void cp_async(void* shared, const void* global) {
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+}
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most `kPending` of this thread's groups are not there yet.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// ---- threads ----
+
+__device__ __forceinline__ void sync_block() { __syncthreads(); }
+__device__ __forceinline__ void sync_warp() { __syncwarp(); }
+__device__ __forceinline__ uint32_t shuffle_xor(uint32_t v, int lanes) { return __shfl_xor_sync(0xffffffffu, v, lanes); }
+
+// ---- tensor cores ----
+
+// d[16 x 8] += a[16 x 16] b[16 x 8] in float32. With g = lane / 4, t = lane % 4 a lane holds, two neighbours along k to a register,
+//   a[0] (row g, k 2t..)   a[1] (row g+8, k 2t..)   a[2] (row g, k 2t+8..)   a[3] (row g+8, k 2t+8..)
+//   b0 (k 2t.., column g)  b1 (k 2t+8.., column g)
+//   d[0], d[1] (row g, columns 2t, 2t+1)   d[2], d[3] (row g+8, columns 2t, 2t+1)
+__device__ __forceinline__ void mma(BFloat16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void mma(Float16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Four 8 x 8 matrices of 16-bit elements from shared memory. Lane l names row l % 8 of matrix l / 8 (16 bytes, aligned) and gets of each
+// matrix the elements 2t, 2t+1 of row g.
+__device__ __forceinline__ void ldmatrix(uint32_t (&v)[4], const void* row) {
+  const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(from)
+               : "memory");
+}
+
+// ---- numbers ----
+
+// (word & mask) | bits in one instruction, with the mask as its constant: it takes one only, so that the compiler makes two of it.
+template <uint32_t kMask>
+__device__ __forceinline__ uint32_t and_or(uint32_t word, uint32_t bits) {
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(word), "n"(kMask), "r"(bits));
+  return d;
+}
+// A value that the compiler takes as it is: it would compute addresses and constants again at each use, in place of keeping a register.
+template <class V>
+__device__ __forceinline__ V kept(V v) {
+  if constexpr (sizeof(V) == 8)
+    asm volatile("" : "+l"(v));
+  else
+    asm volatile("" : "+r"(v));
+  return v;
+}
+
+__device__ __forceinline__ uint32_t fma2(BFloat16, uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+__device__ __forceinline__ uint32_t fma2(Float16, uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+__device__ __forceinline__ float to_float(BFloat16, uint16_t v) { return __uint_as_float(static_cast<uint32_t>(v) << 16); }
+__device__ __forceinline__ float to_float(Float16, uint16_t v) {
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
+  return f;
+}
+__device__ __forceinline__ uint16_t from_float(BFloat16, float f) {
+  uint16_t v;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(v) : "f"(f));
+  return v;
+}
+__device__ __forceinline__ uint16_t from_float(Float16, float f) {
+  uint16_t v;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(v) : "f"(f));
+  return v;
+}
+
+__device__ __forceinline__ float as_float(uint32_t bits) { return __uint_as_float(bits); }
+__device__ __forceinline__ uint32_t as_bits(float f) { return __float_as_uint(f); }
+
+// Byte i of the result is byte (selector >> 4 i) & 7 of the eight bytes b:a.
+__device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
+// Bits 32..63 of the product.
+__device__ __forceinline__ uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
+
+}  // namespace hfq

@@ -1,0 +1,30 @@
+// A weight in layout "fragments" as launchers take it. See fragments.h and hfq/kernels/fragments.py.
+#pragma once
+
+#include "dtype.h"
+
+namespace hfq {
+
+constexpr int kTileRows = 16;     // rows of W that one matrix instruction takes
+constexpr int kUnitColumns = 32;  // columns after which a group may end: two matrix instructions
+
+struct Weight {
+  const uint8_t* qweight;  // [N16, C, 32 | 48, 16]  N16 = ceil(N / 16) tiles of rows, C blocks of columns
+  const void* scales;      // [N16, G, 8, 2]         rows g and g + 8 side by side
+  const void* zeros;       // [N16, G, 8, 2] or null: 2^(bits-1)
+  const float* codebook;   // [16] or null
+  int64_t out_features;    // N
+  int64_t in_features;     // K, a multiple of 8
+  int64_t groups;          // G
+  int64_t group_size;      // a multiple of 32, or at least K
+  int32_t bits;            // 2, 3, 4 or 8
+  DType scale_dtype;       // of scales and zeros
+};
+
+// Of a block; constants, because device code may not call the constexpr functions of the host.
+template <int kBits>
+constexpr int kBlockColumns = kBits == 3 ? 128 : 256 / kBits;
+template <int kBits>
+constexpr int kBlockBytes = kBits == 3 ? 768 : 512;
+
+}  // namespace hfq

@@ -1,0 +1,51 @@
+// What the operators for CUDA share in reading their arguments.
+#pragma once
+
+#include "../cuda/dtype.h"
+#include "boxed_call.h"
+
+namespace hfq {
+
+inline DType float_dtype(int32_t dtype) {
+  if (dtype == aoti_torch_dtype_float32()) return kFloat32;
+  if (dtype == aoti_torch_dtype_float16()) return kFloat16;
+  if (dtype == aoti_torch_dtype_bfloat16()) return kBFloat16;
+  return kUnsupported;
+}
+
+inline int64_t element_size(DType dtype) { return dtype == kFloat32 ? 4 : 2; }
+
+inline void expect(bool condition, const char* op, const std::string& message) {
+  if (!condition) fail(std::string("hfq::") + op + ": " + message);
+}
+
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int32_t index) { check_shim(aoti_torch_create_cuda_guard(index, &guard_), "create_cuda_guard"); }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+  ~DeviceGuard() { aoti_torch_delete_cuda_guard(guard_); }
+
+ private:
+  CUDAGuardHandle guard_ = nullptr;
+};
+
+inline cudaStream_t current_stream(int32_t device_index) {
+  void* stream = nullptr;
+  check_shim(aoti_torch_get_current_cuda_stream(device_index, &stream), "get_current_cuda_stream");
+  return static_cast<cudaStream_t>(stream);
+}
+
+// A result, or the error of the launch that was to fill it; frees the result in that case.
+inline StableIValue checked(const char* op, StableIValue y, const char* error) {
+  if (error) {
+    const Tensor freed(op, "y", y);
+    fail(std::string("hfq::") + op + ": CUDA error: " + error);
+  }
+  return y;
+}
+
+// Operators of other files.
+bool register_fragments(TorchLibraryHandle library);
+
+}  // namespace hfq

@@ -1,0 +1,174 @@
+// Operators of hfq for CUDA on layout "fragments" (hfq/kernels/fragments.py).
+#include "../cuda/linear.h"
+#include "../cuda/unpack.h"
+#include "cuda_arguments.h"
+
+namespace hfq {
+namespace {
+
+bool aligned(const void* p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
+// qweight, scales, zeros?, codebook? from stack[first], and bits, group_size, in_features, out_features from stack[sizes].
+class Operands {
+ public:
+  Operands(const char* op, const StableIValue* stack, int first, int sizes)
+      : qweight_(op, "qweight", stack[first]),
+        scales_(op, "scales", stack[first + 1]),
+        zeros_(op, "zeros", Tensor::unwrap(stack[first + 2])),
+        codebook_(op, "codebook", Tensor::unwrap(stack[first + 3])),
+        op_(op),
+        sizes_{as_int(stack[sizes]), as_int(stack[sizes + 1]), as_int(stack[sizes + 2]), as_int(stack[sizes + 3])} {}
+
+  int32_t device_index() const { return qweight_.device_index(); }
+
+  void expect_device(const Tensor& tensor) const {
+    if (tensor.device_index() != device_index()) tensor.refuse("on the device of qweight");
+  }
+
+  // The weight, after all checks.
+  Weight weight() const {
+    const auto [bits, group_size, in_features, out_features] = sizes_;
+    expect(bits == 2 || bits == 3 || bits == 4 || bits == 8, op_, "bits must be 2, 3, 4 or 8, got " + std::to_string(bits));
+    expect(in_features > 0 && in_features < kMostColumns && in_features % 8 == 0, op_,
+           "in_features must be a multiple of 8 below 2^20, got " + std::to_string(in_features));
+    expect(out_features > 0 && out_features < (int64_t{1} << 31), op_,
+           "out_features must be between 1 and 2^31, got " + std::to_string(out_features));
+    expect(group_size > 0 && (group_size >= in_features || group_size % kUnitColumns == 0), op_,
+           "group_size must be a multiple of 32, or in_features, got " + std::to_string(group_size));
+    const int32_t cuda = aoti_torch_device_type_cuda();
+    const int64_t tiles = (out_features + kTileRows - 1) / kTileRows, columns = bits == 3 ? 128 : 256 / bits;
+    const int64_t groups = (in_features + group_size - 1) / group_size;
+
+    Weight w = {};
+    w.bits = static_cast<int32_t>(bits);
+    w.in_features = in_features;
+    w.out_features = out_features;
+    w.group_size = group_size;
+    w.groups = groups;
+    if (qweight_.dtype() != aoti_torch_dtype_uint8()) qweight_.refuse("uint8");
+    qweight_.expect_shape({tiles, (in_features + columns - 1) / columns, bits == 3 ? 48 : 32, 16});
+    w.qweight = static_cast<const uint8_t*>(qweight_.data(cuda, 1));
+    if (!aligned(w.qweight, 16)) qweight_.refuse("aligned to 16 bytes");
+    w.scale_dtype = float_dtype(scales_.dtype());
+    if (w.scale_dtype == kUnsupported) scales_.refuse("float32, float16 or bfloat16");
+    const auto per_group = [&](const Tensor& tensor) {
+      tensor.expect_shape({tiles, groups, 8, 2});
+      expect_device(tensor);
+      const void* data = tensor.data(cuda, element_size(w.scale_dtype));
+      if (!aligned(data, 8)) tensor.refuse("aligned to 8 bytes");
+      return data;
+    };
+    w.scales = per_group(scales_);
+    if (zeros_.defined()) {
+      if (zeros_.dtype() != scales_.dtype()) zeros_.refuse("of the same dtype as scales");
+      w.zeros = per_group(zeros_);
+    }
+    if (codebook_.defined()) {
+      expect(bits == 4 && !zeros_.defined(), op_, "a codebook takes 4 bits and no zeros");
+      if (codebook_.dtype() != aoti_torch_dtype_float32()) codebook_.refuse("float32");
+      codebook_.expect_shape({16});
+      expect_device(codebook_);
+      w.codebook = static_cast<const float*>(codebook_.data(cuda, 4));
+    }
+    return w;
+  }
+
+ private:
+  static constexpr int64_t kMostColumns = int64_t{1} << 20;
+
+  const Tensor qweight_, scales_, zeros_, codebook_;
+  const char* op_;
+  struct {
+    int64_t bits, group_size, in_features, out_features;
+  } sizes_;
+};
+
+// Thread blocks are numbered with 31 bits.
+void expect_blocks(const char* op, int64_t blocks) { expect(blocks < (int64_t{1} << 31), op, "too many rows for one launch"); }
+
+// hfq::cuda_linear(x [M, K], qweight, scales, zeros?, codebook?, bias? [N], bits, group_size, in_features, out_features) -> [M, N]
+void cuda_linear(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "cuda_linear";
+  const Tensor x(op, "x", stack[0]), bias(op, "bias", Tensor::unwrap(stack[5]));
+  const Operands operands(op, stack, 1, 6);
+  const int32_t cuda = aoti_torch_device_type_cuda(), index = operands.device_index();
+
+  LinearParams p = {};
+  p.weight = operands.weight();
+  p.x_dtype = float_dtype(x.dtype());
+  if (p.x_dtype != kFloat16 && p.x_dtype != kBFloat16) x.refuse("float16 or bfloat16");
+  if (x.dim() != 2 || x.size(1) != p.weight.in_features) x.refuse("of shape [M, " + std::to_string(p.weight.in_features) + "]");
+  operands.expect_device(x);
+  p.x = x.data(cuda, 2);
+  p.tokens = x.size(0);
+  expect_blocks(op, ((p.tokens + 7) / 8) * ((p.weight.out_features + kTileRows - 1) / kTileRows));
+  if (bias.defined()) {
+    p.bias_dtype = float_dtype(bias.dtype());
+    if (p.bias_dtype == kUnsupported) bias.refuse("float32, float16 or bfloat16");
+    bias.expect_shape({p.weight.out_features});
+    operands.expect_device(bias);
+    p.bias = bias.data(cuda, element_size(p.bias_dtype));
+  }
+
+  const DeviceGuard guard(index);
+  const cudaStream_t stream = current_stream(index);
+  StableIValue copy = 0;
+  if (!aligned(p.x, 16)) {
+    // A part of a larger tensor may begin anywhere.
+    const int64_t sizes[] = {p.tokens, p.weight.in_features};
+    void* to = nullptr;
+    copy = empty_tensor(sizes, 2, x.dtype(), cuda, index, &to);
+    const char* error = copy_on_device(to, p.x, p.tokens * p.weight.in_features * 2, stream);
+    checked(op, copy, error);
+    p.x = to;
+  }
+  const Tensor kept(op, "x", copy);  // memory that is freed here is used again behind the kernel, in order of the stream
+  const int64_t sizes[] = {p.tokens, p.weight.out_features};
+  const StableIValue y = empty_tensor(sizes, 2, x.dtype(), cuda, index, &p.y);
+  stack[0] = checked(op, y, launch_linear(p, stream));
+}
+
+// The rows `index`, or all, in `dtype`.
+StableIValue unpacked(const char* op, const Operands& operands, const Tensor* index, int32_t dtype) {
+  const int32_t cuda = aoti_torch_device_type_cuda();
+  UnpackParams p = {};
+  p.weight = operands.weight();
+  p.y_dtype = float_dtype(dtype);
+  expect(p.y_dtype != kUnsupported, op, "dtype must be float32, float16 or bfloat16");
+  p.rows = p.weight.out_features;
+  if (index) {
+    if (index->dtype() != aoti_torch_dtype_int64() || index->dim() != 1) index->refuse("int64 of shape [T]");
+    operands.expect_device(*index);
+    p.index = static_cast<const int64_t*>(index->data(cuda, 8));
+    p.rows = index->size(0);
+  }
+  expect_blocks(op, (p.rows + kTileRows - 1) / kTileRows * ((p.weight.in_features + 255) / 256));
+  const DeviceGuard guard(operands.device_index());
+  const int64_t sizes[] = {p.rows, p.weight.in_features};
+  const StableIValue y = empty_tensor(sizes, 2, dtype, cuda, operands.device_index(), &p.y);
+  return checked(op, y, launch_unpack(p, current_stream(operands.device_index())));
+}
+
+// hfq::cuda_dequantize(qweight, scales, zeros?, codebook?, bits, group_size, in_features, out_features, dtype) -> [N, K]
+void cuda_dequantize(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "cuda_dequantize";
+  const Operands operands(op, stack, 0, 4);
+  stack[0] = unpacked(op, operands, nullptr, as_dtype(stack[8]));
+}
+
+// hfq::cuda_lookup(index [T], qweight, scales, zeros?, codebook?, bits, group_size, in_features, out_features, dtype) -> [T, K]
+void cuda_lookup(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "cuda_lookup";
+  const Tensor index(op, "index", stack[0]);
+  const Operands operands(op, stack, 1, 5);
+  stack[0] = unpacked(op, operands, &index, as_dtype(stack[9]));
+}
+
+}  // namespace
+
+bool register_fragments(TorchLibraryHandle library) {
+  return register_product(library, "cuda_linear", cuda_linear) && register_impl(library, "cuda_dequantize", cuda_dequantize) &&
+         register_impl(library, "cuda_lookup", cuda_lookup);
+}
+
+}  // namespace hfq

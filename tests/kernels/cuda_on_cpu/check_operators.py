@@ -1,0 +1,173 @@
+"""Run by test_cuda_emulated.py in a process of its own: the operators ``hfq::cuda_*`` on the CPU are those of CUDA, emulated.
+
+Argument: the library that cuda_emulator.build_operators made.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from hfq.core.spec import CodebookSpec, IntSpec
+from hfq.core.weight import PackedGrid
+from hfq.kernels import cuda, cuda_ops, dispatch
+from hfq.kernels.row import Problem
+from hfq.nn.embedding import QuantEmbedding
+from hfq.nn.linear import QuantLinear
+
+assert cuda_ops.fragments_weight is not None  # defines the operators
+torch.ops.load_library(sys.argv[1])
+assert ctypes.CDLL(sys.argv[1]).operators_registered()
+
+N, K = 48, 136
+
+
+class OnCpu(cuda.CudaFragments):
+    """The row as if the CPU were a GPU."""
+
+    def reject(self, problem: Problem) -> str | None:
+        return None
+
+
+ROW = OnCpu()
+
+
+def linear_module(spec: IntSpec | CodebookSpec, format: str, bias: bool = True) -> QuantLinear:
+    linear = nn.Linear(K, N, bias=bias, dtype=torch.bfloat16)
+    return QuantLinear.from_linear(linear, format=format, spec=spec)
+
+
+def prepared_grid(module: QuantLinear) -> PackedGrid:
+    """The module's operands in layout fragments."""
+    module.prepare()
+    grid = module.grid("weight")
+    assert isinstance(grid, PackedGrid) and module.kernel("weight") is ROW
+    return grid
+
+
+def refused(words: str, call: Callable[[], object]) -> None:
+    try:
+        call()
+    except RuntimeError as error:
+        assert re.search(words, str(error)), error
+        return
+    raise AssertionError(f"not refused: {words}")
+
+
+def check_modules() -> None:
+    for format, spec in (
+        ("int", IntSpec(bits=2, group_size=32, sym=False)),
+        ("int", IntSpec(bits=3, group_size=64)),
+        ("int", IntSpec(bits=4, group_size=128, scale_dtype="bfloat16")),
+        ("int", IntSpec(bits=8, group_size=-1, sym=False, scale_dtype="float32")),
+        ("nf4", CodebookSpec(group_size=64, double_quant=True)),
+    ):
+        module = linear_module(spec, format)
+        saved = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+        weight = module.dequantize().double()
+        module.restore()
+        dispatch._ROWS[PackedGrid] = (ROW, *dispatch._ROWS[PackedGrid][-1:])
+        dispatch.select.cache_clear()
+        module.prepare()
+        assert module.kernel_choice("weight").row is ROW
+        assert module.bias is not None
+        for tokens in (0, 1, 3, 9, 40):
+            x = torch.randn(2, tokens, K).bfloat16()[1].requires_grad_()
+            expected = x.detach().double() @ weight.T + module.bias.double()
+            y = module(x)
+            torch.testing.assert_close(y.double(), expected, rtol=1e-2, atol=1e-2)
+            grad = torch.randn(tokens, N).bfloat16()
+            y.backward(grad)
+            assert x.grad is not None
+            torch.testing.assert_close(
+                x.grad.double(), grad.double() @ weight, rtol=1e-2, atol=1e-2
+            )
+        with torch.no_grad():
+            x = torch.randn(1, K)
+            expected = torch.nn.functional.linear(
+                x, module.dequantize().float(), module.bias.float()
+            )
+            torch.testing.assert_close(module(x), expected, rtol=1e-2, atol=1e-2)
+        for name, tensor in module.state_dict().items():
+            assert torch.equal(tensor, saved[name]), name
+
+    table = QuantEmbedding.from_embedding(
+        nn.Embedding(N, K, dtype=torch.bfloat16), format="int", spec=IntSpec(group_size=32)
+    )
+    ids = torch.randint(N, (2, 5))
+    assert torch.equal(table(ids), table.dequantize()[ids])
+
+
+def check_arguments() -> None:
+    module = linear_module(IntSpec(group_size=32, sym=False), "int", bias=False)
+    grid = prepared_grid(module)
+    sizes = (4, 32, K, N)
+    storage = torch.randn(2 * K + 1).bfloat16()
+    moved = storage[1:].view(2, K)
+
+    def linear(
+        x: Tensor = moved,
+        sizes: tuple[int, ...] = sizes,
+        bias: Tensor | None = None,
+        table: Tensor | None = None,
+        **changes: Tensor,
+    ) -> Tensor:
+        g = replace(grid, **changes)
+        y: Tensor = torch.ops.hfq.cuda_linear(x, g.qweight, g.scales, g.zeros, table, bias, *sizes)
+        return y
+
+    assert torch.equal(linear(), linear(moved.clone())), "activations that begin anywhere"
+    assert grid.zeros is not None
+    refused("bits must be 2, 3, 4 or 8, got 5", lambda: linear(sizes=(5, *sizes[1:])))
+    refused("in_features must be a multiple of 8", lambda: linear(sizes=(4, 32, 132, N)))
+    refused("in_features must be a multiple of 8", lambda: linear(sizes=(4, 32, 1 << 20, N)))
+    refused("out_features must be between", lambda: linear(sizes=(4, 32, K, 0)))
+    refused("group_size must be a multiple of 32", lambda: linear(sizes=(4, 48, K, N)))
+    refused("qweight must be uint8", lambda: linear(qweight=grid.qweight.char()))
+    refused("qweight must be of shape", lambda: linear(qweight=grid.qweight[1:]))
+    refused("qweight must be contiguous", lambda: linear(qweight=strided(grid.qweight)))
+    refused("scales must be of shape", lambda: linear(scales=grid.scales[..., 1:]))
+    refused("scales must be float32, float16", lambda: linear(scales=grid.scales.double()))
+    refused("zeros must be of the same dtype", lambda: linear(zeros=grid.zeros.float()))
+    refused("a codebook takes 4 bits and no zeros", lambda: linear(table=torch.zeros(16)))
+    refused("x must be float16 or bfloat16", lambda: linear(moved.float()))
+    refused("x must be of shape", lambda: linear(moved[:, 8:]))
+    refused("x must be of shape", lambda: linear(moved[None]))
+    refused("x must be contiguous", lambda: linear(strided(moved)))
+    refused("bias must be of shape", lambda: linear(bias=torch.zeros(N + 1)))
+    refused("bias must be float32", lambda: linear(bias=torch.zeros(N).int()))
+    lookup = torch.ops.hfq.cuda_lookup
+    operands = (grid.qweight, grid.scales, grid.zeros, None, *sizes, torch.float16)
+    refused("index must be int64 of shape", lambda: lookup(torch.zeros(1).int(), *operands))
+    refused(
+        "dtype must be float32", lambda: lookup(torch.zeros(1).long(), *operands[:-1], torch.int8)
+    )
+
+
+def strided(tensor: Tensor) -> Tensor:
+    """The same numbers, every other one of a larger tensor."""
+    return torch.stack([tensor, tensor], dim=-1)[..., 0]
+
+
+def check_schemas() -> None:
+    module = linear_module(IntSpec(group_size=32), "int", bias=False)
+    grid = prepared_grid(module)
+    operands, sizes = (grid.qweight, grid.scales, None, None), (4, 32, K, N)
+    check, hfq = torch.library.opcheck, torch.ops.hfq
+    x = torch.randn(3, K).bfloat16().requires_grad_()
+    check(hfq.cuda_linear.default, (x, *operands, torch.zeros(N), *sizes))
+    check(hfq.cuda_dequantize.default, (*operands, *sizes, torch.float16))
+    check(hfq.cuda_lookup.default, (torch.tensor([3, 47]), *operands, *sizes, torch.float32))
+
+
+torch.manual_seed(0)
+check_modules()
+check_arguments()
+check_schemas()
+sys.stdout.write("all checks passed\n")

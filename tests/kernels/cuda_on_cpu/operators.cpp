@@ -1,0 +1,32 @@
+// The operators of kernels/torch-ext/torch_binding_cuda_fragments.cpp for CPU tensors, on the emulated GPU: compiled with the name of the
+// CPU's device type for that of CUDA's, and with this in place of what only libtorch_cuda has.
+#include "../../../kernels/torch-ext/cuda_arguments.h"
+#include "fibers.h"
+
+extern "C" {
+
+AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** out_stream) {
+  // Asked for before each launch. Which tensors a launch may touch is known to the operator only.
+  cuda_on_cpu::forget_all();
+  cuda_on_cpu::allow(nullptr, SIZE_MAX, true);
+  *out_stream = nullptr;
+  return 0;
+}
+AOTITorchError aoti_torch_create_cuda_guard(int32_t, CUDAGuardHandle* out_new) {
+  *out_new = nullptr;
+  return 0;
+}
+AOTITorchError aoti_torch_delete_cuda_guard(CUDAGuardHandle) { return 0; }
+
+}  // extern "C"
+
+namespace {
+
+const bool registered = [] {
+  TorchLibraryHandle library = nullptr;
+  return aoti_torch_library_init_impl("hfq", "CPU", __FILE__, __LINE__, &library) == 0 && hfq::register_fragments(library);
+}();
+
+}  // namespace
+
+extern "C" int operators_registered() { return registered; }

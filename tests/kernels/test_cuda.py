@@ -1,0 +1,269 @@
+"""The CUDA kernels on a GPU: operators, kernel row and modules against the PyTorch reference; CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from hfq.core import bits as bit_packing
+from hfq.core.codebooks import codebook
+from hfq.core.spec import IntSpec
+from hfq.kernels import cuda_ops, fragments, native, reference
+from hfq.nn.linear import QuantLinear
+
+assert cuda_ops.fragments_weight is not None  # defines torch.ops.hfq.cuda_*
+pytestmark = pytest.mark.gpu
+
+KINDS = (
+    "int2",
+    "int2_zeros",
+    "int3",
+    "int3_zeros",
+    "int4",
+    "int4_zeros",
+    "int8",
+    "int8_zeros",
+    "nf4",
+    "fp4",
+)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
+ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+# (N, K, group_size; 0: one group per row): odd shapes, and those of models.
+SHAPES = (
+    (1, 8, 0),
+    (17, 136, 32),
+    (40, 512, 128),
+    (33, 200, 0),
+    (5, 1096, 96),
+    (1024, 4096, 128),
+    (14336, 4096, 64),
+    (4096, 14336, 32),
+)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A random weight on the GPU: `operands` in layout fragments, the dense values `[N, K]` in float64 on the CPU."""
+
+    operands: tuple[Tensor | None, ...]
+    sizes: tuple[int, int, int, int]
+    neutral: tuple[Tensor | None, ...]
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        y: Tensor = torch.ops.hfq.cuda_linear(x, *self.operands, bias, *self.sizes)
+        return y
+
+    def reference(self, dtype: torch.dtype) -> Tensor:
+        return reference.dequantize(*self.neutral, None, *self.sizes[:3], dtype)  # type: ignore[arg-type]
+
+
+MakeWeight = Callable[..., Weight]
+
+
+@pytest.fixture
+def make_weight(cuda: torch.device, generator: torch.Generator) -> MakeWeight:
+    if not native.load().cuda:
+        pytest.skip(f"no native CUDA kernels: {native.load().cuda_reason}")
+
+    def make(
+        rows: int,
+        columns: int,
+        group_size: int,
+        kind: str = "int4",
+        scale_dtype: torch.dtype = torch.float16,
+    ) -> Weight:
+        bits = int(kind.removesuffix("_zeros")[-1])
+        group_size = group_size or columns
+        groups = -(-columns // group_size)
+        codes = torch.randint(0, 1 << bits, (rows, columns), generator=generator, dtype=torch.uint8)
+        scales = (torch.rand(rows, groups, generator=generator) * 0.02 + 1e-3).to(scale_dtype)
+        zeros = table = None
+        if kind.endswith("zeros"):
+            zeros = torch.rand(rows, groups, generator=generator) * ((1 << bits) - 1)
+            zeros = zeros.to(scale_dtype)
+        if not kind.startswith("int"):
+            table = codebook(kind)
+        neutral = (bit_packing.pack(codes, bits).unsqueeze(-1), scales, zeros, table)
+        neutral_there = [None if tensor is None else tensor.to(cuda) for tensor in neutral]
+        qweight, scales_there, zeros_there, table_there = neutral_there
+        assert qweight is not None and scales_there is not None
+        operands = (
+            fragments.to_fragments(qweight, bits),
+            fragments.to_fragments(scales_there, bits),
+            None if zeros_there is None else fragments.to_fragments(zeros_there, bits),
+            table_there,
+        )
+        return Weight(operands, (bits, group_size, columns, rows), tuple(neutral_there))
+
+    return make
+
+
+def _check(y: Tensor, x: Tensor, weight: Weight, bias: Tensor | None = None) -> None:
+    """Up to the rounding of the output and of sums in float32; entries of a codebook are rounded, too."""
+    exact = weight.reference(torch.float32).double()
+    expected, largest = x.double() @ exact.T, x.double().abs() @ exact.abs().T
+    if bias is not None:
+        expected += bias.double()
+    table = ROUNDING[x.dtype] if weight.operands[3] is not None else 0.0
+    # A zero point adds the sum of the group's activations, up to twice as large as its products.
+    bound = (1e-5 + table) * largest + ROUNDING[x.dtype] * expected.abs() + 1e-6
+    assert y.dtype == x.dtype and y.shape == expected.shape
+    error = (y.double() - expected).abs()
+    assert (error <= bound).all(), (error / bound).max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products(
+    make_weight: MakeWeight,
+    generator: torch.Generator,
+    cuda: torch.device,
+    shape: tuple[int, int, int],
+    kind: str,
+) -> None:
+    for dtype, scale_dtype in zip(HALVES, (torch.float16, torch.float32), strict=True):
+        weight = make_weight(*shape, kind=kind, scale_dtype=scale_dtype)
+        for tokens in (0, 1, 3, 8, 19):
+            x = torch.randn(tokens, shape[1], generator=generator).to(cuda, dtype)
+            bias = torch.randn(shape[0], generator=generator).to(cuda) if tokens % 2 else None
+            y = weight.linear(x, bias)
+            _check(y, x, weight, bias)
+            assert torch.equal(y, weight.linear(x, bias)), "sums are in one order"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_dequantize_and_lookup_are_the_reference(
+    make_weight: MakeWeight,
+    generator: torch.Generator,
+    cuda: torch.device,
+    shape: tuple[int, int, int],
+    kind: str,
+) -> None:
+    for scale_dtype in FLOATS:
+        weight = make_weight(*shape, kind=kind, scale_dtype=scale_dtype)
+        for dtype in FLOATS:
+            expected = weight.reference(dtype)
+            dense = torch.ops.hfq.cuda_dequantize(*weight.operands, *weight.sizes, dtype)
+            assert torch.equal(dense, expected)
+            index = torch.randint(shape[0], (35,), generator=generator).to(cuda)
+            rows = torch.ops.hfq.cuda_lookup(index, *weight.operands, *weight.sizes, dtype)
+            assert torch.equal(rows, expected[index])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_not_a_number_reaches_the_outputs_of_its_token(
+    make_weight: MakeWeight, generator: torch.Generator, cuda: torch.device, kind: str, bad: float
+) -> None:
+    weight = make_weight(20, 136, 64, kind=kind)
+    for dtype in HALVES:
+        x = torch.randn(7, 136, generator=generator).to(cuda, dtype)
+        x[4, 135] = bad
+        finite = weight.linear(x).isfinite()
+        assert not finite[4].any()
+        assert finite[torch.arange(7) != 4].all()
+
+
+def test_activations_that_begin_anywhere(
+    make_weight: MakeWeight, generator: torch.Generator, cuda: torch.device
+) -> None:
+    weight = make_weight(40, 136, 64)
+    storage = torch.randn(3 * 136 + 1, generator=generator).to(cuda, torch.bfloat16)
+    x = storage[1:].view(3, 136)
+    assert torch.equal(weight.linear(x), weight.linear(x.clone()))
+
+
+def test_opcheck(make_weight: MakeWeight, generator: torch.Generator, cuda: torch.device) -> None:
+    check, hfq = torch.library.opcheck, torch.ops.hfq
+    for kind in ("int3", "int4_zeros", "nf4"):
+        w = make_weight(40, 136, 64, kind=kind)
+        arguments = (*w.operands, *w.sizes)
+        x = torch.randn(3, 136, generator=generator).to(cuda, torch.bfloat16).requires_grad_()
+        bias = torch.randn(40, generator=generator).to(cuda).requires_grad_()
+        check(hfq.cuda_dequantize.default, (*arguments, torch.bfloat16))
+        check(
+            hfq.cuda_lookup.default, (torch.tensor([3, 39], device=cuda), *arguments, torch.float16)
+        )
+        check(hfq.cuda_linear.default, (x, *w.operands, bias, *w.sizes))
+        check(hfq.cuda_linear_dequantized.default, (x, *w.operands, None, *w.sizes))
+        grad = torch.randn(3, 40, generator=generator).to(cuda, torch.bfloat16).requires_grad_()
+        check(hfq.cuda_linear_gradient.default, (grad, *arguments))
+
+
+def test_in_a_cuda_graph(
+    make_weight: MakeWeight, generator: torch.Generator, cuda: torch.device
+) -> None:
+    weight = make_weight(1024, 4096, 128, kind="int4_zeros")
+    x = torch.randn(2, 4096, generator=generator).to(cuda, torch.bfloat16)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        weight.linear(x)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = weight.linear(x)
+    for _ in range(2):
+        x.copy_(torch.randn(2, 4096, generator=generator))
+        graph.replay()
+        assert torch.equal(y, weight.linear(x))
+
+
+def test_bad_arguments_are_refused(make_weight: MakeWeight, cuda: torch.device) -> None:
+    weight = make_weight(40, 128, 64)
+    qweight, scales, zeros, table = weight.operands
+    assert qweight is not None and scales is not None
+    x = torch.zeros(1, 128, device=cuda, dtype=torch.bfloat16)
+
+    def run(x: Tensor, qweight: Tensor, scales: Tensor, *sizes: int) -> None:
+        torch.ops.hfq.cuda_linear(x, qweight, scales, zeros, table, None, *(sizes or weight.sizes))
+
+    run(x, qweight, scales)
+    for words, arguments in (
+        ("bits must be 2, 3, 4 or 8", (x, qweight, scales, 5, 64, 128, 40)),
+        ("in_features must be a multiple of 8", (x, qweight, scales, 4, 64, 132, 40)),
+        ("group_size must be a multiple of 32", (x, qweight, scales, 4, 48, 128, 40)),
+        ("qweight must be of shape", (x, qweight[1:], scales)),
+        ("scales must be of shape", (x, qweight, scales[1:])),
+        ("scales must be on the device", (x, qweight, scales.cpu())),
+        ("x must be float16 or bfloat16", (x.float(), qweight, scales)),
+        ("x must be of shape", (x[:, 8:], qweight, scales)),
+        ("x must be contiguous", (x.expand(2, 128).T.contiguous().T, qweight, scales)),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            run(*arguments)
+
+
+@pytest.mark.parametrize("bits", fragments.BITS)
+def test_modules(generator: torch.Generator, cuda: torch.device, bits: int) -> None:
+    """Few and many tokens, gradients, and the way to the CPU and back."""
+    if not native.load().cuda:
+        pytest.skip(f"no native CUDA kernels: {native.load().cuda_reason}")
+    linear = torch.nn.Linear(264, 72, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for parameter in linear.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    packed = QuantLinear.from_linear(
+        linear, format="int", spec=IntSpec(bits=bits, group_size=32, sym=False)
+    )
+    saved = {name: tensor.clone() for name, tensor in packed.state_dict().items()}
+    packed.to(cuda)
+    assert packed.kernel_choice("weight").row.name == "cuda_fragments"
+    dense = packed.dequantize().double()
+    assert packed.bias is not None
+    for tokens in (1, 8, 40):
+        x = torch.randn(tokens, 264, generator=generator).to(cuda, torch.bfloat16).requires_grad_()
+        expected = x.detach().double() @ dense.T + packed.bias.double()
+        torch.testing.assert_close(packed(x).double(), expected, rtol=1e-2, atol=2e-2)
+        grad = torch.randn(tokens, 72, generator=generator).to(cuda, torch.bfloat16)
+        packed(x).backward(grad)
+        assert x.grad is not None
+        torch.testing.assert_close(x.grad.double(), grad.double() @ dense, rtol=1e-2, atol=2e-2)
+    packed.to("cpu")
+    for name, tensor in packed.state_dict().items():
+        assert torch.equal(tensor, saved[name]), name

@@ -1,0 +1,376 @@
+"""The CUDA kernels, run on the CPU, against a float64 reference. No GPU is needed: see cuda_on_cpu/cuda_on_cpu.h."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hfq.core import bits as bit_packing
+from hfq.core.codebooks import codebook
+from hfq.kernels import fragments, reference
+
+# (bits, codebook or zero points)
+KINDS = (
+    *((bits, extra) for bits in (2, 3, 4, 8) for extra in (None, "zeros")),
+    *((4, name) for name in ("nf4", "fp4")),
+)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
+# Largest relative error of rounding to nearest.
+ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+# (N, K, group_size; 0: one group per row): odd numbers of rows, blocks and groups that are not full, K of one lane and of many rounds.
+SHAPES = (
+    (1, 8, 0),
+    (17, 136, 32),
+    (40, 512, 128),
+    (16, 264, 64),
+    (33, 200, 0),
+    (5, 1096, 96),
+    (48, 2056, 128),
+)
+
+
+def _emulator_module() -> Any:
+    spec = importlib.util.spec_from_file_location(
+        "cuda_emulator", Path(__file__).with_name("cuda_emulator.py")
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return _emulator_module().build(tmp_path_factory.mktemp("cuda_on_cpu"))
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A random weight.
+
+    Attributes:
+        neutral, operands: qweight, scales, zeros, codebook as stored and in layout fragments.
+        sizes: bits, group_size, in_features, out_features.
+        values: code - zero or entries of the codebook `[N, K]`; scales: of each weight; both float64.
+        magnitudes: bounds of what is added up in place of `values`.
+    """
+
+    neutral: tuple[Tensor | None, ...]
+    operands: tuple[Tensor | None, ...]
+    sizes: tuple[int, int, int, int]
+    values: Tensor
+    scales: Tensor
+    magnitudes: Tensor
+
+    def check(self, y: Tensor, x: Tensor, bias: Tensor | None = None) -> None:
+        """Whether y is x W^T + bias up to the roundings that the kernel makes."""
+        values = self.values
+        if self.operands[3] is not None:
+            values = values.to(x.dtype).double()  # the table holds numbers of that dtype
+        expected = x.double() @ (values * self.scales).T
+        largest = x.double().abs() @ (self.magnitudes * self.scales).T
+        if bias is not None:
+            expected += bias.double()
+            largest += bias.double().abs()
+        # Sums in float32: of each unit of 32 columns two instructions and two operations for its scale, in one of 8 warps.
+        roundings = 16 + x.shape[1] / 32 * 4 / 8
+        bound = roundings * 2.0**-24 * largest + ROUNDING[x.dtype] * expected.abs() + 2.0**-25
+        assert y.dtype == x.dtype and y.shape == expected.shape
+        error = (y.double() - expected).abs()
+        assert (error <= bound).all(), (error / bound).max()
+
+
+def make(
+    generator: torch.Generator,
+    shape: tuple[int, int, int],
+    kind: tuple[int, str | None],
+    scale_dtype: torch.dtype = torch.float16,
+) -> Weight:
+    (rows, columns, group_size), (bits, extra) = shape, kind
+    group_size = group_size or columns
+    groups = -(-columns // group_size)
+    codes = torch.randint(0, 1 << bits, (rows, columns), generator=generator, dtype=torch.uint8)
+    codes[0, 0], codes[-1, -1] = 0, (1 << bits) - 1
+    scales = (torch.rand(rows, groups, generator=generator) * 0.02 + 1e-3).to(scale_dtype)
+    by_column = torch.arange(columns) // group_size
+    middle, zeros, table = float(1 << (bits - 1)), None, None
+    if extra == "zeros":
+        zeros = torch.rand(rows, groups, generator=generator) * ((1 << bits) - 1)
+        zeros = zeros.to(scale_dtype)
+        zero = zeros.double()[:, by_column]
+        values = codes.double() - zero
+        magnitudes = (codes.double() - middle).abs() + (middle - zero).abs()
+    elif extra is None:
+        values = codes.double() - middle
+        magnitudes = values.abs()
+    else:
+        table = codebook(extra)
+        values = table.double()[codes.long()]
+        magnitudes = values.abs()
+    neutral = (bit_packing.pack(codes, bits).unsqueeze(-1), scales, zeros, table)
+    return Weight(
+        neutral=neutral,
+        operands=tuple(
+            tensor if tensor is None or tensor is table else fragments.to_fragments(tensor, bits)
+            for tensor in neutral
+        ),
+        sizes=(bits, group_size, columns, rows),
+        values=values,
+        scales=scales.double()[:, by_column],
+        magnitudes=magnitudes,
+    )
+
+
+def _name(value: object) -> str:
+    return "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+@pytest.fixture
+def weight(generator: torch.Generator) -> Callable[..., Weight]:
+    return lambda *arguments, **options: make(generator, *arguments, **options)
+
+
+# ---- the emulator itself
+
+
+@pytest.mark.parametrize(
+    ("kernel", "words"),
+    [
+        ("barrier_for_some", "threads wait for others"),
+        ("reads_too_far", "read outside of global memory"),
+        ("writes_what_is_read_only", "write outside of global memory"),
+        ("misaligned", "misaligned access to global memory"),
+        ("writes_behind_shared_memory", "write behind the end of shared memory"),
+    ],
+)
+def test_mistakes_are_seen(emulator: Any, kernel: str, words: str) -> None:
+    with pytest.raises(RuntimeError, match=words):
+        emulator.self_check(kernel, torch.zeros(128, dtype=torch.int32))
+
+
+def test_missing_barriers_are_seen(emulator: Any) -> None:
+    x = torch.arange(128, dtype=torch.int32)
+    y = emulator.self_check("neighbour_without_barrier", x)
+    assert not torch.equal(y[:32], x[:32].roll(-1))
+
+
+def test_copies_are_there_when_they_were_waited_for(emulator: Any) -> None:
+    x = torch.arange(128, dtype=torch.int32)
+    before, first, second, after = emulator.self_check("copies", x).view(32, 4).unbind(1)
+    assert (before == -1).all() and (second == -1).all()
+    assert torch.equal(first, x[::4]) and torch.equal(after, x[::4])
+
+
+def test_matrices_and_shuffles(emulator: Any, generator: torch.Generator) -> None:
+    x = torch.randint(1 << 30, (128,), generator=generator, dtype=torch.int32)
+    lanes = emulator.self_check("matrices", x).view(8, 4, 4)  # g, t, matrix
+    assert torch.equal(lanes, x.view(4, 8, 4).permute(1, 2, 0))
+    shuffled = emulator.self_check("shuffle", x).view(32, 4)[:, 0]
+    assert torch.equal(shuffled, x[torch.arange(32) ^ 5])
+
+
+# ---- products
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=_name)
+@pytest.mark.parametrize("shape", SHAPES, ids=_name)
+def test_products(
+    emulator: Any,
+    weight: Callable[..., Weight],
+    generator: torch.Generator,
+    shape: tuple[int, int, int],
+    kind: tuple[int, str | None],
+) -> None:
+    for dtype, tokens, scale_dtype in zip(
+        HALVES, (1, 5), (torch.float16, torch.float32), strict=True
+    ):
+        w = weight(shape, kind, scale_dtype=scale_dtype)
+        x = torch.randn(tokens, shape[1], generator=generator).to(dtype)
+        w.check(emulator.linear(x, w.operands, None, w.sizes), x)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 19])
+@pytest.mark.parametrize("multiprocessors", [1 << 20, 0], ids=["one tile", "two tiles"])
+def test_every_number_of_tokens(
+    emulator: Any,
+    weight: Callable[..., Weight],
+    generator: torch.Generator,
+    tokens: int,
+    multiprocessors: int,
+) -> None:
+    w = weight((37, 328, 64), (4, "zeros"))
+    x = torch.randn(tokens, 328, generator=generator).bfloat16()
+    bias = torch.randn(37, generator=generator)
+    y = emulator.linear(x, w.operands, bias, w.sizes, multiprocessors)
+    w.check(y, x, bias)
+    alone = [emulator.linear(one, w.operands, bias, w.sizes) for one in x.split(1)]
+    assert torch.equal(y, torch.cat(alone)), "a token's result depends on its neighbours"
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=_name)
+def test_two_tiles_of_rows_give_what_one_gives(
+    emulator: Any,
+    weight: Callable[..., Weight],
+    generator: torch.Generator,
+    kind: tuple[int, str | None],
+) -> None:
+    for rows, dtype in zip((40, 64), HALVES, strict=True):
+        w = weight((rows, 456, 96), kind)
+        x = torch.randn(4, 456, generator=generator).to(dtype)
+        two = emulator.linear(x, w.operands, None, w.sizes, multiprocessors=0)
+        w.check(two, x)
+        assert torch.equal(two, emulator.linear(x, w.operands, None, w.sizes))
+
+
+@pytest.mark.parametrize("scale_dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("bias_dtype", [None, *FLOATS], ids=str)
+def test_dtypes(
+    emulator: Any,
+    weight: Callable[..., Weight],
+    generator: torch.Generator,
+    scale_dtype: torch.dtype,
+    bias_dtype: torch.dtype | None,
+) -> None:
+    for kind, dtype in itertools.product(((4, "zeros"), (8, None)), HALVES):
+        w = weight((20, 104, 32), kind, scale_dtype=scale_dtype)
+        x = torch.randn(2, 104, generator=generator).to(dtype)
+        bias = None if bias_dtype is None else torch.randn(20, generator=generator).to(bias_dtype)
+        w.check(emulator.linear(x, w.operands, bias, w.sizes), x, bias)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=_name)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_not_a_number_reaches_the_outputs_of_its_token(
+    emulator: Any,
+    weight: Callable[..., Weight],
+    generator: torch.Generator,
+    kind: tuple[int, str | None],
+    bad: float,
+) -> None:
+    w = weight((20, 136, 64), kind)
+    for dtype, column, multiprocessors in zip(HALVES, (135, 3), (0, 1 << 20), strict=True):
+        x = torch.randn(7, 136, generator=generator).to(dtype)
+        x[4, column] = bad
+        finite = emulator.linear(x, w.operands, None, w.sizes, multiprocessors).isfinite()
+        assert not finite[4].any()
+        assert finite[torch.arange(7) != 4].all()
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=_name)
+def test_a_scale_that_is_no_number_reaches_the_outputs_of_its_row(
+    emulator: Any,
+    weight: Callable[..., Weight],
+    generator: torch.Generator,
+    kind: tuple[int, str | None],
+) -> None:
+    w = weight((20, 200, 64), kind)
+    scales = w.neutral[1]
+    assert scales is not None
+    scales[13, 3] = torch.nan
+    operands = (w.operands[0], fragments.to_fragments(scales, w.sizes[0]), *w.operands[2:])
+    x = torch.randn(3, 200, generator=generator).bfloat16()
+    finite = emulator.linear(x, operands, None, w.sizes).isfinite()
+    assert not finite[:, 13].any()
+    assert finite[:, torch.arange(20) != 13].all()
+
+
+def test_large_and_tiny_activations(emulator: Any, weight: Callable[..., Weight]) -> None:
+    for kind in KINDS:
+        w = weight((16, 64, 32), kind)
+        zero = torch.zeros(1, 64, dtype=torch.bfloat16)
+        assert torch.equal(emulator.linear(zero, w.operands, None, w.sizes), zero[:, :16])
+        for dtype, size in ((torch.bfloat16, 1e30), (torch.float16, 1e4), (torch.float16, 6e-8)):
+            # One column each, so that no product leaves float16.
+            x = torch.zeros(8, 64, dtype=dtype)
+            x[torch.arange(8), torch.arange(8) * 8 + 1] = size
+            y = emulator.linear(x, w.operands, None, w.sizes)
+            assert y.isfinite().all()
+            w.check(y, x)
+
+
+# ---- rows
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=_name)
+@pytest.mark.parametrize("shape", SHAPES, ids=_name)
+def test_dequantize_is_the_reference(
+    emulator: Any,
+    weight: Callable[..., Weight],
+    shape: tuple[int, int, int],
+    kind: tuple[int, str | None],
+) -> None:
+    for scale_dtype, dtype in zip(
+        FLOATS, (torch.bfloat16, torch.float16, torch.float32), strict=True
+    ):
+        w = weight(shape, kind, scale_dtype=scale_dtype)
+        expected = reference.dequantize(*w.neutral, None, *w.sizes[:3], dtype)  # type: ignore[arg-type]
+        assert torch.equal(emulator.unpack(None, w.operands, w.sizes, dtype), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=_name)
+def test_lookup_gives_rows_of_the_dequantized_weight(
+    emulator: Any,
+    weight: Callable[..., Weight],
+    generator: torch.Generator,
+    kind: tuple[int, str | None],
+) -> None:
+    w = weight((45, 264, 32), kind)
+    for dtype, count in zip(FLOATS, (1, 16, 33), strict=True):
+        index = torch.randint(45, (count,), generator=generator)
+        expected = reference.dequantize(*w.neutral, None, *w.sizes[:3], dtype)  # type: ignore[arg-type]
+        assert torch.equal(emulator.unpack(index, w.operands, w.sizes, dtype), expected[index])
+    outside = torch.tensor([3, -1, 45, 44])
+    rows = emulator.unpack(outside, w.operands, w.sizes, torch.float32)
+    assert rows.isnan().all(1).tolist() == [False, True, True, False]
+
+
+# ---- operators
+
+
+def test_operators_and_modules(emulator: Any) -> None:
+    """The binding, the row and modules with it: on CPU tensors, in a process whose CPU is the emulated GPU."""
+    library = _emulator_module().build_operators(emulator.folder)
+    script = Path(__file__).parent / "cuda_on_cpu/check_operators.py"
+    run = subprocess.run(
+        [sys.executable, str(script), str(library)], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "all checks passed" in run.stdout
+
+
+# ---- all of them
+
+
+def _every_case() -> Iterator[Any]:
+    for kind, group_size, dtype in itertools.product(KINDS, (32, 64, 96, 128, 160, 0), HALVES):
+        yield pytest.param(kind, group_size, dtype, id=f"{_name(kind)}-{group_size}-{dtype}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "group_size", "dtype"), list(_every_case()))
+def test_every_combination(
+    emulator: Any,
+    weight: Callable[..., Weight],
+    generator: torch.Generator,
+    kind: tuple[int, str | None],
+    group_size: int,
+    dtype: torch.dtype,
+) -> None:
+    for (rows, columns), tokens, multiprocessors in itertools.product(
+        ((1, 40), (17, 1000), (40, 328), (64, 4096)), (1, 2, 8, 11), (0, 1 << 20)
+    ):
+        w = weight((rows, columns, group_size), kind)
+        x = torch.randn(tokens, columns, generator=generator).to(dtype)
+        bias = torch.randn(rows, generator=generator) if tokens % 2 else None
+        w.check(emulator.linear(x, w.operands, bias, w.sizes, multiprocessors), x, bias)

@@ -1,0 +1,60 @@
+"""The CUDA kernels for each architecture: they compile, and no kernel runs out of registers (that needs no GPU)."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CUDA = Path(__file__).parents[2] / "kernels/cuda"
+# Read by their launchers' callers for each weight: a spill costs memory traffic where memory is the limit.
+HOT = sorted(path.name for path in (*CUDA.glob("linear_*.cu"), CUDA / "unpack.cu"))
+DEFAULT = ("linear_int4.cu", "sm_90a")
+
+
+def _spills(source: str, architecture: str, folder: Path) -> dict[str, int]:
+    """Bytes that each kernel of a file stores to and loads from memory for want of registers."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("needs nvcc")
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True)
+    if architecture.removesuffix("a") not in known.stdout:
+        pytest.skip(f"this nvcc does not know {architecture}")
+    # Options of kernels/wheel/cuda.cmake.
+    command = [nvcc, "-std=c++17", "-O3", f"-arch={architecture}", "-cubin", "-Xptxas", "-v"]
+    run = subprocess.run(
+        [*command, str(CUDA / source), "-o", str(folder / "kernel.cubin")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    entries = re.split(r"Compiling entry function ", run.stderr)[1:]
+    spills = {}
+    for entry in entries:
+        found = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", entry)
+        assert found is not None, entry
+        spills[entry.split()[0]] = int(found[1]) + int(found[2])
+    return spills
+
+
+def _check(source: str, architecture: str, folder: Path) -> None:
+    spills = _spills(source, architecture, folder)
+    assert spills, "no kernel in the output of ptxas"
+    assert not any(spills.values()), spills
+
+
+def test_the_first_kernel_needs_no_more_registers_than_there_are(tmp_path: Path) -> None:
+    _check(*DEFAULT, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_89", "sm_90a"])
+@pytest.mark.parametrize("source", HOT)
+def test_no_kernel_needs_more_registers_than_there_are(
+    tmp_path: Path, source: str, architecture: str
+) -> None:
+    _check(source, architecture, tmp_path)
