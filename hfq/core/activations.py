@@ -5,7 +5,7 @@
 int8: whole numbers from -127 to 127; E4M3: 8-bit floats up to 448 (`hfq.core.float8`). "dynamic": a token's scale is its
 largest magnitude over the largest code, so that nothing is clipped. "static": one scale that calibration has found
 (`fit_input_scale`); what lies beyond the largest code saturates. A token that holds NaN or infinity has the scale NaN,
-so that all that is computed from it is NaN. Native kernels follow the rules of int8 to the bit (kernels/cpu/int8_body.h).
+so that all that is computed from it is NaN. Native kernels follow the rules of int8 to the bit (kernels/cpu/int8_body.h, kernels/cuda/tokens.h).
 """
 
 from __future__ import annotations
@@ -53,9 +53,11 @@ def quantize_tokens(
     largest = x.abs().amax(-1, keepdim=True)
     if input_scale is None:
         some = largest > _LEAST
-        scales = torch.where(some, largest / most, 0.0)
-        # Not `most / largest`: PyTorch makes that a product with the reciprocal, rounded twice.
-        inverse = torch.where(some, torch.full_like(largest, most) / largest, 0.0)
+        # Not of numbers and tensors: PyTorch makes products with the reciprocal of those, rounded twice (`largest / most`
+        # on CUDA only).
+        divisor = torch.full_like(largest, most)
+        scales = torch.where(some, largest / divisor, 0.0)
+        inverse = torch.where(some, divisor / largest, 0.0)
     else:
         usable = (input_scale > _LEAST) & input_scale.isfinite()
         scales = torch.where(usable, input_scale, torch.nan).expand_as(largest)

@@ -16,6 +16,7 @@ from .cpu_int8 import CpuInt8
 from .cpu_spqr import CpuSpqr
 from .cuda import CudaFragments
 from .cuda_fp8 import CudaFp8
+from .cuda_int8 import CudaInt8
 from .neutral import Neutral
 from .neutral_fp8 import NeutralFp8
 from .neutral_spqr import NeutralSpqr
@@ -34,7 +35,7 @@ class Choice:
 
 # A plain table, not a cached function: `as_stored` is called inside forwards that a compiler traces.
 _ROWS: dict[type[Grid], tuple[KernelRow[Any], ...]] = {
-    PackedGrid: (CpuRows16(), CpuInt8(), CudaFragments(), Neutral()),
+    PackedGrid: (CpuRows16(), CpuInt8(), CudaFragments(), CudaInt8(), Neutral()),
     Fp8Grid: (CudaFp8(), NeutralFp8()),
     SpqrGrid: (CpuSpqr(), NeutralSpqr()),
 }

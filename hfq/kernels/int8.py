@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..core.activations import quantize_tokens
 
-__all__ = ["MAX_COLUMNS", "int8_linear", "integer_product"]
+__all__ = ["MAX_COLUMNS", "int8_linear", "integer_product", "scaled_sums"]
 
 # 128 * 127 * 2^17 < 2^31: the sum over a row fits 32 bits.
 MAX_COLUMNS = 1 << 17
@@ -22,7 +22,7 @@ MAX_COLUMNS = 1 << 17
 _EXACT_COLUMNS = 1024
 
 # `torch._int_mm` on CUDA takes more than 16 rows, and multiples of 8 columns on either side.
-_CUDA_ROWS, _CUDA_COLUMNS = 32, 8
+_CUDA_ROWS, _CUDA_COLUMNS = 17, 8
 
 
 def int8_linear(
@@ -48,13 +48,17 @@ def int8_linear(
     codes, token_scales = quantize_tokens(x.reshape(-1, in_features), input_scale)
     # The zero point is the upper bit, so that without it codes are two's complement.
     weight = (qweight.squeeze(-1) ^ 128).view(torch.int8)
-    y = integer_product(codes, weight).float() * (token_scales * scales.float().T)
-    if bias is not None:
-        y = y + bias.float()
+    y = scaled_sums(integer_product(codes, weight), token_scales, scales, bias)
     # No view: autograd refuses to change one in place that an operator returned, and adapters do that.
     shape = (*x.shape[:-1], qweight.shape[0])
     out: Tensor = torch.ops.aten._unsafe_view(y.to(x.dtype), shape)
     return out
+
+
+def scaled_sums(sums: Tensor, token_scales: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """Float32 `[M, N]` from sums `[M, N]`, float32 token scales `[M, 1]`, scales `[N, 1]` and the bias `[N]`."""
+    y = sums.float() * (token_scales * scales.float().T)
+    return y if bias is None else y + bias.float()
 
 
 def integer_product(a: Tensor, b: Tensor) -> Tensor:
@@ -75,6 +79,13 @@ def _cuda_product(a: Tensor, b: Tensor) -> Tensor:
     """`integer_product` on tensor cores, padded with zeros to what they take."""
     rows, columns = a.shape[0], b.shape[0]
     missing = -a.shape[1] % _CUDA_COLUMNS
-    a = torch.nn.functional.pad(a, (0, missing, 0, -rows % _CUDA_ROWS))
-    b = torch.nn.functional.pad(b, (0, missing, 0, -columns % _CUDA_COLUMNS))
+    a = _padded(a, max(0, _CUDA_ROWS - rows), missing)
+    b = _padded(b, -columns % _CUDA_COLUMNS, missing)
     return torch._int_mm(a.contiguous(), b.contiguous().T)[:rows, :columns]
+
+
+def _padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
+    """With so many rows and columns of zeros more. Not a copy where there are none, as that of `pad`."""
+    if not rows and not columns:
+        return matrix
+    return torch.nn.functional.pad(matrix, (0, columns, 0, rows))

@@ -79,6 +79,15 @@ __device__ __forceinline__ void mma(Float16, float (&d)[4], const uint32_t (&a)[
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// d[16 x 8] += a[16 x 32] b[32 x 8], two's complement bytes with sums in int32, which wrap. Four neighbours along k to a register:
+//   a[0] (row g, k 4t..)   a[1] (row g+8, k 4t..)   a[2] (row g, k 4t+16..)   a[3] (row g+8, k 4t+16..)
+//   b0 (k 4t.., column g)  b1 (k 4t+16.., column g)    d as above
+__device__ __forceinline__ void mma(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 // Four 8 x 8 matrices of 16-bit elements from shared memory. Lane l names row l % 8 of matrix l / 8 (16 bytes, aligned) and gets of each
 // matrix the elements 2t, 2t+1 of row g.
 __device__ __forceinline__ void ldmatrix(uint32_t (&v)[4], const void* row) {
@@ -135,6 +144,15 @@ __device__ __forceinline__ uint16_t from_float(Float16, float f) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(v) : "f"(f));
   return v;
 }
+
+// Rounded once each: the compiler may not make one instruction of two.
+__device__ __forceinline__ float add(float a, float b) { return __fadd_rn(a, b); }
+__device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ float divide(float a, float b) { return __fdiv_rn(a, b); }
+
+// To the nearest integer, ties to even; the largest or least one for what is beyond them, 0 for NaN.
+__device__ __forceinline__ int32_t to_int(float f) { return __float2int_rn(f); }
+__device__ __forceinline__ float from_int(int32_t i) { return __int2float_rn(i); }
 
 __device__ __forceinline__ float as_float(uint32_t bits) { return __uint_as_float(bits); }
 __device__ __forceinline__ uint32_t as_bits(float f) { return __float_as_uint(f); }

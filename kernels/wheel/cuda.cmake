@@ -25,9 +25,11 @@ else()
 endif()
 
 add_library(hfq_cuda MODULE "${KERNELS}/torch-ext/torch_binding_cuda.cpp" "${KERNELS}/torch-ext/torch_binding_cuda_fragments.cpp"
+                            "${KERNELS}/torch-ext/torch_binding_cuda_int8.cpp"
                             "${KERNELS}/cuda/dequantize.cu"
                             "${KERNELS}/cuda/linear.cu" "${KERNELS}/cuda/linear_int2.cu" "${KERNELS}/cuda/linear_int3.cu"
                             "${KERNELS}/cuda/linear_int4.cu" "${KERNELS}/cuda/linear_int8.cu" "${KERNELS}/cuda/linear_table4.cu"
+                            "${KERNELS}/cuda/linear_w8a8.cu" "${KERNELS}/cuda/quantize_tokens.cu" "${KERNELS}/cuda/scale_sums.cu"
                             "${KERNELS}/cuda/unpack.cu")
 set_target_properties(hfq_cuda PROPERTIES CUDA_ARCHITECTURES "${archs}" INSTALL_RPATH "" SUFFIX ".so")
 target_compile_options(hfq_cuda PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-O3 -Wall -Wextra> $<$<COMPILE_LANGUAGE:CUDA>:-O3>)

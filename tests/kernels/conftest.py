@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,3 +29,21 @@ def isa_or_reference(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with native.use_isa(request.param):
         yield
+
+
+@pytest.fixture(scope="session")
+def emulator_module() -> Any:
+    """cuda_emulator.py, which is no package's."""
+    spec = importlib.util.spec_from_file_location(
+        "cuda_emulator", Path(__file__).with_name("cuda_emulator.py")
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def emulator(emulator_module: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The CUDA kernels on the CPU."""
+    return emulator_module.build(tmp_path_factory.mktemp("cuda_on_cpu"))

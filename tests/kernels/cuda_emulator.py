@@ -56,14 +56,53 @@ class _UnpackParams(ctypes.Structure):
     )
 
 
+class _TokensParams(ctypes.Structure):
+    """kernels/cuda/w8a8.h"""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("x", "input_scale", "codes", "scales")),
+        *((name, _SIZE) for name in ("tokens", "in_features")),
+        ("x_dtype", _INT),
+    )
+
+
+class _W8A8Params(ctypes.Structure):
+    """kernels/cuda/w8a8.h"""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("qweight", "scales", "x", "input_scale", "codes")),
+        *((name, _POINTER) for name in ("token_scales", "bias", "y")),
+        *((name, _SIZE) for name in ("tokens", "out_features", "in_features")),
+        *((name, _INT) for name in ("scale_dtype", "x_dtype", "bias_dtype", "token_blocks")),
+    )
+
+
+class _ScaleSumsParams(ctypes.Structure):
+    """kernels/cuda/w8a8.h"""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("sums", "token_scales", "scales", "bias", "y")),
+        *((name, _SIZE) for name in ("tokens", "out_features")),
+        *((name, _INT) for name in ("scale_dtype", "bias_dtype", "y_dtype")),
+        ("in_fours", ctypes.c_bool),
+    )
+
+
 class Emulator:
     """The launchers, with the arguments of the operators ``hfq::cuda_*``."""
 
     def __init__(self, library: Path) -> None:
         self.folder = library.parent
         self._library = ctypes.CDLL(str(library))
-        for launcher in (self._library.linear, self._library.unpack, self._library.self_check):
-            launcher.restype = ctypes.c_char_p
+        for name in (
+            "linear",
+            "unpack",
+            "quantize_tokens",
+            "linear_w8a8",
+            "scale_sums",
+            "self_check",
+        ):
+            getattr(self._library, name).restype = ctypes.c_char_p
 
     def linear(
         self,
@@ -108,6 +147,86 @@ class Emulator:
         self._run(self._library.unpack, params, (index, *operands), y)
         return y
 
+    def quantize_tokens(self, x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Codes `[M, K]` and scales `[M, 1]`."""
+        tokens, in_features = x.shape
+        # One memory, as results are one tensor here.
+        memory = torch.full((tokens, in_features + 4), 85, dtype=torch.int8)
+        codes = memory.view(-1)[: tokens * in_features].view(tokens, in_features)
+        scales = memory.view(-1)[tokens * in_features :].view(torch.float32).view(tokens, 1)
+        params = _TokensParams(
+            x=x.data_ptr(),
+            input_scale=_address(input_scale),
+            codes=codes.data_ptr(),
+            scales=scales.data_ptr(),
+            tokens=tokens,
+            in_features=in_features,
+            x_dtype=_DTYPES[x.dtype],
+        )
+        self._run(self._library.quantize_tokens, params, (x, input_scale), memory)
+        return codes, scales
+
+    def linear_w8a8(
+        self,
+        x: Tensor,
+        qweight: Tensor,
+        scales: Tensor,
+        input_scale: Tensor | None,
+        bias: Tensor | None,
+        multiprocessors: int = 1 << 20,
+    ) -> Tensor:
+        """`qweight`: two's complement `[N, K]`. Quantizes apart where the operator does."""
+        tokens, out_features = len(x), len(qweight)
+        in_features = x.shape[1]
+        inside = bool(self._library.quantizes_inside(_SIZE(tokens), _SIZE(in_features)))
+        codes, token_scales = None, None
+        if not inside:
+            codes, token_scales = self.quantize_tokens(x, input_scale)
+        y = torch.full((tokens, out_features), 12345.0, dtype=x.dtype)
+        params = _W8A8Params(
+            qweight=qweight.data_ptr(),
+            scales=scales.data_ptr(),
+            x=_address(x if inside else None),
+            input_scale=_address(input_scale if inside else None),
+            codes=_address(codes),
+            token_scales=_address(token_scales),
+            bias=_address(bias),
+            y=y.data_ptr(),
+            tokens=tokens,
+            out_features=out_features,
+            in_features=in_features,
+            scale_dtype=_DTYPES[scales.dtype],
+            x_dtype=_DTYPES[x.dtype],
+            bias_dtype=0 if bias is None else _DTYPES[bias.dtype],
+        )
+        self._library.set_multiprocessors(multiprocessors)
+        read = (x, qweight, scales, input_scale, codes, token_scales, bias)
+        self._run(self._library.linear_w8a8, params, read, y)
+        return y
+
+    def scale_sums(
+        self,
+        out: Tensor,
+        sums: Tensor,
+        token_scales: Tensor,
+        scales: Tensor,
+        bias: Tensor | None,
+    ) -> None:
+        """Into `out`."""
+        params = _ScaleSumsParams(
+            sums=sums.data_ptr(),
+            token_scales=token_scales.data_ptr(),
+            scales=scales.data_ptr(),
+            bias=_address(bias),
+            y=out.data_ptr(),
+            tokens=len(sums),
+            out_features=sums.shape[1],
+            scale_dtype=_DTYPES[scales.dtype],
+            bias_dtype=0 if bias is None else _DTYPES[bias.dtype],
+            y_dtype=_DTYPES[out.dtype],
+        )
+        self._run(self._library.scale_sums, params, (sums, token_scales, scales, bias), out)
+
     def self_check(self, name: str, x: Tensor) -> Tensor:
         """What a kernel of self_check.cpp makes of int32 `[128]`."""
         y = torch.zeros_like(x)
@@ -129,6 +248,10 @@ class Emulator:
                 assert tensor.is_contiguous()
                 size = ctypes.c_size_t(tensor.numel() * tensor.element_size())
                 self._library.allow(ctypes.c_void_p(tensor.data_ptr()), size, int(tensor is y))
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _raise(error: bytes | None) -> None:
@@ -170,6 +293,7 @@ def build_operators(folder: Path) -> Path:
     device = "-Daoti_torch_device_type_cuda=aoti_torch_device_type_cpu"
     sources = [
         ROOT / "kernels/torch-ext/torch_binding_cuda_fragments.cpp",
+        ROOT / "kernels/torch-ext/torch_binding_cuda_int8.cpp",
         EMULATOR / "operators.cpp",
     ]
     objects = _compiled(folder, sources, device)

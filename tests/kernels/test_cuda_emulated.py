@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import subprocess
 import sys
@@ -38,21 +37,6 @@ SHAPES = (
     (5, 1096, 96),
     (48, 2056, 128),
 )
-
-
-def _emulator_module() -> Any:
-    spec = importlib.util.spec_from_file_location(
-        "cuda_emulator", Path(__file__).with_name("cuda_emulator.py")
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return _emulator_module().build(tmp_path_factory.mktemp("cuda_on_cpu"))
 
 
 @dataclass(frozen=True)
@@ -338,9 +322,9 @@ def test_lookup_gives_rows_of_the_dequantized_weight(
 # ---- operators
 
 
-def test_operators_and_modules(emulator: Any) -> None:
+def test_operators_and_modules(emulator: Any, emulator_module: Any) -> None:
     """The binding, the row and modules with it: on CPU tensors, in a process whose CPU is the emulated GPU."""
-    library = _emulator_module().build_operators(emulator.folder)
+    library = emulator_module.build_operators(emulator.folder)
     script = Path(__file__).parent / "cuda_on_cpu/check_operators.py"
     run = subprocess.run(
         [sys.executable, str(script), str(library)], capture_output=True, text=True, check=False

@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 CUDA = Path(__file__).parents[2] / "kernels/cuda"
+OTHERS = ("unpack", "quantize_tokens", "scale_sums")
 # Read by their launchers' callers for each weight: a spill costs memory traffic where memory is the limit.
-HOT = sorted(path.name for path in (*CUDA.glob("linear_*.cu"), CUDA / "unpack.cu"))
+HOT = sorted(
+    path.name for path in (*CUDA.glob("linear_*.cu"), *(CUDA / f"{name}.cu" for name in OTHERS))
+)
 DEFAULT = ("linear_int4.cu", "sm_90a")
 
 

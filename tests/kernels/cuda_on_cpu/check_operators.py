@@ -14,9 +14,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from hfq.core.spec import CodebookSpec, IntSpec
+from hfq.core.spec import CodebookSpec, Int8Spec, IntSpec
 from hfq.core.weight import PackedGrid
-from hfq.kernels import cuda, cuda_ops, dispatch
+from hfq.kernels import cuda, cuda_int8, cuda_int8_ops, cuda_ops, dispatch
+from hfq.kernels.int8 import int8_linear
 from hfq.kernels.row import Problem
 from hfq.nn.embedding import QuantEmbedding
 from hfq.nn.linear import QuantLinear
@@ -166,8 +167,156 @@ def check_schemas() -> None:
     check(hfq.cuda_lookup.default, (torch.tensor([3, 47]), *operands, *sizes, torch.float32))
 
 
+class Int8OnCpu(cuda_int8.CudaInt8):
+    """The row for int8 activations as if the CPU were a GPU."""
+
+    def reject(self, problem: Problem) -> str | None:
+        return None
+
+
+INT8 = Int8OnCpu()
+INT8_K = 144
+
+
+def int8_module(activation: str) -> QuantLinear:
+    """In layout signed."""
+    linear = nn.Linear(INT8_K, N, dtype=torch.bfloat16)
+    module = QuantLinear.from_linear(linear, format="int8", spec=Int8Spec(activation=activation))
+    if activation == "static":
+        module.set_packed(
+            "weight",
+            {**module.neutral_tensors("weight"), "weight_input_scale": torch.tensor([0.02])},
+        )
+    module.restore()
+    dispatch._ROWS[PackedGrid] = (INT8, *dispatch._ROWS[PackedGrid][-1:])
+    dispatch.select.cache_clear()
+    module.prepare()
+    assert module.kernel_choice("weight").row is INT8
+    return module
+
+
+def check_int8_modules() -> None:
+    for activation in ("dynamic", "static"):
+        module = int8_module(activation)
+        saved = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+        neutral = module.neutral_tensors("weight")
+        operands = (neutral["weight"], neutral["weight_scale"], neutral.get("weight_input_scale"))
+        weight = module.dequantize().double()
+        dense = (neutral["weight"].squeeze(-1).float() - 128) * operands[1]
+        assert torch.equal(weight, dense.bfloat16().double())
+        cuda_int8_ops._SUMS = 4 * N * 25  # 40 tokens in two parts
+        for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            for tokens in (0, 1, 5, 32, 33, 40):
+                x = torch.randn(2, tokens, INT8_K).to(dtype)[1].requires_grad_()
+                expected = int8_linear(x.detach(), *operands, module.bias, INT8_K)
+                y = module(x)
+                assert y.dtype == dtype
+                # Float64 is rounded to float32 on the way.
+                assert torch.equal(
+                    y, expected if dtype != torch.float64 else expected.float().double()
+                )
+                with torch.no_grad():
+                    assert torch.equal(module(x), y)
+                grad = torch.randn(tokens, N).to(dtype)
+                y.backward(grad)
+                assert x.grad is not None
+                torch.testing.assert_close(
+                    x.grad.double(), grad.double() @ weight, rtol=1e-2, atol=1e-2
+                )
+        for name, tensor in module.state_dict().items():
+            assert torch.equal(tensor, saved[name]), name
+        module.restore()
+        assert torch.equal(module._parameters["qweight"], neutral["weight"])
+
+
+def check_int8_arguments() -> None:
+    module = int8_module("static")
+    grid = module.grid("weight")
+    assert isinstance(grid, PackedGrid)
+    static = grid.input_scale
+    assert static is not None
+    storage = torch.randn(6 * INT8_K + 1).bfloat16()
+    moved = storage[1:].view(6, INT8_K)
+
+    def linear(
+        x: Tensor = moved,
+        qweight: Tensor = grid.qweight,
+        scales: Tensor = grid.scales,
+        input_scale: Tensor | None = static,
+        bias: Tensor | None = None,
+        sizes: tuple[int, int] = (INT8_K, N),
+    ) -> Tensor:
+        y: Tensor = torch.ops.hfq.cuda_int8_linear(x, qweight, scales, input_scale, bias, *sizes)
+        return y
+
+    for tokens in (2, 6):
+        part = moved[:tokens]
+        assert torch.equal(linear(part), linear(part.clone())), "activations that begin anywhere"
+    refused("in_features must be a multiple of 16 up", lambda: linear(sizes=(136, N)))
+    refused("in_features must be a multiple of 16 up", lambda: linear(sizes=(1 << 18, N)))
+    refused("out_features must be between", lambda: linear(sizes=(INT8_K, 0)))
+    refused("qweight must be uint8", lambda: linear(qweight=grid.qweight.char()))
+    refused("qweight must be of shape", lambda: linear(qweight=grid.qweight[1:]))
+    refused("qweight must be contiguous", lambda: linear(qweight=strided(grid.qweight)))
+    shifted = torch.zeros(N * INT8_K + 1, dtype=torch.uint8)[1:].view(grid.qweight.shape)
+    refused("qweight must be aligned to 16", lambda: linear(qweight=shifted))
+    refused("scales must be of shape", lambda: linear(scales=grid.scales[1:]))
+    refused("scales must be float32, float16", lambda: linear(scales=grid.scales.double()))
+    refused("input_scale must be float32", lambda: linear(input_scale=static.double()))
+    refused("input_scale must be of shape", lambda: linear(input_scale=torch.ones(2)))
+    refused("bias must be of shape", lambda: linear(bias=torch.zeros(N + 1)))
+    refused("x must be float32, float16", lambda: linear(moved.double()))
+    refused("x must be of shape", lambda: linear(moved[:, 16:]))
+    refused("x must be contiguous", lambda: linear(strided(moved)))
+    quantize = torch.ops.hfq.cuda_quantize_tokens
+    refused("x must be of shape", lambda: quantize(moved[0], None))
+    refused("in_features must be a multiple of 16", lambda: quantize(moved[:, 8:].clone(), None))
+    refused("input_scale must be float32", lambda: quantize(moved, static.half()))
+    sums, out, ones = torch.zeros(6, N, dtype=torch.int32), torch.zeros(6, N), torch.ones(6, 1)
+
+    def scale_sums(
+        out: Tensor = out,
+        sums: Tensor = sums,
+        token_scales: Tensor = ones,
+        scales: Tensor = grid.scales,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        torch.ops.hfq.cuda_scale_sums(out, sums, token_scales, scales, bias)
+        return out
+
+    scale_sums()
+    refused("sums must be int32", lambda: scale_sums(sums=sums.long()))
+    refused("sums must be contiguous", lambda: scale_sums(sums=strided(sums)))
+    refused("out must be of shape", lambda: scale_sums(out[1:]))
+    refused("out must be float32", lambda: scale_sums(out.double()))
+    refused("token_scales must be of shape", lambda: scale_sums(token_scales=out[:, 0].clone()))
+    refused("scales must be of shape", lambda: scale_sums(scales=grid.scales[1:]))
+    refused("bias must be of shape", lambda: scale_sums(bias=torch.zeros(1)))
+
+
+def check_int8_schemas() -> None:
+    grid = int8_module("static").grid("weight")
+    assert isinstance(grid, PackedGrid)
+    check, hfq = torch.library.opcheck, torch.ops.hfq
+    for tokens in (0, 3, 40):
+        x = torch.randn(tokens, INT8_K).bfloat16().requires_grad_()
+        bias = torch.zeros(N).requires_grad_()
+        arguments = (grid.qweight, grid.scales, grid.input_scale, bias, INT8_K, N)
+        check(hfq.cuda_int8_linear.default, (x, *arguments))
+        check(hfq.cuda_int8_linear_cublas.default, (x, *arguments))
+        check(hfq.cuda_quantize_tokens.default, (x.detach(), None))
+        sums, scales = torch.zeros(tokens, N, dtype=torch.int32), torch.ones(tokens, 1)
+        out = torch.zeros(tokens, N)
+        check(hfq.cuda_scale_sums.default, (out, sums, scales, grid.scales, None))
+
+
 torch.manual_seed(0)
 check_modules()
+check_int8_modules()
+check_int8_arguments()
+check_int8_schemas()
+dispatch._ROWS[PackedGrid] = (ROW, *dispatch._ROWS[PackedGrid][-1:])
+dispatch.select.cache_clear()
 check_arguments()
 check_schemas()
 sys.stdout.write("all checks passed\n")

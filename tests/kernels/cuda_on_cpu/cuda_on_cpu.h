@@ -110,6 +110,17 @@ inline uint32_t as_bits(float f) {
   return bits;
 }
 
+inline float add(float a, float b) { return a + b; }
+inline float multiply(float a, float b) { return a * b; }
+inline float divide(float a, float b) { return a / b; }
+
+inline int32_t to_int(float f) {
+  if (std::isnan(f)) return 0;
+  const double whole = std::nearbyint(static_cast<double>(f));
+  return static_cast<int32_t>(std::fmin(std::fmax(whole, -2147483648.0), 2147483647.0));
+}
+inline float from_int(int32_t i) { return static_cast<float>(i); }
+
 inline float to_float(BFloat16, uint16_t v) { return as_float(static_cast<uint32_t>(v) << 16); }
 inline float to_float(Float16, uint16_t v) {
   const int exponent = v >> 10 & 31;
@@ -193,6 +204,36 @@ void mma(T, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
         double sum = o.d[i];
         for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
         o.d[i] = static_cast<float>(sum);
+      }
+    }
+  });
+}
+
+// PTX ISA, "Matrix Fragments for mma.m16n8k32", integers. Sums wrap.
+inline void mma(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  struct Operands {
+    int32_t* d;
+    const uint32_t* a;
+    uint32_t b[2];
+  } mine = {d, a, {b0, b1}};
+  cuda_on_cpu::together("mma of bytes", &mine, [](void** all) {
+    int8_t a[16][32], b[32][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const Operands& o = *static_cast<Operands*>(all[lane]);
+      const int g = lane / 4, t = lane % 4;
+      for (int i = 0; i < 16; ++i) {
+        const int row = i < 4 || (i >= 8 && i < 12) ? g : g + 8, column = 4 * t + i % 4 + (i < 8 ? 0 : 16);
+        a[row][column] = static_cast<int8_t>(o.a[i / 4] >> 8 * (i % 4));
+      }
+      for (int i = 0; i < 8; ++i) b[4 * t + i % 4 + (i < 4 ? 0 : 16)][g] = static_cast<int8_t>(o.b[i / 4] >> 8 * (i % 4));
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      const Operands& o = *static_cast<Operands*>(all[lane]);
+      for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + (i < 2 ? 0 : 8), column = 2 * (lane % 4) + i % 2;
+        uint32_t sum = static_cast<uint32_t>(o.d[i]);
+        for (int k = 0; k < 32; ++k) sum += static_cast<uint32_t>(a[row][k] * b[k][column]);
+        o.d[i] = static_cast<int32_t>(sum);
       }
     }
   });

@@ -1,12 +1,17 @@
 // What tests/kernels/test_cuda_emulated.py calls.
 #include "../../../kernels/cuda/linear.h"
 #include "../../../kernels/cuda/unpack.h"
+#include "../../../kernels/cuda/w8a8.h"
 #include "fibers.h"
 
 extern "C" {
 
 const char* linear(const hfq::LinearParams* params) { return hfq::launch_linear(*params, nullptr); }
 const char* unpack(const hfq::UnpackParams* params) { return hfq::launch_unpack(*params, nullptr); }
+const char* quantize_tokens(const hfq::TokensParams* params) { return hfq::launch_quantize_tokens(*params, nullptr); }
+int quantizes_inside(int64_t tokens, int64_t in_features) { return hfq::quantizes_inside(tokens, in_features); }
+const char* linear_w8a8(const hfq::W8A8Params* params) { return hfq::launch_w8a8(*params, nullptr); }
+const char* scale_sums(const hfq::ScaleSumsParams* params) { return hfq::launch_scale_sums(*params, nullptr); }
 
 void allow(const void* p, size_t bytes, int writable) { cuda_on_cpu::allow(p, bytes, writable != 0); }
 void forget_all() { cuda_on_cpu::forget_all(); }

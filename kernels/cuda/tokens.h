@@ -1,0 +1,116 @@
+// How a token is rounded to int8: hfq/core/activations.py to the bit. Divisions and products are rounded once, as PyTorch does it; largest
+// magnitudes are compared as the integers of their bits, where NaN is above infinity and thus stays.
+#pragma once
+
+#include <type_traits>
+
+#include "fragments.h"
+
+namespace hfq {
+
+struct Float32 {};
+
+// Numbers in 16 bytes.
+template <class T>
+constexpr int kPerLoad = std::is_same_v<T, Float32> ? 4 : 8;
+
+template <class T>
+__device__ __forceinline__ void to_floats(T, const uint4& v, float (&f)[8]) {
+  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    f[2 * i] = to_float(T{}, static_cast<uint16_t>(words[i]));
+    f[2 * i + 1] = to_float(T{}, static_cast<uint16_t>(words[i] >> 16));
+  }
+}
+__device__ __forceinline__ void to_floats(Float32, const uint4& v, float (&f)[4]) {
+  f[0] = as_float(v.x), f[1] = as_float(v.y), f[2] = as_float(v.z), f[3] = as_float(v.w);
+}
+
+// ---- the largest magnitude ----
+
+__device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
+
+// Of 16 bytes, as bits.
+template <class T>
+__device__ __forceinline__ uint32_t largest(T, const uint4& v) {
+  float f[kPerLoad<T>];
+  to_floats(T{}, v, f);
+  uint32_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < kPerLoad<T>; ++i) bits = larger(bits, as_bits(f[i]) & 0x7fffffffu);
+  return bits;
+}
+
+// Of all lanes of a warp.
+__device__ __forceinline__ uint32_t largest_of_warp(uint32_t bits) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) bits = larger(bits, shuffle_xor(bits, lanes));
+  return bits;
+}
+
+// ---- codes ----
+
+struct Rounding {
+  float scale, inverse;
+};
+
+// `bits`: of the token's largest magnitude.
+__device__ __forceinline__ Rounding rounding_of(uint32_t bits, const float* input_scale) {
+  constexpr float kMost = 127.0f;    // the largest code
+  constexpr float kLeast = 1e-35f;   // below, the reciprocal would overflow: counts as zero
+  constexpr uint32_t kInfinity = 0x7f800000u, kNaN = 0x7fc00000u;
+  Rounding r = {0.0f, 0.0f};
+  if (input_scale) {
+    const float scale = load(input_scale);
+    const bool usable = scale > kLeast && as_bits(scale) < kInfinity;
+    r.scale = usable ? scale : as_float(kNaN);
+    if (usable) r.inverse = divide(1.0f, scale);
+  } else if (as_float(bits) > kLeast) {
+    r.scale = divide(as_float(bits), kMost);
+    r.inverse = divide(kMost, as_float(bits));
+  }
+  if (bits >= kInfinity) r.scale = as_float(kNaN);
+  return r;
+}
+
+__device__ __forceinline__ uint32_t code(float f, float inverse) {
+  const int32_t steps = to_int(multiply(f, inverse));
+  return static_cast<uint32_t>(steps < -127 ? -127 : steps > 127 ? 127 : steps);
+}
+
+// Four codes of two's complement, the first in the lowest byte.
+__device__ __forceinline__ uint32_t four_codes(const float* f, float inverse) {
+  const uint32_t low = permute_bytes(code(f[0], inverse), code(f[1], inverse), 0x40);
+  const uint32_t high = permute_bytes(code(f[2], inverse), code(f[3], inverse), 0x40);
+  return permute_bytes(low, high, 0x5410);
+}
+
+// The codes of 16 bytes: a word or two.
+template <class T>
+__device__ __forceinline__ uint2 codes_of(T, const uint4& v, float inverse) {
+  float f[8];
+  to_floats(T{}, v, f);
+  return {four_codes(f, inverse), four_codes(f + 4, inverse)};
+}
+__device__ __forceinline__ uint32_t codes_of(Float32, const uint4& v, float inverse) {
+  float f[4];
+  to_floats(Float32{}, v, f);
+  return four_codes(f, inverse);
+}
+
+// ---- results ----
+
+__device__ __forceinline__ void store_float(void* numbers, int64_t at, DType dtype, float f) {
+  if (dtype == kFloat32)
+    store(static_cast<float*>(numbers) + at, f);
+  else
+    store(static_cast<uint16_t*>(numbers) + at, dtype == kFloat16 ? from_float(Float16{}, f) : from_float(BFloat16{}, f));
+}
+
+// The sum of a row of integers as an output; each step is rounded, as in hfq/kernels/int8.py.
+__device__ __forceinline__ float scaled_sum(int32_t sum, float token_scale, float scale) {
+  return multiply(from_int(sum), multiply(token_scale, scale));
+}
+
+}  // namespace hfq
