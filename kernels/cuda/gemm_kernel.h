@@ -47,15 +47,14 @@ struct GemmWarp {
   const uint8_t* table;
   int lane, row_warp, row_warps, column_warp;
   uint32_t first_chunk, end_chunk;     // of the thread block
-  int64_t first_row, first_token;
-  bool has_rows;
-  const uint8_t* qweight[kWarpTiles];  // of the tile
-  uint32_t tile_bytes;
-  uint32_t scale_from, scale_to;       // of the lane's 16 bytes of scales: within those of a group, and within the warp's part of a stage
+  uint32_t first_tile, first_token;    // of the thread block
+  uint32_t warp_end;                   // end_chunk, or 0 if the warp has no rows
+  const uint8_t* qweight;              // of the warp's first tile
+  uint32_t tile_bytes, next_tile;      // bytes of a tile, and from the first to the second
+  int64_t scale_from;                  // of the lane's 16 bytes of scales: in group 0, and in the warp's part of a stage
+  uint32_t scale_to;
   uint32_t scale_unit;                 // of a chunk, to which they belong; kUnits: none
-  int64_t scale_tile;                  // bytes before those of the tile
   const uint8_t* x;                    // of the thread's first token and piece of a chunk
-  int64_t x_stride;                    // bytes of a token
   uint32_t x_bytes;                    // from x to the end of its token
   int x_tokens;                        // from its token to the last, at most kTokens
   float sums[kWarpTiles][kTokenTiles][4] = {};
@@ -68,32 +67,30 @@ struct GemmWarp {
 
     // Neighbouring thread blocks read the same weights for other tokens: the second finds them in L2.
     const uint32_t token_tile = blockIdx.x % p.token_tiles, rest = blockIdx.x / p.token_tiles, split = rest % p.plan.splits;
-    first_token = static_cast<int64_t>(token_tile) * kTokens;
-    first_row = static_cast<int64_t>(rest / p.plan.splits) * row_warps * kWarpTiles * kTileRows;
+    first_token = token_tile * kTokens;
+    first_tile = rest / p.plan.splits * row_warps * kWarpTiles;
     const uint32_t chunks = static_cast<uint32_t>((w.in_features + kColumns - 1) / kColumns);
     first_chunk = split * p.plan.split_chunks;
     end_chunk = first_chunk + p.plan.split_chunks < chunks ? first_chunk + p.plan.split_chunks : chunks;
 
-    const int64_t tiles = (w.out_features + kTileRows - 1) / kTileRows, tile = first_row / kTileRows + row_warp * kWarpTiles;
-    has_rows = tile < tiles;
+    const uint32_t tiles = static_cast<uint32_t>((w.out_features + kTileRows - 1) / kTileRows), tile = first_tile + row_warp * kWarpTiles;
+    warp_end = tile < tiles ? end_chunk : 0;
     tile_bytes = static_cast<uint32_t>((w.in_features + kBlockColumns<kBits> - 1) / kBlockColumns<kBits>) * kBlockBytes<kBits>;
     // An odd number of tiles: the last one is computed twice and stored once.
-    const auto of_weight = [&](int64_t t) { return t < tiles ? t : tiles - 1; };
-#pragma unroll
-    for (int i = 0; i < kWarpTiles; ++i) qweight[i] = w.qweight + of_weight(tile + i) * tile_bytes;
+    const auto of_weight = [&](uint32_t t) { return static_cast<int64_t>(t < tiles ? t : tiles - 1); };
+    qweight = w.qweight + of_weight(tile) * tile_bytes;
+    next_tile = tile + 1 < tiles ? tile_bytes : 0;
 
     const int64_t token = first_token + threadIdx.x / kRowPieces % kTokens;
-    const uint32_t first_byte = threadIdx.x % kRowPieces * 16;
-    x_stride = 2 * w.in_features;
+    const uint32_t first_byte = threadIdx.x % kRowPieces * 16, row_bytes = static_cast<uint32_t>(2 * w.in_features);
     x_tokens = static_cast<int>(p.tokens - token < kTokens ? p.tokens - token : kTokens);
-    x_bytes = first_byte < x_stride ? static_cast<uint32_t>(x_stride) - first_byte : 0;
-    x = static_cast<const uint8_t*>(p.x) + token * x_stride + first_byte;
+    x_bytes = first_byte < row_bytes ? row_bytes - first_byte : 0;
+    x = static_cast<const uint8_t*>(p.x) + token * row_bytes + first_byte;
 
     const uint32_t pieces = pair_bytes(w.scale_dtype) / 2, i = lane / pieces, of_tile = i / kUnits;
     scale_unit = of_tile < kWarpTiles && ((i + 1) & p.flush_mask) == 0 ? i % kUnits : kUnits;
-    scale_tile = of_weight(tile + (of_tile < kWarpTiles ? of_tile : 0)) * w.groups * pieces * 16;
-    scale_from = 16 * (lane % pieces);
-    scale_to = (of_tile * kUnits + i % kUnits) * (kScaleBytes / kWarpTiles) + scale_from;
+    scale_from = of_weight(tile + (of_tile < kWarpTiles ? of_tile : 0)) * w.groups * pieces * 16 + 16 * (lane % pieces);
+    scale_to = (of_tile * kUnits + i % kUnits) * (kScaleBytes / kWarpTiles) + 16 * (lane % pieces);
   }
 
   // ---- parts of a stage: activations of each column warp, then codes, scales and zero points of each warp
@@ -110,7 +107,7 @@ struct GemmWarp {
   __device__ __forceinline__ void copy(uint8_t* stage, uint32_t chunk) const {
     copy_activations(stage, chunk);
     chunk += column_warp;
-    if (!has_rows || chunk >= end_chunk) return;
+    if (chunk >= warp_end) return;
     uint8_t* codes = stage + codes_at();
     const uint32_t begin = chunk * kBytes;
 #pragma unroll
@@ -118,14 +115,14 @@ struct GemmWarp {
 #pragma unroll
       for (int j = 0; j < (kPieces + 31) / 32; ++j) {
         const uint32_t at = 16 * (lane + 32 * j);
-        if (at < kBytes && begin + at < tile_bytes) cp_async(codes + i * kBytes + at, qweight[i] + begin + at);
+        if (at < kBytes && begin + at < tile_bytes) cp_async(codes + i * kBytes + at, qweight + i * next_tile + begin + at);
       }
     if (scale_unit == kUnits) return;
     const Weight& w = p.weight;
     const uint32_t last = static_cast<uint32_t>(w.groups) - 1;
     uint32_t group = multiply_high(2 * (chunk * kUnits + scale_unit), p.group_magic);
     group = group < last ? group : last;  // units behind K
-    const int64_t from = scale_tile + group * 8 * pair_bytes(w.scale_dtype) + scale_from;
+    const int64_t from = scale_from + group * 8 * pair_bytes(w.scale_dtype);
     uint8_t* to = codes + kWarpTiles * kBytes + scale_to;
     cp_async(to, static_cast<const uint8_t*>(w.scales) + from);
     if (w.zeros) cp_async(to + kUnits * kScaleBytes, static_cast<const uint8_t*>(w.zeros) + from);
@@ -140,7 +137,8 @@ struct GemmWarp {
       // Zeros for columns behind K, which codes of padding meet, and for tokens that nobody has asked for.
       const bool exists = chunk + i < end_chunk && offset < x_bytes;
 #pragma unroll
-      for (int j = 0; j < kTokens; j += kRowsAtOnce) cp_async_or_zero(to + j * kRowBytes, x + j * x_stride + offset, exists && j < x_tokens);
+      for (int j = 0; j < kTokens; j += kRowsAtOnce)
+        cp_async_or_zero(to + j * kRowBytes, x + j * 2 * p.weight.in_features + offset, exists && j < x_tokens);
       to += kChunksAtOnce * kTokens * kRowBytes;
     }
   }
@@ -243,7 +241,7 @@ struct GemmWarp {
         float d[4] = {};
         add_activations<0>(x, x_sums, tile, d);
       }
-    if (has_rows && chunk + column_warp < end_chunk) {
+    if (chunk + column_warp < warp_end) {
       Kind block[kWarpTiles];
       float products[kWarpTiles][kTokenTiles][4] = {};
       multiply<0>(x, stage + codes_at(), x_sums, block, products);
@@ -258,7 +256,7 @@ struct GemmWarp {
   __device__ __forceinline__ void store_sums(float* partial) const {
     const int rows = row_warps * kWarpTiles * kTileRows, stride = rows + 4;  // 8 lanes apart are 4 tokens: other banks
     sync_block();
-    if (has_rows) {
+    if (warp_end) {
 #pragma unroll
       for (int i = 0; i < kWarpTiles; ++i)
 #pragma unroll
@@ -273,7 +271,7 @@ struct GemmWarp {
     const int64_t padded = (p.weight.out_features + kTileRows - 1) / kTileRows * kTileRows;
     const int64_t split = blockIdx.x / p.token_tiles % p.plan.splits;
     for (int at = 4 * threadIdx.x; at < kTokens * rows; at += 4 * kGemmThreads) {
-      const int64_t n = first_row + at % rows, m = first_token + at / rows;
+      const int64_t n = static_cast<int64_t>(first_tile) * kTileRows + at % rows, m = static_cast<int64_t>(first_token) + at / rows;
       if (n >= padded || m >= p.tokens) continue;
       float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
       for (int warp = 0; warp < 1 << p.plan.column_shift; ++warp)
