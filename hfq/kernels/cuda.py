@@ -1,7 +1,7 @@
 """CUDA kernels on the ``fragments`` layout: integers of 2, 3, 4 and 8 bits, codebooks of 4.
 
-Few tokens: the packed weight is read directly (`cuda_linear`). More: it is dequantized, some rows at a time, and multiplied by
-the matrix library, which costs another pass over 16 bits per weight and reuses it for all tokens.
+Up to `MAX_DIRECT_TOKENS`: the packed weight is read directly (`cuda_linear`). More: it is dequantized, some rows at a time, and
+multiplied by the matrix library, which costs another pass over 16 bits per weight and reuses it for all tokens.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from .row import OneByOne, Problem, stack_tiles
 
 __all__ = ["MAX_DIRECT_TOKENS", "CudaFragments", "no_native_code"]
 
-# Each 8 tokens read the weight once, the first of them from memory, others from L2. At 4 bits, 32 tokens thus move 2 bytes per
-# weight through L2; dequantizing writes and reads 4. Not measured: reasoned from bytes.
-MAX_DIRECT_TOKENS = 32
+# Per weight, cuda_linear costs M multiplications at the rate of `mma`, on an H100 about 0.6 of what the matrix library reaches
+# with `wgmma`; dequantizing first writes and reads 4 bytes. 8192 x 28672, 4 bits, 256 tokens on an H200: 200 us for the former; for
+# the latter 110 + 150 us of dequantizing, reading and multiplying. From about 400 tokens on the matrix library wins there, on
+# an A100, where both multiply at one rate, later. Not measured: reasoned from published rates.
+MAX_DIRECT_TOKENS = 256
 
 # The tensor cores' product of bfloat16 with float32 sums, and asynchronous copies.
 _CAPABILITY = (8, 0)

@@ -1,9 +1,21 @@
 // Which kernel multiplies.
 #include "linear.h"
 
+#include "gemm.h"
 #include "target.h"
 
 namespace hfq {
+namespace {
+
+// A matrix instruction takes 8 tokens. More would read the weight again with linear_kernel.h, where codes go straight to registers and columns
+// are shared by the warps of one block; gemm_kernel.h reads it once for 16 or more.
+constexpr int64_t kFewTokens = 8;
+
+}  // namespace
+
+int64_t linear_workspace(const LinearParams& p) {
+  return p.tokens <= kFewTokens || p.weight.out_features == 0 ? 0 : workspace_floats(p, plan_gemm(p));
+}
 
 const char* copy_on_device(void* to, const void* from, int64_t bytes, cudaStream_t stream) {
   return launch_copy(to, from, static_cast<size_t>(bytes), stream);
@@ -16,6 +28,7 @@ const char* launch_linear(const LinearParams& params, cudaStream_t stream) {
   const int64_t size = p.weight.group_size < p.weight.in_features ? p.weight.group_size : p.weight.in_features;
   const int64_t units = (size + kUnitColumns - 1) / kUnitColumns;
   p.group_magic = static_cast<uint32_t>(((int64_t{1} << 31) + units - 1) / units);
+  if (p.tokens > kFewTokens) return launch_gemm(p, stream);
   if (p.weight.codebook) return launch_linear_table4(p, stream);
   if (p.weight.bits == 2) return launch_linear_int2(p, stream);
   if (p.weight.bits == 3) return launch_linear_int3(p, stream);

@@ -25,7 +25,7 @@ class Operands {
     if (tensor.device_index() != device_index()) tensor.refuse("on the device of qweight");
   }
 
-  // The weight, after all checks.
+  // The weight, after all checks. Asynchronous copies want 16 bytes of scales at once.
   Weight weight() const {
     const auto [bits, group_size, in_features, out_features] = sizes_;
     expect(bits == 2 || bits == 3 || bits == 4 || bits == 8, op_, "bits must be 2, 3, 4 or 8, got " + std::to_string(bits));
@@ -55,7 +55,7 @@ class Operands {
       tensor.expect_shape({tiles, groups, 8, 2});
       expect_device(tensor);
       const void* data = tensor.data(cuda, element_size(w.scale_dtype));
-      if (!aligned(data, 8)) tensor.refuse("aligned to 8 bytes");
+      if (!aligned(data, 16)) tensor.refuse("aligned to 16 bytes");
       return data;
     };
     w.scales = per_group(scales_);
@@ -122,7 +122,12 @@ void cuda_linear(StableIValue* stack, uint64_t, uint64_t) {
     checked(op, copy, error);
     p.x = to;
   }
-  const Tensor kept(op, "x", copy);  // memory that is freed here is used again behind the kernel, in order of the stream
+  // Memory that is freed here and below is used again behind the kernels, in order of the stream.
+  const Tensor kept(op, "x", copy);
+  const int64_t floats = linear_workspace(p);
+  void* workspace = nullptr;
+  const Tensor sums(op, "workspace", floats ? empty_tensor(&floats, 1, aoti_torch_dtype_float32(), cuda, index, &workspace) : 0);
+  p.workspace = static_cast<float*>(workspace);
   const int64_t sizes[] = {p.tokens, p.weight.out_features};
   const StableIValue y = empty_tensor(sizes, 2, x.dtype(), cuda, index, &p.y);
   stack[0] = checked(op, y, launch_linear(p, stream));

@@ -13,7 +13,14 @@ CUDA = Path(__file__).parents[2] / "kernels/cuda"
 OTHERS = ("unpack", "quantize_tokens", "scale_sums")
 # Read by their launchers' callers for each weight: a spill costs memory traffic where memory is the limit.
 HOT = sorted(
-    path.name for path in (*CUDA.glob("linear_*.cu"), *(CUDA / f"{name}.cu" for name in OTHERS))
+    path.name
+    for pattern in (
+        "linear_*.cu",
+        "gemm_int*.cu",
+        "gemm_table*.cu",
+        *(f"{name}.cu" for name in OTHERS),
+    )
+    for path in CUDA.glob(pattern)
 )
 DEFAULT = ("linear_int4.cu", "sm_90a")
 

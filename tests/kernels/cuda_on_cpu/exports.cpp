@@ -1,11 +1,13 @@
 // What tests/kernels/test_cuda_emulated.py calls.
-#include "../../../kernels/cuda/linear.h"
+#include "../../../kernels/cuda/gemm.h"
 #include "../../../kernels/cuda/unpack.h"
 #include "../../../kernels/cuda/w8a8.h"
 #include "fibers.h"
 
 extern "C" {
 
+int64_t linear_workspace(const hfq::LinearParams* params) { return hfq::linear_workspace(*params); }
+void gemm_plan(const hfq::LinearParams* params, hfq::GemmPlan* plan) { *plan = hfq::plan_gemm(*params); }
 const char* linear(const hfq::LinearParams* params) { return hfq::launch_linear(*params, nullptr); }
 const char* unpack(const hfq::UnpackParams* params) { return hfq::launch_unpack(*params, nullptr); }
 const char* quantize_tokens(const hfq::TokensParams* params) { return hfq::launch_quantize_tokens(*params, nullptr); }
@@ -15,6 +17,9 @@ const char* scale_sums(const hfq::ScaleSumsParams* params) { return hfq::launch_
 
 void allow(const void* p, size_t bytes, int writable) { cuda_on_cpu::allow(p, bytes, writable != 0); }
 void forget_all() { cuda_on_cpu::forget_all(); }
-void set_multiprocessors(int count) { cuda_on_cpu::multiprocessors = count; }
+void set_device(int multiprocessors, size_t most_shared_bytes) {
+  cuda_on_cpu::multiprocessors = multiprocessors;
+  cuda_on_cpu::most_shared_bytes = most_shared_bytes;
+}
 
 }  // extern "C"
