@@ -18,7 +18,7 @@ from .cuda_ops import fragments_weight
 from .ops import native_dtype
 from .row import OneByOne, Problem, stack_tiles
 
-__all__ = ["MAX_DIRECT_TOKENS", "CudaFragments"]
+__all__ = ["MAX_DIRECT_TOKENS", "CudaFragments", "no_native_code"]
 
 # Each 8 tokens read the weight once, the first of them from memory, others from L2. At 4 bits, 32 tokens thus move 2 bytes per
 # weight through L2; dequantizing writes and reads 4. Not measured: reasoned from bytes.
@@ -51,7 +51,7 @@ class CudaFragments(OneByOne):
             return f"takes columns in multiples of {fragments.COLUMN_UNIT} below {_MOST_COLUMNS}, not {problem.in_features}"
         if problem.group_size % _UNIT and problem.group_size < problem.in_features:
             return f"takes group sizes that are multiples of {_UNIT}, not {problem.group_size}"
-        return _no_native_code()
+        return no_native_code()
 
     def prepare(self, tensor: Tensor, bits: int) -> Tensor:
         return fragments.to_fragments(tensor, bits)
@@ -93,7 +93,7 @@ def _sizes(grid: PackedGrid) -> tuple[int, int, int, int]:
     return (grid.bits, grid.group_size, grid.in_features, grid.out_features)
 
 
-def _no_native_code() -> str | None:
+def no_native_code() -> str | None:
     """Why the kernels cannot run at all, or None."""
     status = native.load()
     if not status.cuda:

@@ -139,6 +139,10 @@ __device__ __forceinline__ uint16_t from_float(Float16, float f) {
 __device__ __forceinline__ float as_float(uint32_t bits) { return __uint_as_float(bits); }
 __device__ __forceinline__ uint32_t as_bits(float f) { return __float_as_uint(f); }
 
+// Rounded one by one: the compiler makes no multiply-add of them.
+__device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ float add(float a, float b) { return __fadd_rn(a, b); }
+
 // Byte i of the result is byte (selector >> 4 i) & 7 of the eight bytes b:a.
 __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 // Bits 32..63 of the product.

@@ -47,5 +47,6 @@ inline StableIValue checked(const char* op, StableIValue y, const char* error) {
 
 // Operators of other files.
 bool register_fragments(TorchLibraryHandle library);
+bool register_spqr_fragments(TorchLibraryHandle library);
 
 }  // namespace hfq

@@ -25,10 +25,12 @@ else()
 endif()
 
 add_library(hfq_cuda MODULE "${KERNELS}/torch-ext/torch_binding_cuda.cpp" "${KERNELS}/torch-ext/torch_binding_cuda_fragments.cpp"
+                            "${KERNELS}/torch-ext/torch_binding_cuda_spqr.cpp"
                             "${KERNELS}/cuda/dequantize.cu"
                             "${KERNELS}/cuda/linear.cu" "${KERNELS}/cuda/linear_int2.cu" "${KERNELS}/cuda/linear_int3.cu"
                             "${KERNELS}/cuda/linear_int4.cu" "${KERNELS}/cuda/linear_int8.cu" "${KERNELS}/cuda/linear_table4.cu"
-                            "${KERNELS}/cuda/unpack.cu")
+                            "${KERNELS}/cuda/spqr_linear.cu" "${KERNELS}/cuda/spqr_linear2.cu" "${KERNELS}/cuda/spqr_linear3.cu"
+                            "${KERNELS}/cuda/spqr_linear4.cu" "${KERNELS}/cuda/spqr_unpack.cu" "${KERNELS}/cuda/unpack.cu")
 set_target_properties(hfq_cuda PROPERTIES CUDA_ARCHITECTURES "${archs}" INSTALL_RPATH "" SUFFIX ".so")
 target_compile_options(hfq_cuda PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-O3 -Wall -Wextra> $<$<COMPILE_LANGUAGE:CUDA>:-O3>)
 add_torch_stub(torch_cuda)

@@ -26,6 +26,7 @@ struct uint4 {
 struct float4 {
   float x, y, z, w;
 };
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
@@ -109,6 +110,10 @@ inline uint32_t as_bits(float f) {
   std::memcpy(&bits, &f, 4);
   return bits;
 }
+
+// The test compiles without contraction.
+inline float multiply(float a, float b) { return a * b; }
+inline float add(float a, float b) { return a + b; }
 
 inline float to_float(BFloat16, uint16_t v) { return as_float(static_cast<uint32_t>(v) << 16); }
 inline float to_float(Float16, uint16_t v) {

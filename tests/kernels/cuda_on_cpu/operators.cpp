@@ -1,4 +1,4 @@
-// The operators of kernels/torch-ext/torch_binding_cuda_fragments.cpp for CPU tensors, on the emulated GPU: compiled with the name of the
+// The operators of kernels/torch-ext/torch_binding_cuda_{fragments,spqr}.cpp for CPU tensors, on the emulated GPU: compiled with the name of the
 // CPU's device type for that of CUDA's, and with this in place of what only libtorch_cuda has.
 #include "../../../kernels/torch-ext/cuda_arguments.h"
 #include "fibers.h"
@@ -24,7 +24,8 @@ namespace {
 
 const bool registered = [] {
   TorchLibraryHandle library = nullptr;
-  return aoti_torch_library_init_impl("hfq", "CPU", __FILE__, __LINE__, &library) == 0 && hfq::register_fragments(library);
+  return aoti_torch_library_init_impl("hfq", "CPU", __FILE__, __LINE__, &library) == 0 && hfq::register_fragments(library) &&
+         hfq::register_spqr_fragments(library);
 }();
 
 }  // namespace
