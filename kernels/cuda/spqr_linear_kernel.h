@@ -15,13 +15,14 @@
 //
 // Scales. A scale and a zero point are two codes, and two lines that 16 rows of a tile share. The lanes of a warp decode those of a block once,
 // each for other rows and groups, into shared memory of the warp, from where a lane takes the numbers of its two rows in one load. Were
-// each lane to decode what it needs, t = 0 .. 3 would do the same: 19 instructions for each matrix instruction with weights, in place of 6.
+// each lane to decode what it needs, t = 0 .. 3 would do the same work: some 25 instructions for each matrix instruction, in place of 10.
 // Codes have 4 bits (8 where stat_bits is above 4), so that a field needs one logical instruction: with 3 bits that costs 1/8 bit per
 // weight in groups of 16.
 //
-// Bytes and instructions: 16 x 16 weights of 3 bits are 96 bytes, 16 of scales, 2 of lines; at 14 bytes per clock (linear_kernel.h) that is
-// the time of 33 instructions. They take about as many: 11 for codes, 2 mma (of weights; of ones, for zero points), 8 to add up, 1 + 6 for
-// scales, 2 for activations, the rest for addresses and bounds.
+// Bytes and instructions: 16 x 16 weights of 3 bits are 96 bytes, 16 of codes of scales, 2 of lines; at 14 bytes per clock (linear_kernel.h)
+// that is the time of 33 instructions of a multiprocessor. ptxas makes about 40 of them: 11 for codes, 2 mma (of weights; of ones, for zero
+// points), 8 to add up, 10 for scales, the rest for activations, addresses and moves. So 3 bits in groups of 16 are limited by
+// instructions, not by memory, at some four fifths of its rate; groups of 32 take about 34 instructions.
 //
 // Outliers. 16 threads share a row, strided, so that neighbours read neighbours; their sums are added by shuffles, in one order. That happens
 // at the start, while the first codes are on their way: three loads depend on each other, of which one is hidden so.
@@ -36,9 +37,13 @@ constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kTokens = 8;
 
-// Blocks that a warp has on the way; even, because shared memory of scales alternates. Bytes: as in linear_kernel.h.
+// Thread blocks of a multiprocessor: 80 registers of a thread are enough for blocks of 64 columns, not for those of 128.
 template <int kBits>
-constexpr int kAhead = kBits == 4 ? 4 : 2;
+constexpr int kResident = kBits == 4 ? 3 : 2;
+
+// Blocks of columns that a warp has on the way; even, because shared memory of scales alternates. The warps of a multiprocessor then have
+// 24 KB (2 bits: 16), as linear_kernel.h reasons.
+constexpr int kAhead = 2;
 
 // Matrix instructions of a block; at most so many steps of scales.
 template <int kBits>
@@ -56,19 +61,15 @@ constexpr int kOutlierBytes = kTileRows * kTokens * 4;
 template <int kItems>
 struct RawScales {
   uint32_t codes[kItems];
-  uint32_t lines[kItems][4];  // 16-bit floats are all in the first two
+  uint2 lines[kItems];  // 16-bit floats; those of 32 bits, which are rare, are loaded when they are needed and take no registers
 };
 
 // The four numbers of a group's lines.
-__device__ __forceinline__ void to_floats(const uint32_t (&raw)[4], DType dtype, float (&lines)[4]) {
-  if (dtype == kFloat32) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) lines[i] = as_float(raw[i]);
-    return;
-  }
+__device__ __forceinline__ void to_floats(uint2 raw, DType dtype, float (&lines)[4]) {
+  const uint32_t words[2] = {raw.x, raw.y};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const uint16_t half = static_cast<uint16_t>(raw[i / 2] >> (16 * (i % 2)));
+    const uint16_t half = static_cast<uint16_t>(words[i / 2] >> (16 * (i % 2)));
     lines[i] = dtype == kFloat16 ? to_float(Float16{}, half) : to_float(BFloat16{}, half);
   }
 }
@@ -88,9 +89,7 @@ __device__ __forceinline__ float wide_code(uint32_t word) {
 
 // Of rows g and g + 8: scale and what a zero point lacks to the middle of the codes.
 template <int kBits>
-__device__ __forceinline__ float4 decode(uint32_t codes, const uint32_t (&raw)[4], const SpqrWeight& w) {
-  float lines[4];
-  to_floats(raw, w.stat_dtype, lines);
+__device__ __forceinline__ float4 decode(uint32_t codes, const float (&lines)[4], const SpqrWeight& w) {
   const float middle = static_cast<float>(1 << (kBits - 1)) - lines[3];
   float c[4];
   if (w.wide_codes) {
@@ -140,13 +139,14 @@ struct SpqrWarp {
 
   const SpqrLinearParams& p;
   int lane;
-  uint32_t blocks;            // of columns
+  uint32_t blocks;            // of columns, that are full; there may be one more
   uint32_t steps;             // of a block
   const uint8_t* qweight;     // the lane's first words of block 0
-  int64_t pair;               // of stat_codes: the lane's pair of rows in group 0
+  const uint8_t* stat_codes;  // of the lane's pair of rows in group 0
   const uint8_t* stats;       // lines of group 0
+  uint32_t code_bytes;        // from one group's stat_codes to the next
+  uint32_t first_step;        // of a block, that the lane decodes
   const uint8_t* x;           // the lane's first activations
-  uint32_t columns;           // columns from there to the end of the row; 0 if the lane's token does not exist
   uint8_t* numbers;           // of the warp, two blocks
   float sums[4] = {};
 
@@ -154,67 +154,76 @@ struct SpqrWarp {
       : p(params), lane(threadIdx.x % 32) {
     const SpqrWeight& w = p.weight;
     const int64_t token = first_token + lane / 4;
-    blocks = kept(static_cast<uint32_t>((w.in_features + kBlockColumns<kBits> - 1) / kBlockColumns<kBits>));
+    const int64_t stored = (w.in_features + kBlockColumns<kBits> - 1) / kBlockColumns<kBits>;
+    blocks = kept(static_cast<uint32_t>(w.in_features) / kBlockColumns<kBits>);
     steps = kShort ? kCount : kBlockColumns<kBits> / p.step_columns;
-    qweight = kept(w.qweight + tile * blocks * kBytes + 16 * lane);
-    pair = tile * w.stat_groups * 8 + lane % 8;
-    const int64_t lines = tile * kTileRows / w.rows_per_stat * w.groups * 4;
-    stats = kept(static_cast<const uint8_t*>(w.stats) + lines * (w.stat_dtype == kFloat32 ? 4 : 2));
-    const uint32_t first = 4 * (lane % 4), in_features = static_cast<uint32_t>(w.in_features);
-    const bool present = token < p.tokens;
-    columns = kept(present && first < in_features ? in_features - first : 0);
-    x = kept(static_cast<const uint8_t*>(p.x) + ((present ? token : 0) * w.in_features + first) * 2);
+    qweight = kept(w.qweight + tile * stored * kBytes + 16 * lane);
+    code_bytes = w.wide_codes ? 32 : 16;
+    first_step = kept(static_cast<uint32_t>(lane / 8));
+    stat_codes = kept(w.stat_codes + tile * w.stat_groups * code_bytes + lane % 8 * (code_bytes / 8));
+    stats = kept(static_cast<const uint8_t*>(w.stats) + tile * kTileRows / w.rows_per_stat * w.groups * (w.stat_dtype == kFloat32 ? 16 : 8));
+    const uint32_t first = 4 * (lane % 4);
+    // Lanes whose token does not exist read another one: no more bytes, and nobody reads what they add up.
+    x = kept(static_cast<const uint8_t*>(p.x) + ((token < p.tokens ? token : first_token) * w.in_features + first) * 2);
     numbers = shared + threadIdx.x / 32 * (2 * kCount * 8 * 16);
   }
 
   __device__ __forceinline__ void load(Codes<kBits>& codes, uint32_t block) const {
-    if (block < blocks) codes.load(qweight + block * kBytes, lane);
+    codes.load(qweight + block * kBytes, lane);
   }
 
-  __device__ __forceinline__ void load(uint2& activations, uint32_t half) const {
-    const uint32_t column = half * kHalfColumns;
-    activations = make_uint2(0, 0);
-    if (column < columns) activations = hfq::load(reinterpret_cast<const uint2*>(x + 2 * column));
+  // The lane's activations of half h are at 2 kHalfColumns h from here; null if the warp has no such block.
+  __device__ __forceinline__ const uint8_t* activations_of(uint32_t block) const {
+    return block < blocks ? x + static_cast<uint64_t>(block) * (2 * kBlockColumns<kBits>) : nullptr;
+  }
+  __device__ __forceinline__ void load(uint2& activations, const uint8_t* from, int half) const {
+    if (from) activations = hfq::load(reinterpret_cast<const uint2*>(from + 2 * kHalfColumns * half));
+  }
+
+  __device__ __forceinline__ uint32_t group_of(uint32_t block, uint32_t step) const {
+    const uint32_t group = multiply_high(2 * (block * steps + step), p.group_magic), last = static_cast<uint32_t>(p.weight.groups) - 1;
+    return group < last ? group : last;  // steps behind K
   }
 
   __device__ __forceinline__ void load(RawScales<kItems>& raw, uint32_t block) const {
     const SpqrWeight& w = p.weight;
-    if (block >= blocks) return;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      const uint32_t step = lane / 8 + 4 * i, last = static_cast<uint32_t>(w.groups) - 1;
+      const uint32_t step = first_step + 4 * i;
       if (step >= steps) continue;
-      uint32_t group = multiply_high(2 * (block * steps + step), p.group_magic);
-      group = group < last ? group : last;  // steps behind K
-      raw.codes[i] = load_stat_codes(w, pair + 8 * group);
-      if (w.stat_dtype == kFloat32) {
-        const uint4 v = hfq::load(reinterpret_cast<const uint4*>(stats) + group);
-        raw.lines[i][0] = v.x, raw.lines[i][1] = v.y, raw.lines[i][2] = v.z, raw.lines[i][3] = v.w;
-      } else {
-        const uint2 v = hfq::load(reinterpret_cast<const uint2*>(stats) + group);
-        raw.lines[i][0] = v.x, raw.lines[i][1] = v.y;
-      }
+      const uint32_t group = group_of(block, step);
+      raw.codes[i] = load_stat_codes(stat_codes + static_cast<uint64_t>(group) * code_bytes, w.wide_codes);
+      if (w.stat_dtype != kFloat32) raw.lines[i] = hfq::load(reinterpret_cast<const uint2*>(stats) + group);
     }
   }
 
   // Numbers of rows g and g + 8 in step s stand at 16 (8 s + g).
-  __device__ __forceinline__ void decode_scales(const RawScales<kItems>& raw, uint8_t* to) const {
+  __device__ __forceinline__ void decode_scales(const RawScales<kItems>& raw, uint32_t block, uint8_t* to) const {
 #pragma unroll
-    for (int i = 0; i < kItems; ++i)
-      if (lane / 8 + 4u * i < steps)
-        *reinterpret_cast<float4*>(to + 16 * (lane + 32 * i)) = decode<kBits>(raw.codes[i], raw.lines[i], p.weight);
+    for (int i = 0; i < kItems; ++i) {
+      const uint32_t step = first_step + 4 * i;
+      if (step >= steps) continue;
+      float lines[4];
+      if (p.weight.stat_dtype == kFloat32) {
+        const float4 v = hfq::load(reinterpret_cast<const float4*>(stats) + group_of(block, step));
+        lines[0] = v.x, lines[1] = v.y, lines[2] = v.z, lines[3] = v.w;
+      } else {
+        to_floats(raw.lines[i], p.weight.stat_dtype, lines);
+      }
+      *reinterpret_cast<float4*>(to + 16 * (lane + 32 * i)) = decode<kBits>(raw.codes[i], lines, p.weight);
+    }
   }
 
   // Halves h and later of a block. Activations make room for those of the warp's next block, `next`, as they are used up.
   template <int h>
-  __device__ __forceinline__ void multiply(const Codes<kBits>& codes, uint2 (&activations)[kCount], uint32_t next, const uint8_t* scales,
+  __device__ __forceinline__ void multiply(const Codes<kBits>& codes, uint2 (&activations)[kCount], const uint8_t* next, const uint8_t* scales,
                                            float (&products)[4], float (&x_sums)[4]) {
     constexpr uint32_t kOne = kBoth<T, 1>, ones[4] = {kOne, kOne, kOne, kOne};
     const uint32_t a[4] = {codes.template numbers<T, 4 * h>(), codes.template numbers<T, 4 * h + 2>(), codes.template numbers<T, 4 * h + 1>(),
                            codes.template numbers<T, 4 * h + 3>()};
     mma(T{}, products, a, activations[h].x, activations[h].y);
     mma(T{}, x_sums, ones, activations[h].x, activations[h].y);
-    load(activations[h], next * kCount + h);
+    load(activations[h], next, h);
     if (kShort || h + 1 == kCount || (h % 2 == 1 && steps > 1)) {
       const int step = kShort ? h : steps > 1 ? h / 2 : 0;
       const float4 n = *reinterpret_cast<const float4*>(scales + 16 * (8 * step + lane / 4));
@@ -232,40 +241,56 @@ struct SpqrWarp {
   // All blocks of the warp. `fill`: what is to be done once while the first loads are on their way.
   template <class Fill>
   __device__ __forceinline__ void run(const Fill& fill) {
-    constexpr int kStages = kAhead<kBits>;
+    constexpr uint32_t kNext = kWarps;
     const uint32_t warp = threadIdx.x / 32;
-    Codes<kBits> stages[kStages];
-    RawScales<kItems> raw;
-    uint2 activations[kCount];
+    Codes<kBits> stages[kAhead];
+    RawScales<kItems> raw = {};
+    uint2 activations[kCount] = {};
 #pragma unroll
-    for (int s = 0; s < kStages; ++s) load(stages[s], warp + s * kWarps);
-    load(raw, warp);
+    for (int s = 0; s < kAhead; ++s)
+      if (warp + s * kNext < blocks) load(stages[s], warp + s * kNext);
+    if (warp < blocks) load(raw, warp);
 #pragma unroll
-    for (int h = 0; h < kCount; ++h) load(activations[h], warp * kCount + h);
+    for (int h = 0; h < kCount; ++h) load(activations[h], activations_of(warp), h);
     fill();
-    for (uint32_t first = warp; first < blocks; first += kStages * kWarps) {
+    float products[4] = {}, x_sums[4] = {};
+    for (uint32_t first = warp; first < blocks; first += kAhead * kNext) {
 #pragma unroll
-      for (int s = 0; s < kStages; ++s) {
-        const uint32_t block = first + s * kWarps;
+      for (int s = 0; s < kAhead; ++s) {
+        const uint32_t block = first + s * kNext;
         if (block < blocks) {
+          // The numbers of the block before last make room: who has passed the barrier in between has read them.
           uint8_t* scales = numbers + s % 2 * (kCount * 8 * 16);
-          decode_scales(raw, scales);
-          // The numbers of the block before last are overwritten: who has passed the barrier in between has read them.
+          decode_scales(raw, block, scales);
           sync_warp();
-          load(raw, block + kWarps);
-          float products[4] = {}, x_sums[4] = {};
-          multiply<0>(stages[s], activations, block + kWarps, scales, products, x_sums);
-          load(stages[s], block + kStages * kWarps);
+          if (block + kNext < blocks) load(raw, block + kNext);
+          multiply<0>(stages[s], activations, activations_of(block + kNext), scales, products, x_sums);
+          if (block + kAhead * kNext < blocks) load(stages[s], block + kAhead * kNext);
         }
       }
     }
+    const uint32_t columns = static_cast<uint32_t>(p.weight.in_features) % kBlockColumns<kBits>;
+    if (columns == 0 || blocks % kWarps != warp) return;
+    // The last block is not full: what is behind K counts as zero.
+    load(stages[0], blocks);
+    load(raw, blocks);
+#pragma unroll
+    for (int h = 0; h < kCount; ++h) {
+      const uint8_t* from = x + (static_cast<uint64_t>(blocks) * kBlockColumns<kBits> + h * kHalfColumns) * 2;
+      activations[h] = make_uint2(0, 0);
+      if (h * kHalfColumns + 4 * (threadIdx.x % 4) < columns) activations[h] = hfq::load(reinterpret_cast<const uint2*>(from));
+    }
+    sync_warp();
+    decode_scales(raw, blocks, numbers);
+    sync_warp();
+    multiply<0>(stages[0], activations, nullptr, numbers, products, x_sums);
   }
 };
 
 // ---- kernel ----
 
 template <int kBits, class T, bool kShort>
-__global__ void __launch_bounds__(kThreads, 2) spqr_linear_kernel(const SpqrLinearParams p) {
+__global__ void __launch_bounds__(kThreads, kResident<kBits>) spqr_linear_kernel(const SpqrLinearParams p) {
   uint8_t* shared = shared_memory();
   float* partial = reinterpret_cast<float*>(shared + kNumberBytes<kBits>);                        // [kWarps][32][4]
   float* sparse = reinterpret_cast<float*>(shared + kNumberBytes<kBits> + kPartialBytes);         // [16][8]

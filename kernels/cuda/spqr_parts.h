@@ -22,10 +22,9 @@ __device__ __forceinline__ uint32_t outlier_column(const SpqrWeight& w, uint32_t
   return static_cast<uint32_t>(static_cast<int32_t>(load(static_cast<const int16_t*>(w.columns) + i)));
 }
 
-// The codes of rows g and g + 8 in one group, as they stand in memory.
-__device__ __forceinline__ uint32_t load_stat_codes(const SpqrWeight& w, int64_t pair) {
-  if (w.wide_codes) return load(reinterpret_cast<const uint32_t*>(w.stat_codes) + pair);
-  return load(reinterpret_cast<const uint16_t*>(w.stat_codes) + pair);
+// The codes of rows g and g + 8 in one group: 4 bytes if they are wide, else 2.
+__device__ __forceinline__ uint32_t load_stat_codes(const uint8_t* pair, bool wide) {
+  return wide ? load(reinterpret_cast<const uint32_t*>(pair)) : load(reinterpret_cast<const uint16_t*>(pair));
 }
 
 }  // namespace hfq

@@ -40,7 +40,8 @@ struct RowGrid {
 __device__ __forceinline__ RowGrid load_grid(const SpqrWeight& w, int64_t row, uint32_t column) {
   const int64_t group = w.groups == 1 ? 0 : column / static_cast<uint32_t>(w.group_size);
   const int width = w.wide_codes ? 8 : 4;
-  const uint32_t pair = load_stat_codes(w, (row / kTileRows * w.stat_groups + group) * 8 + row % 8) >> (row / 8 % 2 * 2 * width);
+  const int64_t at = ((row / kTileRows * w.stat_groups + group) * 8 + row % 8) * (width / 2);
+  const uint32_t pair = load_stat_codes(w.stat_codes + at, w.wide_codes) >> (row / 8 % 2 * 2 * width);
   const uint32_t mask = (1u << width) - 1;
   const int64_t lines = (row / w.rows_per_stat * w.groups + group) * 4;
   const auto line = [&](int64_t step, uint32_t code) {
