@@ -17,6 +17,7 @@ from .cpu_spqr import CpuSpqr
 from .cuda import CudaFragments
 from .cuda_fp8 import CudaFp8
 from .cuda_int8 import CudaInt8
+from .cuda_spqr import CudaSpqr
 from .neutral import Neutral
 from .neutral_fp8 import NeutralFp8
 from .neutral_spqr import NeutralSpqr
@@ -37,7 +38,7 @@ class Choice:
 _ROWS: dict[type[Grid], tuple[KernelRow[Any], ...]] = {
     PackedGrid: (CpuRows16(), CpuInt8(), CudaFragments(), CudaInt8(), Neutral()),
     Fp8Grid: (CudaFp8(), NeutralFp8()),
-    SpqrGrid: (CpuSpqr(), NeutralSpqr()),
+    SpqrGrid: (CpuSpqr(), CudaSpqr(), NeutralSpqr()),
 }
 
 

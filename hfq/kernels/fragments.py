@@ -15,6 +15,10 @@ the last 8 of all lanes behind the first 16 of all): rows g and g + 8 of some co
     4     16 x 64    word r // 4: code e at bit 16 e + 4 (r % 4)
     8     16 x 32    word r // 2: code e at bit 16 (r % 2) + 8 e
 
+For format ``spqr`` the columns of a unit stand in another order, so that an instruction (j) takes 16 neighbouring ones:
+
+    column  32 * unit + 16 * j + 4 * t + 2 * q + e       (``halves=True``)
+
 ``kernels/cuda/fragments.h`` says why. K is a multiple of 8; padding is zero: padded columns meet activations that count as zero,
 padded rows are not stored to.
 """
@@ -41,8 +45,12 @@ _LANES = 32
 _CHUNK = 1 << 22
 
 
-def to_fragments(neutral: Tensor, bits: int) -> Tensor:
-    """Codes (uint8 `[..., N, B, 1]`) or scales (float `[..., N, G]`) in layout fragments."""
+def to_fragments(neutral: Tensor, bits: int, halves: bool = False) -> Tensor:
+    """Codes (uint8 `[..., N, B, 1]`) or scales (float `[..., N, G]`) in layout fragments.
+
+    Args:
+        halves: the order of columns for format ``spqr``.
+    """
     if neutral.dtype != torch.uint8:
         *lead, rows, groups = neutral.shape
         padded = torch.nn.functional.pad(neutral, (0, 0, 0, -rows % ROWS))
@@ -59,7 +67,8 @@ def to_fragments(neutral: Tensor, bits: int) -> Tensor:
             missing = (blocks * units * _UNIT - columns, -codes.shape[0] % ROWS)
             codes = torch.nn.functional.pad(codes, (0, missing[0], 0, missing[1]))
             #            tile h g  block   unit   t  j  q  e
-            codes = codes.view(-1, 2, 8, blocks, units, 4, 2, 2, 2)
+            codes = codes.view(-1, 2, 8, blocks, units, *((2, 4) if halves else (4, 2)), 2, 2)
+            codes = codes.transpose(5, 6) if halves else codes
             registers = codes.permute(0, 3, 2, 5, 4, 6, 1, 7, 8)
             words = _words(registers.reshape(-1, blocks, _LANES, 8 * units, 2), bits)
             part = tiles[first // ROWS : -(-last // ROWS)]
@@ -67,7 +76,9 @@ def to_fragments(neutral: Tensor, bits: int) -> Tensor:
     return out
 
 
-def from_fragments(tiles: Tensor, shape: tuple[int, ...], bits: int) -> Tensor:
+def from_fragments(
+    tiles: Tensor, shape: tuple[int, ...], bits: int, halves: bool = False
+) -> Tensor:
     """The inverse of `to_fragments`, bit-exact, to the neutral `shape` `[..., N, B, 1]` or `[..., N, G]`."""
     if tiles.dtype != torch.uint8:
         rows = tiles.transpose(-1, -2).movedim(-3, -1).flatten(-4, -2)
@@ -80,7 +91,9 @@ def from_fragments(tiles: Tensor, shape: tuple[int, ...], bits: int) -> Tensor:
         for first, last in _chunks(rows_count, columns):
             words = _lanes(codes[first // ROWS : -(-last // ROWS)])
             registers = _registers(words, bits).view(-1, blocks, 8, 4, units, 2, 2, 2, 2)
-            rows = registers.permute(0, 6, 2, 1, 4, 3, 5, 7, 8).reshape(-1, blocks * units * _UNIT)
+            t_and_j = (5, 3) if halves else (3, 5)
+            rows = registers.permute(0, 6, 2, 1, 4, *t_and_j, 7, 8)
+            rows = rows.reshape(-1, blocks * units * _UNIT)
             matrix[first:last, :, 0] = pack(rows[: last - first, :columns], bits)
     return out
 

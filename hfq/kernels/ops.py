@@ -327,20 +327,22 @@ register_gradient("cpu_int8_linear", 3, _cpu_int8_product)
 # Gradients of gradients: d(grad W) = d(grad) W, so that of grad is a product with W^T.
 
 
-def register_second_gradient(name: str, product: Callable[..., Tensor]) -> None:
-    """Give ``hfq::<name>(grad, qweight, scales, zeros, codebook, *sizes)``, grad W, its gradient.
+def register_second_gradient(
+    name: str, product: Callable[..., Tensor], operand_count: int = 4
+) -> None:
+    """Give ``hfq::<name>(grad, *operands, *sizes)``, grad W, its gradient.
 
     Args:
         product: (x, operands, sizes) -> x W^T.
     """
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:5])
-        ctx.sizes = inputs[5:]
+        ctx.save_for_backward(*inputs[1 : 1 + operand_count])
+        ctx.sizes = inputs[1 + operand_count :]
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grad_x = product(grad, ctx.saved_tensors, ctx.sizes)
-        return (grad_x, *[None] * (4 + len(ctx.sizes)))
+        return (grad_x, *[None] * (operand_count + len(ctx.sizes)))
 
     torch.library.register_autograd(
         f"hfq::{name}", backward, setup_context=setup_context, lib=LIBRARY

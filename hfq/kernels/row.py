@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ..core.weight import Fp8Grid, Grid, PackedGrid, SpqrGrid
 
-__all__ = ["KernelRow", "OneByOne", "Problem", "each_expert", "stack_tiles"]
+__all__ = ["KernelRow", "OneByOne", "Problem", "StatLayout", "each_expert", "stack_tiles"]
 
 # The one class of grids that a kernel reads.
 G = TypeVar("G", PackedGrid, Fp8Grid, SpqrGrid)
@@ -102,6 +102,17 @@ class KernelRow(Protocol[G]):
 
     def dequantize(self, grid: G, dtype: torch.dtype) -> Tensor:
         """The weight `[N, K]` behind a grid in the kernel's layout."""
+
+
+@runtime_checkable
+class StatLayout(Protocol):
+    """A row that has a layout of its own for the codes of bilevel scales; others take `prepare` for them, too."""
+
+    def prepare_stats(self, tensor: Tensor, stat_bits: int) -> Tensor:
+        """``SpqrGrid.stat_codes``, uint8 `[..., N, S, 1]`, in the kernel's layout, which has more dimensions."""
+
+    def restore_stats(self, tensor: Tensor, shape: tuple[int, ...], stat_bits: int) -> Tensor:
+        """The inverse of `prepare_stats`, bit-exact."""
 
 
 def each_expert(x: Tensor, counts: Tensor, linear: Callable[[Tensor, int], Tensor]) -> Tensor:

@@ -26,24 +26,24 @@ from torch import Tensor
 from . import reference
 from .ops import LIBRARY, define_product, dequantized, matmul, register_gradient
 
-__all__ = ["spqr_rows16_weight"]
+__all__ = ["GRID", "OPERANDS", "SIZES", "spqr_rows16_weight"]
 
-_GRID = (
+GRID = (
     "Tensor qweight, Tensor stat_codes, Tensor stats, Tensor offsets, Tensor columns, Tensor values"
 )
-_SIZES = "int bits, int group_size, int stat_bits, int stat_group_size, int in_features"
-_OPERANDS = 6
+SIZES = "int bits, int group_size, int stat_bits, int stat_group_size, int in_features"
+OPERANDS = 6
 
 for _schema in (
-    f"spqr_dequantize({_GRID}, {_SIZES}, ScalarType dtype) -> Tensor",
-    f"spqr_linear(Tensor x, {_GRID}, Tensor? bias, {_SIZES}) -> Tensor",
-    f"cpu_spqr_dequantize({_GRID}, {_SIZES}, int out_features, ScalarType dtype) -> Tensor",
-    f"cpu_spqr_linear_dequantized(Tensor x, {_GRID}, Tensor? bias, {_SIZES}, int out_features) -> Tensor",
+    f"spqr_dequantize({GRID}, {SIZES}, ScalarType dtype) -> Tensor",
+    f"spqr_linear(Tensor x, {GRID}, Tensor? bias, {SIZES}) -> Tensor",
+    f"cpu_spqr_dequantize({GRID}, {SIZES}, int out_features, ScalarType dtype) -> Tensor",
+    f"cpu_spqr_linear_dequantized(Tensor x, {GRID}, Tensor? bias, {SIZES}, int out_features) -> Tensor",
 ):
     LIBRARY.define(_schema, tags=(torch.Tag.needs_fixed_stride_order,))
 
 define_product(
-    f"cpu_spqr_linear(Tensor x, {_GRID}, Tensor? bias, {_SIZES}, int out_features) -> Tensor"
+    f"cpu_spqr_linear(Tensor x, {GRID}, Tensor? bias, {SIZES}, int out_features) -> Tensor"
 )
 
 
@@ -68,12 +68,12 @@ def spqr_rows16_weight(
 
 
 def _linear(x: Tensor, *arguments: Any) -> Tensor:
-    operands, bias, sizes = arguments[:_OPERANDS], arguments[_OPERANDS], arguments[_OPERANDS + 1 :]
+    operands, bias, sizes = arguments[:OPERANDS], arguments[OPERANDS], arguments[OPERANDS + 1 :]
     return matmul(x, _neutral_weight(operands, sizes, x.dtype), bias)
 
 
 def _cpu_linear_dequantized(x: Tensor, *arguments: Any) -> Tensor:
-    operands, bias, sizes = arguments[:_OPERANDS], arguments[_OPERANDS], arguments[_OPERANDS + 1 :]
+    operands, bias, sizes = arguments[:OPERANDS], arguments[OPERANDS], arguments[OPERANDS + 1 :]
     return matmul(x, spqr_rows16_weight(operands, sizes, x.dtype), bias)
 
 
@@ -109,6 +109,6 @@ _FAKES: dict[str, Callable[..., Tensor]] = {
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"hfq::{_name}", _fake, lib=LIBRARY)
 
-register_gradient("spqr_linear", _OPERANDS, dequantized(_neutral_weight))
-register_gradient("cpu_spqr_linear", _OPERANDS, dequantized(spqr_rows16_weight))
-register_gradient("cpu_spqr_linear_dequantized", _OPERANDS, dequantized(spqr_rows16_weight))
+register_gradient("spqr_linear", OPERANDS, dequantized(_neutral_weight))
+register_gradient("cpu_spqr_linear", OPERANDS, dequantized(spqr_rows16_weight))
+register_gradient("cpu_spqr_linear_dequantized", OPERANDS, dequantized(spqr_rows16_weight))

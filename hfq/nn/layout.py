@@ -13,13 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.weight import Grid
+from ..core.spec import SpqrSpec
+from ..core.weight import Grid, SpqrGrid
 from ..formats import FORMATS
-from ..kernels.row import KernelRow
+from ..kernels.row import KernelRow, StatLayout
 from .slot import PackedSlot
 
 __all__ = ["as_bits", "as_float", "in_kernel_layout", "neutral_grid", "to_kernel", "to_neutral"]
 
+# The operand whose codes are not of ``spec.bits`` bits.
+_STATS = "stat_codes"
 _BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
 
@@ -62,7 +65,10 @@ def to_kernel(
         operand = getattr(grid, field)
         if operand is None:
             continue
-        operands[field] = row.prepare(operand, grid.bits)
+        if isinstance(grid, SpqrGrid) and field == _STATS and isinstance(row, StatLayout):
+            operands[field] = row.prepare_stats(operand, grid.stat_bits)
+        else:
+            operands[field] = row.prepare(operand, grid.bits)
         # Decoded operands (double-quantized scales) are extra; all others live in what is held.
         if operand.data_ptr() == held[key].data_ptr():
             prepared[key] = as_bits(operands[field])
@@ -80,10 +86,15 @@ def to_neutral(
     slot: PackedSlot, held: Mapping[str, Tensor], row: KernelRow[Any]
 ) -> dict[str, Tensor]:
     """The inverse of `to_kernel`, bit-exact; tensors that are neutral already are handed through."""
-    layout = slot.layout()
-    return {
-        key: tensor
-        if tensor.dim() == len(layout[key].shape)
-        else row.restore(tensor, layout[key].shape, slot.spec.bits)
-        for key, tensor in held.items()
-    }
+    layout, spec = slot.layout(), slot.spec
+
+    def restored(key: str, tensor: Tensor) -> Tensor:
+        shape = layout[key].shape
+        if tensor.dim() == len(shape):
+            return tensor
+        of_stats = SpqrGrid.OPERANDS.get(key) == _STATS
+        if isinstance(spec, SpqrSpec) and of_stats and isinstance(row, StatLayout):
+            return row.restore_stats(tensor, shape, spec.stat_bits)
+        return row.restore(tensor, shape, spec.bits)
+
+    return {key: restored(key, tensor) for key, tensor in held.items()}

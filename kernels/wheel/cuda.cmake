@@ -24,16 +24,9 @@ else()
   set(archs ${CMAKE_CUDA_ARCHITECTURES})
 endif()
 
-add_library(hfq_cuda MODULE "${KERNELS}/torch-ext/torch_binding_cuda.cpp" "${KERNELS}/torch-ext/torch_binding_cuda_fragments.cpp"
-                            "${KERNELS}/torch-ext/torch_binding_cuda_int8.cpp"
-                            "${KERNELS}/cuda/dequantize.cu"
-                            "${KERNELS}/cuda/gemm.cu" "${KERNELS}/cuda/gemm_int2.cu" "${KERNELS}/cuda/gemm_int3.cu"
-                            "${KERNELS}/cuda/gemm_int4.cu" "${KERNELS}/cuda/gemm_int8.cu" "${KERNELS}/cuda/gemm_plan.cu"
-                            "${KERNELS}/cuda/gemm_table4.cu"
-                            "${KERNELS}/cuda/linear.cu" "${KERNELS}/cuda/linear_int2.cu" "${KERNELS}/cuda/linear_int3.cu"
-                            "${KERNELS}/cuda/linear_int4.cu" "${KERNELS}/cuda/linear_int8.cu" "${KERNELS}/cuda/linear_table4.cu"
-                            "${KERNELS}/cuda/linear_w8a8.cu" "${KERNELS}/cuda/quantize_tokens.cu" "${KERNELS}/cuda/scale_sums.cu"
-                            "${KERNELS}/cuda/unpack.cu")
+# Each of our .cu files, compiled side by side, and what registers the operators.
+file(GLOB cuda_sources CONFIGURE_DEPENDS "${KERNELS}/cuda/*.cu" "${KERNELS}/torch-ext/torch_binding_cuda*.cpp")
+add_library(hfq_cuda MODULE ${cuda_sources})
 set_target_properties(hfq_cuda PROPERTIES CUDA_ARCHITECTURES "${archs}" INSTALL_RPATH "" SUFFIX ".so")
 target_compile_options(hfq_cuda PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-O3 -Wall -Wextra> $<$<COMPILE_LANGUAGE:CUDA>:-O3>)
 add_torch_stub(torch_cuda)

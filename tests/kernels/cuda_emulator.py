@@ -14,11 +14,24 @@ import pytest
 import torch
 from torch import Tensor
 
+from hfq.core.weight import SpqrGrid
+from hfq.kernels.neutral_spqr import operands
+
 ROOT = Path(__file__).parents[2]
 EMULATOR = Path(__file__).parent / "cuda_on_cpu"
 # The first CUDA kernel, for the neutral layout, is written against CUDA's own types.
 SOURCES = sorted(set((ROOT / "kernels/cuda").glob("*.cu")) - {ROOT / "kernels/cuda/dequantize.cu"})
-FLAGS = ("-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
+# The GPU contracts multiplications and additions where kernels let it; they say where that is wrong.
+FLAGS = (
+    "-std=c++17",
+    "-O1",
+    "-ffp-contract=off",
+    "-fPIC",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+)
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
@@ -102,6 +115,41 @@ class _ScaleSumsParams(ctypes.Structure):
     )
 
 
+class _SpqrWeight(ctypes.Structure):
+    """kernels/cuda/spqr.h"""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("qweight", "stat_codes", "stats")),
+        *((name, _POINTER) for name in ("offsets", "columns", "values")),
+        *((name, _SIZE) for name in ("out_features", "in_features", "groups", "stat_groups")),
+        *((name, _SIZE) for name in ("group_size", "rows_per_stat", "outliers")),
+        *((name, _INT) for name in ("bits", "wide_codes", "wide_columns", "stat_dtype")),
+    )
+
+
+class _SpqrLinearParams(ctypes.Structure):
+    """kernels/cuda/spqr.h"""
+
+    _fields_ = (
+        ("weight", _SpqrWeight),
+        *((name, _POINTER) for name in ("x", "bias", "y")),
+        ("tokens", _SIZE),
+        *((name, _INT) for name in ("x_dtype", "bias_dtype")),
+        *((name, _INT) for name in ("token_tiles", "step_columns", "group_magic")),
+    )
+
+
+class _SpqrUnpackParams(ctypes.Structure):
+    """kernels/cuda/spqr.h"""
+
+    _fields_ = (
+        ("weight", _SpqrWeight),
+        *((name, _POINTER) for name in ("index", "y")),
+        ("rows", _SIZE),
+        ("y_dtype", _INT),
+    )
+
+
 class Emulator:
     """The launchers, with the arguments of the operators ``hfq::cuda_*``."""
 
@@ -114,6 +162,8 @@ class Emulator:
             "quantize_tokens",
             "linear_w8a8",
             "scale_sums",
+            "spqr_linear",
+            "spqr_unpack",
             "self_check",
         ):
             getattr(self._library, name).restype = ctypes.c_char_p
@@ -274,6 +324,35 @@ class Emulator:
         )
         self._run(self._library.scale_sums, params, (sums, token_scales, scales, bias), out)
 
+    def spqr_linear(self, x: Tensor, grid: SpqrGrid, bias: Tensor | None) -> Tensor:
+        """`grid`: in the layout of the kernel row."""
+        y = torch.full((len(x), grid.out_features), 12345.0, dtype=x.dtype)
+        params = _SpqrLinearParams(
+            weight=_spqr_weight(grid),
+            x=x.data_ptr(),
+            bias=0 if bias is None else bias.data_ptr(),
+            y=y.data_ptr(),
+            tokens=len(x),
+            x_dtype=_DTYPES[x.dtype],
+            bias_dtype=0 if bias is None else _DTYPES[bias.dtype],
+        )
+        self._run(self._library.spqr_linear, params, (x, *operands(grid), bias), y)
+        return y
+
+    def spqr_unpack(self, index: Tensor | None, grid: SpqrGrid, dtype: torch.dtype) -> Tensor:
+        """The rows `index`, or all of them."""
+        rows = grid.out_features if index is None else len(index)
+        y = torch.full((rows, grid.in_features), 12345.0, dtype=dtype)
+        params = _SpqrUnpackParams(
+            weight=_spqr_weight(grid),
+            index=0 if index is None else index.data_ptr(),
+            y=y.data_ptr(),
+            rows=rows,
+            y_dtype=_DTYPES[dtype],
+        )
+        self._run(self._library.spqr_unpack, params, (index, *operands(grid)), y)
+        return y
+
     def self_check(self, name: str, x: Tensor) -> Tensor:
         """What a kernel of self_check.cpp makes of int32 `[128]`."""
         y = torch.zeros_like(x)
@@ -329,6 +408,24 @@ def _weight(operands: tuple[Tensor | None, ...], sizes: tuple[int, int, int, int
     )
 
 
+def _spqr_weight(grid: SpqrGrid) -> _SpqrWeight:
+    return _SpqrWeight(
+        **{name: getattr(grid, name).data_ptr() for name in ("qweight", "stat_codes", "stats")},
+        **{name: getattr(grid, name).data_ptr() for name in ("offsets", "columns", "values")},
+        out_features=grid.out_features,
+        in_features=grid.in_features,
+        groups=grid.stats.shape[-2],
+        stat_groups=grid.stat_codes.shape[-3],
+        group_size=grid.group_size,
+        rows_per_stat=grid.stat_group_size,
+        outliers=len(grid.columns),
+        bits=grid.bits,
+        wide_codes=grid.stat_bits > 4,
+        wide_columns=grid.columns.dtype == torch.int32,
+        stat_dtype=_DTYPES[grid.stats.dtype],
+    )
+
+
 def build(folder: Path) -> Emulator:
     """Compile kernels and emulator into a library."""
     sources = [
@@ -346,6 +443,7 @@ def build_operators(folder: Path) -> Path:
     sources = [
         ROOT / "kernels/torch-ext/torch_binding_cuda_fragments.cpp",
         ROOT / "kernels/torch-ext/torch_binding_cuda_int8.cpp",
+        ROOT / "kernels/torch-ext/torch_binding_cuda_spqr.cpp",
         EMULATOR / "operators.cpp",
     ]
     objects = _compiled(folder, sources, device)

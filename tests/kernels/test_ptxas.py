@@ -10,18 +10,12 @@ from pathlib import Path
 import pytest
 
 CUDA = Path(__file__).parents[2] / "kernels/cuda"
-OTHERS = ("unpack", "quantize_tokens", "scale_sums")
-# Read by their launchers' callers for each weight: a spill costs memory traffic where memory is the limit.
-HOT = sorted(
-    path.name
-    for pattern in (
-        "linear_*.cu",
-        "gemm_int*.cu",
-        "gemm_table*.cu",
-        *(f"{name}.cu" for name in OTHERS),
-    )
-    for path in CUDA.glob(pattern)
+# Run once or more for each weight of a model: a spill costs memory traffic where memory is the limit.
+PATTERNS = (
+    *("linear_*.cu", "gemm_int*.cu", "gemm_table*.cu", "spqr_linear?.cu"),
+    *("*unpack.cu", "quantize_tokens.cu", "scale_sums.cu"),
 )
+HOT = sorted(path.name for pattern in PATTERNS for path in CUDA.glob(pattern))
 DEFAULT = ("linear_int4.cu", "sm_90a")
 
 

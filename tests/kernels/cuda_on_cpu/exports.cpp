@@ -1,5 +1,7 @@
 // What tests/kernels/test_cuda_emulated.py calls.
 #include "../../../kernels/cuda/gemm.h"
+#include "../../../kernels/cuda/linear.h"
+#include "../../../kernels/cuda/spqr.h"
 #include "../../../kernels/cuda/unpack.h"
 #include "../../../kernels/cuda/w8a8.h"
 #include "fibers.h"
@@ -9,6 +11,8 @@ extern "C" {
 int64_t linear_workspace(const hfq::LinearParams* params) { return hfq::linear_workspace(*params); }
 void gemm_plan(const hfq::LinearParams* params, hfq::GemmPlan* plan) { *plan = hfq::plan_gemm(*params); }
 const char* linear(const hfq::LinearParams* params) { return hfq::launch_linear(*params, nullptr); }
+const char* spqr_linear(const hfq::SpqrLinearParams* params) { return hfq::launch_spqr_linear(*params, nullptr); }
+const char* spqr_unpack(const hfq::SpqrUnpackParams* params) { return hfq::launch_spqr_unpack(*params, nullptr); }
 const char* unpack(const hfq::UnpackParams* params) { return hfq::launch_unpack(*params, nullptr); }
 const char* quantize_tokens(const hfq::TokensParams* params) { return hfq::launch_quantize_tokens(*params, nullptr); }
 int quantizes_inside(int64_t tokens, int64_t in_features) { return hfq::quantizes_inside(tokens, in_features); }

@@ -1,0 +1,208 @@
+"""Operators ``hfq::cuda_spqr_*``: schemas, fakes, gradients, and what each computes in PyTorch.
+
+    cuda_spqr_dequantize          tiles -> [N, K]               native on CUDA; elsewhere the reference
+    cuda_spqr_lookup              index [T], tiles -> [T, K]    the same; rows of a table; no gradient, index is int64
+    cuda_spqr_linear              x, tiles -> x W^T + bias      the same; x [M, K] in float16 or bfloat16, for few tokens
+    cuda_spqr_linear_dequantized  x, tiles -> x W^T + bias      cuda_spqr_dequantize, then a matrix product; some rows of W at a time
+    cuda_spqr_linear_gradient     grad, tiles -> grad W         the same
+
+Tiles: qweight in layout fragments with ``halves=True``, stat_codes as in `hfq.kernels.spqr_fragments`, all else as in
+`hfq.kernels.spqr_ops`; K is a multiple of 8, groups of 16 columns, stat_group_size of 16 rows. Offsets may be those of some
+neighbouring rows of a larger weight, with the columns and values of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.bits import packed_bytes
+from ..core.spec import group_count
+from . import fragments, reference, spqr_fragments
+from .ops import (
+    LIBRARY,
+    define_product,
+    matmul,
+    native_dtype,
+    register_gradient,
+    register_second_gradient,
+)
+from .spqr_ops import GRID, OPERANDS, SIZES
+
+__all__ = ["spqr_fragments_weight"]
+
+# Bytes of a dequantized weight that are there at a time.
+_CHUNK = 128 << 20
+
+_LINEAR = f"Tensor x, {GRID}, Tensor? bias, {SIZES}, int out_features"
+
+for _schema in (
+    f"cuda_spqr_dequantize({GRID}, {SIZES}, int out_features, ScalarType dtype) -> Tensor",
+    f"cuda_spqr_lookup(Tensor index, {GRID}, {SIZES}, int out_features, ScalarType dtype) -> Tensor",
+    f"cuda_spqr_linear_dequantized({_LINEAR}) -> Tensor",
+    f"cuda_spqr_linear_gradient(Tensor grad, {GRID}, {SIZES}, int out_features) -> Tensor",
+):
+    LIBRARY.define(_schema, tags=(torch.Tag.needs_fixed_stride_order,))
+
+define_product(f"cuda_spqr_linear({_LINEAR}) -> Tensor")
+
+
+def spqr_fragments_weight(
+    operands: tuple[Any, ...], sizes: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    """The weight `[N, K]` behind tiles, in any float dtype.
+
+    Args:
+        operands: qweight, stat_codes, stats, offsets, columns, values.
+        sizes: bits, group_size, stat_bits, stat_group_size, in_features, out_features.
+    """
+    weight: Tensor = torch.ops.hfq.cuda_spqr_dequantize(*operands, *sizes, native_dtype(dtype))
+    return weight.to(dtype)
+
+
+# ---- implementations in PyTorch
+
+
+def _dequantize(
+    qweight: Tensor,
+    stat_codes: Tensor,
+    stats: Tensor,
+    offsets: Tensor,
+    columns: Tensor,
+    values: Tensor,
+    bits: int,
+    group_size: int,
+    stat_bits: int,
+    stat_group_size: int,
+    in_features: int,
+    out_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    codes = fragments.from_fragments(
+        qweight, (out_features, in_features * bits // 8, 1), bits, halves=True
+    )
+    stat_bytes = packed_bytes(2 * group_count(in_features, group_size), stat_bits)
+    stat_rows = spqr_fragments.from_stat_pairs(stat_codes, (out_features, stat_bytes, 1), stat_bits)
+    first, last = int(offsets[0]), int(offsets[-1])
+    outliers = (offsets - first, columns[first:last], values[first:last])
+    sizes = (bits, group_size, stat_bits, stat_group_size, in_features)
+    return reference.spqr_dequantize(codes, stat_rows, stats, *outliers, *sizes, dtype)
+
+
+def _lookup(index: Tensor, *arguments: Any) -> Tensor:
+    return _dequantize(*arguments)[index]
+
+
+def _linear(x: Tensor, *arguments: Any) -> Tensor:
+    operands, bias, sizes = arguments[:OPERANDS], arguments[OPERANDS], arguments[OPERANDS + 1 :]
+    return matmul(x, spqr_fragments_weight(operands, sizes, x.dtype), bias)
+
+
+def _linear_dequantized(x: Tensor, *arguments: Any) -> Tensor:
+    operands, bias, sizes = arguments[:OPERANDS], arguments[OPERANDS], arguments[OPERANDS + 1 :]
+    y = x.new_empty((*x.shape[:-1], sizes[-1]))
+    for part, weight in _parts(operands, sizes, x.dtype):
+        product = matmul(x, weight, None if bias is None else bias[part])
+        if len(weight) == sizes[-1]:
+            return product
+        y[..., part] = product
+    return y
+
+
+def _linear_gradient(grad: Tensor, *arguments: Any) -> Tensor:
+    operands, sizes = arguments[:OPERANDS], arguments[OPERANDS:]
+    total = None
+    for part, weight in _parts(operands, sizes, grad.dtype):
+        product = matmul(grad[..., part], weight.T, None)
+        if len(weight) == sizes[-1]:
+            return product
+        # As in `hfq.kernels.cuda_ops`: the sum of the parts is not rounded on the way.
+        wide = product.float() if product.dtype.itemsize == 2 else product
+        total = wide if total is None else total.add_(wide)
+    if total is None:
+        return grad.new_zeros((*grad.shape[:-1], sizes[-2]))
+    return total.to(grad.dtype)
+
+
+def _parts(
+    operands: tuple[Any, ...], sizes: tuple[int, ...], dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor]]:
+    """Runs of rows of the weight, dequantized; each begins with rows that share statistics."""
+    qweight, stat_codes, stats, offsets, columns, values = operands
+    *others, stat_group_size, in_features, out_features = sizes
+    step = max(1, _CHUNK // (in_features * dtype.itemsize * stat_group_size)) * stat_group_size
+    for first in range(0, out_features, step):
+        last = min(out_features, first + step)
+        tiles = slice(first // fragments.ROWS, -(-last // fragments.ROWS))
+        blocks = slice(first // stat_group_size, -(-last // stat_group_size))
+        part = (qweight[tiles], stat_codes[tiles], stats[blocks], offsets[first : last + 1])
+        part_sizes = (*others, stat_group_size, in_features, last - first)
+        weight = spqr_fragments_weight((*part, columns, values), part_sizes, dtype)
+        yield slice(first, last), weight
+
+
+for _name, _implementation in (
+    ("cuda_spqr_dequantize", _dequantize),
+    ("cuda_spqr_lookup", _lookup),
+    ("cuda_spqr_linear", _linear),
+    ("cuda_spqr_linear.inference", _linear),
+    ("cuda_spqr_linear_dequantized", _linear_dequantized),
+    ("cuda_spqr_linear_gradient", _linear_gradient),
+):
+    LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
+
+
+# ---- shapes
+
+
+def _fake_dequantize(qweight: Tensor, *rest: Any) -> Tensor:
+    in_features, out_features, dtype = rest[-3:]
+    return qweight.new_empty((out_features, in_features), dtype=dtype)
+
+
+def _fake_lookup(index: Tensor, qweight: Tensor, *rest: Any) -> Tensor:
+    in_features, _, dtype = rest[-3:]
+    return qweight.new_empty((index.shape[0], in_features), dtype=dtype)
+
+
+def _fake_linear(x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rest[-1]))
+
+
+def _fake_linear_gradient(grad: Tensor, *rest: Any) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], rest[-2]))
+
+
+_FAKES: dict[str, Callable[..., Tensor]] = {
+    "cuda_spqr_dequantize": _fake_dequantize,
+    "cuda_spqr_lookup": _fake_lookup,
+    "cuda_spqr_linear": _fake_linear,
+    "cuda_spqr_linear.inference": _fake_linear,
+    "cuda_spqr_linear_dequantized": _fake_linear,
+    "cuda_spqr_linear_gradient": _fake_linear_gradient,
+}
+for _name, _fake in _FAKES.items():
+    torch.library.register_fake(f"hfq::{_name}", _fake, lib=LIBRARY)
+
+
+# ---- gradients
+
+
+def _product(grad: Tensor, operands: tuple[Any, ...], sizes: tuple[int, ...]) -> Tensor:
+    product: Tensor = torch.ops.hfq.cuda_spqr_linear_gradient(grad, *operands, *sizes)
+    return product
+
+
+register_gradient("cuda_spqr_linear", OPERANDS, _product)
+register_gradient("cuda_spqr_linear_dequantized", OPERANDS, _product)
+
+
+def _transposed(grad: Tensor, operands: tuple[Any, ...], sizes: tuple[int, ...]) -> Tensor:
+    product: Tensor = torch.ops.hfq.cuda_spqr_linear_dequantized(grad, *operands, None, *sizes)
+    return product
+
+
+register_second_gradient("cuda_spqr_linear_gradient", _transposed, OPERANDS)

@@ -1,0 +1,65 @@
+// hfq::cuda_spqr_linear, cuda_spqr_dequantize and cuda_spqr_lookup: a weight of format "spqr" as the kernels for CUDA take it. Layouts of
+// codes: hfq/kernels/spqr_fragments.py; what the tensors mean: hfq/formats/spqr.py.
+#pragma once
+
+#include "weight.h"
+
+namespace hfq {
+
+constexpr int kHalfColumns = 16;  // columns of one matrix instruction: a group may end behind each
+
+struct SpqrWeight {
+  const uint8_t* qweight;     // [N16, C, 32 | 48, 16]  as in weight.h, columns in another order
+  const uint8_t* stat_codes;  // [N16, H, 8, 2 | 4]     rows g and g + 8: scale, zero point, scale, zero point, in 4 or 8 bits each
+  const void* stats;          // [R, G, 4]              step and offset of scales, step and offset of zero points
+  const int32_t* offsets;     // [N + 1]                outliers of row n: offsets[n] to offsets[n + 1]
+  const void* columns;        // [Z]                    int16 or int32
+  const void* values;         // [Z]                    added to the dense weight
+  int64_t out_features;       // N
+  int64_t in_features;        // K, a multiple of 8
+  int64_t groups;             // G
+  int64_t stat_groups;        // H, G or one more: what the bytes of a stored row have room for
+  int64_t group_size;         // a multiple of 16, or at least K
+  int64_t rows_per_stat;      // a multiple of 16
+  int64_t outliers;           // Z, below 2^31
+  int32_t bits;               // 2, 3 or 4
+  int32_t wide_codes;         // codes of scales have 8 bits, not 4
+  int32_t wide_columns;       // int32
+  DType stat_dtype;           // of stats and values
+};
+
+struct SpqrLinearParams {
+  SpqrWeight weight;
+  const void* x;         // [tokens, K]
+  const void* bias;      // [N] or null
+  void* y;               // [tokens, N]
+  int64_t tokens;        // M
+  DType x_dtype;         // of x and y: kFloat16 or kBFloat16
+  DType bias_dtype;
+  // What follows is set by the launcher.
+  uint32_t token_tiles;  // ceil(M / 8)
+  uint32_t step_columns;  // columns whose sums are scaled together: 16, 32 or those of a block
+  uint32_t group_magic;  // ceil(2^31 / steps of a group): step / steps is the upper half of 2 step * magic
+};
+
+struct SpqrUnpackParams {
+  SpqrWeight weight;
+  const int64_t* index;  // [rows] which rows, or null: all, in order
+  void* y;               // [rows, K]
+  int64_t rows;          // T, or N
+  DType y_dtype;
+};
+
+// Enqueue the kernels. Return null, or CUDA's description of the error. K below 2^19.
+const char* launch_spqr_linear(const SpqrLinearParams& params, cudaStream_t stream);
+const char* launch_spqr_unpack(const SpqrUnpackParams& params, cudaStream_t stream);
+
+// Enqueues a copy within the memory of the device (linear.cu).
+const char* copy_on_device(void* to, const void* from, int64_t bytes, cudaStream_t stream);
+
+// One for each number of bits, so that they are compiled side by side; called by launch_spqr_linear.
+const char* launch_spqr_linear2(const SpqrLinearParams& params, cudaStream_t stream);
+const char* launch_spqr_linear3(const SpqrLinearParams& params, cudaStream_t stream);
+const char* launch_spqr_linear4(const SpqrLinearParams& params, cudaStream_t stream);
+
+}  // namespace hfq

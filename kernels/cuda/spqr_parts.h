@@ -1,0 +1,30 @@
+// What the kernels of format "spqr" share: the checks of outliers, and codes of scales as they are loaded.
+#pragma once
+
+#include "fragments.h"
+#include "spqr.h"
+
+namespace hfq {
+
+struct Span {
+  uint32_t begin, end;
+};
+
+// Checkpoints are checked when they are loaded; a wrong index must not become a wild read even so.
+__device__ __forceinline__ Span outliers_of(const SpqrWeight& w, int64_t row) {
+  const int32_t last = static_cast<int32_t>(w.outliers), begin = load(w.offsets + row), end = load(w.offsets + row + 1);
+  return {static_cast<uint32_t>(begin < 0 ? 0 : begin), static_cast<uint32_t>(end < 0 ? 0 : end < last ? end : last)};
+}
+
+// Compared as unsigned, what lies left of column 0 is beyond all.
+__device__ __forceinline__ uint32_t outlier_column(const SpqrWeight& w, uint32_t i) {
+  if (w.wide_columns) return static_cast<uint32_t>(load(static_cast<const int32_t*>(w.columns) + i));
+  return static_cast<uint32_t>(static_cast<int32_t>(load(static_cast<const int16_t*>(w.columns) + i)));
+}
+
+// The codes of rows g and g + 8 in one group: 4 bytes if they are wide, else 2.
+__device__ __forceinline__ uint32_t load_stat_codes(const uint8_t* pair, bool wide) {
+  return wide ? load(reinterpret_cast<const uint32_t*>(pair)) : load(reinterpret_cast<const uint16_t*>(pair));
+}
+
+}  // namespace hfq

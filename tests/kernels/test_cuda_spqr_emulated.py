@@ -1,0 +1,319 @@
+"""The CUDA kernels of format ``spqr``, run on the CPU, against float64 and the PyTorch reference. No GPU is needed."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).parent
+BITS = (2, 3, 4)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
+# (N, K, group_size; 0: one group per row): odd numbers of rows, blocks and groups that are not full, K of one lane and of many rounds.
+SHAPES = (
+    (1, 8, 0),
+    (17, 136, 16),
+    (40, 520, 32),
+    (33, 200, 0),
+    (5, 1096, 48),
+    (150, 264, 64),
+    (18, 2056, 16),
+    (20, 4104, 128),
+)
+# Bits of codes of scales, rows that share lines.
+STATS = ((2, 16), (3, 64), (4, 32), (5, 128), (8, 16))
+
+
+def _module(name: str) -> Any:
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+make = _module("spqr_weights").random_weight
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return _module("cuda_emulator").build(tmp_path_factory.mktemp("cuda_on_cpu"))
+
+
+def _name(value: object) -> str:
+    return "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _x(generator: torch.Generator, tokens: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(tokens, columns, generator=generator).to(dtype)
+
+
+# ---- products
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("shape", SHAPES, ids=_name)
+def test_products(
+    emulator: Any, generator: torch.Generator, shape: tuple[int, int, int], bits: int
+) -> None:
+    rows, columns, group_size = shape
+    for (stat_bits, stat_group_size), tokens, dtype, stat_dtype in zip(
+        STATS, (1, 5, 2, 8, 1), HALVES * 3, FLOATS * 2, strict=False
+    ):
+        w = make(
+            generator,
+            rows,
+            columns,
+            bits=bits,
+            group_size=group_size,
+            stat_bits=stat_bits,
+            stat_group_size=stat_group_size,
+            dtype=stat_dtype,
+        )
+        x = _x(generator, tokens, columns, dtype)
+        w.check(emulator.spqr_linear(x, w.ready, None), x)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 19])
+def test_every_number_of_tokens(emulator: Any, generator: torch.Generator, tokens: int) -> None:
+    w = make(generator, 37, 328)
+    x = _x(generator, tokens, 328, torch.bfloat16)
+    bias = torch.randn(37, generator=generator)
+    y = emulator.spqr_linear(x, w.ready, bias)
+    w.check(y, x, bias)
+    alone = [emulator.spqr_linear(one, w.ready, bias) for one in x.split(1)]
+    assert torch.equal(y, torch.cat(alone)), "a token's result depends on its neighbours"
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group_size", [16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 256, 384, 0])
+def test_group_sizes(emulator: Any, generator: torch.Generator, group_size: int, bits: int) -> None:
+    w = make(generator, 24, 1000, bits=bits, group_size=group_size)
+    x = _x(generator, 3, 1000, torch.float16)
+    w.check(emulator.spqr_linear(x, w.ready, None), x)
+
+
+@pytest.mark.parametrize("stat_dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("bias_dtype", [None, *FLOATS], ids=str)
+def test_dtypes(
+    emulator: Any,
+    generator: torch.Generator,
+    stat_dtype: torch.dtype,
+    bias_dtype: torch.dtype | None,
+) -> None:
+    for dtype, wide in itertools.product(HALVES, (False, True)):
+        w = make(generator, 20, 104, dtype=stat_dtype, wide=wide)
+        x = _x(generator, 2, 104, dtype)
+        bias = None if bias_dtype is None else torch.randn(20, generator=generator).to(bias_dtype)
+        w.check(emulator.spqr_linear(x, w.ready, bias), x, bias)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 1.0])
+def test_shares_of_outliers(
+    emulator: Any, generator: torch.Generator, share: float, bits: int
+) -> None:
+    """None, rows without any, and rows that are nothing else."""
+    w = make(generator, 35, 200, bits=bits, outliers=share)
+    x = _x(generator, 8, 200, torch.bfloat16)
+    y = emulator.spqr_linear(x, w.ready, None)
+    w.check(y, x)
+    assert torch.equal(y, emulator.spqr_linear(x, w.ready, None)), "sums are in one order"
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_not_a_number_reaches_the_outputs_of_its_token(
+    emulator: Any, generator: torch.Generator, bits: int, bad: float
+) -> None:
+    w = make(generator, 20, 136, bits=bits)
+    for dtype, column in zip(HALVES, (135, 3), strict=True):
+        x = _x(generator, 7, 136, dtype)
+        x[4, column] = bad
+        finite = emulator.spqr_linear(x, w.ready, None).isfinite()
+        assert not finite[4].any()
+        assert finite[torch.arange(7) != 4].all()
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("line", range(4))
+def test_lines_that_are_no_number_reach_the_outputs_of_their_rows(
+    emulator: Any, generator: torch.Generator, bits: int, line: int
+) -> None:
+    w = make(generator, 40, 200, bits=bits, stat_group_size=16)
+    stats = w.ready.stats.clone()
+    stats[1, -1, line] = torch.nan
+    x = _x(generator, 3, 200, torch.bfloat16)
+    finite = emulator.spqr_linear(x, replace(w.ready, stats=stats), None).isfinite()
+    assert not finite[:, 16:32].any()
+    assert finite[:, :16].all() and finite[:, 32:].all()
+
+
+def test_outliers_that_are_no_number_reach_the_outputs_of_their_row(
+    emulator: Any, generator: torch.Generator
+) -> None:
+    w = make(generator, 40, 200)
+    values = w.ready.values.clone()
+    values[-1] = torch.nan
+    row = int((w.ready.offsets < len(values)).sum()) - 1
+    x = _x(generator, 3, 200, torch.bfloat16)
+    finite = emulator.spqr_linear(x, replace(w.ready, values=values), None).isfinite()
+    assert not finite[:, row].any()
+    assert finite[:, torch.arange(40) != row].all()
+
+
+def test_large_and_tiny_activations(emulator: Any, generator: torch.Generator) -> None:
+    for bits in BITS:
+        w = make(generator, 16, 64, bits=bits)
+        zero = torch.zeros(1, 64, dtype=torch.bfloat16)
+        assert torch.equal(emulator.spqr_linear(zero, w.ready, None), zero[:, :16])
+        for dtype, size in ((torch.bfloat16, 1e30), (torch.float16, 1e4), (torch.float16, 6e-8)):
+            # One column each, so that no product leaves float16.
+            x = torch.zeros(8, 64, dtype=dtype)
+            x[torch.arange(8), torch.arange(8) * 8 + 1] = size
+            y = emulator.spqr_linear(x, w.ready, None)
+            assert y.isfinite().all()
+            w.check(y, x)
+
+
+# ---- rows
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("shape", SHAPES, ids=_name)
+def test_dequantize_is_the_reference(
+    emulator: Any, generator: torch.Generator, shape: tuple[int, int, int], bits: int
+) -> None:
+    rows, columns, group_size = shape
+    for (stat_bits, stat_group_size), (stat_dtype, dtype) in zip(
+        STATS * 2, itertools.product(FLOATS, FLOATS), strict=False
+    ):
+        w = make(
+            generator,
+            rows,
+            columns,
+            bits=bits,
+            group_size=group_size,
+            stat_bits=stat_bits,
+            stat_group_size=stat_group_size,
+            outliers=0.05,
+            dtype=stat_dtype,
+        )
+        assert torch.equal(emulator.spqr_unpack(None, w.ready, dtype), w.reference(dtype))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_lookup_gives_rows_of_the_dequantized_weight(
+    emulator: Any, generator: torch.Generator, bits: int
+) -> None:
+    w = make(generator, 45, 264, bits=bits)
+    for dtype, count in zip(FLOATS, (1, 16, 33), strict=True):
+        index = torch.randint(45, (count,), generator=generator)
+        rows = emulator.spqr_unpack(index, w.ready, dtype)
+        assert torch.equal(rows, w.reference(dtype)[index])
+    outside = torch.tensor([3, -1, 45, 44])
+    rows = emulator.spqr_unpack(outside, w.ready, torch.float32)
+    assert rows.isnan().all(1).tolist() == [False, True, True, False]
+
+
+def test_wrong_indices_do_not_leave_the_buffers(emulator: Any, generator: torch.Generator) -> None:
+    """Checkpoints are checked before; the emulator stops at the first access that leaves what the kernel was given."""
+    for wide in (False, True):
+        grid = make(generator, 40, 104, wide=wide).ready
+        wild = torch.tensor([-5, 32767, 104, -32768]) * (70000 if wide else 1)
+        wild = wild.clamp(-(2**31), 2**31 - 1).to(grid.columns.dtype).repeat(len(grid.columns))
+        for changed in (
+            {"columns": wild[: len(grid.columns)]},
+            {"offsets": torch.full_like(grid.offsets, 2**31 - 1)},
+            {"offsets": torch.full_like(grid.offsets, -(2**31))},
+            {"offsets": grid.offsets.flip(0).contiguous()},
+            {"offsets": torch.tensor([-(2**31), 2**31 - 1] * 21, dtype=torch.int32)[:41]},
+        ):
+            damaged = replace(grid, **changed)
+            x = torch.ones(3, 104, dtype=torch.bfloat16)
+            assert emulator.spqr_linear(x, damaged, None).isfinite().all()
+            assert emulator.spqr_unpack(None, damaged, torch.bfloat16).isfinite().all()
+
+
+def test_rows_of_a_larger_weight(emulator: Any, generator: torch.Generator) -> None:
+    """Offsets of some rows, columns and values of all: how a large weight is dequantized in parts."""
+    w = make(generator, 96, 136, stat_group_size=32)
+    part = replace(
+        w.ready,
+        qweight=w.ready.qweight[2:],
+        stat_codes=w.ready.stat_codes[2:],
+        stats=w.ready.stats[1:],
+        offsets=w.ready.offsets[32:],
+        out_features=64,
+    )
+    dense = emulator.spqr_unpack(None, part, torch.float32)
+    assert torch.equal(dense, w.reference(torch.float32)[32:])
+
+
+# ---- operators
+
+
+def test_operators_and_modules(emulator: Any) -> None:
+    """The binding, the row and modules with it: on CPU tensors, in a process whose CPU is the emulated GPU."""
+    library = _module("cuda_emulator").build_operators(emulator.folder)
+    script = HERE / "cuda_on_cpu/check_spqr_operators.py"
+    run = subprocess.run(
+        [sys.executable, str(script), str(library)], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "all checks passed" in run.stdout
+
+
+# ---- all of them
+
+
+def _every_case() -> Iterator[Any]:
+    for bits, group_size, (stat_bits, _), dtype in itertools.product(
+        BITS, (16, 32, 48, 96, 128, 0), STATS, HALVES
+    ):
+        name = f"{bits}-{group_size}-{stat_bits}-{dtype}"
+        yield pytest.param(bits, group_size, stat_bits, dtype, id=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("bits", "group_size", "stat_bits", "dtype"), list(_every_case()))
+def test_every_combination(
+    emulator: Any,
+    generator: torch.Generator,
+    bits: int,
+    group_size: int,
+    stat_bits: int,
+    dtype: torch.dtype,
+) -> None:
+    for (rows, columns), tokens, share in zip(
+        ((1, 40), (17, 1000), (40, 328), (64, 4096)),
+        (1, 11, 8, 2),
+        (1.0, 0.01, 0.1, 0),
+        strict=True,
+    ):
+        w = make(
+            generator,
+            rows,
+            columns,
+            bits=bits,
+            group_size=group_size,
+            stat_bits=stat_bits,
+            outliers=share,
+            dtype=FLOATS[rows % 3],
+        )
+        x = _x(generator, tokens, columns, dtype)
+        bias = torch.randn(rows, generator=generator) if tokens % 2 else None
+        w.check(emulator.spqr_linear(x, w.ready, bias), x, bias)
