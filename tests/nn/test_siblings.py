@@ -271,6 +271,34 @@ def test_a_module_called_twice_belongs_to_no_group(generator: torch.Generator) -
     assert group_of(block.q) is None
 
 
+def test_weights_in_a_cuda_graph_do_not_move(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def addresses(block: Block) -> list[int]:
+        return [module.W_q.data_ptr() for module in block.children()]
+
+    block, joined = Block(generator), learnt(Block(generator), generator)
+    block(tokens(1, generator))  # noticed, but not joined yet
+    before, before_joined = addresses(block), addresses(joined)
+    with monkeypatch.context() as capturing:
+        capturing.setattr(siblings, "_is_capturing", lambda x: True)
+        x = tokens(1, generator)
+        for each in (block, joined):
+            assert torch.equal(each(x.clone()), alone(each, x))
+    for _ in range(4):
+        block(tokens(1, generator))
+    assert group_of(block.q) is None and addresses(block) == before
+    assert group_of(joined.q) is not None and addresses(joined) == before_joined
+
+
+def test_memory_that_other_processes_map_stays_where_it_is(generator: torch.Generator) -> None:
+    block = Block(generator)
+    for parameter in block.parameters():
+        parameter.data.share_memory_()
+    learnt(block, generator)
+    assert group_of(block.q) is None
+
+
 def test_threads(generator: torch.Generator) -> None:
     block = Block(generator)
     inputs = [tokens(1, generator) for _ in range(8)]
