@@ -18,9 +18,9 @@ __all__ = ["Encode", "pack_weight"]
 # Quantizes float32 rows [n, K] of one weight.
 Encode = Callable[[Tensor], QuantizedWeight]
 
-# Weights per slice. On the CPU the float32 intermediates of a slice stay in cache. Elsewhere a slice is some 50 launches of 5 us
-# and two answers that are waited for, in which a disk reads 1 or 2 MB: the weights of a slice have 16. Meanwhile it
-# takes some 13 bytes per weight, 100 MB.
+# Weights per slice. On the CPU the float32 intermediates of a slice stay in cache. Elsewhere a slice is 25 to 70 launches of
+# 5 us and two answers that are waited for, in which a disk reads 1 or 2 MB: the weights of a slice have 16. Meanwhile it takes
+# some 10 bytes per weight, 80 MB.
 _SLICE = 1 << 20
 _SLICE_ELSEWHERE = 1 << 23
 
