@@ -88,7 +88,7 @@ FULL = Plan(llama=LLAMA_8B)
 TINY = Plan(
     shapes=((64, 96), (128, 64)),
     large=((128, 64),),
-    tokens=(1, 3, 16, 64, 256),
+    tokens=(1, 16, 64, 256),
     gradient_shapes=((128, 64),),
     gradient_tokens=(8,),
     models=("int4 g128", "W8A8 dynamic"),

@@ -121,3 +121,26 @@ def test_the_program(
     assert "nf4 g64" in said and "int4 g128" in said and "not measured" in said
     assert not list(tmp_path.iterdir())
     assert gpu.main(["--plot"]) == 0
+
+
+def test_what_is_written_is_drawn_and_judged_again(
+    gpu: ModuleType,
+    results: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(gpu.machine, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu, "about_gpu", dict)
+    monkeypatch.setattr(gpu, "FULL", gpu.TINY)
+    for part in gpu.PARTS:
+        gpu.save(part, results[part], ["--only", part], gpu.TINY)
+    pictures = {path.name: path.read_bytes() for path in tmp_path.glob("*.svg")}
+    assert set(pictures) == {f"{name}.svg" for name in gpu.PICTURES}
+    assert {path.stem for path in tmp_path.glob("*.json")} == {f"gpu_{part}" for part in gpu.PARTS}
+    gpu.save("kernels", results["kernels"], [], gpu.replace(gpu.TINY, kinds=("nf4 g64",)))
+    assert (tmp_path / "gpu_kernels_nf4-g64.json").exists()
+    capsys.readouterr()
+    assert gpu.main(["--plot"]) == 0
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.svg")} == pictures
+    assert "not measured" not in capsys.readouterr().out
