@@ -25,7 +25,12 @@ def packed_bytes(count: int, bits: int) -> int:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Pack uint8 codes `[..., K]`, each below 2**bits, into contiguous uint8 `[..., ceil(K * bits / 8)]`."""
+    """Pack uint8 codes `[..., K]`, each below 2**bits, into contiguous uint8 `[..., ceil(K * bits / 8)]`.
+
+    8 bits are what they are: the result may be the codes themselves. So it is in `unpack`.
+    """
+    if bits == 8:
+        return codes.contiguous()
     unit_codes, unit_bytes = _unit(bits)
     units = _in_units(codes, unit_codes)
     packed = units.new_zeros((*units.shape[:-1], unit_bytes))
@@ -40,6 +45,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """The inverse of `pack`: uint8 `[..., ceil(count * bits / 8)]` -> uint8 codes `[..., count]`."""
+    if bits == 8:
+        return packed[..., :count]
     unit_codes, unit_bytes = _unit(bits)
     units = _in_units(packed, unit_bytes)
     mask = (1 << bits) - 1
@@ -61,5 +68,6 @@ def _unit(bits: int) -> tuple[int, int]:
 
 def _in_units(values: Tensor, size: int) -> Tensor:
     """Cut the last dimension into runs of `size`, filled up with zeros: `[..., K]` -> `[..., U, size]`."""
-    padded = torch.nn.functional.pad(values, (0, -values.shape[-1] % size))
+    missing = -values.shape[-1] % size
+    padded = torch.nn.functional.pad(values, (0, missing)) if missing else values
     return padded.reshape(*padded.shape[:-1], padded.shape[-1] // size, size)

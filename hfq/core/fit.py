@@ -28,8 +28,8 @@ __all__ = ["column_costs", "fit_grid", "weighted_sum"]
 # at 2 bits they end anywhere from 0.3 up.
 _SHRINKS = {2: (1.0, 0.85, 0.7, 0.55, 0.4), 3: (1.0, 0.87, 0.75, 0.6)}
 _SHRINKS_ABOVE = (1.0, 0.93, 0.85, 0.75)
-# Weights at a time, so that the grids to start from take little memory; and in PyTorch, whose intermediates are of the
-# size of the weight, few enough to stay in the cache. Rows are independent of each other.
+# Weights at a time, so that the grids to start from take little memory; and in PyTorch on the CPU, whose intermediates are of
+# the size of the weight, few enough to stay in the cache. Rows are independent of each other.
 _SLICE = 1 << 22
 _CACHED = 1 << 18
 # More turns lower the squared error by less than 0.5% (trained weights, 2 to 4 bits, groups of 128).
@@ -153,7 +153,7 @@ def _search_grid(
 ) -> tuple[Tensor, Tensor]:
     best_scales = torch.empty_like(scales[0])
     best_zeros = torch.full_like(scales[0], 1 << (bits - 1))
-    for rows in _slices(weight, _CACHED):
+    for rows in _slices(weight, _CACHED if weight.is_cpu else _SLICE):
         search = _Search(weight[rows], _of_rows(importance, rows), points, bits, group_size, dtype)
         for start, start_scales in enumerate(scales[:, rows]):
             search.turns(start_scales, None if zeros is None else zeros[start, rows], turns)

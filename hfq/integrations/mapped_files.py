@@ -29,10 +29,10 @@ def release_pages(files: Collection[str]) -> None:
     if madvise is None:
         return
     for line in Path("/proc/self/maps").read_text().splitlines():
-        # address perms offset device inode path
-        parts = line.split(maxsplit=5)
-        if len(parts) == 6 and parts[5] in files:
-            start, end = (int(value, 16) for value in parts[0].split("-"))
+        # address perms offset device inode path. Only the path has a slash; a process with a GPU has thousands of lines.
+        path = line.find("/")
+        if path >= 0 and line[path:] in files:
+            start, end = (int(value, 16) for value in line.partition(" ")[0].split("-"))
             madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
 
 

@@ -95,10 +95,18 @@ def shared_output(
         y = group.output(siblings.place, x, int8_activations)
         if siblings.group is not None:
             return y
+    if _is_capturing(x):
+        # A graph keeps the addresses of the weights: they must not move any more.
+        siblings.leave(for_good=True)
     # Not of weights that are fetched for each call, nor of those that belong to another module.
-    if siblings.alone < _PATIENCE and module._prepared.get("weight") is operands:
+    elif siblings.alone < _PATIENCE and module._prepared.get("weight") is operands:
         _notice(module, x)
     return None
+
+
+def _is_capturing(x: Tensor) -> bool:
+    """Whether the work on x goes into a CUDA graph."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _notice(module: QuantLinear, x: Tensor) -> None:
@@ -119,8 +127,13 @@ def _settle(modules: Sequence[QuantLinear]) -> None:
         problem = replace(Problem.of(operands.grid), out_features=0)
         return f"{operands.choice.row.name} {problem} {module.bias is None}"
 
-    # A module that was called twice belongs to no group.
-    once = [module for module in modules if sum(other is module for other in modules) == 1]
+    # A module that was called twice belongs to no group, nor does one that went into a graph meanwhile.
+    once = [
+        module
+        for module in modules
+        if sum(other is module for other in modules) == 1
+        and module.operands("weight").siblings.alone < _PATIENCE
+    ]
     for _, alike in groupby(sorted(once, key=kind), kind):
         together = list(alike)
         if len(together) < 2 or not _join(together):
@@ -137,9 +150,9 @@ def _join(modules: Sequence[QuantLinear]) -> bool:
             return True  # another thread was faster
         if _get_current_dispatch_mode() is not None:
             return False  # it decides what a new tensor is
-        # Parameters in memory that other processes map stay where they are.
+        # Parameters in memory that other processes map stay where they are. (PyTorch calls all memory of a GPU shared.)
         if len(members) < len(modules) or any(
-            parameter.untyped_storage().is_shared()
+            parameter.is_cpu and parameter.untyped_storage().is_shared()
             for module in modules
             for parameter in module.packed_parameters("weight").values()
         ):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hfq.core import affine
 from hfq.core.errors import WeightError
-from hfq.core.spec import CodebookSpec, IntSpec, QuantSpec
+from hfq.core.spec import CodebookSpec, Fp8Spec, Int8Spec, IntSpec, QuantSpec
 from hfq.core.weight import QuantizedWeight
 from hfq.formats import FORMATS
 from hfq.nn import packing
@@ -88,6 +90,77 @@ def test_slices_do_not_show(
     assert seen == [packing.ROW_CHUNK, packing.ROW_CHUNK, 3]
     assert pieces.keys() == whole.keys()
     assert all(torch.equal(pieces[key], whole[key]) for key in whole)
+
+
+class _Operators(TorchDispatchMode):
+    """The operators that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("format_name", "spec"),
+    [
+        *STORED,
+        ("int", IntSpec(bits=4, group_size=8, sym=False)),
+        ("int8", Int8Spec(activation="dynamic")),
+        ("fp8", Fp8Spec()),
+        ("nf4", CodebookSpec(group_size=8)),
+    ],
+)
+def test_a_slice_asks_the_device_twice(
+    format_name: str, spec: QuantSpec, random_weight: MakeWeight, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU each answer is waited for. The weights are finite, the scales are; nothing else is asked."""
+    weight = random_weight(3 * packing.ROW_CHUNK, 40).bfloat16()
+    slot = slot_of(format_name, spec, *weight.shape)
+    asked: list[Tensor] = []
+    is_finite = affine._is_finite
+    monkeypatch.setattr(
+        affine, "_is_finite", lambda values: bool(asked.append(values)) or is_finite(values)
+    )
+    monkeypatch.setattr(packing, "_SLICE", 1)
+    with _Operators() as operators:
+        packing.pack_weight(weight, slot, rounding(spec))
+    assert len(asked) == 2 * 3
+    waits = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "item"}
+    assert not waits & set(operators.names)
+    # Launches of some microseconds: slices are large enough for so many (see `_SLICE_ELSEWHERE`).
+    assert len(operators.names) < 3 * 200
+
+
+@pytest.mark.parametrize(
+    ("format_name", "spec"),
+    [
+        ("int", IntSpec(group_size=8)),
+        ("int", IntSpec(bits=3, group_size=8, sym=False)),
+        ("int8", Int8Spec(activation="dynamic")),
+        ("fp8", Fp8Spec()),
+    ],
+)
+def test_a_weight_stays_on_its_device(
+    format_name: str, spec: QuantSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On meta a tensor that comes from elsewhere, or goes there, is an error; slices are larger than on the CPU."""
+    monkeypatch.setattr(affine, "_is_finite", lambda values: values.device.type == "meta")
+    rows, columns = 4 * packing.ROW_CHUNK, 2 * packing._SLICE // packing.ROW_CHUNK
+    slices: list[int] = []
+
+    def encode(part: Tensor) -> QuantizedWeight:
+        slices.append(len(part))
+        return rounding(spec)(part)
+
+    weight = torch.empty(rows, columns, dtype=torch.bfloat16, device="meta")
+    slot = slot_of(format_name, spec, rows, columns)
+    tensors = packing.pack_weight(weight, slot, encode)
+    assert all(tensor.device.type == "meta" for tensor in tensors.values())
+    assert slices == [rows] and rows * columns > packing._SLICE
 
 
 @pytest.mark.parametrize(("format_name", "spec"), STORED)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hfq.core.spec import CodebookSpec, IntSpec, QuantSpec
+from hfq.kernels import native
 from hfq.nn import siblings
 from hfq.nn.linear import QuantLinear
 
@@ -268,6 +269,55 @@ def test_a_module_called_twice_belongs_to_no_group(generator: torch.Generator) -
         x = tokens(1, generator)
         for module in (block.q, block.k, block.q):
             module(x)
+    assert group_of(block.q) is None
+
+
+def test_weights_in_a_cuda_graph_do_not_move(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def addresses(block: Block) -> list[int]:
+        return [module.W_q.data_ptr() for module in block.children()]
+
+    block, joined = Block(generator), learnt(Block(generator), generator)
+    block(tokens(1, generator))  # noticed, but not joined yet
+    before, before_joined = addresses(block), addresses(joined)
+    with monkeypatch.context() as capturing:
+        capturing.setattr(siblings, "_is_capturing", lambda x: True)
+        x = tokens(1, generator)
+        for each in (block, joined):
+            assert torch.equal(each(x.clone()), alone(each, x))
+    for _ in range(4):
+        block(tokens(1, generator))
+    assert group_of(block.q) is None and addresses(block) == before
+    assert group_of(joined.q) is not None and addresses(joined) == before_joined
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(generator: torch.Generator, cuda: torch.device) -> None:
+    if not native.load().cuda:
+        pytest.skip(f"no native CUDA kernels: {native.load().cuda_reason}")
+    block = Block(generator).to(cuda)
+    for _ in range(2):
+        block(tokens(1, generator).to(cuda))
+    assert group_of(block.q) is group_of(block.v) is not None
+    for count in (1, 5, 32):
+        x = tokens(count, generator).to(cuda)
+        torch.testing.assert_close(block(x), alone(block, x), rtol=1e-2, atol=1e-2)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = block(x)
+    for _ in range(3):
+        x.copy_(tokens(32, generator))
+        graph.replay()
+        torch.testing.assert_close(y, alone(block, x), rtol=1e-2, atol=1e-2)
+        block(x.clone())
+
+
+def test_memory_that_other_processes_map_stays_where_it_is(generator: torch.Generator) -> None:
+    block = Block(generator)
+    for parameter in block.parameters():
+        parameter.data.share_memory_()
+    learnt(block, generator)
     assert group_of(block.q) is None
 
 
