@@ -1,7 +1,7 @@
 """Schemas of the ``hfq::`` operators, their fakes (shape functions) and their gradients.
 
 M tokens, N out_features, K in_features, G groups per row. A weight is ``(code - zero) * scale`` per group, or
-``codebook[code] * scale``; see `hfq.core.weight.PackedGrid` for the operands. Two layouts of the operands (a third one in `hfq.kernels.cuda_ops`):
+``codebook[code] * scale``; see `hfq.core.weight.PackedGrid` for the operands. Two layouts of the operands (more in `hfq.kernels.cuda_ops` and `cuda_int8_ops`):
 
     neutral   qweight uint8 [N, B, 1], scales/zeros [N, G]               as stored (hfq.core.bits)
     rows16    qweight uint8 [N16, W, 16, 4], scales/zeros [N16, G, 16]   CPU kernels (hfq.kernels.rows16)

@@ -28,7 +28,8 @@ struct Step {
   uint4 tokens[kTokenTiles];
 };
 
-// From one token to the next in shared memory: 64 bytes more than whole lines, so that neighbours are in other banks.
+// From one token to the next in shared memory: room for a step that begins before K, and in models, where K is a multiple of 128, other
+// banks for neighbours.
 __device__ __forceinline__ uint32_t inside_stride(uint32_t in_features) { return in_features + 64; }
 
 __device__ __forceinline__ uint32_t at_most(int i, int64_t last) { return static_cast<uint32_t>(i < last ? i : last); }
@@ -87,11 +88,11 @@ struct W8A8Warp {
   __device__ __forceinline__ void multiply(const Steps& step, uint32_t column) {
 #pragma unroll
     for (int j = 0; j < kTokenTiles; ++j) {
-      uint4 x = make_uint4(0, 0, 0, 0);
-      if constexpr (!kInside)
+      uint4 x;
+      if constexpr (kInside)
+        x = *reinterpret_cast<const uint4*>(codes + (tokens[j] + column));  // behind K any bytes: they meet weights of zero
+      else
         x = step.tokens[j];
-      else if (column < columns)
-        x = *reinterpret_cast<const uint4*>(codes + (tokens[j] + column));
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
         const uint4 &low = step.weights[i][0], &high = step.weights[i][1];

@@ -44,6 +44,15 @@ void shuffle(Params p) {
   for (unsigned i = 0; i < 4; ++i) store(p.to + 4 * threadIdx.x + i, v);
 }
 
+// A lane's words as the A operand, two of them as the B operand.
+void product_of_bytes(Params p) {
+  uint32_t a[4];
+  int32_t d[4] = {};
+  for (unsigned i = 0; i < 4; ++i) a[i] = load(p.from + 4 * threadIdx.x + i);
+  mma(d, a, a[1], a[2]);
+  for (unsigned i = 0; i < 4; ++i) store(p.to + 4 * threadIdx.x + i, static_cast<uint32_t>(d[i]));
+}
+
 void neighbour_without_barrier(Params p) {
   uint32_t* shared = reinterpret_cast<uint32_t*>(shared_memory());
   const unsigned i = threadIdx.x;
@@ -68,6 +77,7 @@ constexpr struct {
     {"copies", copies},
     {"matrices", matrices},
     {"shuffle", shuffle},
+    {"product_of_bytes", product_of_bytes},
     {"neighbour_without_barrier", neighbour_without_barrier},
     {"barrier_for_some", barrier_for_some},
     {"reads_too_far", reads_too_far},
