@@ -18,11 +18,16 @@ from .cuda_ops import fragments_weight
 from .ops import native_dtype
 from .row import OneByOne, Problem, stack_tiles
 
-__all__ = ["MAX_DIRECT_TOKENS", "CudaFragments"]
+__all__ = ["MAX_DIRECT_TOKENS", "MAX_EXPERT_TOKENS", "CudaFragments"]
 
 # Each 8 tokens read the weight once, the first of them from memory, others from L2. At 4 bits, 32 tokens thus move 2 bytes per
 # weight through L2; dequantizing writes and reads 4. Not measured: reasoned from bytes.
 MAX_DIRECT_TOKENS = 32
+
+# Tokens per expert, on average, up to which one launch multiplies with all experts. XXX
+MAX_EXPERT_TOKENS = 64
+# What the kernel takes (kernels/cuda/experts.h).
+_MOST_EXPERTS, _MOST_EXPERT_TOKENS = 1024, 1 << 20
 
 # The tensor cores' product of bfloat16 with float32 sums, and asynchronous copies.
 _CAPABILITY = (8, 0)
@@ -71,6 +76,27 @@ class CudaFragments(OneByOne):
             y = torch.ops.hfq.cuda_linear_dequantized(tokens, *arguments)
         out: Tensor = y.view(*x.shape[:-1], grid.out_features)
         return out
+
+    def experts(
+        self,
+        x: Tensor,
+        counts: Tensor,
+        grid: PackedGrid,
+        bias: Tensor | None,
+        int8_activations: bool,
+    ) -> Tensor:
+        if not self.reads_counts_on_device(x, x.shape[0], grid):
+            return super().experts(x, counts, grid, bias, int8_activations)
+        y: Tensor = torch.ops.hfq.cuda_experts_linear(
+            x.contiguous(), counts.to(x.device), *_operands(grid), bias, *_sizes(grid)
+        )
+        return y
+
+    def reads_counts_on_device(self, x: Tensor, tokens: int, grid: PackedGrid) -> bool:
+        experts = grid.qweight.shape[0]
+        learns = torch.is_grad_enabled() and x.requires_grad
+        few = tokens <= min(MAX_EXPERT_TOKENS * experts, _MOST_EXPERT_TOKENS)
+        return x.dtype.itemsize == 2 and not learns and few and experts <= _MOST_EXPERTS
 
     def stack(self, grids: Sequence[PackedGrid]) -> tuple[PackedGrid, list[PackedGrid]] | None:
         return stack_tiles(grids, fragments.ROWS, fragments.stack)

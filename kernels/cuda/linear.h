@@ -18,6 +18,11 @@ struct LinearParams {
   uint32_t group_magic;  // ceil(2^31 / units of a group): unit / units is the upper half of 2 unit * magic
 };
 
+inline uint32_t group_magic(const Weight& w) {
+  const int64_t size = w.group_size < w.in_features ? w.group_size : w.in_features, units = (size + kUnitColumns - 1) / kUnitColumns;
+  return static_cast<uint32_t>(((int64_t{1} << 31) + units - 1) / units);
+}
+
 // Enqueues the kernel. Returns null, or CUDA's description of the error. K below 2^20.
 const char* launch_linear(const LinearParams& params, cudaStream_t stream);
 

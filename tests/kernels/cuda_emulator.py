@@ -45,6 +45,17 @@ class _LinearParams(ctypes.Structure):
     )
 
 
+class _ExpertsParams(ctypes.Structure):
+    """kernels/cuda/experts.h"""
+
+    _fields_ = (
+        ("linear", _LinearParams),
+        ("counts", _POINTER),
+        *((name, _SIZE) for name in ("experts", "qweight_bytes", "scale_bytes", "bias_bytes")),
+        ("slots", _INT),
+    )
+
+
 class _UnpackParams(ctypes.Structure):
     """kernels/cuda/unpack.h"""
 
@@ -64,6 +75,7 @@ class Emulator:
         self._library = ctypes.CDLL(str(library))
         for launcher in (self._library.linear, self._library.unpack, self._library.self_check):
             launcher.restype = ctypes.c_char_p
+        self._library.experts.restype = ctypes.c_char_p
 
     def linear(
         self,
@@ -86,6 +98,40 @@ class Emulator:
         )
         self._library.set_multiprocessors(multiprocessors)
         self._run(self._library.linear, params, (x, *operands, bias), y)
+        return y
+
+    def experts_linear(
+        self,
+        x: Tensor,
+        counts: Tensor,
+        operands: tuple[Tensor | None, ...],
+        bias: Tensor | None,
+        sizes: tuple[int, int, int, int],
+        multiprocessors: int = 1 << 20,
+    ) -> Tensor:
+        """The same with stacks: `operands` and `bias` have E in front, like counts int64 `[E]`."""
+        qweight, scales = operands[:2]
+        assert qweight is not None and scales is not None
+        y = torch.full((len(x), sizes[3]), 12345.0, dtype=x.dtype)
+        linear = _LinearParams(
+            weight=_weight(operands, sizes),
+            x=x.data_ptr(),
+            bias=0 if bias is None else bias.data_ptr(),
+            y=y.data_ptr(),
+            tokens=len(x),
+            x_dtype=_DTYPES[x.dtype],
+            bias_dtype=0 if bias is None else _DTYPES[bias.dtype],
+        )
+        params = _ExpertsParams(
+            linear=linear,
+            counts=counts.data_ptr(),
+            experts=len(counts),
+            qweight_bytes=qweight[0].numel(),
+            scale_bytes=scales[0].numel() * scales.element_size(),
+            bias_bytes=0 if bias is None else bias[0].numel() * bias.element_size(),
+        )
+        self._library.set_multiprocessors(multiprocessors)
+        self._run(self._library.experts, params, (x, counts, *operands, bias), y)
         return y
 
     def unpack(

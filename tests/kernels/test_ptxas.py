@@ -11,7 +11,11 @@ import pytest
 
 CUDA = Path(__file__).parents[2] / "kernels/cuda"
 # Read by their launchers' callers for each weight: a spill costs memory traffic where memory is the limit.
-HOT = sorted(path.name for path in (*CUDA.glob("linear_*.cu"), CUDA / "unpack.cu"))
+HOT = sorted(
+    path.name
+    for pattern in ("linear_*.cu", "experts_*.cu", "unpack.cu")
+    for path in CUDA.glob(pattern)
+)
 DEFAULT = ("linear_int4.cu", "sm_90a")
 
 

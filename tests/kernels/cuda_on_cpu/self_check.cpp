@@ -44,6 +44,13 @@ void shuffle(Params p) {
   for (unsigned i = 0; i < 4; ++i) store(p.to + 4 * threadIdx.x + i, v);
 }
 
+void shuffle_from_first(Params p) {
+  const uint32_t v = load(p.from + threadIdx.x);
+  const int first = first_lane(v % 4 == 3);
+  store(p.to + 4 * threadIdx.x, static_cast<uint32_t>(first));
+  store(p.to + 4 * threadIdx.x + 1, shuffle_from(v, first));
+}
+
 void neighbour_without_barrier(Params p) {
   uint32_t* shared = reinterpret_cast<uint32_t*>(shared_memory());
   const unsigned i = threadIdx.x;
@@ -68,6 +75,7 @@ constexpr struct {
     {"copies", copies},
     {"matrices", matrices},
     {"shuffle", shuffle},
+    {"shuffle_from_first", shuffle_from_first},
     {"neighbour_without_barrier", neighbour_without_barrier},
     {"barrier_for_some", barrier_for_some},
     {"reads_too_far", reads_too_far},
