@@ -1,7 +1,8 @@
 """CUDA kernels on the ``fragments`` layout: integers of 2, 3, 4 and 8 bits, codebooks of 4.
 
 Few tokens: the packed weight is read directly (`cuda_linear`). More: it is dequantized, some rows at a time, and multiplied by
-the matrix library, which costs another pass over 16 bits per weight and reuses it for all tokens.
+the matrix library, which costs another pass over 16 bits per weight and reuses it for all tokens. The tokens of all experts of a layer
+go through one launch that finds each expert's on the device (`cuda_experts_linear`).
 """
 
 from __future__ import annotations
@@ -24,8 +25,13 @@ __all__ = ["MAX_DIRECT_TOKENS", "MAX_EXPERT_TOKENS", "CudaFragments"]
 # weight through L2; dequantizing writes and reads 4. Not measured: reasoned from bytes.
 MAX_DIRECT_TOKENS = 32
 
-# Tokens per expert, on average, up to which one launch multiplies with all experts. XXX
+# One launch multiplies with all experts as long as that takes less than one expert after the other, for which the host waits for the
+# counts and then needs some 20 us per expert. The launch moves a byte per weight from L2 for each 8 tokens of an expert (half of it
+# codes, half activations for 32 rows), on an H100 at 6.5 TB/s: 20 us are tokens * N * K = 2^30. Large experts take longer than that
+# either way: dequantizing moves 4.5 bytes per weight at 3.35 TB/s, which is what the launch needs for 70 tokens. Experts of 1536 x 2048
+# thus get up to 341 tokens on average, of 28672 x 4096 up to 64. Not measured: reasoned from published rates.
 MAX_EXPERT_TOKENS = 64
+_EXPERT_PRODUCTS = 1 << 30
 # What the kernel takes (kernels/cuda/experts.h).
 _MOST_EXPERTS, _MOST_EXPERT_TOKENS = 1024, 1 << 20
 
@@ -95,7 +101,8 @@ class CudaFragments(OneByOne):
     def reads_counts_on_device(self, x: Tensor, tokens: int, grid: PackedGrid) -> bool:
         experts = grid.qweight.shape[0]
         learns = torch.is_grad_enabled() and x.requires_grad
-        few = tokens <= min(MAX_EXPERT_TOKENS * experts, _MOST_EXPERT_TOKENS)
+        each = max(MAX_EXPERT_TOKENS, _EXPERT_PRODUCTS // (grid.in_features * grid.out_features))
+        few = tokens <= min(each * experts, _MOST_EXPERT_TOKENS)
         return x.dtype.itemsize == 2 and not learns and few and experts <= _MOST_EXPERTS
 
     def stack(self, grids: Sequence[PackedGrid]) -> tuple[PackedGrid, list[PackedGrid]] | None:

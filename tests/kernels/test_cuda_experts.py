@@ -174,7 +174,10 @@ def test_modules_do_not_wait(
             check(y, reference, x, index, weights)
 
 
-def test_more_tokens_and_gradients(gpu: torch.device, generator: torch.Generator) -> None:
+def test_more_tokens_and_gradients(
+    gpu: torch.device, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_row, "_EXPERT_PRODUCTS", 1)
     packed, reference = module(SPECS[0], generator, gpu)
     tokens = (cuda_row.MAX_EXPERT_TOKENS + 1) * EXPERTS // TOP_K
     x, index, weights = routing(tokens, generator, gpu)

@@ -237,14 +237,18 @@ def test_experts(
 
 
 def test_experts_whose_counts_nobody_waits_for(
-    generator: torch.Generator, random_weight: Callable[..., Tensor]
+    monkeypatch: pytest.MonkeyPatch,
+    generator: torch.Generator,
+    random_weight: Callable[..., Tensor],
 ) -> None:
     spec = FORMATS.get("int").spec({"group_size": 32})
     experts = [stored(random_weight(N, K), "int", spec) for _ in range(3)]
     row, stack = cuda.CudaFragments(), prepared(stacked(experts))
     x = torch.randn(5, K, generator=generator).half()
-    assert row.reads_counts_on_device(x, 3 * cuda.MAX_EXPERT_TOKENS, stack)
-    assert not row.reads_counts_on_device(x, 3 * cuda.MAX_EXPERT_TOKENS + 1, stack)
+    for products, most in ((1, cuda.MAX_EXPERT_TOKENS), (100 * N * K, 100)):
+        monkeypatch.setattr(cuda, "_EXPERT_PRODUCTS", products)
+        assert row.reads_counts_on_device(x, 3 * most, stack)
+        assert not row.reads_counts_on_device(x, 3 * most + 1, stack)
     assert not row.reads_counts_on_device(x.float(), 5, stack)
     learning = x.clone().requires_grad_()
     assert not row.reads_counts_on_device(learning, 5, stack)

@@ -421,6 +421,7 @@ def test_what_the_kernel_does_not_take_goes_expert_by_expert(
     cuda_row: CudaOnCpu,
 ) -> None:
     monkeypatch.setattr(cuda, "MAX_EXPERT_TOKENS", 2)
+    monkeypatch.setattr(cuda, "_EXPERT_PRODUCTS", 1)
     packed = quantized(experts, GROUPS_OF_32)
     reference = dequantized(packed, experts)
     x, index, weights = routing(7, generator)  # 14 choices of 6 experts
