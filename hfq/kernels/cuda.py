@@ -1,7 +1,8 @@
 """CUDA kernels on the ``fragments`` layout: integers of 2, 3, 4 and 8 bits, codebooks of 4.
 
 Up to `MAX_DIRECT_TOKENS`: the packed weight is read directly (`cuda_linear`). More: it is dequantized, some rows at a time, and
-multiplied by the matrix library, which costs another pass over 16 bits per weight and reuses it for all tokens.
+multiplied by the matrix library, which costs another pass over 16 bits per weight and reuses it for all tokens. The tokens of all
+experts of a layer go through one launch that finds each expert's on the device (`cuda_experts_linear`).
 """
 
 from __future__ import annotations
@@ -18,13 +19,23 @@ from .cuda_ops import fragments_weight
 from .ops import native_dtype
 from .row import OneByOne, Problem, stack_tiles
 
-__all__ = ["MAX_DIRECT_TOKENS", "CudaFragments", "no_native_code"]
+__all__ = ["MAX_DIRECT_TOKENS", "MAX_EXPERT_TOKENS", "CudaFragments", "no_native_code"]
 
 # Per weight, cuda_linear costs M multiplications at the rate of `mma`, on an H100 about 0.6 of what the matrix library reaches
 # with `wgmma`; dequantizing first writes and reads 4 bytes. 8192 x 28672, 4 bits, 256 tokens on an H200: 200 us for the former; for
 # the latter 110 + 150 us of dequantizing, reading and multiplying. From about 400 tokens on the matrix library wins there, on
 # an A100, where both multiply at one rate, later. Not measured: reasoned from published rates.
 MAX_DIRECT_TOKENS = 256
+
+# One launch multiplies with all experts as long as that takes less than one expert after the other, for which the host waits for the
+# counts and then needs some 20 us per expert. The launch moves a byte per weight from L2 for each 8 tokens of an expert (half of it
+# codes, half activations for 32 rows), on an H100 at 6.5 TB/s: 20 us are tokens * N * K = 2^30. Large experts take longer than that
+# either way: dequantizing moves 4.5 bytes per weight at 3.35 TB/s, which is what the launch needs for 70 tokens. Experts of 1536 x 2048
+# thus get up to 341 tokens on average, of 28672 x 4096 up to 64. Not measured: reasoned from published rates.
+MAX_EXPERT_TOKENS = 64
+_EXPERT_PRODUCTS = 1 << 30
+# What the kernel takes (kernels/cuda/experts.h).
+_MOST_EXPERTS, _MOST_EXPERT_TOKENS = 1024, 1 << 20
 
 # The tensor cores' product of bfloat16 with float32 sums, and asynchronous copies.
 _CAPABILITY = (8, 0)
@@ -73,6 +84,28 @@ class CudaFragments(OneByOne):
             y = torch.ops.hfq.cuda_linear_dequantized(tokens, *arguments)
         out: Tensor = y.view(*x.shape[:-1], grid.out_features)
         return out
+
+    def experts(
+        self,
+        x: Tensor,
+        counts: Tensor,
+        grid: PackedGrid,
+        bias: Tensor | None,
+        int8_activations: bool,
+    ) -> Tensor:
+        if not self.reads_counts_on_device(x, x.shape[0], grid):
+            return super().experts(x, counts, grid, bias, int8_activations)
+        y: Tensor = torch.ops.hfq.cuda_experts_linear(
+            x.contiguous(), counts.to(x.device), *_operands(grid), bias, *_sizes(grid)
+        )
+        return y
+
+    def reads_counts_on_device(self, x: Tensor, tokens: int, grid: PackedGrid) -> bool:
+        experts = grid.qweight.shape[0]
+        learns = torch.is_grad_enabled() and x.requires_grad
+        each = max(MAX_EXPERT_TOKENS, _EXPERT_PRODUCTS // (grid.in_features * grid.out_features))
+        few = tokens <= min(each * experts, _MOST_EXPERT_TOKENS)
+        return x.dtype.itemsize == 2 and not learns and few and experts <= _MOST_EXPERTS
 
     def stack(self, grids: Sequence[PackedGrid]) -> tuple[PackedGrid, list[PackedGrid]] | None:
         return stack_tiles(grids, fragments.ROWS, fragments.stack)

@@ -5,9 +5,14 @@
     cuda_linear              x, fragments -> x W^T + bias         the same; x [M, K] in float16 or bfloat16, up to some 256 tokens
     cuda_linear_dequantized  x, fragments -> x W^T + bias         cuda_dequantize, then a matrix product; some rows of W at a time
     cuda_linear_gradient     grad, fragments -> grad W            the same
+    cuda_experts_linear      x, counts, stacks of fragments       native on CUDA; elsewhere the reference; no gradient; see below
 
 See `hfq.kernels.ops` for the operands. Native products are of integers in 16 bits, which are exact, summed in float32 and scaled
 there: no weight is rounded to the dtype of x. Entries of a codebook are.
+
+``cuda_experts_linear`` multiplies the first ``counts[0]`` tokens with weight 0, the next ones with weight 1, ... (counts int64 `[E]`,
+every tensor of the weight and bias with E in front); rows behind the sum of counts become zeros. On CUDA the host never learns the
+counts, so that nothing checks them: where they are negative or add up to more than M, what y holds is not specified.
 """
 
 from __future__ import annotations
@@ -42,6 +47,7 @@ for _schema in (
     f"cuda_lookup(Tensor index, {GRID}, {SIZES}, int out_features, ScalarType dtype) -> Tensor",
     f"cuda_linear_dequantized({_LINEAR}) -> Tensor",
     f"cuda_linear_gradient(Tensor grad, {GRID}, {SIZES}, int out_features) -> Tensor",
+    f"cuda_experts_linear(Tensor x, Tensor counts, {GRID}, Tensor? bias, {SIZES}, int out_features) -> Tensor",
 ):
     LIBRARY.define(_schema, tags=(torch.Tag.needs_fixed_stride_order,))
 
@@ -101,6 +107,27 @@ def _linear(
     *sizes: int,
 ) -> Tensor:
     return matmul(x, fragments_weight((qweight, scales, zeros, codebook), sizes, x.dtype), bias)
+
+
+def _experts_linear(
+    x: Tensor,
+    counts: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    codebook: Tensor | None,
+    bias: Tensor | None,
+    *sizes: int,
+) -> Tensor:
+    y = x.new_zeros((x.shape[0], sizes[3]))
+    first = 0
+    for expert, count in enumerate(counts.tolist()):
+        tokens = slice(first, first + count)
+        first += count
+        operands = [None if stack is None else stack[expert] for stack in (qweight, scales, zeros)]
+        own = None if bias is None else bias[expert]
+        y[tokens] = _linear(x[tokens], *operands, codebook, own, *sizes)  # type: ignore[arg-type]  # the first two are there
+    return y
 
 
 def _linear_dequantized(
@@ -165,6 +192,7 @@ for _name, _implementation in (
     ("cuda_linear.inference", _linear),
     ("cuda_linear_dequantized", _linear_dequantized),
     ("cuda_linear_gradient", _linear_gradient),
+    ("cuda_experts_linear", _experts_linear),
 ):
     LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
 
@@ -197,6 +225,7 @@ _FAKES: dict[str, Callable[..., Tensor]] = {
     "cuda_linear.inference": _fake_linear,
     "cuda_linear_dequantized": _fake_linear,
     "cuda_linear_gradient": _fake_linear_gradient,
+    "cuda_experts_linear": _fake_linear,
 }
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"hfq::{_name}", _fake, lib=LIBRARY)

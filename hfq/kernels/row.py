@@ -87,6 +87,16 @@ class KernelRow(Protocol[G]):
             bias: `[E, N]`.
         """
 
+    def reads_counts_on_device(self, x: Tensor, tokens: int, grid: G) -> bool:
+        """Whether `experts`, called with so many tokens, leaves counts where they are: nobody waits for the device.
+
+        They may then add up to less than M, and rows behind their sum become zeros.
+
+        Args:
+            x: whose device, dtype and gradient are those of the tokens.
+            grid: as for `experts`.
+        """
+
     def stack(self, grids: Sequence[G]) -> tuple[G, list[G]] | None:
         """One grid with the rows of all, in the kernel's layout, and the same grids as parts of its memory.
 
@@ -122,10 +132,13 @@ def each_expert(x: Tensor, counts: Tensor, linear: Callable[[Tensor, int], Tenso
 
 
 class OneByOne:
-    """`KernelRow.experts` and `KernelRow.stack` for kernels that take one weight at a time."""
+    """What `KernelRow` asks about several weights, for kernels that take one at a time."""
 
     def stack(self, grids: Sequence[Any]) -> tuple[Any, list[Any]] | None:
         return None
+
+    def reads_counts_on_device(self, x: Tensor, tokens: int, grid: Any) -> bool:
+        return False
 
     def experts(
         self: Any, x: Tensor, counts: Tensor, grid: Any, bias: Tensor | None, int8_activations: bool

@@ -67,31 +67,56 @@ class QuantExperts(PackedModule):
         """
         int8 = self.int8_activations(hidden_states)
         choices = top_k_index.flatten()
-        counts = torch.bincount(choices, minlength=self._experts)[: self._experts]
-        positions = choices.argsort(stable=True)[: int(counts.sum())]
+        # Experts that are not here stand last.
+        positions = choices.argsort(stable=True)
+        if unread := self._counts_stay_on_device(hidden_states, len(choices)):
+            counts = self._counts(choices)
+        else:
+            counts = torch.bincount(choices, minlength=self._experts)[: self._experts]
+            positions = positions[: int(counts.sum())]
         if not len(positions):
             return torch.zeros_like(hidden_states)
         # Not [] and index_add_: those wake all threads for a single token, which on a busy machine
         # takes milliseconds.
         x = hidden_states.index_select(0, positions // top_k_index.shape[-1])
-        y = (
-            self._run(x, counts, int8)
-            if len(x) <= _TOKENS_AT_ONCE
-            else self._in_turn(x, counts, int8)
-        )
+        at_once = unread or len(x) <= _TOKENS_AT_ONCE
+        y = self._run(x, counts, int8) if at_once else self._in_turn(x, counts, int8)
         # Experts that are not here leave zeros.
         chosen = y.new_zeros(top_k_index.numel(), hidden_states.shape[-1])
         chosen = chosen.index_copy(0, positions, y).view(*top_k_index.shape, -1)
+        if unread and self._has_norm:  # which may make something else of zeros
+            chosen = chosen.where((top_k_index < self._experts).unsqueeze(-1), 0.0)
         weighted = chosen * top_k_weights.unsqueeze(-1)
         dtype = torch.promote_types(weighted.dtype, torch.float32)
         return weighted.sum(1, dtype=dtype).to(hidden_states.dtype)
 
+    def _counts_stay_on_device(self, x: Tensor, tokens: int) -> bool:
+        """Whether all kernels read the counts where they are, so that the host need not wait for them."""
+        for base in self._bases:
+            if base not in self.slots:
+                return False
+            operands = self.operands(base)
+            if not operands.choice.row.reads_counts_on_device(x, tokens, operands.grid):
+                return False
+        return True
+
+    def _counts(self, choices: Tensor) -> Tensor:
+        """How often each expert was chosen, int64 `[E]`; unlike bincount, which looks for the largest value first, nobody waits."""
+        # E and more are counted in a place of their own; what is negative is an error, as for bincount.
+        owners = choices.long().clamp(max=self._experts)
+        counts = owners.new_zeros(self._experts + 1)
+        return counts.scatter_add_(0, owners, torch.ones_like(owners))[:-1]
+
     def _run(self, x: Tensor, counts: Tensor, int8: bool) -> Tensor:
-        """What experts make of tokens that are sorted by expert: `[t, H]` -> `[t, H]`, counts int64 `[E]`."""
-        y = self._products("gate_up_proj" if self.has_gate else "up_proj", x, counts, int8)
+        """What experts make of tokens that are sorted by expert: `[t, H]` -> `[t, H]`, counts int64 `[E]`.
+
+        Tokens behind the sum of counts, which only `_counts_stay_on_device` allows, are zeros before the norm.
+        """
+        up, down = self._bases
+        y = self._products(up, x, counts, int8)
         y = self._apply_gate(y) if self.has_gate else self.act_fn(y)
-        y = self._products("down_proj", y, counts, int8)
-        return self.post_expert_norm(y) if getattr(self, "has_post_expert_norm", False) else y
+        y = self._products(down, y, counts, int8)
+        return self.post_expert_norm(y) if self._has_norm else y
 
     def _in_turn(self, x: Tensor, counts: Tensor, int8: bool) -> Tensor:
         """The same, one expert after the other: what lies between the projections is much wider than x."""
@@ -102,6 +127,15 @@ class QuantExperts(PackedModule):
                 done.append(self._run(tokens, alone, int8))
                 alone[expert] = 0
         return torch.cat(done)
+
+    @property
+    def _bases(self) -> tuple[str, str]:
+        """The stacks before and behind the activation function."""
+        return "gate_up_proj" if self.has_gate else "up_proj", "down_proj"
+
+    @property
+    def _has_norm(self) -> bool:
+        return getattr(self, "has_post_expert_norm", False)
 
     @property
     def _experts(self) -> int:

@@ -25,9 +25,7 @@ const char* launch_linear(const LinearParams& params, cudaStream_t stream) {
   if (params.tokens == 0 || params.weight.out_features == 0) return nullptr;
   LinearParams p = params;
   p.token_tiles = static_cast<uint32_t>((p.tokens + 7) / 8);
-  const int64_t size = p.weight.group_size < p.weight.in_features ? p.weight.group_size : p.weight.in_features;
-  const int64_t units = (size + kUnitColumns - 1) / kUnitColumns;
-  p.group_magic = static_cast<uint32_t>(((int64_t{1} << 31) + units - 1) / units);
+  p.group_magic = group_magic(p.weight);
   if (p.tokens > kFewTokens) return launch_gemm(p, stream);
   if (p.weight.codebook) return launch_linear_table4(p, stream);
   if (p.weight.bits == 2) return launch_linear_int2(p, stream);

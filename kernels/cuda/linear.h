@@ -22,6 +22,11 @@ struct LinearParams {
 // Floats of memory for sums that the kernels need, aligned to 16 bytes; on the current device, which is that of the launch.
 int64_t linear_workspace(const LinearParams& params);
 
+inline uint32_t group_magic(const Weight& w) {
+  const int64_t size = w.group_size < w.in_features ? w.group_size : w.in_features, units = (size + kUnitColumns - 1) / kUnitColumns;
+  return static_cast<uint32_t>(((int64_t{1} << 31) + units - 1) / units);
+}
+
 // Enqueues the kernels. Returns null, or CUDA's description of the error. K below 2^20.
 const char* launch_linear(const LinearParams& params, cudaStream_t stream);
 

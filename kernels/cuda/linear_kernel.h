@@ -169,13 +169,12 @@ struct LinearWarp {
   }
 };
 
+// What a thread block computes: kTiles tiles of rows for up to 8 tokens.
 template <class Kind, class T, bool kZeros, int kTiles>
-__global__ void __launch_bounds__(kThreads, 2) linear_kernel(const LinearParams p) {
+__device__ __forceinline__ void linear_block(const LinearParams& p, int64_t first_tile, int64_t first_token) {
   constexpr int kTableBytes = Kind::kTable ? TableCodes::kTableBytes : 0;
   uint8_t* shared = shared_memory();
   float* partial = reinterpret_cast<float*>(shared + kTableBytes);  // [kWarps][kTiles][32][4]
-  // Neighbouring thread blocks read the same weights for other tokens: the second finds them in L2.
-  const int64_t first_tile = static_cast<int64_t>(blockIdx.x / p.token_tiles) * kTiles, first_token = blockIdx.x % p.token_tiles * 8;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
   LinearWarp<Kind, T, kZeros, kTiles> mine(p, shared, first_tile, first_token);
@@ -205,14 +204,24 @@ __global__ void __launch_bounds__(kThreads, 2) linear_kernel(const LinearParams 
   }
 }
 
+template <class Kind, class T, bool kZeros, int kTiles>
+__global__ void __launch_bounds__(kThreads, 2) linear_kernel(const LinearParams p) {
+  // Neighbouring thread blocks read the same weights for other tokens: the second finds them in L2.
+  const int64_t first_tile = static_cast<int64_t>(blockIdx.x / p.token_tiles) * kTiles, first_token = blockIdx.x % p.token_tiles * 8;
+  linear_block<Kind, T, kZeros, kTiles>(p, first_tile, first_token);
+}
+
 // ---- launcher ----
+
+// Bytes of shared memory of a thread block.
+template <class Kind, int kTiles>
+constexpr size_t kLinearShared = (Kind::kTable ? TableCodes::kTableBytes : 0) + kWarps * kTiles * 32 * 4 * sizeof(float);
 
 template <class Kind, class T, bool kZeros, int kTiles>
 const char* launch_tiles(const LinearParams& p, cudaStream_t stream) {
   const int64_t tiles = (p.weight.out_features + kTileRows - 1) / kTileRows;
   const unsigned blocks = static_cast<unsigned>((tiles + kTiles - 1) / kTiles * p.token_tiles);
-  const size_t shared = (Kind::kTable ? TableCodes::kTableBytes : 0) + kWarps * kTiles * 32 * 4 * sizeof(float);
-  return launch(linear_kernel<Kind, T, kZeros, kTiles>, blocks, kThreads, shared, stream, p);
+  return launch(linear_kernel<Kind, T, kZeros, kTiles>, blocks, kThreads, kLinearShared<Kind, kTiles>, stream, p);
 }
 
 template <class Kind, class T, bool kZeros>

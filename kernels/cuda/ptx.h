@@ -66,6 +66,9 @@ __device__ __forceinline__ void cp_async_wait() {
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 __device__ __forceinline__ uint32_t shuffle_xor(uint32_t v, int lanes) { return __shfl_xor_sync(0xffffffffu, v, lanes); }
+__device__ __forceinline__ uint32_t shuffle_from(uint32_t v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
+// The lowest lane for which `is` holds; it does for one at least.
+__device__ __forceinline__ int first_lane(bool is) { return __ffs(static_cast<int>(__ballot_sync(0xffffffffu, is))) - 1; }
 
 // ---- tensor cores ----
 

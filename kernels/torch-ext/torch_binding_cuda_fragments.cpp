@@ -1,5 +1,5 @@
 // Operators of hfq for CUDA on layout "fragments" (hfq/kernels/fragments.py).
-#include "../cuda/linear.h"
+#include "../cuda/experts.h"
 #include "../cuda/unpack.h"
 #include "cuda_arguments.h"
 
@@ -25,8 +25,11 @@ class Operands {
     if (tensor.device_index() != device_index()) tensor.refuse("on the device of qweight");
   }
 
-  // The weight, after all checks. Asynchronous copies want 16 bytes of scales at once.
-  Weight weight() const {
+  // The first size of a stack of weights.
+  int64_t experts() const { return qweight_.dim() ? qweight_.size(0) : 0; }
+
+  // The weight, after all checks; of a stack of `experts` weights the first one. Asynchronous copies want 16 bytes of scales at once.
+  Weight weight(int64_t experts = 0) const {
     const auto [bits, group_size, in_features, out_features] = sizes_;
     expect(bits == 2 || bits == 3 || bits == 4 || bits == 8, op_, "bits must be 2, 3, 4 or 8, got " + std::to_string(bits));
     expect(in_features > 0 && in_features < kMostColumns && in_features % 8 == 0, op_,
@@ -46,13 +49,13 @@ class Operands {
     w.group_size = group_size;
     w.groups = groups;
     if (qweight_.dtype() != aoti_torch_dtype_uint8()) qweight_.refuse("uint8");
-    qweight_.expect_shape({tiles, (in_features + columns - 1) / columns, bits == 3 ? 48 : 32, 16});
+    expect_sizes(qweight_, experts, tiles, (in_features + columns - 1) / columns, bits == 3 ? 48 : 32, 16);
     w.qweight = static_cast<const uint8_t*>(qweight_.data(cuda, 1));
     if (!aligned(w.qweight, 16)) qweight_.refuse("aligned to 16 bytes");
     w.scale_dtype = float_dtype(scales_.dtype());
     if (w.scale_dtype == kUnsupported) scales_.refuse("float32, float16 or bfloat16");
     const auto per_group = [&](const Tensor& tensor) {
-      tensor.expect_shape({tiles, groups, 8, 2});
+      expect_sizes(tensor, experts, tiles, groups, 8, 2);
       expect_device(tensor);
       const void* data = tensor.data(cuda, element_size(w.scale_dtype));
       if (!aligned(data, 16)) tensor.refuse("aligned to 16 bytes");
@@ -76,6 +79,10 @@ class Operands {
  private:
   static constexpr int64_t kMostColumns = int64_t{1} << 20;
 
+  static void expect_sizes(const Tensor& tensor, int64_t experts, int64_t a, int64_t b, int64_t c, int64_t d) {
+    experts ? tensor.expect_shape({experts, a, b, c, d}) : tensor.expect_shape({a, b, c, d});
+  }
+
   const Tensor qweight_, scales_, zeros_, codebook_;
   const char* op_;
   struct {
@@ -86,6 +93,35 @@ class Operands {
 // Thread blocks are numbered with 31 bits.
 void expect_blocks(const char* op, int64_t blocks) { expect(blocks < (int64_t{1} << 31), op, "too many rows for one launch"); }
 
+void set_x(const Operands& operands, const Tensor& x, LinearParams& p) {
+  p.x_dtype = float_dtype(x.dtype());
+  if (p.x_dtype != kFloat16 && p.x_dtype != kBFloat16) x.refuse("float16 or bfloat16");
+  if (x.dim() != 2 || x.size(1) != p.weight.in_features) x.refuse("of shape [M, " + std::to_string(p.weight.in_features) + "]");
+  operands.expect_device(x);
+  p.x = x.data(aoti_torch_device_type_cuda(), 2);
+  p.tokens = x.size(0);
+}
+
+// After its shape was checked.
+void set_bias(const Operands& operands, const Tensor& bias, LinearParams& p) {
+  p.bias_dtype = float_dtype(bias.dtype());
+  if (p.bias_dtype == kUnsupported) bias.refuse("float32, float16 or bfloat16");
+  operands.expect_device(bias);
+  p.bias = bias.data(aoti_torch_device_type_cuda(), element_size(p.bias_dtype));
+}
+
+// A part of a larger tensor may begin anywhere: if that is not at a multiple of 16 bytes, a copy, which `p` then reads.
+StableIValue aligned_x(const char* op, const Tensor& x, int32_t index, cudaStream_t stream, LinearParams& p) {
+  if (aligned(p.x, 16)) return 0;
+  const int64_t sizes[] = {p.tokens, p.weight.in_features};
+  void* to = nullptr;
+  const StableIValue copy = empty_tensor(sizes, 2, x.dtype(), aoti_torch_device_type_cuda(), index, &to);
+  const char* error = copy_on_device(to, p.x, p.tokens * p.weight.in_features * 2, stream);
+  checked(op, copy, error);
+  p.x = to;
+  return copy;
+}
+
 // hfq::cuda_linear(x [M, K], qweight, scales, zeros?, codebook?, bias? [N], bits, group_size, in_features, out_features) -> [M, N]
 void cuda_linear(StableIValue* stack, uint64_t, uint64_t) {
   constexpr const char* op = "cuda_linear";
@@ -95,35 +131,17 @@ void cuda_linear(StableIValue* stack, uint64_t, uint64_t) {
 
   LinearParams p = {};
   p.weight = operands.weight();
-  p.x_dtype = float_dtype(x.dtype());
-  if (p.x_dtype != kFloat16 && p.x_dtype != kBFloat16) x.refuse("float16 or bfloat16");
-  if (x.dim() != 2 || x.size(1) != p.weight.in_features) x.refuse("of shape [M, " + std::to_string(p.weight.in_features) + "]");
-  operands.expect_device(x);
-  p.x = x.data(cuda, 2);
-  p.tokens = x.size(0);
+  set_x(operands, x, p);
   expect_blocks(op, ((p.tokens + 7) / 8) * ((p.weight.out_features + kTileRows - 1) / kTileRows));
   if (bias.defined()) {
-    p.bias_dtype = float_dtype(bias.dtype());
-    if (p.bias_dtype == kUnsupported) bias.refuse("float32, float16 or bfloat16");
     bias.expect_shape({p.weight.out_features});
-    operands.expect_device(bias);
-    p.bias = bias.data(cuda, element_size(p.bias_dtype));
+    set_bias(operands, bias, p);
   }
 
   const DeviceGuard guard(index);
   const cudaStream_t stream = current_stream(index);
-  StableIValue copy = 0;
-  if (!aligned(p.x, 16)) {
-    // A part of a larger tensor may begin anywhere.
-    const int64_t sizes[] = {p.tokens, p.weight.in_features};
-    void* to = nullptr;
-    copy = empty_tensor(sizes, 2, x.dtype(), cuda, index, &to);
-    const char* error = copy_on_device(to, p.x, p.tokens * p.weight.in_features * 2, stream);
-    checked(op, copy, error);
-    p.x = to;
-  }
-  // Memory that is freed here and below is used again behind the kernels, in order of the stream.
-  const Tensor kept(op, "x", copy);
+  // Memory that is freed here is used again behind the kernels, in order of the stream.
+  const Tensor kept(op, "x", aligned_x(op, x, index, stream, p));
   const int64_t floats = linear_workspace(p);
   void* workspace = nullptr;
   const Tensor sums(op, "workspace", floats ? empty_tensor(&floats, 1, aoti_torch_dtype_float32(), cuda, index, &workspace) : 0);
@@ -131,6 +149,44 @@ void cuda_linear(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t sizes[] = {p.tokens, p.weight.out_features};
   const StableIValue y = empty_tensor(sizes, 2, x.dtype(), cuda, index, &p.y);
   stack[0] = checked(op, y, launch_linear(p, stream));
+}
+
+// hfq::cuda_experts_linear(x [M, K], counts int64 [E], qweight, scales, zeros?, codebook?, bias? [E, N], bits, group_size, in_features,
+//   out_features) -> [M, N], the weight's tensors with E in front
+void cuda_experts_linear(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "cuda_experts_linear";
+  const Tensor x(op, "x", stack[0]), counts(op, "counts", stack[1]), bias(op, "bias", Tensor::unwrap(stack[6]));
+  const Operands operands(op, stack, 2, 7);
+  const int32_t cuda = aoti_torch_device_type_cuda(), index = operands.device_index();
+
+  ExpertsParams p = {};
+  p.experts = operands.experts();
+  expect(p.experts > 0 && p.experts <= kMostExperts, op, "takes 1 to " + std::to_string(kMostExperts) + " experts, got " + std::to_string(p.experts));
+  LinearParams& linear = p.linear;
+  linear.weight = operands.weight(p.experts);
+  const Weight& w = linear.weight;
+  set_x(operands, x, linear);
+  expect(linear.tokens <= kMostExpertTokens, op, "takes up to 2^20 tokens, got " + std::to_string(linear.tokens));
+  if (counts.dtype() != aoti_torch_dtype_int64()) counts.refuse("int64");
+  counts.expect_shape({p.experts});
+  operands.expect_device(counts);
+  p.counts = static_cast<const int64_t*>(counts.data(cuda, 8));
+  const int64_t tiles = (w.out_features + kTileRows - 1) / kTileRows, columns = w.bits == 3 ? 128 : 256 / w.bits;
+  p.qweight_bytes = tiles * ((w.in_features + columns - 1) / columns) * (w.bits == 3 ? 768 : 512);
+  p.scale_bytes = tiles * w.groups * kTileRows * element_size(w.scale_dtype);
+  if (bias.defined()) {
+    bias.expect_shape({p.experts, w.out_features});
+    set_bias(operands, bias, linear);
+    p.bias_bytes = w.out_features * element_size(linear.bias_dtype);
+  }
+  expect_blocks(op, tiles * expert_slots(linear.tokens, p.experts));
+
+  const DeviceGuard guard(index);
+  const cudaStream_t stream = current_stream(index);
+  const Tensor kept(op, "x", aligned_x(op, x, index, stream, linear));  // see cuda_linear
+  const int64_t sizes[] = {linear.tokens, w.out_features};
+  const StableIValue y = empty_tensor(sizes, 2, x.dtype(), cuda, index, &linear.y);
+  stack[0] = checked(op, y, launch_experts(p, stream));
 }
 
 // The rows `index`, or all, in `dtype`.
@@ -173,7 +229,7 @@ void cuda_lookup(StableIValue* stack, uint64_t, uint64_t) {
 
 bool register_fragments(TorchLibraryHandle library) {
   return register_product(library, "cuda_linear", cuda_linear) && register_impl(library, "cuda_dequantize", cuda_dequantize) &&
-         register_impl(library, "cuda_lookup", cuda_lookup);
+         register_impl(library, "cuda_lookup", cuda_lookup) && register_impl(library, "cuda_experts_linear", cuda_experts_linear);
 }
 
 }  // namespace hfq

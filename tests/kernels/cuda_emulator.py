@@ -36,6 +36,9 @@ FLAGS = (
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
+# Of an H100, for a thread block; for kernels to which it does not matter.
+_SHARED_BYTES = ctypes.c_size_t(227 << 10)
+
 
 class _Weight(ctypes.Structure):
     """kernels/cuda/weight.h"""
@@ -69,6 +72,17 @@ class GemmPlan(ctypes.Structure):
             *("tokens", "column_shift", "splits", "split_chunks"),
             *("stages", "stage_bytes", "sums_bytes", "shared_bytes"),
         )
+    )
+
+
+class _ExpertsParams(ctypes.Structure):
+    """kernels/cuda/experts.h"""
+
+    _fields_ = (
+        ("linear", _LinearParams),
+        ("counts", _POINTER),
+        *((name, _SIZE) for name in ("experts", "qweight_bytes", "scale_bytes", "bias_bytes")),
+        ("slots", _INT),
     )
 
 
@@ -158,6 +172,7 @@ class Emulator:
         self._library = ctypes.CDLL(str(library))
         for name in (
             "linear",
+            "experts",
             "unpack",
             "quantize_tokens",
             "linear_w8a8",
@@ -223,6 +238,40 @@ class Emulator:
         params = _LinearParams(weight=weight, tokens=tokens)
         self._library.gemm_plan(ctypes.byref(params), ctypes.byref(plan))
         return plan
+
+    def experts_linear(
+        self,
+        x: Tensor,
+        counts: Tensor,
+        operands: tuple[Tensor | None, ...],
+        bias: Tensor | None,
+        sizes: tuple[int, int, int, int],
+        multiprocessors: int = 1 << 20,
+    ) -> Tensor:
+        """`linear` with stacks: `operands` and `bias` have E in front, like counts int64 `[E]`."""
+        qweight, scales = operands[:2]
+        assert qweight is not None and scales is not None
+        y = torch.full((len(x), sizes[3]), 12345.0, dtype=x.dtype)
+        linear = _LinearParams(
+            weight=_weight(operands, sizes),
+            x=x.data_ptr(),
+            bias=0 if bias is None else bias.data_ptr(),
+            y=y.data_ptr(),
+            tokens=len(x),
+            x_dtype=_DTYPES[x.dtype],
+            bias_dtype=0 if bias is None else _DTYPES[bias.dtype],
+        )
+        params = _ExpertsParams(
+            linear=linear,
+            counts=counts.data_ptr(),
+            experts=len(counts),
+            qweight_bytes=qweight[0].numel(),
+            scale_bytes=scales[0].numel() * scales.element_size(),
+            bias_bytes=0 if bias is None else bias[0].numel() * bias.element_size(),
+        )
+        self._library.set_device(multiprocessors, _SHARED_BYTES)
+        self._run(self._library.experts, params, (x, counts, *operands, bias), y)
+        return y
 
     def unpack(
         self,
@@ -296,7 +345,7 @@ class Emulator:
             x_dtype=_DTYPES[x.dtype],
             bias_dtype=0 if bias is None else _DTYPES[bias.dtype],
         )
-        self._library.set_multiprocessors(multiprocessors)
+        self._library.set_device(multiprocessors, _SHARED_BYTES)
         read = (x, qweight, scales, input_scale, codes, token_scales, bias)
         self._run(self._library.linear_w8a8, params, read, y)
         return y

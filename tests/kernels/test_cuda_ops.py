@@ -172,7 +172,10 @@ def test_opcheck(generator: torch.Generator, grid: PackedGrid) -> None:
 
 def test_every_operator_has_a_schema_and_a_line_in_the_docstring() -> None:
     assert cuda_ops.__doc__ is not None
-    for name in ("dequantize", "lookup", "linear", "linear_dequantized", "linear_gradient"):
+    for name in (
+        *("dequantize", "lookup", "linear", "linear_dequantized", "linear_gradient"),
+        "experts_linear",
+    ):
         schema = getattr(torch.ops.hfq, f"cuda_{name}").default._schema
         assert str(schema).startswith(f"hfq::cuda_{name}(")
         assert f"    cuda_{name} " in cuda_ops.__doc__
@@ -204,18 +207,59 @@ def test_row_restores_what_it_prepared(grid: PackedGrid) -> None:
             assert torch.equal(row.restore(changed, tuple(neutral.shape), grid.bits), neutral)
 
 
-def test_experts(generator: torch.Generator, random_weight: Callable[..., Tensor]) -> None:
-    spec = FORMATS.get("int").spec({"group_size": 32})
-    experts = [stored(random_weight(N, K), "int", spec) for _ in range(3)]
-    stack = replace(
+def stacked(experts: list[PackedGrid]) -> PackedGrid:
+    return replace(
         experts[0],
         qweight=torch.stack([one.qweight for one in experts]),
         scales=torch.stack([one.scales for one in experts]),
     )
-    x = torch.randn(5, K, generator=generator)
-    y = cuda.CudaFragments().experts(x, torch.tensor([3, 0, 2]), prepared(stack), None, False)
-    parts = [x[:3] @ dense(experts[0]).T, x[3:] @ dense(experts[2]).T]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_experts(
+    generator: torch.Generator, random_weight: Callable[..., Tensor], dtype: torch.dtype
+) -> None:
+    spec = FORMATS.get("int").spec({"group_size": 32})
+    experts = [stored(random_weight(N, K), "int", spec) for _ in range(3)]
+    row, stack = cuda.CudaFragments(), prepared(stacked(experts))
+    x = torch.randn(5, K, generator=generator).to(dtype)
+    bias = torch.randn(3, N, generator=generator).to(dtype)
+    linear = torch.nn.functional.linear
+    parts = [
+        linear(x[:3], dense(experts[0], dtype), bias[0]),
+        linear(x[3:], dense(experts[2], dtype), bias[2]),
+    ]
+    y = row.experts(x, torch.tensor([3, 0, 2]), stack, bias, False)
+    assert y.dtype == dtype
     torch.testing.assert_close(y, torch.cat(parts))
+    few = row.experts(x[:3], torch.tensor([3, 0, 0]), stack, bias, False)
+    torch.testing.assert_close(few, parts[0])
+
+
+def test_experts_whose_counts_nobody_waits_for(
+    monkeypatch: pytest.MonkeyPatch,
+    generator: torch.Generator,
+    random_weight: Callable[..., Tensor],
+) -> None:
+    spec = FORMATS.get("int").spec({"group_size": 32})
+    experts = [stored(random_weight(N, K), "int", spec) for _ in range(3)]
+    row, stack = cuda.CudaFragments(), prepared(stacked(experts))
+    x = torch.randn(5, K, generator=generator).half()
+    for products, most in ((1, cuda.MAX_EXPERT_TOKENS), (100 * N * K, 100)):
+        monkeypatch.setattr(cuda, "_EXPERT_PRODUCTS", products)
+        assert row.reads_counts_on_device(x, 3 * most, stack)
+        assert not row.reads_counts_on_device(x, 3 * most + 1, stack)
+    assert not row.reads_counts_on_device(x.float(), 5, stack)
+    learning = x.clone().requires_grad_()
+    assert not row.reads_counts_on_device(learning, 5, stack)
+    with torch.no_grad():
+        assert row.reads_counts_on_device(learning, 5, stack)
+    y = row.experts(x, torch.tensor([0, 2, 1]), stack, None, False)
+    torch.testing.assert_close(y[:2], x[:2] @ dense(experts[1], torch.float16).T)
+    assert not y[3:].any()
+    check = torch.library.opcheck
+    counts = torch.tensor([0, 2, 1])
+    check(torch.ops.hfq.cuda_experts_linear.default, (x, counts, *arguments(stack, None)))
 
 
 def test_stack(generator: torch.Generator, random_weight: Callable[..., Tensor]) -> None:

@@ -6,11 +6,13 @@ import copy
 import inspect
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GptOssConfig, MixtralConfig, Qwen3MoeConfig
 from transformers.integrations.moe import use_experts_implementation
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
@@ -20,8 +22,10 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from hfq.core import affine
 from hfq.core.errors import WeightError
 from hfq.core.spec import CodebookSpec, IntSpec, QuantSpec
-from hfq.core.weight import QuantizedWeight
+from hfq.core.weight import PackedGrid, QuantizedWeight
 from hfq.formats import FORMATS
+from hfq.kernels import cuda, dispatch
+from hfq.kernels.row import Problem
 from hfq.nn.experts import (
     QuantExperts,
     expert_weights,
@@ -308,6 +312,138 @@ def test_compiled_module_breaks_the_graph_and_agrees(generator: torch.Generator)
         arguments = routing(tokens, generator)
         with torch.no_grad():
             assert torch.equal(compiled(*arguments), packed(*arguments))
+
+
+# ---- without waiting for the device
+
+
+class CudaOnCpu(cuda.CudaFragments):
+    """The row of CUDA as if the CPU were a GPU; its operators have references in PyTorch."""
+
+    def reject(self, problem: Problem) -> str | None:
+        return None
+
+
+@pytest.fixture
+def cuda_row(monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaOnCpu]:
+    """The only one for grids of groups."""
+    row = CudaOnCpu()
+    monkeypatch.setitem(dispatch._ROWS, PackedGrid, (row, dispatch.rows()[-1]))
+    dispatch.select.cache_clear()
+    yield row
+    monkeypatch.undo()
+    dispatch.select.cache_clear()
+
+
+class NothingWaits(TorchDispatchMode):
+    """Refuses operators whose caller has to know values, or sizes that follow from values; not inside of kernels of ours."""
+
+    WAITING = frozenset(
+        {
+            *("_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "bincount"),
+            *("histc", "nonzero", "masked_select", "repeat_interleave", "one_hot"),
+            *("unique_dim", "_unique", "_unique2", "unique_consecutive"),
+        }
+    )
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+        self.in_kernel = False
+        tolist = Tensor.tolist
+
+        def guarded(tensor: Tensor) -> object:
+            assert self.in_kernel, "tolist waits"
+            return tolist(tensor)
+
+        # A list of a CPU tensor's values is made without an operator.
+        monkeypatch.setattr(Tensor, "tolist", guarded)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        name = func._schema.name.split("::")[1]
+        assert name not in self.WAITING, f"{name} waits"
+        for mask in args[1] if name in ("index", "index_put", "index_put_") else ():
+            assert mask is None or mask.dtype != torch.bool, "a mask is counted"
+        self.calls.append(name)
+        self.in_kernel = func.namespace == "hfq"
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.in_kernel = False
+
+
+GROUPS_OF_32: tuple[str, QuantSpec] = ("int", IntSpec(bits=4, group_size=32, sym=False))
+
+
+def test_nothing_waits_for_the_routing(
+    experts: nn.Module,
+    generator: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    cuda_row: CudaOnCpu,
+) -> None:
+    packed = quantized(experts, GROUPS_OF_32).to(torch.bfloat16)
+    reference = dequantized(packed.float(), experts)
+    packed.to(torch.bfloat16)
+    packed.prepare()
+    assert all(packed.kernel_choice(base).row is cuda_row for base in packed.slots)
+    for tokens in (1, 2, 40):
+        x, index, weights = routing(tokens, generator)
+        index[0, 0] = EXPERTS + 3  # is elsewhere
+        here = index < EXPERTS
+        with monkeypatch.context() as patch, torch.no_grad(), NothingWaits(patch) as seen:
+            y = packed(x.bfloat16(), index, weights)
+        assert seen.calls.count("cuda_experts_linear") == 2
+        expected = reference(x, index.where(here, 0), weights.where(here, 0.0))
+        close(y.float(), expected, tolerance=0.02)
+        with torch.no_grad():
+            assert not packed(x.bfloat16(), torch.full_like(index, EXPERTS), weights).any()
+
+
+def test_norms_make_nothing_of_experts_that_are_elsewhere(
+    generator: torch.Generator, cuda_row: CudaOnCpu
+) -> None:
+    experts = randomized(ungated(), generator)
+    packed = quantized(experts, GROUPS_OF_32).to(torch.bfloat16)
+    packed.has_post_expert_norm = True
+    assert packed.post_expert_norm.bias.any()
+    x, index, weights = routing(3, generator)
+    with torch.no_grad():
+        y = packed(x.bfloat16(), index.where(index < 0, EXPERTS), weights)
+    assert not y.any()
+
+
+def test_what_the_kernel_does_not_take_goes_expert_by_expert(
+    experts: nn.Module,
+    generator: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    cuda_row: CudaOnCpu,
+) -> None:
+    monkeypatch.setattr(cuda, "MAX_EXPERT_TOKENS", 2)
+    monkeypatch.setattr(cuda, "_EXPERT_PRODUCTS", 1)
+    packed = quantized(experts, GROUPS_OF_32)
+    reference = dequantized(packed, experts)
+    x, index, weights = routing(7, generator)  # 14 choices of 6 experts
+    index[2, 1] = EXPERTS
+    here = index < EXPERTS
+    expected = reference(x, index.where(here, 0), weights.where(here, 0.0))
+    with torch.no_grad():
+        close(packed(x, index, weights), expected)
+        packed.to(torch.bfloat16)
+        close(packed(x.bfloat16(), index, weights).float(), expected, tolerance=0.02)
+    leaf = x[:2].bfloat16().requires_grad_()
+    packed(leaf, index[:2], weights[:2]).sum().backward()
+    wide = x[:2].clone().requires_grad_()
+    reference(wide, index[:2], weights[:2]).sum().backward()
+    assert leaf.grad is not None and wide.grad is not None
+    close(leaf.grad.float(), wide.grad, tolerance=0.02)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(AssertionError, match="waits"),
+        NothingWaits(patch),
+    ):
+        packed(leaf, index[:2], weights[:2])
 
 
 # ---- what they store

@@ -151,6 +151,70 @@ def check_arguments() -> None:
     )
 
 
+def stack(count: int) -> PackedGrid:
+    """Weights of so many experts."""
+    grids = [
+        prepared_grid(linear_module(IntSpec(group_size=32, sym=False), "int")) for _ in range(count)
+    ]
+    first = grids[0]
+    assert first.zeros is not None
+    return replace(
+        first,
+        qweight=torch.stack([grid.qweight for grid in grids]),
+        scales=torch.stack([grid.scales for grid in grids]),
+        zeros=torch.stack([grid.zeros for grid in grids if grid.zeros is not None]),
+    )
+
+
+def check_experts() -> None:
+    grid, sizes = stack(3), (4, 32, K, N)
+    bias = torch.randn(3, N).half()
+    counts = torch.tensor([5, 0, 12])
+    x = torch.randn(20 * K + 1).bfloat16()[1:].view(20, K)
+
+    def experts(
+        x: Tensor = x,
+        counts: Tensor = counts,
+        sizes: tuple[int, ...] = sizes,
+        bias: Tensor | None = bias,
+        **changes: Tensor,
+    ) -> Tensor:
+        g = replace(grid, **changes)
+        operands = (g.qweight, g.scales, g.zeros, None)
+        y: Tensor = torch.ops.hfq.cuda_experts_linear(x, counts, *operands, bias, *sizes)
+        return y
+
+    y = experts()
+    assert not y[17:].any(), "zeros behind the sum of counts"
+    for expert, tokens in ((0, slice(0, 5)), (2, slice(5, 17))):
+        alone = ROW.linear(x[tokens], grid.expert(expert), bias[expert], False)
+        # More than 8 tokens of one weight go through a kernel that sums in another order.
+        torch.testing.assert_close(y[tokens], alone)
+    assert torch.equal(ROW.experts(x, counts, grid, bias, False), y)
+    assert experts(x[:0], torch.zeros(3).long()).shape == (0, N)
+    leaf = x[:17].clone().requires_grad_()
+    ROW.experts(leaf, counts, grid, bias, False).sum().backward()
+    assert leaf.grad is not None and leaf.grad.any()
+
+    assert grid.zeros is not None
+    none = grid.qweight[:0]
+    refused("takes 1 to 1024 experts, got 0", lambda: experts(qweight=none))
+    many = none.new_empty(1025, *none.shape[1:])
+    refused("takes 1 to 1024 experts, got 1025", lambda: experts(qweight=many))
+    refused("takes up to 2.20 tokens", lambda: experts(x.new_empty((1 << 20) + 1, K)))
+    refused("counts must be int64", lambda: experts(counts=counts.int()))
+    refused("counts must be of shape", lambda: experts(counts=counts[:2]))
+    refused("counts must be contiguous", lambda: experts(counts=strided(counts)))
+    refused("qweight must be of shape", lambda: experts(qweight=grid.qweight[0]))
+    refused("scales must be of shape", lambda: experts(scales=grid.scales[:2]))
+    refused("zeros must be of shape", lambda: experts(zeros=grid.zeros[0]))
+    refused("bias must be of shape", lambda: experts(bias=bias[0]))
+    refused("x must be float16 or bfloat16", lambda: experts(x.float()))
+    refused("x must be of shape", lambda: experts(x[:, 8:]))
+    operands = (grid.qweight, grid.scales, grid.zeros, None, bias)
+    torch.library.opcheck(torch.ops.hfq.cuda_experts_linear.default, (x, counts, *operands, *sizes))
+
+
 def strided(tensor: Tensor) -> Tensor:
     """The same numbers, every other one of a larger tensor."""
     return torch.stack([tensor, tensor], dim=-1)[..., 0]
@@ -318,5 +382,6 @@ check_int8_schemas()
 dispatch._ROWS[PackedGrid] = (ROW, *dispatch._ROWS[PackedGrid][-1:])
 dispatch.select.cache_clear()
 check_arguments()
+check_experts()
 check_schemas()
 sys.stdout.write("all checks passed\n")

@@ -96,6 +96,32 @@ inline uint32_t shuffle_xor(uint32_t v, int lanes) {
   });
   return mine.result;
 }
+inline uint32_t shuffle_from(uint32_t v, int lane) {
+  struct Operands {
+    uint32_t v, result;
+    int lane;
+  } mine = {v, 0, lane};
+  cuda_on_cpu::together("shuffle_from", &mine, [](void** all) {
+    for (int lane = 0; lane < 32; ++lane) {
+      Operands& own = *static_cast<Operands*>(all[lane]);
+      own.result = static_cast<Operands*>(all[own.lane])->v;
+    }
+  });
+  return mine.result;
+}
+inline int first_lane(bool is) {
+  struct Operands {
+    bool is;
+    int result;
+  } mine = {is, 0};
+  cuda_on_cpu::together("first_lane", &mine, [](void** all) {
+    int first = 0;
+    while (first < 32 && !static_cast<Operands*>(all[first])->is) ++first;
+    if (first == 32) cuda_on_cpu::fail("no lane is the first one");
+    for (int lane = 0; lane < 32; ++lane) static_cast<Operands*>(all[lane])->result = first;
+  });
+  return mine.result;
+}
 
 // ---- numbers ----
 

@@ -1,5 +1,6 @@
 // What tests/kernels/test_cuda_emulated.py calls.
 #include "../../../kernels/cuda/gemm.h"
+#include "../../../kernels/cuda/experts.h"
 #include "../../../kernels/cuda/linear.h"
 #include "../../../kernels/cuda/spqr.h"
 #include "../../../kernels/cuda/unpack.h"
@@ -13,6 +14,7 @@ void gemm_plan(const hfq::LinearParams* params, hfq::GemmPlan* plan) { *plan = h
 const char* linear(const hfq::LinearParams* params) { return hfq::launch_linear(*params, nullptr); }
 const char* spqr_linear(const hfq::SpqrLinearParams* params) { return hfq::launch_spqr_linear(*params, nullptr); }
 const char* spqr_unpack(const hfq::SpqrUnpackParams* params) { return hfq::launch_spqr_unpack(*params, nullptr); }
+const char* experts(const hfq::ExpertsParams* params) { return hfq::launch_experts(*params, nullptr); }
 const char* unpack(const hfq::UnpackParams* params) { return hfq::launch_unpack(*params, nullptr); }
 const char* quantize_tokens(const hfq::TokensParams* params) { return hfq::launch_quantize_tokens(*params, nullptr); }
 int quantizes_inside(int64_t tokens, int64_t in_features) { return hfq::quantizes_inside(tokens, in_features); }

@@ -53,6 +53,13 @@ void product_of_bytes(Params p) {
   for (unsigned i = 0; i < 4; ++i) store(p.to + 4 * threadIdx.x + i, static_cast<uint32_t>(d[i]));
 }
 
+void shuffle_from_first(Params p) {
+  const uint32_t v = load(p.from + threadIdx.x);
+  const int first = first_lane(v % 4 == 3);
+  store(p.to + 4 * threadIdx.x, static_cast<uint32_t>(first));
+  store(p.to + 4 * threadIdx.x + 1, shuffle_from(v, first));
+}
+
 void neighbour_without_barrier(Params p) {
   uint32_t* shared = reinterpret_cast<uint32_t*>(shared_memory());
   const unsigned i = threadIdx.x;
@@ -78,6 +85,7 @@ constexpr struct {
     {"matrices", matrices},
     {"shuffle", shuffle},
     {"product_of_bytes", product_of_bytes},
+    {"shuffle_from_first", shuffle_from_first},
     {"neighbour_without_barrier", neighbour_without_barrier},
     {"barrier_for_some", barrier_for_some},
     {"reads_too_far", reads_too_far},
