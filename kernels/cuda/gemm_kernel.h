@@ -10,9 +10,10 @@
 // from matrix instructions with ones, of which each warp has its share of the tokens (all warps for all tokens would cost half
 // as much again as the products).
 //
-// Instructions: for a unit and 64 tokens a warp issues 32 mma, 8 loads of activations, 44 instructions for 4-bit codes and, with groups of 128,
-// some 20 for scales: about 105. The 32 mma take 256 clocks of its scheduler on an A100, about 160 on an H100 (which reaches its peak with
-// wgmma only), so that they are the limit; with 16 tokens the bytes are: 70 instructions for 512 bytes in 100 slots (see linear_kernel.h).
+// Instructions (counted in code for sm_90a, 4 bits, groups of 128): for a unit and 64 tokens a warp issues 32 mma, 8 loads of activations, 44
+// instructions for codes, 20 for scales and 28 for copies and the loop: about 132. The 32 mma take 256 clocks of its scheduler on an A100,
+// about 160 on an H100 (which reaches its peak with wgmma only), so that they are the limit. With 16 tokens 512 bytes of codes take 100
+// instructions, which is what an H200 has slots for while they arrive (linear_kernel.h); an H100 has 140.
 #pragma once
 
 #include "fragments.h"
