@@ -10,9 +10,10 @@
 // from matrix instructions with ones, of which each warp has its share of the tokens (all warps for all tokens would cost half
 // as much again as the products).
 //
-// Instructions: for a unit and 64 tokens a warp issues 32 mma, 8 loads of activations, 44 instructions for 4-bit codes and, with groups of 128,
-// some 20 for scales: about 105. The 32 mma take 256 clocks of its scheduler on an A100, about 160 on an H100 (which reaches its peak with
-// wgmma only), so that they are the limit; with 16 tokens the bytes are: 70 instructions for 512 bytes in 100 slots (see linear_kernel.h).
+// Instructions (counted in code for sm_90a, 4 bits, groups of 128): for a unit and 64 tokens a warp issues 32 mma, 8 loads of activations, 44
+// instructions for codes, 20 for scales and 28 for copies and the loop: about 132. The 32 mma take 256 clocks of its scheduler on an A100,
+// about 160 on an H100 (which reaches its peak with wgmma only), so that they are the limit. With 16 tokens 512 bytes of codes take 100
+// instructions, which is what an H200 has slots for while they arrive (linear_kernel.h); an H100 has 140.
 #pragma once
 
 #include "fragments.h"
@@ -31,130 +32,162 @@ __device__ __forceinline__ RawPair take_pair(const uint8_t* pair, DType dtype) {
   return {*reinterpret_cast<const uint32_t*>(pair), 0};
 }
 
+// 16 bytes of a tensor.
+__device__ __forceinline__ const uint8_t* piece(const void* tensor, uint32_t number) {
+  return static_cast<const uint8_t*>(tensor) + static_cast<int64_t>(number) * 16;
+}
+
 template <class Kind, class T, int kTokens>
 struct GemmWarp {
   static constexpr int kBits = Kind::kWords == 6 ? 3 : 128 / (Kind::kUnits * 16);  // 128 bits of a lane for 16 codes of each unit
   static constexpr int kColumns = kChunkColumns<kBits>, kUnits = kColumns / kUnitColumns;
-  static constexpr int kBytes = kColumns / kBlockColumns<kBits> * kBlockBytes<kBits>;  // of a chunk of one tile
-  static constexpr int kPieces = kBytes / 16;
+  static constexpr int kBlocks = kColumns / kBlockColumns<kBits>, kBytes = kBlocks * kBlockBytes<kBits>;  // of a chunk of one tile
   static constexpr int kRowBytes = 2 * kColumns, kRowPieces = kRowBytes / 16;  // of a chunk of one token
   static constexpr int kRowsAtOnce = kGemmThreads / kRowPieces;  // of activations, that the threads copy: of one chunk, or of several
   static constexpr int kChunksAtOnce = kRowsAtOnce > kTokens ? kRowsAtOnce / kTokens : 1;
   static constexpr int kTokenTiles = kTokens / 8;
+  static constexpr uint32_t kNone = ~0u;
   static constexpr float kMiddle = 1 << (kBits - 1);
+
+  // What a thread computes. Made anew where it is needed after the loop: registers of the loop are for the loop.
+  struct Place {
+    int lane, row_warps, row_warp, column_warp;
+    uint32_t first_token, first_tile, split;  // of the thread block
+    __device__ __forceinline__ explicit Place(const GemmParams& p) {
+      const uint32_t thread = kept(threadIdx.x), block = kept(blockIdx.x);
+      lane = thread % 32;
+      row_warps = kGemmWarps >> p.plan.column_shift;
+      row_warp = thread / 32 % row_warps, column_warp = thread / 32 / row_warps;
+      // Neighbouring thread blocks read the same weights for other tokens: the second finds them in L2.
+      first_token = block % p.token_tiles * kTokens;
+      split = block / p.token_tiles % p.plan.splits;
+      first_tile = block / p.token_tiles / p.plan.splits * row_warps * kWarpTiles;
+    }
+  };
 
   const GemmParams& p;
   const uint8_t* table;
-  int lane, row_warp, row_warps, column_warp;
-  uint32_t first_chunk, end_chunk;     // of the thread block
-  uint32_t first_tile, first_token;    // of the thread block
-  uint32_t warp_end;                   // end_chunk, or 0 if the warp has no rows
-  const uint8_t* qweight;              // of the warp's first tile
-  uint32_t tile_bytes, next_tile;      // bytes of a tile, and from the first to the second
-  int64_t scale_from;                  // of the lane's 16 bytes of scales: in group 0, and in the warp's part of a stage
-  uint32_t scale_to;
-  uint32_t scale_unit;                 // of a chunk, to which they belong; kUnits: none
-  const uint8_t* x;                    // of the thread's first token and piece of a chunk
-  uint32_t x_bytes;                    // from x to the end of its token
-  int x_tokens;                        // from its token to the last, at most kTokens
+  int lane, column_warp;
+  uint32_t first_chunk, end_chunk;   // of the thread block
+  uint32_t warp_end;                 // what the first chunk of a stage is less than if the warp has rows and a chunk of it
+  // What is copied next: the thread's activations, its lane's codes of the first tile, scales and zero points of group 0. Numbers of 16-byte
+  // pieces of a tensor, which take one register, and where they go, in bytes from the beginning of a stage.
+  uint32_t x_from, x_to, x_left;     // pieces to the last column that the token has in this thread block
+  int x_tokens;                      // from the thread's token to the last
+  uint32_t codes_from, next_tile;    // pieces to the second tile; 0 if there is none
+  uint32_t scale_from, scale_to;
+  uint32_t scale_unit;               // to which they belong, from the first one of a stage
+  // Where from the beginning of a stage the lane's operands are.
+  uint32_t x_at, codes_at, scales_at;
   float sums[kWarpTiles][kTokenTiles][4] = {};
 
+  // A stage has activations of each column warp, then codes, scales and zero points of each warp.
   __device__ __forceinline__ GemmWarp(const GemmParams& params, const uint8_t* lookups) : p(params), table(lookups), lane(threadIdx.x % 32) {
     const Weight& w = p.weight;
-    const int warp = threadIdx.x / 32;
-    row_warps = kGemmWarps >> p.plan.column_shift;
-    row_warp = warp % row_warps, column_warp = warp / row_warps;
-
-    // Neighbouring thread blocks read the same weights for other tokens: the second finds them in L2.
-    const uint32_t token_tile = blockIdx.x % p.token_tiles, rest = blockIdx.x / p.token_tiles, split = rest % p.plan.splits;
-    first_token = token_tile * kTokens;
-    first_tile = rest / p.plan.splits * row_warps * kWarpTiles;
+    const Place place(p);
+    column_warp = place.column_warp;
     const uint32_t chunks = static_cast<uint32_t>((w.in_features + kColumns - 1) / kColumns);
-    first_chunk = split * p.plan.split_chunks;
+    first_chunk = place.split * p.plan.split_chunks;
     end_chunk = first_chunk + p.plan.split_chunks < chunks ? first_chunk + p.plan.split_chunks : chunks;
 
-    const uint32_t tiles = static_cast<uint32_t>((w.out_features + kTileRows - 1) / kTileRows), tile = first_tile + row_warp * kWarpTiles;
-    warp_end = tile < tiles ? end_chunk : 0;
-    tile_bytes = static_cast<uint32_t>((w.in_features + kBlockColumns<kBits> - 1) / kBlockColumns<kBits>) * kBlockBytes<kBits>;
+    const int row = threadIdx.x / kRowPieces, of_chunk = threadIdx.x % kRowPieces;
+    const int64_t token = place.first_token + row % kTokens;
+    const uint32_t from = (first_chunk + row / kTokens) * kRowPieces + of_chunk, of_row = static_cast<uint32_t>(w.in_features / 8);
+    const uint32_t end = of_row < end_chunk * kRowPieces ? of_row : end_chunk * kRowPieces;
+    x_from = kept(static_cast<uint32_t>(token * of_row + from));
+    x_to = kept(static_cast<uint32_t>(row * kRowBytes + 16 * (of_chunk ^ 4 * (row % 2))));
+    x_left = kept(from < end ? end - from : 0);
+    x_tokens = static_cast<int>(p.tokens - token < kTokens ? p.tokens - token : kTokens);
+
+    const uint32_t tiles = static_cast<uint32_t>((w.out_features + kTileRows - 1) / kTileRows), tile = place.first_tile + place.row_warp * kWarpTiles;
+    const uint32_t tile_pieces = blocks() * (kBlockBytes<kBits> / 16), zeros = w.zeros ? kUnits * kScaleBytes : 0;
+    const uint32_t codes = (kTokens * kRowBytes << p.plan.column_shift) + threadIdx.x / 32 * (kWarpTiles * kBytes + kUnits * kScaleBytes + zeros);
     // An odd number of tiles: the last one is computed twice and stored once.
     const auto of_weight = [&](uint32_t t) { return static_cast<int64_t>(t < tiles ? t : tiles - 1); };
-    qweight = w.qweight + of_weight(tile) * tile_bytes;
-    next_tile = tile + 1 < tiles ? tile_bytes : 0;
-
-    const int64_t token = first_token + threadIdx.x / kRowPieces % kTokens;
-    const uint32_t first_byte = threadIdx.x % kRowPieces * 16, row_bytes = static_cast<uint32_t>(2 * w.in_features);
-    x_tokens = static_cast<int>(p.tokens - token < kTokens ? p.tokens - token : kTokens);
-    x_bytes = first_byte < row_bytes ? row_bytes - first_byte : 0;
-    x = static_cast<const uint8_t*>(p.x) + token * row_bytes + first_byte;
+    warp_end = tile < tiles && end_chunk > static_cast<uint32_t>(column_warp) ? end_chunk - column_warp : 0;
+    codes_from = kept(static_cast<uint32_t>(of_weight(tile) * tile_pieces + (first_chunk + column_warp) * (kBytes / 16) + lane));
+    next_tile = tile + 1 < tiles ? tile_pieces : 0;
 
     const uint32_t pieces = pair_bytes(w.scale_dtype) / 2, i = lane / pieces, of_tile = i / kUnits;
-    scale_unit = of_tile < kWarpTiles && ((i + 1) & p.flush_mask) == 0 ? i % kUnits : kUnits;
-    scale_from = of_weight(tile + (of_tile < kWarpTiles ? of_tile : 0)) * w.groups * pieces * 16 + 16 * (lane % pieces);
-    scale_to = (of_tile * kUnits + i % kUnits) * (kScaleBytes / kWarpTiles) + 16 * (lane % pieces);
+    scale_unit = of_tile < kWarpTiles && ((i + 1) & p.flush_mask) == 0 ? column_warp * kUnits + i % kUnits : kNone;
+    scale_from = kept(static_cast<uint32_t>(of_weight(tile + (of_tile < kWarpTiles ? of_tile : 0)) * w.groups * pieces + lane % pieces));
+    scale_to = static_cast<uint32_t>(codes + kWarpTiles * kBytes + i * (kScaleBytes / kWarpTiles) + 16 * (lane % pieces));
+
+    const int odd = lane / 4 % 2;
+    x_at = kept(static_cast<uint32_t>((column_warp * kTokens + lane / 4) * kRowBytes + 64 * odd + 16 * (lane % 4)));
+    codes_at = kept(static_cast<uint32_t>(codes + 16 * lane));
+    scales_at = static_cast<uint32_t>(codes + kWarpTiles * kBytes + lane / 4 * pair_bytes(w.scale_dtype));
   }
 
-  // ---- parts of a stage: activations of each column warp, then codes, scales and zero points of each warp
-
-  __device__ __forceinline__ uint32_t x_at(int of_column_warp) const { return of_column_warp * kTokens * kRowBytes; }
-  __device__ __forceinline__ uint32_t codes_at() const {
-    const uint32_t scales = kUnits * kScaleBytes * (p.weight.zeros ? 2 : 1);
-    return x_at(1 << p.plan.column_shift) + threadIdx.x / 32 * (kWarpTiles * kBytes + scales);
+  // Of the weight's columns.
+  __device__ __forceinline__ uint32_t blocks() const {
+    return static_cast<uint32_t>((p.weight.in_features + kBlockColumns<kBits> - 1) / kBlockColumns<kBits>);
   }
 
   // ---- from global memory to a stage
 
-  // The chunks `chunk`, of which each column warp takes one.
-  __device__ __forceinline__ void copy(uint8_t* stage, uint32_t chunk) const {
-    copy_activations(stage, chunk);
-    chunk += column_warp;
-    if (chunk >= warp_end) return;
-    uint8_t* codes = stage + codes_at();
-    const uint32_t begin = chunk * kBytes;
+  // The chunks `chunk`, of which each column warp takes one, and later those behind them.
+  __device__ __forceinline__ void copy(uint8_t* stage, uint32_t chunk) {
+    copy_activations(stage + x_to);
+    if (chunk < warp_end) {
+      copy_codes(stage + codes_at, chunk + column_warp);
+      if (scale_unit != kNone) copy_scales(stage + scale_to, chunk * kUnits + scale_unit);
+    }
+    codes_from += kBytes / 16 << p.plan.column_shift;
+  }
+
+  __device__ __forceinline__ void copy_codes(uint8_t* to, uint32_t chunk) const {
+    constexpr int kBlock = kBlockBytes<kBits>;
 #pragma unroll
     for (int i = 0; i < kWarpTiles; ++i)
 #pragma unroll
-      for (int j = 0; j < (kPieces + 31) / 32; ++j) {
-        const uint32_t at = 16 * (lane + 32 * j);
-        if (at < kBytes && begin + at < tile_bytes) cp_async(codes + i * kBytes + at, qweight + i * next_tile + begin + at);
+      for (int block = 0; block < kBlocks; ++block) {
+        // Columns behind K meet activations of zero: any codes will do.
+        const uint32_t from = codes_from + i * next_tile + (block == 0 || chunk * kBlocks + block < blocks() ? block * (kBlock / 16) : 0);
+        cp_async(to + i * kBytes + block * kBlock, piece(p.weight.qweight, from));
+        if (kBlock > 512 && lane < (kBlock - 512) / 16) cp_async(to + i * kBytes + 512, piece(p.weight.qweight, from + 32));
       }
-    if (scale_unit == kUnits) return;
-    const Weight& w = p.weight;
-    const uint32_t last = static_cast<uint32_t>(w.groups) - 1;
-    uint32_t group = multiply_high(2 * (chunk * kUnits + scale_unit), p.group_magic);
-    group = group < last ? group : last;  // units behind K
-    const int64_t from = scale_from + group * 8 * pair_bytes(w.scale_dtype);
-    uint8_t* to = codes + kWarpTiles * kBytes + scale_to;
-    cp_async(to, static_cast<const uint8_t*>(w.scales) + from);
-    if (w.zeros) cp_async(to + kUnits * kScaleBytes, static_cast<const uint8_t*>(w.zeros) + from);
   }
 
-  __device__ __forceinline__ void copy_activations(uint8_t* to, uint32_t chunk) const {
-    const int row = threadIdx.x / kRowPieces;
-    to += row * kRowBytes + 16 * (threadIdx.x % kRowPieces ^ 4 * (row % 2));
-#pragma unroll 1
-    for (uint32_t i = row / kTokens; i < 1u << p.plan.column_shift; i += kChunksAtOnce) {
-      const uint32_t offset = (chunk + i) * kRowBytes;
-      // Zeros for columns behind K, which codes of padding meet, and for tokens that nobody has asked for.
-      const bool exists = chunk + i < end_chunk && offset < x_bytes;
+  __device__ __forceinline__ void copy_scales(uint8_t* to, uint32_t unit) const {
+    const Weight& w = p.weight;
+    const uint32_t last = static_cast<uint32_t>(w.groups) - 1;
+    uint32_t group = multiply_high(2 * unit, p.group_magic);
+    group = group < last ? group : last;  // units behind K
+    const uint32_t from = scale_from + group * (pair_bytes(w.scale_dtype) / 2);
+    cp_async(to, piece(w.scales, from));
+    if (w.zeros) cp_async(to + kUnits * kScaleBytes, piece(w.zeros, from));
+  }
+
+  __device__ __forceinline__ void copy_activations(uint8_t* to) {
+    constexpr uint32_t kStep = kChunksAtOnce * kRowPieces;
+    const uint32_t end = kRowPieces << p.plan.column_shift, rows = kRowsAtOnce * static_cast<uint32_t>(p.weight.in_features / 8);
+    // 8-bit codes and 16 tokens: half of the threads begin with the second chunk.
+    uint32_t at = threadIdx.x / kRowPieces / kTokens * kRowPieces, from = 0;
+#pragma unroll 2
+    for (; at < end; at += kStep, from += kStep) {
 #pragma unroll
-      for (int j = 0; j < kTokens; j += kRowsAtOnce)
-        cp_async_or_zero(to + j * kRowBytes, x + j * 2 * p.weight.in_features + offset, exists && j < x_tokens);
+      for (int j = 0; j < kTokens / kRowsAtOnce || j == 0; ++j)
+        // Zeros for columns behind K, which codes of padding meet, and for tokens that nobody has asked for.
+        cp_async_or_zero(to + j * kRowsAtOnce * kRowBytes, piece(p.x, x_from + j * rows + from), from < x_left && j * kRowsAtOnce < x_tokens);
       to += kChunksAtOnce * kTokens * kRowBytes;
     }
+    x_from += end;
+    x_left = x_left > end ? x_left - end : 0;
   }
 
   // ---- from a stage to sums
 
-  // The lane's activations of unit u and token tile `tile`, as the operands of two instructions.
+  // The lane's activations of unit u and token tile `tile`, as the operands of two instructions. The halves of each 128 bytes change
+  // places in odd rows: x[1] is where x[0] would have the other half.
   template <int u>
-  __device__ __forceinline__ void activations(const uint8_t* x, int tile, uint32_t (&b)[2][2]) const {
-    const int odd = lane / 4 % 2, swapped = u % 2 ? 1 - odd : odd;
-    Kind::activations(*reinterpret_cast<const uint4*>(x + (8 * tile + lane / 4) * kRowBytes + 128 * (u / 2) + 64 * swapped + 16 * (lane % 4)), b);
+  __device__ __forceinline__ void activations(const uint8_t* const (&x)[2], int tile, uint32_t (&b)[2][2]) const {
+    Kind::activations(*reinterpret_cast<const uint4*>(x[u % 2] + 8 * tile * kRowBytes + u / 2 * 128), b);
   }
 
   // Sums of activations over the units for which scales are applied at once, of this warp's share of the tokens of its columns.
   template <int u>
-  __device__ __forceinline__ void add_activations(const uint8_t* x, float* to, int tile, float (&d)[4]) const {
+  __device__ __forceinline__ void add_activations(const uint8_t* const (&x)[2], float* to, int tile, float (&d)[4]) const {
     constexpr uint32_t kOne = kBoth<T, 1>, ones[4] = {kOne, kOne, kOne, kOne};
     uint32_t b[2][2];
     activations<u>(x, tile, b);
@@ -170,12 +203,12 @@ struct GemmWarp {
 
   // Units u and later of a chunk.
   template <int u>
-  __device__ __forceinline__ void multiply(const uint8_t* x, const uint8_t* codes, const float* x_sums, Kind (&block)[kWarpTiles],
+  __device__ __forceinline__ void multiply(const uint8_t* const (&x)[2], const uint8_t* stage, const float* x_sums, Kind (&block)[kWarpTiles],
                                            float (&products)[kWarpTiles][kTokenTiles][4]) {
     uint32_t a[kWarpTiles][2][4];
 #pragma unroll
     for (int i = 0; i < kWarpTiles; ++i) {
-      if constexpr (u % Kind::kUnits == 0) block[i].take(codes + i * kBytes + u / Kind::kUnits * kBlockBytes<kBits> + 16 * lane, lane);
+      if constexpr (u % Kind::kUnits == 0) block[i].take(stage + codes_at + i * kBytes + u / Kind::kUnits * kBlockBytes<kBits>, lane);
       block[i].template unit<T, u % Kind::kUnits>(table, a[i]);
     }
 #pragma unroll
@@ -189,7 +222,7 @@ struct GemmWarp {
     }
     if (((u + 1) & p.flush_mask) == 0) {
       if (p.weight.zeros && u == p.flush_mask) sync_block();  // sums of activations are there
-      scale(codes + kWarpTiles * kBytes, x_sums, u, products);
+      scale(stage + scales_at, x_sums, u, products);
       if constexpr (u + 1 < kUnits) {
 #pragma unroll
         for (int i = 0; i < kWarpTiles; ++i)
@@ -199,15 +232,15 @@ struct GemmWarp {
             for (int c = 0; c < 4; ++c) products[i][tile][c] = 0.0f;
       }
     }
-    if constexpr (u + 1 < kUnits) multiply<u + 1>(x, codes, x_sums, block, products);
+    if constexpr (u + 1 < kUnits) multiply<u + 1>(x, stage, x_sums, block, products);
   }
 
   // Adds products, up to unit u, times their scales.
-  __device__ __forceinline__ void scale(const uint8_t* scales, const float* x_sums, int u, float (&products)[kWarpTiles][kTokenTiles][4]) {
+  __device__ __forceinline__ void scale(const uint8_t* of_lane, const float* x_sums, int u, float (&products)[kWarpTiles][kTokenTiles][4]) {
     const DType dtype = p.weight.scale_dtype;
 #pragma unroll
     for (int i = 0; i < kWarpTiles; ++i) {
-      const uint8_t* pair = scales + (i * kUnits + u) * (kScaleBytes / kWarpTiles) + lane / 4 * pair_bytes(dtype);
+      const uint8_t* pair = of_lane + (i * kUnits + u) * (kScaleBytes / kWarpTiles);
       const Pair s = to_floats(take_pair(pair, dtype), dtype);
       if (p.weight.zeros) {
         // Products are with code - middle: what lacks is middle - zero for each activation.
@@ -234,17 +267,19 @@ struct GemmWarp {
 
   // A stage, whose first chunk is `chunk`. `all_x_sums`: [column warps][kUnits][kTokens] floats of shared memory.
   __device__ __forceinline__ void add(const uint8_t* stage, uint32_t chunk, float* all_x_sums) {
-    const uint8_t* x = stage + x_at(column_warp);
+    const uint8_t* const x[2] = {stage + x_at, stage + (x_at ^ 64)};
     float* x_sums = all_x_sums + column_warp * kUnits * kTokens;
-    if (p.weight.zeros)
-      for (int tile = row_warp; tile < kTokenTiles; tile += row_warps) {
+    if (p.weight.zeros) {
+      const Place place(p);
+      for (int tile = place.row_warp; tile < kTokenTiles; tile += place.row_warps) {
         float d[4] = {};
         add_activations<0>(x, x_sums, tile, d);
       }
-    if (chunk + column_warp < warp_end) {
+    }
+    if (chunk < warp_end) {
       Kind block[kWarpTiles];
       float products[kWarpTiles][kTokenTiles][4] = {};
-      multiply<0>(x, stage + codes_at(), x_sums, block, products);
+      multiply<0>(x, stage, x_sums, block, products);
     } else if (p.weight.zeros) {
       sync_block();
     }
@@ -254,30 +289,30 @@ struct GemmWarp {
 
   // Through shared memory: warps of other columns are added, in their order, and rows are stored side by side.
   __device__ __forceinline__ void store_sums(float* partial) const {
-    const int rows = row_warps * kWarpTiles * kTileRows, stride = rows + 4;  // 8 lanes apart are 4 tokens: other banks
+    const Place place(p);
+    const int rows = place.row_warps * kWarpTiles * kTileRows, stride = rows + 4;  // 8 lanes apart are 4 tokens: other banks
+    const int64_t padded = (p.weight.out_features + kTileRows - 1) / kTileRows * kTileRows;
     sync_block();
-    if (warp_end) {
+    if (place.first_tile + place.row_warp * kWarpTiles < padded / kTileRows) {
 #pragma unroll
       for (int i = 0; i < kWarpTiles; ++i)
 #pragma unroll
         for (int tile = 0; tile < kTokenTiles; ++tile)
 #pragma unroll
           for (int c = 0; c < 4; ++c) {
-            const int token = column_warp * kTokens + 8 * tile + 2 * (lane % 4) + c % 2;
-            partial[token * stride + (row_warp * kWarpTiles + i) * kTileRows + lane / 4 + 8 * (c / 2)] = sums[i][tile][c];
+            const int token = place.column_warp * kTokens + 8 * tile + 2 * (place.lane % 4) + c % 2;
+            partial[token * stride + (place.row_warp * kWarpTiles + i) * kTileRows + place.lane / 4 + 8 * (c / 2)] = sums[i][tile][c];
           }
     }
     sync_block();
-    const int64_t padded = (p.weight.out_features + kTileRows - 1) / kTileRows * kTileRows;
-    const int64_t split = blockIdx.x / p.token_tiles % p.plan.splits;
     for (int at = 4 * threadIdx.x; at < kTokens * rows; at += 4 * kGemmThreads) {
-      const int64_t n = static_cast<int64_t>(first_tile) * kTileRows + at % rows, m = static_cast<int64_t>(first_token) + at / rows;
+      const int64_t n = static_cast<int64_t>(place.first_tile) * kTileRows + at % rows, m = static_cast<int64_t>(place.first_token) + at / rows;
       if (n >= padded || m >= p.tokens) continue;
       float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
       for (int warp = 0; warp < 1 << p.plan.column_shift; ++warp)
         sum = plus(sum, *reinterpret_cast<const float4*>(partial + (warp * kTokens + at / rows) * stride + at % rows));
       if (p.plan.splits > 1)
-        store(reinterpret_cast<float4*>(p.workspace + (split * p.tokens + m) * padded + n), sum);
+        store(reinterpret_cast<float4*>(p.workspace + (place.split * p.tokens + m) * padded + n), sum);
       else
         store_rows<T>(p, m, n, sum);
     }
@@ -292,16 +327,14 @@ __global__ void __launch_bounds__(kGemmThreads, kTokens < kMostTokens ? 2 : 1) g
   GemmWarp<Kind, T, kTokens> mine(p, shared);
   const uint32_t step = 1u << p.plan.column_shift, stages = p.plan.stages;
 
-  uint32_t next = mine.first_chunk, copied = 0, used = 0;  // the next chunks to be copied, and stages of the ring
-  const auto copy_next = [&] {
-    if (next < mine.end_chunk) mine.copy(ring + copied * p.plan.stage_bytes, next);
+  for (uint32_t i = 0; i + 1 < stages; ++i) {
+    const uint32_t chunk = mine.first_chunk + i * step;
+    if (chunk < mine.end_chunk) mine.copy(ring + i * p.plan.stage_bytes, chunk);
     cp_async_commit();
-    next += step;
-    copied = copied + 1 == stages ? 0 : copied + 1;
-  };
-  for (uint32_t i = 1; i < stages; ++i) copy_next();
+  }
   if constexpr (Kind::kTable) TableCodes::fill<T>(shared, p.weight.codebook);
 
+  uint32_t at = 0;  // the stage of `chunk`
   for (uint32_t chunk = mine.first_chunk; chunk < mine.end_chunk; chunk += step) {
     if (stages == 4)
       cp_async_wait<2>();
@@ -309,10 +342,12 @@ __global__ void __launch_bounds__(kGemmThreads, kTokens < kMostTokens ? 2 : 1) g
       cp_async_wait<1>();
     else
       cp_async_wait<0>();
-    sync_block();  // this stage is there for all warps, and the one before has been read by all
-    copy_next();
-    mine.add(ring + used * p.plan.stage_bytes, chunk, x_sums);
-    used = used + 1 == stages ? 0 : used + 1;
+    sync_block();  // this stage is there for all warps, and the one before, which is filled next, has been read by all
+    const uint32_t next = chunk + (stages - 1) * step;
+    if (next < mine.end_chunk) mine.copy(ring + (at == 0 ? stages - 1 : at - 1) * p.plan.stage_bytes, next);
+    cp_async_commit();
+    mine.add(ring + at * p.plan.stage_bytes, chunk, x_sums);
+    at = at + 1 == stages ? 0 : at + 1;
   }
   cp_async_wait<0>();
   mine.store_sums(reinterpret_cast<float*>(ring));

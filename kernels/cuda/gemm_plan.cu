@@ -11,7 +11,7 @@ namespace {
 
 constexpr float kBytesPerClock = 28;       // from L2 to a multiprocessor: 6.5 TB/s, 132 of them, 1.75 GHz; an A100 has 29 (4.4 TB/s at 1.41)
 constexpr float kMmaClocks = 5;            // of one mma.m16n8k16 on one of four schedulers; an A100 takes 8
-constexpr float kUnitInstructions = 28;    // for codes and scales of a unit of one tile; each mma and load of activations is one more
+constexpr float kUnitInstructions = 45;    // for a unit of one tile, 22 of them for codes; each mma and load of activations is one more
 constexpr float kReductionClocks = 3500;   // until a second kernel has started and ended, 2 us
 constexpr float kStartClocks = 1000;       // until a block's first stage is there
 constexpr float kSharedBytesPerClock = 128;

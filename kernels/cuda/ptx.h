@@ -39,7 +39,7 @@ __device__ __forceinline__ void store(V* p, const V& v) {
 }
 
 __device__ __forceinline__ uint8_t* shared_memory() {
-  extern __shared__ __align__(16) uint8_t memory[];
+  extern __shared__ __align__(128) uint8_t memory[];
   return memory;
 }
 

@@ -51,6 +51,7 @@ class Operands {
     if (qweight_.dtype() != aoti_torch_dtype_uint8()) qweight_.refuse("uint8");
     expect_sizes(qweight_, experts, tiles, (in_features + columns - 1) / columns, bits == 3 ? 48 : 32, 16);
     w.qweight = static_cast<const uint8_t*>(qweight_.data(cuda, 1));
+    expect(qweight_.numel() / 16 < kMostPieces && scales_.numel() / 4 < kMostPieces, op_, "the weight must be below 64 GiB");
     if (!aligned(w.qweight, 16)) qweight_.refuse("aligned to 16 bytes");
     w.scale_dtype = float_dtype(scales_.dtype());
     if (w.scale_dtype == kUnsupported) scales_.refuse("float32, float16 or bfloat16");
@@ -77,7 +78,7 @@ class Operands {
   }
 
  private:
-  static constexpr int64_t kMostColumns = int64_t{1} << 20;
+  static constexpr int64_t kMostColumns = int64_t{1} << 20, kMostPieces = int64_t{1} << 32;  // pieces of 16 bytes
 
   static void expect_sizes(const Tensor& tensor, int64_t experts, int64_t a, int64_t b, int64_t c, int64_t d) {
     experts ? tensor.expect_shape({experts, a, b, c, d}) : tensor.expect_shape({a, b, c, d});
