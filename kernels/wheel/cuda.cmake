@@ -1,5 +1,6 @@
-# libhfq_cuda.so. Real code for the data-centre and consumer generations that matter, PTX of the last for what follows; nvcc decides which
-# of them it knows (12.8 and later know 100 and 120).
+# libhfq_cuda.so. Real code for the generations that kernels are tuned for, and PTX of the last for what follows, which the driver compiles
+# when the library is first used. Each generation adds a third to the time of the build; a wheel for others names its own:
+# -DCMAKE_CUDA_ARCHITECTURES="80-real;90a-real;100a-real;120a-real;90-virtual".
 if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
   set(CMAKE_CUDA_ARCHITECTURES OFF)  # chosen below, once nvcc can be asked
   set(choose_archs TRUE)
@@ -13,7 +14,7 @@ set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 if(choose_archs)
   execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-code OUTPUT_VARIABLE known OUTPUT_STRIP_TRAILING_WHITESPACE)
   set(archs "")
-  foreach(arch 80 89 90a 100a 120a)
+  foreach(arch 80 89 90a)
     string(REPLACE "a" "" number ${arch})
     if(known MATCHES "sm_${number}")
       list(APPEND archs ${arch}-real)
