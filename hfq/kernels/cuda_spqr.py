@@ -20,10 +20,10 @@ from .row import OneByOne, Problem
 
 __all__ = ["MAX_DIRECT_TOKENS", "CudaSpqr"]
 
-# Each 8 tokens take a pass over the weight. With 3.6 bits per weight and as many instructions as fit beside their bytes
-# (kernels/cuda/spqr_linear_kernel.h), a pass costs at least the time of 0.45 bytes per weight, with twice the instructions
-# 0.9; dequantizing reads 0.45, writes 2 and reads 2 again: the time of 5 to 10 passes, with which the product itself and two
-# more launches compete. Not measured: reasoned from bytes.
+# Each 8 tokens take a pass over the weight, 3.7 bits per weight at some four fifths of the memory's rate
+# (kernels/cuda/spqr_linear_kernel.h): the time of 0.6 bytes, from L2 as well, because instructions are the limit. Dequantizing
+# reads 0.5 bytes, writes 2 and reads 2 again: the time of 7 passes. 4 of them leave room for all that a GPU does
+# worse than reasoned. Not measured.
 MAX_DIRECT_TOKENS = 32
 
 _MOST_COLUMNS = 1 << 19

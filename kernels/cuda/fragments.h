@@ -6,6 +6,8 @@
 //   lane 4g + t of a unit holds rows g and g + 8 of the columns 8t .. 8t+7 of the unit, so its part of x is one 16-byte load
 //     instruction j, columns 8t + 4j + {0, 1} of row g: a[0], of row g + 8: a[1]; columns 8t + 4j + {2, 3}: a[2], a[3]
 //
+// (Format "spqr" has groups of 16 columns and another order of columns in the same registers: spqr_linear_kernel.h.)
+//
 // Groups are multiples of a unit; the scale of each multiplies the float32 sums of its units. A block has as many units as fill one
 // 16-byte load of each lane (3 bits: 24 bytes); a lane's registers are numbered r = 8 unit + 4 j + 2 (row >= 8) + (column % 4 >= 2):
 //

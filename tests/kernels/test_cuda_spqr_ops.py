@@ -214,6 +214,17 @@ def test_row_restores_what_it_prepared(grid: SpqrGrid) -> None:
     assert ROW.prepare(grid.stats, grid.bits) is grid.stats
 
 
+def test_experts(generator: torch.Generator, random_weight: Callable[..., Tensor]) -> None:
+    experts = [stored(random_weight(N, K), SPECS[0]) for _ in range(3)]
+    names = ("qweight", "stat_codes", "stats", "offsets", "columns", "values")
+    stack = {name: torch.stack([getattr(one, name) for one in experts]) for name in names}
+    ready = _prepared(replace(experts[0], **stack))  # type: ignore[arg-type]
+    x = torch.randn(5, K, generator=generator)
+    y = ROW.experts(x, torch.tensor([3, 0, 2]), ready, None, False)
+    parts = [x[:3] @ dense(experts[0]).T, x[3:] @ dense(experts[2]).T]
+    torch.testing.assert_close(y, torch.cat(parts))
+
+
 def test_reasons_to_refuse(
     monkeypatch: pytest.MonkeyPatch, random_weight: Callable[..., Tensor]
 ) -> None:
