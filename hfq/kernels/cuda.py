@@ -1,8 +1,8 @@
 """CUDA kernels on the ``fragments`` layout: integers of 2, 3, 4 and 8 bits, codebooks of 4.
 
-Few tokens: the packed weight is read directly (`cuda_linear`). More: it is dequantized, some rows at a time, and multiplied by
-the matrix library, which costs another pass over 16 bits per weight and reuses it for all tokens. The tokens of all experts of a layer
-go through one launch that finds each expert's on the device (`cuda_experts_linear`).
+Up to `MAX_DIRECT_TOKENS`: the packed weight is read directly (`cuda_linear`). More: it is dequantized, some rows at a time, and
+multiplied by the matrix library, which costs another pass over 16 bits per weight and reuses it for all tokens. The tokens of all
+experts of a layer go through one launch that finds each expert's on the device (`cuda_experts_linear`).
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ from .row import OneByOne, Problem, stack_tiles
 
 __all__ = ["MAX_DIRECT_TOKENS", "MAX_EXPERT_TOKENS", "CudaFragments"]
 
-# Each 8 tokens read the weight once, the first of them from memory, others from L2. At 4 bits, 32 tokens thus move 2 bytes per
-# weight through L2; dequantizing writes and reads 4. Not measured: reasoned from bytes.
-MAX_DIRECT_TOKENS = 32
+# Per weight, cuda_linear costs M multiplications at the rate of `mma`, on an H100 about 0.6 of what the matrix library reaches
+# with `wgmma`; dequantizing first writes and reads 4 bytes. 8192 x 28672, 4 bits, 256 tokens on an H200: 200 us for the former; for
+# the latter 110 + 150 us of dequantizing, reading and multiplying. From about 400 tokens on the matrix library wins there, on
+# an A100, where both multiply at one rate, later. Not measured: reasoned from published rates.
+MAX_DIRECT_TOKENS = 256
 
 # One launch multiplies with all experts as long as that takes less than one expert after the other, for which the host waits for the
 # counts and then needs some 20 us per expert. The launch moves a byte per weight from L2 for each 8 tokens of an expert (half of it
 # codes, half activations for 32 rows), on an H100 at 6.5 TB/s: 20 us are tokens * N * K = 2^30. Large experts take longer than that
-# either way: dequantizing moves 4.5 bytes per weight at 3.35 TB/s, which is what the launch needs for 70 tokens. Experts of 1536 x 2048
-# thus get up to 341 tokens on average, of 28672 x 4096 up to 64. Not measured: reasoned from published rates.
-MAX_EXPERT_TOKENS = 64
+# either way, and from 9 tokens on cuda_linear reads their weights once: 28672 x 4096 with 16 tokens takes the launch 36 us per expert
+# and cuda_linear half of it, which is still worth a CUDA graph. Experts of 1536 x 2048 get up to 341 tokens on average. Not measured:
+# reasoned from published rates.
+MAX_EXPERT_TOKENS = 16
 _EXPERT_PRODUCTS = 1 << 30
 # What the kernel takes (kernels/cuda/experts.h).
 _MOST_EXPERTS, _MOST_EXPERT_TOKENS = 1024, 1 << 20

@@ -96,6 +96,16 @@ struct Codes {
     }
   }
 
+  // The same from shared memory.
+  __device__ __forceinline__ void take(const uint8_t* first, int lane) {
+    const uint4 v = *reinterpret_cast<const uint4*>(first);
+    words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+    if constexpr (kBits == 3) {
+      const uint2 u = *reinterpret_cast<const uint2*>(first + 512 - 8 * lane);
+      words[4] = u.x, words[5] = u.y;
+    }
+  }
+
   // Register r as two numbers.
   template <class T, int r>
   __device__ __forceinline__ uint32_t numbers() const {

@@ -1,9 +1,21 @@
 // Which kernel multiplies.
 #include "linear.h"
 
+#include "gemm.h"
 #include "target.h"
 
 namespace hfq {
+namespace {
+
+// A matrix instruction takes 8 tokens. More would read the weight again with linear_kernel.h, where codes go straight to registers and columns
+// are shared by the warps of one block; gemm_kernel.h reads it once for 16 or more.
+constexpr int64_t kFewTokens = 8;
+
+}  // namespace
+
+int64_t linear_workspace(const LinearParams& p) {
+  return p.tokens <= kFewTokens || p.weight.out_features == 0 ? 0 : workspace_floats(p, plan_gemm(p));
+}
 
 const char* copy_on_device(void* to, const void* from, int64_t bytes, cudaStream_t stream) {
   return launch_copy(to, from, static_cast<size_t>(bytes), stream);
@@ -14,6 +26,7 @@ const char* launch_linear(const LinearParams& params, cudaStream_t stream) {
   LinearParams p = params;
   p.token_tiles = static_cast<uint32_t>((p.tokens + 7) / 8);
   p.group_magic = group_magic(p.weight);
+  if (p.tokens > kFewTokens) return launch_gemm(p, stream);
   if (p.weight.codebook) return launch_linear_table4(p, stream);
   if (p.weight.bits == 2) return launch_linear_int2(p, stream);
   if (p.weight.bits == 3) return launch_linear_int3(p, stream);

@@ -1,4 +1,4 @@
-// hfq::cuda_linear: few tokens times a weight in layout "fragments", read once and directly.
+// hfq::cuda_linear: tokens times a weight in layout "fragments", which is read directly.
 #pragma once
 
 #include "weight.h"
@@ -13,8 +13,9 @@ struct LinearParams {
   int64_t tokens;        // M
   DType x_dtype;         // of x and y: kFloat16 or kBFloat16
   DType bias_dtype;
+  float* workspace;      // as many floats as linear_workspace says
   // What follows is set by the launcher.
-  uint32_t token_tiles;  // ceil(M / 8)
+  uint32_t token_tiles;  // ceil(M / tokens of a thread block)
   uint32_t group_magic;  // ceil(2^31 / units of a group): unit / units is the upper half of 2 unit * magic
 };
 
@@ -23,7 +24,10 @@ inline uint32_t group_magic(const Weight& w) {
   return static_cast<uint32_t>(((int64_t{1} << 31) + units - 1) / units);
 }
 
-// Enqueues the kernel. Returns null, or CUDA's description of the error. K below 2^20.
+// Floats of memory for sums that the kernels need, aligned to 16 bytes; on the current device, which is that of the launch.
+int64_t linear_workspace(const LinearParams& params);
+
+// Enqueues the kernels. Returns null, or CUDA's description of the error. K below 2^20.
 const char* launch_linear(const LinearParams& params, cudaStream_t stream);
 
 // Enqueues a copy within the memory of the device: activations have to begin at a multiple of 16 bytes.

@@ -1,4 +1,4 @@
-// The kernel of cuda_linear, for one kind of codes in each file that includes this.
+// The kernel of cuda_linear for few tokens, for one kind of codes in each file that includes this.
 //
 // A thread block takes one or two tiles of 16 rows and up to 8 tokens; its 8 warps take every eighth block of columns. Codes go from global
 // memory straight to registers, several loads ahead; activations come through L1, one block ahead. Partial sums of the warps meet in

@@ -39,7 +39,7 @@ __device__ __forceinline__ void store(V* p, const V& v) {
 }
 
 __device__ __forceinline__ uint8_t* shared_memory() {
-  extern __shared__ __align__(16) uint8_t memory[];
+  extern __shared__ __align__(128) uint8_t memory[];
   return memory;
 }
 
@@ -48,6 +48,11 @@ __device__ __forceinline__ uint8_t* shared_memory() {
 __device__ __forceinline__ void cp_async(void* shared, const void* global) {
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+}
+// The same, or 16 bytes of zero without reading `global`.
+__device__ __forceinline__ void cp_async_or_zero(void* shared, const void* global, bool exists) {
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared)), bytes = exists ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most `kPending` of this thread's groups are not there yet.

@@ -28,7 +28,8 @@ class Operands {
   // The first size of a stack of weights.
   int64_t experts() const { return qweight_.dim() ? qweight_.size(0) : 0; }
 
-  // The weight, after all checks; of a stack of `experts` weights the first one.
+  // The weight, after all checks; of a stack of `experts` weights the first one. Asynchronous copies want 16 bytes of
+  // scales at once.
   Weight weight(int64_t experts = 0) const {
     const auto [bits, group_size, in_features, out_features] = sizes_;
     expect(bits == 2 || bits == 3 || bits == 4 || bits == 8, op_, "bits must be 2, 3, 4 or 8, got " + std::to_string(bits));
@@ -51,6 +52,7 @@ class Operands {
     if (qweight_.dtype() != aoti_torch_dtype_uint8()) qweight_.refuse("uint8");
     expect_sizes(qweight_, experts, tiles, (in_features + columns - 1) / columns, bits == 3 ? 48 : 32, 16);
     w.qweight = static_cast<const uint8_t*>(qweight_.data(cuda, 1));
+    expect(qweight_.numel() / 16 < kMostPieces && scales_.numel() / 4 < kMostPieces, op_, "the weight must be below 64 GiB");
     if (!aligned(w.qweight, 16)) qweight_.refuse("aligned to 16 bytes");
     w.scale_dtype = float_dtype(scales_.dtype());
     if (w.scale_dtype == kUnsupported) scales_.refuse("float32, float16 or bfloat16");
@@ -58,7 +60,7 @@ class Operands {
       expect_sizes(tensor, experts, tiles, groups, 8, 2);
       expect_device(tensor);
       const void* data = tensor.data(cuda, element_size(w.scale_dtype));
-      if (!aligned(data, 8)) tensor.refuse("aligned to 8 bytes");
+      if (!aligned(data, 16)) tensor.refuse("aligned to 16 bytes");
       return data;
     };
     w.scales = per_group(scales_);
@@ -77,7 +79,7 @@ class Operands {
   }
 
  private:
-  static constexpr int64_t kMostColumns = int64_t{1} << 20;
+  static constexpr int64_t kMostColumns = int64_t{1} << 20, kMostPieces = int64_t{1} << 32;  // pieces of 16 bytes
 
   static void expect_sizes(const Tensor& tensor, int64_t experts, int64_t a, int64_t b, int64_t c, int64_t d) {
     experts ? tensor.expect_shape({experts, a, b, c, d}) : tensor.expect_shape({a, b, c, d});
@@ -140,8 +142,12 @@ void cuda_linear(StableIValue* stack, uint64_t, uint64_t) {
 
   const DeviceGuard guard(index);
   const cudaStream_t stream = current_stream(index);
-  // Memory that is freed here is used again behind the kernel, in order of the stream.
+  // Memory that is freed here and below is used again behind the kernels, in order of the stream.
   const Tensor kept(op, "x", aligned_x(op, x, index, stream, p));
+  const int64_t floats = linear_workspace(p);
+  void* workspace = nullptr;
+  const Tensor sums(op, "workspace", floats ? empty_tensor(&floats, 1, aoti_torch_dtype_float32(), cuda, index, &workspace) : 0);
+  p.workspace = static_cast<float*>(workspace);
   const int64_t sizes[] = {p.tokens, p.weight.out_features};
   const StableIValue y = empty_tensor(sizes, 2, x.dtype(), cuda, index, &p.y);
   stack[0] = checked(op, y, launch_linear(p, stream));

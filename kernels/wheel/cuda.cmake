@@ -28,6 +28,9 @@ add_library(hfq_cuda MODULE "${KERNELS}/torch-ext/torch_binding_cuda.cpp" "${KER
                             "${KERNELS}/cuda/dequantize.cu"
                             "${KERNELS}/cuda/experts.cu" "${KERNELS}/cuda/experts_int2.cu" "${KERNELS}/cuda/experts_int3.cu"
                             "${KERNELS}/cuda/experts_int4.cu" "${KERNELS}/cuda/experts_int8.cu" "${KERNELS}/cuda/experts_table4.cu"
+                            "${KERNELS}/cuda/gemm.cu" "${KERNELS}/cuda/gemm_int2.cu" "${KERNELS}/cuda/gemm_int3.cu"
+                            "${KERNELS}/cuda/gemm_int4.cu" "${KERNELS}/cuda/gemm_int8.cu" "${KERNELS}/cuda/gemm_plan.cu"
+                            "${KERNELS}/cuda/gemm_table4.cu"
                             "${KERNELS}/cuda/linear.cu" "${KERNELS}/cuda/linear_int2.cu" "${KERNELS}/cuda/linear_int3.cu"
                             "${KERNELS}/cuda/linear_int4.cu" "${KERNELS}/cuda/linear_int8.cu" "${KERNELS}/cuda/linear_table4.cu"
                             "${KERNELS}/cuda/unpack.cu")

@@ -41,7 +41,21 @@ class _LinearParams(ctypes.Structure):
         ("weight", _Weight),
         *((name, _POINTER) for name in ("x", "bias", "y")),
         ("tokens", _SIZE),
-        *((name, _INT) for name in ("x_dtype", "bias_dtype", "token_tiles", "group_magic")),
+        *((name, _INT) for name in ("x_dtype", "bias_dtype")),
+        ("workspace", _POINTER),
+        *((name, _INT) for name in ("token_tiles", "group_magic")),
+    )
+
+
+class GemmPlan(ctypes.Structure):
+    """kernels/cuda/gemm.h"""
+
+    _fields_ = tuple(
+        (name, _INT)
+        for name in (
+            *("tokens", "column_shift", "splits", "split_chunks"),
+            *("stages", "stage_bytes", "sums_bytes", "shared_bytes"),
+        )
     )
 
 
@@ -76,6 +90,7 @@ class Emulator:
         for launcher in (self._library.linear, self._library.unpack, self._library.self_check):
             launcher.restype = ctypes.c_char_p
         self._library.experts.restype = ctypes.c_char_p
+        self._library.linear_workspace.restype = ctypes.c_int64
 
     def linear(
         self,
@@ -84,8 +99,12 @@ class Emulator:
         bias: Tensor | None,
         sizes: tuple[int, int, int, int],
         multiprocessors: int = 1 << 20,
+        shared_bytes: int = 227 << 10,
     ) -> Tensor:
-        """`operands`: qweight, scales, zeros, codebook; `sizes`: bits, group_size, in_features, out_features."""
+        """`operands`: qweight, scales, zeros, codebook; `sizes`: bits, group_size, in_features, out_features.
+
+        The GPU has `multiprocessors`, and gives a thread block `shared_bytes` of shared memory.
+        """
         y = torch.full((len(x), sizes[3]), 12345.0, dtype=x.dtype)
         params = _LinearParams(
             weight=_weight(operands, sizes),
@@ -96,8 +115,11 @@ class Emulator:
             x_dtype=_DTYPES[x.dtype],
             bias_dtype=0 if bias is None else _DTYPES[bias.dtype],
         )
-        self._library.set_multiprocessors(multiprocessors)
-        self._run(self._library.linear, params, (x, *operands, bias), y)
+        self._library.set_device(multiprocessors, ctypes.c_size_t(shared_bytes))
+        floats = self._library.linear_workspace(ctypes.byref(params))
+        workspace = torch.full((floats,), torch.nan)
+        params.workspace = workspace.data_ptr()
+        self._run(self._library.linear, params, (x, *operands, bias), y, workspace)
         return y
 
     def experts_linear(
@@ -130,9 +152,34 @@ class Emulator:
             scale_bytes=scales[0].numel() * scales.element_size(),
             bias_bytes=0 if bias is None else bias[0].numel() * bias.element_size(),
         )
-        self._library.set_multiprocessors(multiprocessors)
+        self._library.set_device(multiprocessors, ctypes.c_size_t(227 << 10))
         self._run(self._library.experts, params, (x, counts, *operands, bias), y)
         return y
+
+    def gemm_plan(
+        self,
+        tokens: int,
+        sizes: tuple[int, int, int, int],
+        kind: str | None,
+        multiprocessors: int,
+        shared_bytes: int,
+    ) -> GemmPlan:
+        """How a product is cut; `kind`: "zeros", a codebook's name, or None."""
+        bits, group_size, in_features, out_features = sizes
+        weight = _Weight(
+            zeros=int(kind == "zeros"),
+            codebook=int(kind not in (None, "zeros")),
+            out_features=out_features,
+            in_features=in_features,
+            groups=-(-in_features // group_size),
+            group_size=group_size,
+            bits=bits,
+        )
+        plan = GemmPlan()
+        self._library.set_device(multiprocessors, ctypes.c_size_t(shared_bytes))
+        params = _LinearParams(weight=weight, tokens=tokens)
+        self._library.gemm_plan(ctypes.byref(params), ctypes.byref(plan))
+        return plan
 
     def unpack(
         self,
@@ -163,18 +210,23 @@ class Emulator:
         return y
 
     def _run(
-        self, launcher: Any, params: ctypes.Structure, read: tuple[Tensor | None, ...], y: Tensor
+        self,
+        launcher: Any,
+        params: ctypes.Structure,
+        read: tuple[Tensor | None, ...],
+        *written: Tensor,
     ) -> None:
-        self._allow(read, y)
+        self._allow(read, *written)
         _raise(launcher(ctypes.byref(params)))
 
-    def _allow(self, read: tuple[Tensor | None, ...], y: Tensor) -> None:
+    def _allow(self, read: tuple[Tensor | None, ...], *written: Tensor) -> None:
         self._library.forget_all()
-        for tensor in (*read, y):
-            if tensor is not None:
-                assert tensor.is_contiguous()
-                size = ctypes.c_size_t(tensor.numel() * tensor.element_size())
-                self._library.allow(ctypes.c_void_p(tensor.data_ptr()), size, int(tensor is y))
+        for tensors, writable in ((read, 0), (written, 1)):
+            for tensor in tensors:
+                if tensor is not None:
+                    assert tensor.is_contiguous()
+                    size = ctypes.c_size_t(tensor.numel() * tensor.element_size())
+                    self._library.allow(ctypes.c_void_p(tensor.data_ptr()), size, writable)
 
 
 def _raise(error: bytes | None) -> None:

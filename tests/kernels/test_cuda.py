@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -128,7 +129,7 @@ def test_products(
 ) -> None:
     for dtype, scale_dtype in zip(HALVES, (torch.float16, torch.float32), strict=True):
         weight = make_weight(*shape, kind=kind, scale_dtype=scale_dtype)
-        for tokens in (0, 1, 3, 8, 19):
+        for tokens in (0, 1, 3, 8, 9, 19, 40, 130):
             x = torch.randn(tokens, shape[1], generator=generator).to(cuda, dtype)
             bias = torch.randn(shape[0], generator=generator).to(cuda) if tokens % 2 else None
             y = weight.linear(x, bias)
@@ -162,12 +163,12 @@ def test_not_a_number_reaches_the_outputs_of_its_token(
     make_weight: MakeWeight, generator: torch.Generator, cuda: torch.device, kind: str, bad: float
 ) -> None:
     weight = make_weight(20, 136, 64, kind=kind)
-    for dtype in HALVES:
-        x = torch.randn(7, 136, generator=generator).to(cuda, dtype)
+    for dtype, tokens in itertools.product(HALVES, (7, 40)):
+        x = torch.randn(tokens, 136, generator=generator).to(cuda, dtype)
         x[4, 135] = bad
         finite = weight.linear(x).isfinite()
         assert not finite[4].any()
-        assert finite[torch.arange(7) != 4].all()
+        assert finite[torch.arange(tokens) != 4].all()
 
 
 def test_activations_that_begin_anywhere(
@@ -196,11 +197,13 @@ def test_opcheck(make_weight: MakeWeight, generator: torch.Generator, cuda: torc
         check(hfq.cuda_linear_gradient.default, (grad, *arguments))
 
 
+@pytest.mark.parametrize("tokens", [2, 64])
 def test_in_a_cuda_graph(
-    make_weight: MakeWeight, generator: torch.Generator, cuda: torch.device
+    make_weight: MakeWeight, generator: torch.Generator, cuda: torch.device, tokens: int
 ) -> None:
+    """Of 64 tokens, several thread blocks share the columns: sums meet in memory that PyTorch has lent."""
     weight = make_weight(1024, 4096, 128, kind="int4_zeros")
-    x = torch.randn(2, 4096, generator=generator).to(cuda, torch.bfloat16)
+    x = torch.randn(tokens, 4096, generator=generator).to(cuda, torch.bfloat16)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         weight.linear(x)
@@ -209,7 +212,7 @@ def test_in_a_cuda_graph(
     with torch.cuda.graph(graph):
         y = weight.linear(x)
     for _ in range(2):
-        x.copy_(torch.randn(2, 4096, generator=generator))
+        x.copy_(torch.randn(tokens, 4096, generator=generator))
         graph.replay()
         assert torch.equal(y, weight.linear(x))
 

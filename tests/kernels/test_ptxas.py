@@ -13,7 +13,10 @@ CUDA = Path(__file__).parents[2] / "kernels/cuda"
 # Read by their launchers' callers for each weight: a spill costs memory traffic where memory is the limit.
 HOT = sorted(
     path.name
-    for pattern in ("linear_*.cu", "experts_*.cu", "unpack.cu")
+    for pattern in (
+        *("linear_*.cu", "experts_*.cu", "gemm_int*.cu", "gemm_table*.cu"),
+        "unpack.cu",
+    )
     for path in CUDA.glob(pattern)
 )
 DEFAULT = ("linear_int4.cu", "sm_90a")

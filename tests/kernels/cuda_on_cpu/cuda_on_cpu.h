@@ -23,10 +23,14 @@ struct uint2 {
 struct uint4 {
   uint32_t x, y, z, w;
 };
+struct float2 {
+  float x, y;
+};
 struct float4 {
   float x, y, z, w;
 };
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 #define threadIdx (cuda_on_cpu::thread_index())
@@ -60,6 +64,10 @@ inline uint8_t* shared_memory() { return cuda_on_cpu::shared_memory(); }
 inline void cp_async(void* shared, const void* global) {
   cuda_on_cpu::check_global(global, 16, false);
   cuda_on_cpu::copy_later(shared, global);
+}
+inline void cp_async_or_zero(void* shared, const void* global, bool exists) {
+  if (exists) cuda_on_cpu::check_global(global, 16, false);
+  cuda_on_cpu::copy_later(shared, exists ? global : nullptr);
 }
 inline void cp_async_commit() { cuda_on_cpu::commit_copies(); }
 template <int kPending>
@@ -251,6 +259,7 @@ inline const char* launch_copy(void* to, const void* from, size_t bytes, cudaStr
   return nullptr;
 }
 
+inline size_t most_shared_bytes() { return cuda_on_cpu::most_shared_bytes; }
 inline int multiprocessors() { return cuda_on_cpu::multiprocessors; }
 
 }  // namespace hfq

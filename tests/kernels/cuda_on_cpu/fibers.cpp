@@ -12,6 +12,7 @@
 namespace cuda_on_cpu {
 
 int multiprocessors = 1;
+size_t most_shared_bytes = 227 << 10;  // of an H100
 
 namespace {
 
@@ -200,7 +201,12 @@ void commit_copies() {
 void finish_copies(int pending) {
   auto& groups = current->groups;
   while (static_cast<int>(groups.size()) > pending) {
-    for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, 16);
+    for (const Copy& copy : groups.front()) {
+      if (copy.from)
+        std::memcpy(copy.to, copy.from, 16);
+      else
+        std::memset(copy.to, 0, 16);
+    }
     groups.erase(groups.begin());
   }
 }

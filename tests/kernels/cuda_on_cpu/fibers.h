@@ -17,6 +17,7 @@ Index block_size();
 
 // What launchers are told; tests set it, so that small shapes take the ways of large ones.
 extern int multiprocessors;
+extern size_t most_shared_bytes;
 
 // Runs `kernel` once for each thread of each block. Returns null, or what went wrong first.
 const char* run_blocks(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel);
@@ -37,7 +38,7 @@ void allow(const void* p, size_t bytes, bool writable);
 void forget_all();
 void check_global(const void* p, size_t bytes, bool write);
 
-// cp.async: the destination is NaN until the copy is finished, which is as late as the waits of its thread allow.
+// cp.async, of zeros where `global` is null: the destination is NaN until the copy is finished, which is as late as the waits of its thread allow.
 void copy_later(void* shared, const void* global);
 void commit_copies();
 void finish_copies(int pending);

@@ -1,0 +1,56 @@
+// Which kernel multiplies, and the sum of splits.
+#include "gemm.h"
+
+#include "gemm_output.h"
+#include "target.h"
+
+namespace hfq {
+namespace {
+
+constexpr int kThreads = 256;
+
+// ---- kernel
+
+// A thread adds what the splits have of four neighbouring rows for one token, in their order.
+template <class T>
+__global__ void __launch_bounds__(kThreads) add_splits_kernel(const GemmParams p) {
+  const int64_t padded = (p.weight.out_features + kTileRows - 1) / kTileRows * kTileRows, count = p.tokens * padded;
+  const int64_t at = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * 4;
+  if (at >= count) return;
+  const float4* from = reinterpret_cast<const float4*>(p.workspace + at);
+  float4 sum = load(from);
+  for (int split = 1; split < p.plan.splits; ++split) sum = plus(sum, load(from + split * (count / 4)));
+  store_rows<T>(p, at / padded, at % padded, sum);
+}
+
+// ---- launcher
+
+const char* launch_kind(const GemmParams& p, cudaStream_t stream) {
+  if (p.weight.codebook) return launch_gemm_table4(p, stream);
+  if (p.weight.bits == 2) return launch_gemm_int2(p, stream);
+  if (p.weight.bits == 3) return launch_gemm_int3(p, stream);
+  if (p.weight.bits == 4) return launch_gemm_int4(p, stream);
+  return launch_gemm_int8(p, stream);
+}
+
+}  // namespace
+
+const char* launch_gemm(const LinearParams& params, cudaStream_t stream) {
+  GemmParams p = {};
+  static_cast<LinearParams&>(p) = params;
+  p.plan = plan_gemm(params);
+  p.token_tiles = static_cast<uint32_t>((p.tokens + p.plan.tokens - 1) / p.plan.tokens);
+  // Scales are applied where a group or a chunk ends: after 4, 2 or 1 units, whichever fits groups.
+  const int64_t units = p.weight.group_size / kUnitColumns;
+  p.flush_mask = (p.weight.bits == 8 ? kChunkColumns<8> : kChunkColumns<4>) / kUnitColumns - 1;
+  while (p.weight.groups > 1 && units & p.flush_mask) p.flush_mask >>= 1;
+
+  const char* error = launch_kind(p, stream);
+  if (error || p.plan.splits == 1) return error;
+  const int64_t padded = (p.weight.out_features + kTileRows - 1) / kTileRows * kTileRows;
+  const unsigned blocks = static_cast<unsigned>((p.tokens * padded / 4 + kThreads - 1) / kThreads);
+  if (p.x_dtype == kBFloat16) return launch(add_splits_kernel<BFloat16>, blocks, kThreads, 0, stream, p);
+  return launch(add_splits_kernel<Float16>, blocks, kThreads, 0, stream, p);
+}
+
+}  // namespace hfq

@@ -1,0 +1,7 @@
+#include "gemm_kernel.h"
+
+namespace hfq {
+
+const char* launch_gemm_int3(const GemmParams& params, cudaStream_t stream) { return launch_gemm_of<IntCodes<3>>(params, stream); }
+
+}  // namespace hfq

@@ -1,0 +1,378 @@
+// The kernel of gemm.h, for one kind of codes in each file that includes this.
+//
+// A thread block multiplies some rows of W with up to 64 tokens, over all columns or a part of them. Its 8 warps take two tiles of 16 rows
+// each; where there are too few rows for all multiprocessors, several warps take the same rows and other columns. Chunks of columns go
+// through shared memory, several on the way: codes and scales, which one warp reads, and activations, which all warps of these columns do.
+// A lane's activations of a unit are 16 neighbouring bytes, so one load has the operands of two instructions; the two halves of the
+// 128 bytes of two units change places in odd tokens, and 8 lanes read from all banks.
+//
+// Scales multiply float32 sums after a group, or a chunk if that ends first. What zero points multiply, sums of activations, comes
+// from matrix instructions with ones, of which each warp has its share of the tokens (all warps for all tokens would cost half
+// as much again as the products).
+//
+// Instructions (counted in code for sm_90a, 4 bits, groups of 128): for a unit and 64 tokens a warp issues 32 mma, 8 loads of activations, 44
+// instructions for codes, 20 for scales and 28 for copies and the loop: about 132. The 32 mma take 256 clocks of its scheduler on an A100,
+// about 160 on an H100 (which reaches its peak with wgmma only), so that they are the limit. With 16 tokens 512 bytes of codes take 100
+// instructions, which is what an H200 has slots for while they arrive (linear_kernel.h); an H100 has 140.
+#pragma once
+
+#include "fragments.h"
+#include "gemm.h"
+#include "gemm_output.h"
+
+namespace hfq {
+namespace {
+
+// `load_pair` from shared memory.
+__device__ __forceinline__ RawPair take_pair(const uint8_t* pair, DType dtype) {
+  if (dtype == kFloat32) {
+    const uint2 v = *reinterpret_cast<const uint2*>(pair);
+    return {v.x, v.y};
+  }
+  return {*reinterpret_cast<const uint32_t*>(pair), 0};
+}
+
+// 16 bytes of a tensor.
+__device__ __forceinline__ const uint8_t* piece(const void* tensor, uint32_t number) {
+  return static_cast<const uint8_t*>(tensor) + static_cast<int64_t>(number) * 16;
+}
+
+template <class Kind, class T, int kTokens>
+struct GemmWarp {
+  static constexpr int kBits = Kind::kWords == 6 ? 3 : 128 / (Kind::kUnits * 16);  // 128 bits of a lane for 16 codes of each unit
+  static constexpr int kColumns = kChunkColumns<kBits>, kUnits = kColumns / kUnitColumns;
+  static constexpr int kBlocks = kColumns / kBlockColumns<kBits>, kBytes = kBlocks * kBlockBytes<kBits>;  // of a chunk of one tile
+  static constexpr int kRowBytes = 2 * kColumns, kRowPieces = kRowBytes / 16;  // of a chunk of one token
+  static constexpr int kRowsAtOnce = kGemmThreads / kRowPieces;  // of activations, that the threads copy: of one chunk, or of several
+  static constexpr int kChunksAtOnce = kRowsAtOnce > kTokens ? kRowsAtOnce / kTokens : 1;
+  static constexpr int kTokenTiles = kTokens / 8;
+  static constexpr uint32_t kNone = ~0u;
+  static constexpr float kMiddle = 1 << (kBits - 1);
+
+  // What a thread computes. Made anew where it is needed after the loop: registers of the loop are for the loop.
+  struct Place {
+    int lane, row_warps, row_warp, column_warp;
+    uint32_t first_token, first_tile, split;  // of the thread block
+    __device__ __forceinline__ explicit Place(const GemmParams& p) {
+      const uint32_t thread = kept(threadIdx.x), block = kept(blockIdx.x);
+      lane = thread % 32;
+      row_warps = kGemmWarps >> p.plan.column_shift;
+      row_warp = thread / 32 % row_warps, column_warp = thread / 32 / row_warps;
+      // Neighbouring thread blocks read the same weights for other tokens: the second finds them in L2.
+      first_token = block % p.token_tiles * kTokens;
+      split = block / p.token_tiles % p.plan.splits;
+      first_tile = block / p.token_tiles / p.plan.splits * row_warps * kWarpTiles;
+    }
+  };
+
+  const GemmParams& p;
+  const uint8_t* table;
+  int lane, column_warp;
+  uint32_t first_chunk, end_chunk;   // of the thread block
+  uint32_t warp_end;                 // what the first chunk of a stage is less than if the warp has rows and a chunk of it
+  // What is copied next: the thread's activations, its lane's codes of the first tile, scales and zero points of group 0. Numbers of 16-byte
+  // pieces of a tensor, which take one register, and where they go, in bytes from the beginning of a stage.
+  uint32_t x_from, x_to, x_left;     // pieces to the last column that the token has in this thread block
+  int x_tokens;                      // from the thread's token to the last
+  uint32_t codes_from, next_tile;    // pieces to the second tile; 0 if there is none
+  uint32_t scale_from, scale_to;
+  uint32_t scale_unit;               // to which they belong, from the first one of a stage
+  // Where from the beginning of a stage the lane's operands are.
+  uint32_t x_at, codes_at, scales_at;
+  float sums[kWarpTiles][kTokenTiles][4] = {};
+
+  // A stage has activations of each column warp, then codes, scales and zero points of each warp.
+  __device__ __forceinline__ GemmWarp(const GemmParams& params, const uint8_t* lookups) : p(params), table(lookups), lane(threadIdx.x % 32) {
+    const Weight& w = p.weight;
+    const Place place(p);
+    column_warp = place.column_warp;
+    const uint32_t chunks = static_cast<uint32_t>((w.in_features + kColumns - 1) / kColumns);
+    first_chunk = place.split * p.plan.split_chunks;
+    end_chunk = first_chunk + p.plan.split_chunks < chunks ? first_chunk + p.plan.split_chunks : chunks;
+
+    const int row = threadIdx.x / kRowPieces, of_chunk = threadIdx.x % kRowPieces;
+    const int64_t token = place.first_token + row % kTokens;
+    const uint32_t from = (first_chunk + row / kTokens) * kRowPieces + of_chunk, of_row = static_cast<uint32_t>(w.in_features / 8);
+    const uint32_t end = of_row < end_chunk * kRowPieces ? of_row : end_chunk * kRowPieces;
+    x_from = kept(static_cast<uint32_t>(token * of_row + from));
+    x_to = kept(static_cast<uint32_t>(row * kRowBytes + 16 * (of_chunk ^ 4 * (row % 2))));
+    x_left = kept(from < end ? end - from : 0);
+    x_tokens = static_cast<int>(p.tokens - token < kTokens ? p.tokens - token : kTokens);
+
+    const uint32_t tiles = static_cast<uint32_t>((w.out_features + kTileRows - 1) / kTileRows), tile = place.first_tile + place.row_warp * kWarpTiles;
+    const uint32_t tile_pieces = blocks() * (kBlockBytes<kBits> / 16), zeros = w.zeros ? kUnits * kScaleBytes : 0;
+    const uint32_t codes = (kTokens * kRowBytes << p.plan.column_shift) + threadIdx.x / 32 * (kWarpTiles * kBytes + kUnits * kScaleBytes + zeros);
+    // An odd number of tiles: the last one is computed twice and stored once.
+    const auto of_weight = [&](uint32_t t) { return static_cast<int64_t>(t < tiles ? t : tiles - 1); };
+    warp_end = tile < tiles && end_chunk > static_cast<uint32_t>(column_warp) ? end_chunk - column_warp : 0;
+    codes_from = kept(static_cast<uint32_t>(of_weight(tile) * tile_pieces + (first_chunk + column_warp) * (kBytes / 16) + lane));
+    next_tile = tile + 1 < tiles ? tile_pieces : 0;
+
+    const uint32_t pieces = pair_bytes(w.scale_dtype) / 2, i = lane / pieces, of_tile = i / kUnits;
+    scale_unit = of_tile < kWarpTiles && ((i + 1) & p.flush_mask) == 0 ? column_warp * kUnits + i % kUnits : kNone;
+    scale_from = kept(static_cast<uint32_t>(of_weight(tile + (of_tile < kWarpTiles ? of_tile : 0)) * w.groups * pieces + lane % pieces));
+    scale_to = static_cast<uint32_t>(codes + kWarpTiles * kBytes + i * (kScaleBytes / kWarpTiles) + 16 * (lane % pieces));
+
+    const int odd = lane / 4 % 2;
+    x_at = kept(static_cast<uint32_t>((column_warp * kTokens + lane / 4) * kRowBytes + 64 * odd + 16 * (lane % 4)));
+    codes_at = kept(static_cast<uint32_t>(codes + 16 * lane));
+    scales_at = static_cast<uint32_t>(codes + kWarpTiles * kBytes + lane / 4 * pair_bytes(w.scale_dtype));
+  }
+
+  // Of the weight's columns.
+  __device__ __forceinline__ uint32_t blocks() const {
+    return static_cast<uint32_t>((p.weight.in_features + kBlockColumns<kBits> - 1) / kBlockColumns<kBits>);
+  }
+
+  // ---- from global memory to a stage
+
+  // The chunks `chunk`, of which each column warp takes one, and later those behind them.
+  __device__ __forceinline__ void copy(uint8_t* stage, uint32_t chunk) {
+    copy_activations(stage + x_to);
+    if (chunk < warp_end) {
+      copy_codes(stage + codes_at, chunk + column_warp);
+      if (scale_unit != kNone) copy_scales(stage + scale_to, chunk * kUnits + scale_unit);
+    }
+    codes_from += kBytes / 16 << p.plan.column_shift;
+  }
+
+  __device__ __forceinline__ void copy_codes(uint8_t* to, uint32_t chunk) const {
+    constexpr int kBlock = kBlockBytes<kBits>;
+#pragma unroll
+    for (int i = 0; i < kWarpTiles; ++i)
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block) {
+        // Columns behind K meet activations of zero: any codes will do.
+        const uint32_t from = codes_from + i * next_tile + (block == 0 || chunk * kBlocks + block < blocks() ? block * (kBlock / 16) : 0);
+        cp_async(to + i * kBytes + block * kBlock, piece(p.weight.qweight, from));
+        if (kBlock > 512 && lane < (kBlock - 512) / 16) cp_async(to + i * kBytes + 512, piece(p.weight.qweight, from + 32));
+      }
+  }
+
+  __device__ __forceinline__ void copy_scales(uint8_t* to, uint32_t unit) const {
+    const Weight& w = p.weight;
+    const uint32_t last = static_cast<uint32_t>(w.groups) - 1;
+    uint32_t group = multiply_high(2 * unit, p.group_magic);
+    group = group < last ? group : last;  // units behind K
+    const uint32_t from = scale_from + group * (pair_bytes(w.scale_dtype) / 2);
+    cp_async(to, piece(w.scales, from));
+    if (w.zeros) cp_async(to + kUnits * kScaleBytes, piece(w.zeros, from));
+  }
+
+  __device__ __forceinline__ void copy_activations(uint8_t* to) {
+    constexpr uint32_t kStep = kChunksAtOnce * kRowPieces;
+    const uint32_t end = kRowPieces << p.plan.column_shift, rows = kRowsAtOnce * static_cast<uint32_t>(p.weight.in_features / 8);
+    // 8-bit codes and 16 tokens: half of the threads begin with the second chunk.
+    uint32_t at = threadIdx.x / kRowPieces / kTokens * kRowPieces, from = 0;
+#pragma unroll 2
+    for (; at < end; at += kStep, from += kStep) {
+#pragma unroll
+      for (int j = 0; j < kTokens / kRowsAtOnce || j == 0; ++j)
+        // Zeros for columns behind K, which codes of padding meet, and for tokens that nobody has asked for.
+        cp_async_or_zero(to + j * kRowsAtOnce * kRowBytes, piece(p.x, x_from + j * rows + from), from < x_left && j * kRowsAtOnce < x_tokens);
+      to += kChunksAtOnce * kTokens * kRowBytes;
+    }
+    x_from += end;
+    x_left = x_left > end ? x_left - end : 0;
+  }
+
+  // ---- from a stage to sums
+
+  // The lane's activations of unit u and token tile `tile`, as the operands of two instructions. The halves of each 128 bytes change
+  // places in odd rows: x[1] is where x[0] would have the other half.
+  template <int u>
+  __device__ __forceinline__ void activations(const uint8_t* const (&x)[2], int tile, uint32_t (&b)[2][2]) const {
+    Kind::activations(*reinterpret_cast<const uint4*>(x[u % 2] + 8 * tile * kRowBytes + u / 2 * 128), b);
+  }
+
+  // Sums of activations over the units for which scales are applied at once, of this warp's share of the tokens of its columns.
+  template <int u>
+  __device__ __forceinline__ void add_activations(const uint8_t* const (&x)[2], float* to, int tile, float (&d)[4]) const {
+    constexpr uint32_t kOne = kBoth<T, 1>, ones[4] = {kOne, kOne, kOne, kOne};
+    uint32_t b[2][2];
+    activations<u>(x, tile, b);
+    mma(T{}, d, ones, b[0][0], b[0][1]);
+    mma(T{}, d, ones, b[1][0], b[1][1]);
+    if (((u + 1) & p.flush_mask) == 0) {
+      if (lane < 4) *reinterpret_cast<float2*>(to + u * kTokens + 8 * tile + 2 * lane) = make_float2(d[0], d[1]);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) d[c] = 0.0f;
+    }
+    if constexpr (u + 1 < kUnits) add_activations<u + 1>(x, to, tile, d);
+  }
+
+  // Units u and later of a chunk.
+  template <int u>
+  __device__ __forceinline__ void multiply(const uint8_t* const (&x)[2], const uint8_t* stage, const float* x_sums, Kind (&block)[kWarpTiles],
+                                           float (&products)[kWarpTiles][kTokenTiles][4]) {
+    uint32_t a[kWarpTiles][2][4];
+#pragma unroll
+    for (int i = 0; i < kWarpTiles; ++i) {
+      if constexpr (u % Kind::kUnits == 0) block[i].take(stage + codes_at + i * kBytes + u / Kind::kUnits * kBlockBytes<kBits>, lane);
+      block[i].template unit<T, u % Kind::kUnits>(table, a[i]);
+    }
+#pragma unroll
+    for (int tile = 0; tile < kTokenTiles; ++tile) {
+      uint32_t b[2][2];
+      activations<u>(x, tile, b);
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+#pragma unroll
+        for (int i = 0; i < kWarpTiles; ++i) mma(T{}, products[i][tile], a[i][j], b[j][0], b[j][1]);
+    }
+    if (((u + 1) & p.flush_mask) == 0) {
+      if (p.weight.zeros && u == p.flush_mask) sync_block();  // sums of activations are there
+      scale(stage + scales_at, x_sums, u, products);
+      if constexpr (u + 1 < kUnits) {
+#pragma unroll
+        for (int i = 0; i < kWarpTiles; ++i)
+#pragma unroll
+          for (int tile = 0; tile < kTokenTiles; ++tile)
+#pragma unroll
+            for (int c = 0; c < 4; ++c) products[i][tile][c] = 0.0f;
+      }
+    }
+    if constexpr (u + 1 < kUnits) multiply<u + 1>(x, stage, x_sums, block, products);
+  }
+
+  // Adds products, up to unit u, times their scales.
+  __device__ __forceinline__ void scale(const uint8_t* of_lane, const float* x_sums, int u, float (&products)[kWarpTiles][kTokenTiles][4]) {
+    const DType dtype = p.weight.scale_dtype;
+#pragma unroll
+    for (int i = 0; i < kWarpTiles; ++i) {
+      const uint8_t* pair = of_lane + (i * kUnits + u) * (kScaleBytes / kWarpTiles);
+      const Pair s = to_floats(take_pair(pair, dtype), dtype);
+      if (p.weight.zeros) {
+        // Products are with code - middle: what lacks is middle - zero for each activation.
+        const Pair zero = to_floats(take_pair(pair + kUnits * kScaleBytes, dtype), dtype);
+        const float low = kMiddle - zero.low, high = kMiddle - zero.high;
+#pragma unroll
+        for (int tile = 0; tile < kTokenTiles; ++tile) {
+          const float2 of_x = *reinterpret_cast<const float2*>(x_sums + u * kTokens + 8 * tile + 2 * (lane % 4));
+          products[i][tile][0] += low * of_x.x;
+          products[i][tile][1] += low * of_x.y;
+          products[i][tile][2] += high * of_x.x;
+          products[i][tile][3] += high * of_x.y;
+        }
+      }
+#pragma unroll
+      for (int tile = 0; tile < kTokenTiles; ++tile) {
+        sums[i][tile][0] += s.low * products[i][tile][0];
+        sums[i][tile][1] += s.low * products[i][tile][1];
+        sums[i][tile][2] += s.high * products[i][tile][2];
+        sums[i][tile][3] += s.high * products[i][tile][3];
+      }
+    }
+  }
+
+  // A stage, whose first chunk is `chunk`. `all_x_sums`: [column warps][kUnits][kTokens] floats of shared memory.
+  __device__ __forceinline__ void add(const uint8_t* stage, uint32_t chunk, float* all_x_sums) {
+    const uint8_t* const x[2] = {stage + x_at, stage + (x_at ^ 64)};
+    float* x_sums = all_x_sums + column_warp * kUnits * kTokens;
+    if (p.weight.zeros) {
+      const Place place(p);
+      for (int tile = place.row_warp; tile < kTokenTiles; tile += place.row_warps) {
+        float d[4] = {};
+        add_activations<0>(x, x_sums, tile, d);
+      }
+    }
+    if (chunk < warp_end) {
+      Kind block[kWarpTiles];
+      float products[kWarpTiles][kTokenTiles][4] = {};
+      multiply<0>(x, stage, x_sums, block, products);
+    } else if (p.weight.zeros) {
+      sync_block();
+    }
+  }
+
+  // ---- from sums to memory
+
+  // Through shared memory: warps of other columns are added, in their order, and rows are stored side by side.
+  __device__ __forceinline__ void store_sums(float* partial) const {
+    const Place place(p);
+    const int rows = place.row_warps * kWarpTiles * kTileRows, stride = rows + 4;  // 8 lanes apart are 4 tokens: other banks
+    const int64_t padded = (p.weight.out_features + kTileRows - 1) / kTileRows * kTileRows;
+    sync_block();
+    if (place.first_tile + place.row_warp * kWarpTiles < padded / kTileRows) {
+#pragma unroll
+      for (int i = 0; i < kWarpTiles; ++i)
+#pragma unroll
+        for (int tile = 0; tile < kTokenTiles; ++tile)
+#pragma unroll
+          for (int c = 0; c < 4; ++c) {
+            const int token = place.column_warp * kTokens + 8 * tile + 2 * (place.lane % 4) + c % 2;
+            partial[token * stride + (place.row_warp * kWarpTiles + i) * kTileRows + place.lane / 4 + 8 * (c / 2)] = sums[i][tile][c];
+          }
+    }
+    sync_block();
+    for (int at = 4 * threadIdx.x; at < kTokens * rows; at += 4 * kGemmThreads) {
+      const int64_t n = static_cast<int64_t>(place.first_tile) * kTileRows + at % rows, m = static_cast<int64_t>(place.first_token) + at / rows;
+      if (n >= padded || m >= p.tokens) continue;
+      float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      for (int warp = 0; warp < 1 << p.plan.column_shift; ++warp)
+        sum = plus(sum, *reinterpret_cast<const float4*>(partial + (warp * kTokens + at / rows) * stride + at % rows));
+      if (p.plan.splits > 1)
+        store(reinterpret_cast<float4*>(p.workspace + (place.split * p.tokens + m) * padded + n), sum);
+      else
+        store_rows<T>(p, m, n, sum);
+    }
+  }
+};
+
+template <class Kind, class T, int kTokens>
+__global__ void __launch_bounds__(kGemmThreads, kTokens < kMostTokens ? 2 : 1) gemm_kernel(const GemmParams p) {
+  uint8_t* shared = shared_memory();
+  float* x_sums = reinterpret_cast<float*>(shared + (Kind::kTable ? TableCodes::kTableBytes : 0));
+  uint8_t* ring = reinterpret_cast<uint8_t*>(x_sums) + p.plan.sums_bytes;
+  GemmWarp<Kind, T, kTokens> mine(p, shared);
+  const uint32_t step = 1u << p.plan.column_shift, stages = p.plan.stages;
+
+  for (uint32_t i = 0; i + 1 < stages; ++i) {
+    const uint32_t chunk = mine.first_chunk + i * step;
+    if (chunk < mine.end_chunk) mine.copy(ring + i * p.plan.stage_bytes, chunk);
+    cp_async_commit();
+  }
+  if constexpr (Kind::kTable) TableCodes::fill<T>(shared, p.weight.codebook);
+
+  uint32_t at = 0;  // the stage of `chunk`
+  for (uint32_t chunk = mine.first_chunk; chunk < mine.end_chunk; chunk += step) {
+    if (stages == 4)
+      cp_async_wait<2>();
+    else if (stages == 3)
+      cp_async_wait<1>();
+    else
+      cp_async_wait<0>();
+    sync_block();  // this stage is there for all warps, and the one before, which is filled next, has been read by all
+    const uint32_t next = chunk + (stages - 1) * step;
+    if (next < mine.end_chunk) mine.copy(ring + (at == 0 ? stages - 1 : at - 1) * p.plan.stage_bytes, next);
+    cp_async_commit();
+    mine.add(ring + at * p.plan.stage_bytes, chunk, x_sums);
+    at = at + 1 == stages ? 0 : at + 1;
+  }
+  cp_async_wait<0>();
+  mine.store_sums(reinterpret_cast<float*>(ring));
+}
+
+// ---- launcher ----
+
+template <class Kind, class T, int kTokens>
+const char* launch_tokens(const GemmParams& p, cudaStream_t stream) {
+  const int64_t rows = kGemmWarps * kWarpTiles * kTileRows >> p.plan.column_shift;
+  const int64_t blocks = (p.weight.out_features + rows - 1) / rows * p.plan.splits * p.token_tiles;
+  return launch(gemm_kernel<Kind, T, kTokens>, static_cast<unsigned>(blocks), kGemmThreads, p.plan.shared_bytes, stream, p);
+}
+
+template <class Kind, class T>
+const char* launch_dtype(const GemmParams& p, cudaStream_t stream) {
+  if (p.plan.tokens == 16) return launch_tokens<Kind, T, 16>(p, stream);
+  if (p.plan.tokens == 32) return launch_tokens<Kind, T, 32>(p, stream);
+  return launch_tokens<Kind, T, 64>(p, stream);
+}
+
+template <class Kind>
+const char* launch_gemm_of(const GemmParams& p, cudaStream_t stream) {
+  return p.x_dtype == kBFloat16 ? launch_dtype<Kind, BFloat16>(p, stream) : launch_dtype<Kind, Float16>(p, stream);
+}
+
+}  // namespace
+}  // namespace hfq
