@@ -30,9 +30,10 @@ MAX_DIRECT_TOKENS = 256
 # One launch multiplies with all experts as long as that takes less than one expert after the other, for which the host waits for the
 # counts and then needs some 20 us per expert. The launch moves a byte per weight from L2 for each 8 tokens of an expert (half of it
 # codes, half activations for 32 rows), on an H100 at 6.5 TB/s: 20 us are tokens * N * K = 2^30. Large experts take longer than that
-# either way: dequantizing moves 4.5 bytes per weight at 3.35 TB/s, which is what the launch needs for 70 tokens. Experts of 1536 x 2048
-# thus get up to 341 tokens on average, of 28672 x 4096 up to 64. Not measured: reasoned from published rates.
-MAX_EXPERT_TOKENS = 64
+# either way, and from 9 tokens on cuda_linear reads their weights once: 28672 x 4096 with 16 tokens takes the launch 36 us per expert
+# and cuda_linear half of it, which is still worth a CUDA graph. Experts of 1536 x 2048 get up to 341 tokens on average. Not measured:
+# reasoned from published rates.
+MAX_EXPERT_TOKENS = 16
 _EXPERT_PRODUCTS = 1 << 30
 # What the kernel takes (kernels/cuda/experts.h).
 _MOST_EXPERTS, _MOST_EXPERT_TOKENS = 1024, 1 << 20
