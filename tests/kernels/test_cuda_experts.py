@@ -156,6 +156,7 @@ def check(y: Tensor, reference: nn.Module, x: Tensor, index: Tensor, weights: Te
     torch.testing.assert_close(y.float(), expected, rtol=0, atol=0.02 * expected.abs().max().item())
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 @pytest.mark.parametrize("plan", SPECS, ids=lambda plan: str(plan[0]))
 def test_modules_do_not_wait(
     gpu: torch.device, generator: torch.Generator, plan: tuple[str, QuantSpec]
@@ -166,8 +167,8 @@ def test_modules_do_not_wait(
         index[0, 0] = EXPERTS + 3  # is elsewhere
         with torch.no_grad():
             packed(x, index, weights)  # PyTorch loads its own kernels
-            torch.cuda.set_sync_debug_mode("error")
             try:
+                torch.cuda.set_sync_debug_mode("error")
                 y = packed(x, index, weights)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
