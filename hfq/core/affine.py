@@ -94,7 +94,9 @@ def range_grid(
     if isinstance(spec, CodebookSpec):
         return torch.maximum(high, -low), None
     if isinstance(spec, Fp8Spec):
-        return torch.maximum(high, -low) / E4M3_MAX, None
+        largest = torch.maximum(high, -low)
+        # Not `largest / E4M3_MAX`: on CUDA that is a product with the reciprocal, rounded twice.
+        return largest / torch.full_like(largest, E4M3_MAX), None
     if spec.sym:
         extreme = torch.where(-low >= high, low, high)
         return extreme / -spec.implied_zero, None

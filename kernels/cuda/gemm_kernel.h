@@ -221,7 +221,6 @@ struct GemmWarp {
         for (int i = 0; i < kWarpTiles; ++i) mma(T{}, products[i][tile], a[i][j], b[j][0], b[j][1]);
     }
     if (((u + 1) & p.flush_mask) == 0) {
-      if (p.weight.zeros && u == p.flush_mask) sync_block();  // sums of activations are there
       scale(stage + scales_at, x_sums, u, products);
       if constexpr (u + 1 < kUnits) {
 #pragma unroll
@@ -275,13 +274,12 @@ struct GemmWarp {
         float d[4] = {};
         add_activations<0>(x, x_sums, tile, d);
       }
+      sync_block();  // the sums are there for all warps
     }
     if (chunk < warp_end) {
       Kind block[kWarpTiles];
       float products[kWarpTiles][kTokenTiles][4] = {};
       multiply<0>(x, stage, x_sums, block, products);
-    } else if (p.weight.zeros) {
-      sync_block();
     }
   }
 
