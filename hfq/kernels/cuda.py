@@ -21,11 +21,9 @@ from .row import OneByOne, Problem, stack_tiles
 
 __all__ = ["MAX_DIRECT_TOKENS", "MAX_EXPERT_TOKENS", "CudaFragments", "no_native_code"]
 
-# Per weight, cuda_linear costs M multiplications at the rate of `mma`, on an H100 about 0.6 of what the matrix library reaches
-# with `wgmma`; dequantizing first writes and reads 4 bytes. 8192 x 28672, 4 bits, 256 tokens on an H200: 200 us for the former; for
-# the latter 110 + 150 us of dequantizing, reading and multiplying. From about 400 tokens on the matrix library wins there, on
-# an A100, where both multiply at one rate, later. Not measured: reasoned from published rates.
-MAX_DIRECT_TOKENS = 256
+# Measured on an H100, 4096 x 14336, 128 and 256 tokens, in microseconds: int4 66 and 130 directly, 105 and 109 with dequantizing and the matrix
+# library; with zero points 86 and 171 beside 112 and 116, nf4 87 and 173 beside 110 and 114 (benchmarks/results/gpu_kernels.json).
+MAX_DIRECT_TOKENS = 192
 
 # One launch multiplies with all experts as long as that takes less than one expert after the other, for which the host waits for the
 # counts and then needs some 20 us per expert. The launch moves a byte per weight from L2 for each 8 tokens of an expert (half of it

@@ -2,7 +2,7 @@
 
     cuda_dequantize          fragments -> [N, K]                  native on CUDA; elsewhere the reference
     cuda_lookup              index [T], fragments -> [T, K]       the same; rows of a table; no gradient, index is int64
-    cuda_linear              x, fragments -> x W^T + bias         the same; x [M, K] in float16 or bfloat16, up to some 256 tokens
+    cuda_linear              x, fragments -> x W^T + bias         the same; x [M, K] in float16 or bfloat16, up to some 200 tokens
     cuda_linear_dequantized  x, fragments -> x W^T + bias         cuda_dequantize, then a matrix product; some rows of W at a time
     cuda_linear_gradient     grad, fragments -> grad W            the same
     cuda_experts_linear      x, counts, stacks of fragments       native on CUDA; elsewhere the reference; no gradient; see below
