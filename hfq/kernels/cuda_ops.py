@@ -17,28 +17,23 @@ counts, so that nothing checks them: where they are negative or add up to more t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import fragments, reference
-from .ops import (
-    GRID,
-    LIBRARY,
-    SIZES,
-    define_product,
-    matmul,
-    native_dtype,
-    register_gradient,
-    register_second_gradient,
+from .cuda_products import (
+    CHUNK,
+    fake_linear,
+    gradient_by_parts,
+    linear_by_parts,
+    register_shapes_and_gradients,
 )
+from .ops import GRID, LIBRARY, SIZES, define_product, matmul, native_dtype
 
 __all__ = ["fragments_weight"]
-
-# Bytes of a dequantized weight that are there at a time.
-_CHUNK = 128 << 20
 
 _LINEAR = f"Tensor x, {GRID}, Tensor? bias, {SIZES}, int out_features"
 
@@ -139,14 +134,8 @@ def _linear_dequantized(
     bias: Tensor | None,
     *sizes: int,
 ) -> Tensor:
-    out_features = sizes[3]
-    y = x.new_empty((*x.shape[:-1], out_features))
-    for part, weight in _parts((qweight, scales, zeros, codebook), sizes, x.dtype):
-        product = matmul(x, weight, None if bias is None else bias[part])
-        if len(weight) == out_features:
-            return product
-        y[..., part] = product
-    return y
+    parts = _parts((qweight, scales, zeros, codebook), sizes, x.dtype)
+    return linear_by_parts(x, parts, bias, sizes[3])
 
 
 def _linear_gradient(
@@ -157,17 +146,8 @@ def _linear_gradient(
     codebook: Tensor | None,
     *sizes: int,
 ) -> Tensor:
-    total = None
-    for part, weight in _parts((qweight, scales, zeros, codebook), sizes, grad.dtype):
-        product = matmul(grad[..., part], weight.T, None)
-        if len(weight) == sizes[3]:
-            return product
-        # Each product is rounded to the dtype of grad once; their sum is not rounded on the way.
-        wide = product.float() if product.dtype.itemsize == 2 else product
-        total = wide if total is None else total.add_(wide)
-    if total is None:
-        return grad.new_zeros((*grad.shape[:-1], sizes[2]))
-    return total.to(grad.dtype)
+    parts = _parts((qweight, scales, zeros, codebook), sizes, grad.dtype)
+    return gradient_by_parts(grad, parts, *sizes[2:])
 
 
 def _parts(
@@ -176,7 +156,7 @@ def _parts(
     """Runs of rows of the weight, dequantized."""
     qweight, scales, zeros, codebook = operands
     bits, group_size, in_features, out_features = sizes
-    tiles = max(1, _CHUNK // (in_features * dtype.itemsize * fragments.ROWS))
+    tiles = max(1, CHUNK // (in_features * dtype.itemsize * fragments.ROWS))
     for first in range(0, qweight.shape[0], tiles):
         of_part = slice(first, first + tiles)
         rows = slice(first * fragments.ROWS, min(out_features, (first + tiles) * fragments.ROWS))
@@ -197,55 +177,5 @@ for _name, _implementation in (
     LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
 
 
-# ---- shapes
-
-
-def _fake_dequantize(qweight: Tensor, *rest: Any) -> Tensor:
-    in_features, out_features, dtype = rest[-3:]
-    return qweight.new_empty((out_features, in_features), dtype=dtype)
-
-
-def _fake_lookup(index: Tensor, qweight: Tensor, *rest: Any) -> Tensor:
-    in_features, _, dtype = rest[-3:]
-    return qweight.new_empty((index.shape[0], in_features), dtype=dtype)
-
-
-def _fake_linear(x: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], rest[-1]))
-
-
-def _fake_linear_gradient(grad: Tensor, *rest: Any) -> Tensor:
-    return grad.new_empty((*grad.shape[:-1], rest[-2]))
-
-
-_FAKES: dict[str, Callable[..., Tensor]] = {
-    "cuda_dequantize": _fake_dequantize,
-    "cuda_lookup": _fake_lookup,
-    "cuda_linear": _fake_linear,
-    "cuda_linear.inference": _fake_linear,
-    "cuda_linear_dequantized": _fake_linear,
-    "cuda_linear_gradient": _fake_linear_gradient,
-    "cuda_experts_linear": _fake_linear,
-}
-for _name, _fake in _FAKES.items():
-    torch.library.register_fake(f"hfq::{_name}", _fake, lib=LIBRARY)
-
-
-# ---- gradients
-
-
-def _product(grad: Tensor, operands: tuple[Any, ...], sizes: tuple[int, ...]) -> Tensor:
-    product: Tensor = torch.ops.hfq.cuda_linear_gradient(grad, *operands, *sizes)
-    return product
-
-
-register_gradient("cuda_linear", 4, _product)
-register_gradient("cuda_linear_dequantized", 4, _product)
-
-
-def _transposed(grad: Tensor, operands: tuple[Any, ...], sizes: tuple[int, ...]) -> Tensor:
-    product: Tensor = torch.ops.hfq.cuda_linear_dequantized(grad, *operands, None, *sizes)
-    return product
-
-
-register_second_gradient("cuda_linear_gradient", _transposed)
+register_shapes_and_gradients("cuda", 4)
+torch.library.register_fake("hfq::cuda_experts_linear", fake_linear, lib=LIBRARY)

@@ -13,7 +13,7 @@ neighbouring rows of a larger weight, with the columns and values of all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,20 +22,16 @@ from torch import Tensor
 from ..core.bits import packed_bytes
 from ..core.spec import group_count
 from . import fragments, reference, spqr_fragments
-from .ops import (
-    LIBRARY,
-    define_product,
-    matmul,
-    native_dtype,
-    register_gradient,
-    register_second_gradient,
+from .cuda_products import (
+    CHUNK,
+    gradient_by_parts,
+    linear_by_parts,
+    register_shapes_and_gradients,
 )
+from .ops import LIBRARY, define_product, matmul, native_dtype
 from .spqr_ops import GRID, OPERANDS, SIZES
 
 __all__ = ["spqr_fragments_weight"]
-
-# Bytes of a dequantized weight that are there at a time.
-_CHUNK = 128 << 20
 
 _LINEAR = f"Tensor x, {GRID}, Tensor? bias, {SIZES}, int out_features"
 
@@ -103,28 +99,12 @@ def _linear(x: Tensor, *arguments: Any) -> Tensor:
 
 def _linear_dequantized(x: Tensor, *arguments: Any) -> Tensor:
     operands, bias, sizes = arguments[:OPERANDS], arguments[OPERANDS], arguments[OPERANDS + 1 :]
-    y = x.new_empty((*x.shape[:-1], sizes[-1]))
-    for part, weight in _parts(operands, sizes, x.dtype):
-        product = matmul(x, weight, None if bias is None else bias[part])
-        if len(weight) == sizes[-1]:
-            return product
-        y[..., part] = product
-    return y
+    return linear_by_parts(x, _parts(operands, sizes, x.dtype), bias, sizes[-1])
 
 
 def _linear_gradient(grad: Tensor, *arguments: Any) -> Tensor:
     operands, sizes = arguments[:OPERANDS], arguments[OPERANDS:]
-    total = None
-    for part, weight in _parts(operands, sizes, grad.dtype):
-        product = matmul(grad[..., part], weight.T, None)
-        if len(weight) == sizes[-1]:
-            return product
-        # As in `hfq.kernels.cuda_ops`: the sum of the parts is not rounded on the way.
-        wide = product.float() if product.dtype.itemsize == 2 else product
-        total = wide if total is None else total.add_(wide)
-    if total is None:
-        return grad.new_zeros((*grad.shape[:-1], sizes[-2]))
-    return total.to(grad.dtype)
+    return gradient_by_parts(grad, _parts(operands, sizes, grad.dtype), *sizes[-2:])
 
 
 def _parts(
@@ -133,7 +113,7 @@ def _parts(
     """Runs of rows of the weight, dequantized; each begins with rows that share statistics."""
     qweight, stat_codes, stats, offsets, columns, values = operands
     *others, stat_group_size, in_features, out_features = sizes
-    step = max(1, _CHUNK // (in_features * dtype.itemsize * stat_group_size)) * stat_group_size
+    step = max(1, CHUNK // (in_features * dtype.itemsize * stat_group_size)) * stat_group_size
     for first in range(0, out_features, step):
         last = min(out_features, first + step)
         tiles = slice(first // fragments.ROWS, -(-last // fragments.ROWS))
@@ -155,54 +135,4 @@ for _name, _implementation in (
     LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
 
 
-# ---- shapes
-
-
-def _fake_dequantize(qweight: Tensor, *rest: Any) -> Tensor:
-    in_features, out_features, dtype = rest[-3:]
-    return qweight.new_empty((out_features, in_features), dtype=dtype)
-
-
-def _fake_lookup(index: Tensor, qweight: Tensor, *rest: Any) -> Tensor:
-    in_features, _, dtype = rest[-3:]
-    return qweight.new_empty((index.shape[0], in_features), dtype=dtype)
-
-
-def _fake_linear(x: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], rest[-1]))
-
-
-def _fake_linear_gradient(grad: Tensor, *rest: Any) -> Tensor:
-    return grad.new_empty((*grad.shape[:-1], rest[-2]))
-
-
-_FAKES: dict[str, Callable[..., Tensor]] = {
-    "cuda_spqr_dequantize": _fake_dequantize,
-    "cuda_spqr_lookup": _fake_lookup,
-    "cuda_spqr_linear": _fake_linear,
-    "cuda_spqr_linear.inference": _fake_linear,
-    "cuda_spqr_linear_dequantized": _fake_linear,
-    "cuda_spqr_linear_gradient": _fake_linear_gradient,
-}
-for _name, _fake in _FAKES.items():
-    torch.library.register_fake(f"hfq::{_name}", _fake, lib=LIBRARY)
-
-
-# ---- gradients
-
-
-def _product(grad: Tensor, operands: tuple[Any, ...], sizes: tuple[int, ...]) -> Tensor:
-    product: Tensor = torch.ops.hfq.cuda_spqr_linear_gradient(grad, *operands, *sizes)
-    return product
-
-
-register_gradient("cuda_spqr_linear", OPERANDS, _product)
-register_gradient("cuda_spqr_linear_dequantized", OPERANDS, _product)
-
-
-def _transposed(grad: Tensor, operands: tuple[Any, ...], sizes: tuple[int, ...]) -> Tensor:
-    product: Tensor = torch.ops.hfq.cuda_spqr_linear_dequantized(grad, *operands, None, *sizes)
-    return product
-
-
-register_second_gradient("cuda_spqr_linear_gradient", _transposed, OPERANDS)
+register_shapes_and_gradients("cuda_spqr", OPERANDS)

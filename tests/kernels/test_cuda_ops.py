@@ -130,7 +130,7 @@ def test_products_and_their_gradients(
     with_bias: bool,
     chunk: int,
 ) -> None:
-    monkeypatch.setattr(cuda_ops, "_CHUNK", chunk)
+    monkeypatch.setattr(cuda_ops, "CHUNK", chunk)
     ready, weight = prepared(grid), dense(grid)
     for shape in ((5,), (2, 3), (0,)):
         x = torch.randn(*shape, K, generator=generator, requires_grad=True)

@@ -139,7 +139,7 @@ def test_products_and_their_gradients(
     with_bias: bool,
     chunk: int,
 ) -> None:
-    monkeypatch.setattr(cuda_spqr_ops, "_CHUNK", chunk)
+    monkeypatch.setattr(cuda_spqr_ops, "CHUNK", chunk)
     ready, weight = _prepared(grid), dense(grid)
     for shape in ((5,), (2, 3), (0,)):
         x = torch.randn(*shape, K, generator=generator, requires_grad=True)
