@@ -13,24 +13,15 @@ from torch import Tensor
 
 from ..core.weight import PackedGrid
 from . import ops  # noqa: F401  (defines torch.ops.hfq)
-from .row import OneByOne, Problem
+from .row import AsStored
 
 __all__ = ["Neutral"]
 
 
-class Neutral(OneByOne):
+class Neutral(AsStored):
     """Dequantize and multiply."""
 
     name = "dequantize"
-
-    def reject(self, problem: Problem) -> str | None:
-        return None
-
-    def prepare(self, tensor: Tensor, bits: int) -> Tensor:
-        return tensor
-
-    def restore(self, tensor: Tensor, shape: tuple[int, ...], bits: int) -> Tensor:
-        return tensor
 
     def linear(
         self, x: Tensor, grid: PackedGrid, bias: Tensor | None, int8_activations: bool

@@ -9,24 +9,15 @@ from torch import Tensor
 
 from ..core.weight import Fp8Grid
 from . import fp8_ops  # noqa: F401  (defines torch.ops.hfq.fp8_*)
-from .row import OneByOne, Problem
+from .row import AsStored
 
 __all__ = ["NeutralFp8"]
 
 
-class NeutralFp8(OneByOne):
+class NeutralFp8(AsStored):
     """Dequantize and multiply, any device and shape."""
 
     name = "dequantize_fp8"
-
-    def reject(self, problem: Problem) -> str | None:
-        return None
-
-    def prepare(self, tensor: Tensor, bits: int) -> Tensor:
-        return tensor
-
-    def restore(self, tensor: Tensor, shape: tuple[int, ...], bits: int) -> Tensor:
-        return tensor
 
     def linear(
         self, x: Tensor, grid: Fp8Grid, bias: Tensor | None, int8_activations: bool

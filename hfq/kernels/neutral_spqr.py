@@ -10,24 +10,15 @@ from torch import Tensor
 
 from ..core.weight import SpqrGrid
 from . import spqr_ops  # noqa: F401  (defines torch.ops.hfq.spqr_*)
-from .row import OneByOne, Problem
+from .row import AsStored
 
 __all__ = ["NeutralSpqr", "operands", "pick_outliers", "sizes"]
 
 
-class NeutralSpqr(OneByOne):
+class NeutralSpqr(AsStored):
     """Dequantize and multiply, any device and shape."""
 
     name = "dequantize_spqr"
-
-    def reject(self, problem: Problem) -> str | None:
-        return None
-
-    def prepare(self, tensor: Tensor, bits: int) -> Tensor:
-        return tensor
-
-    def restore(self, tensor: Tensor, shape: tuple[int, ...], bits: int) -> Tensor:
-        return tensor
 
     def linear(
         self, x: Tensor, grid: SpqrGrid, bias: Tensor | None, int8_activations: bool

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from ..core.weight import Fp8Grid, Grid, PackedGrid, SpqrGrid
 
-__all__ = ["KernelRow", "OneByOne", "Problem", "StatLayout", "each_expert", "stack_tiles"]
+__all__ = [
+    "AsStored",
+    "KernelRow",
+    "OneByOne",
+    "Problem",
+    "StatLayout",
+    "each_expert",
+    "stack_tiles",
+]
 
 # The one class of grids that a kernel reads.
 G = TypeVar("G", PackedGrid, Fp8Grid, SpqrGrid)
@@ -149,6 +157,19 @@ class OneByOne:
             return y
 
         return each_expert(x, counts, linear)
+
+
+class AsStored(OneByOne):
+    """`KernelRow.reject`, `prepare` and `restore` for kernels that read the stored layout of any weight of their class."""
+
+    def reject(self, problem: Problem) -> str | None:
+        return None
+
+    def prepare(self, tensor: Tensor, bits: int) -> Tensor:
+        return tensor
+
+    def restore(self, tensor: Tensor, shape: tuple[int, ...], bits: int) -> Tensor:
+        return tensor
 
 
 def stack_tiles(
