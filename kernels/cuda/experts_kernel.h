@@ -87,10 +87,12 @@ __global__ void __launch_bounds__(kThreads, 2) experts_kernel(const ExpertsParam
 // ---- launcher ----
 
 template <class Kind, class T, bool kZeros, int kTiles>
-const char* launch_expert_tiles(const ExpertsParams& p, cudaStream_t stream) {
+const char* launch_expert_tiles(const ExpertsParams& params, cudaStream_t stream) {
+  ExpertsParams p = params;
+  const size_t shared = plan_ring<Kind, kZeros, kTiles>(p.linear, p.linear.tokens < 8 ? p.linear.tokens : 8);
   const int64_t tiles = (p.linear.weight.out_features + kTileRows - 1) / kTileRows;
   const unsigned blocks = static_cast<unsigned>((tiles + kTiles - 1) / kTiles * p.slots);
-  return launch(experts_kernel<Kind, T, kZeros, kTiles>, blocks, kThreads, kLinearShared<Kind, kTiles>, stream, p);
+  return launch(experts_kernel<Kind, T, kZeros, kTiles>, blocks, kThreads, shared, stream, p);
 }
 
 template <class Kind, class T>

@@ -40,10 +40,7 @@ const char* launch_gemm(const LinearParams& params, cudaStream_t stream) {
   static_cast<LinearParams&>(p) = params;
   p.plan = plan_gemm(params);
   p.token_tiles = static_cast<uint32_t>((p.tokens + p.plan.tokens - 1) / p.plan.tokens);
-  // Scales are applied where a group or a chunk ends: after 4, 2 or 1 units, whichever fits groups.
-  const int64_t units = p.weight.group_size / kUnitColumns;
-  p.flush_mask = (p.weight.bits == 8 ? kChunkColumns<8> : kChunkColumns<4>) / kUnitColumns - 1;
-  while (p.weight.groups > 1 && units & p.flush_mask) p.flush_mask >>= 1;
+  p.flush_mask = flush_mask(p.weight, (p.weight.bits == 8 ? kChunkColumns<8> : kChunkColumns<4>) / kUnitColumns);
 
   const char* error = launch_kind(p, stream);
   if (error || p.plan.splits == 1) return error;

@@ -35,7 +35,6 @@ struct GemmPlan {
 
 struct GemmParams : LinearParams {
   GemmPlan plan;
-  uint32_t flush_mask;    // units of a chunk after which scales are applied are those with (unit + 1) & flush_mask == 0
 };
 
 // Sums of all splits behind each other, [splits, M, 16 * N16] float32: what LinearParams::workspace needs; 0 if there is one split.

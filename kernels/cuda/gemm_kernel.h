@@ -23,15 +23,6 @@
 namespace hfq {
 namespace {
 
-// `load_pair` from shared memory.
-__device__ __forceinline__ RawPair take_pair(const uint8_t* pair, DType dtype) {
-  if (dtype == kFloat32) {
-    const uint2 v = *reinterpret_cast<const uint2*>(pair);
-    return {v.x, v.y};
-  }
-  return {*reinterpret_cast<const uint32_t*>(pair), 0};
-}
-
 // 16 bytes of a tensor.
 __device__ __forceinline__ const uint8_t* piece(const void* tensor, uint32_t number) {
   return static_cast<const uint8_t*>(tensor) + static_cast<int64_t>(number) * 16;
@@ -66,7 +57,7 @@ struct GemmWarp {
   };
 
   const GemmParams& p;
-  const uint8_t* table;
+  uint32_t table;                    // of the lane
   int lane, column_warp;
   uint32_t first_chunk, end_chunk;   // of the thread block
   uint32_t warp_end;                 // what the first chunk of a stage is less than if the warp has rows and a chunk of it
@@ -82,7 +73,8 @@ struct GemmWarp {
   float sums[kWarpTiles][kTokenTiles][4] = {};
 
   // A stage has activations of each column warp, then codes, scales and zero points of each warp.
-  __device__ __forceinline__ GemmWarp(const GemmParams& params, const uint8_t* lookups) : p(params), table(lookups), lane(threadIdx.x % 32) {
+  __device__ __forceinline__ GemmWarp(const GemmParams& params, uint32_t lookups)
+      : p(params), table(kept(lookups + 4 * (threadIdx.x % 32))), lane(threadIdx.x % 32) {
     const Weight& w = p.weight;
     const Place place(p);
     column_warp = place.column_warp;
@@ -127,7 +119,7 @@ struct GemmWarp {
   // ---- from global memory to a stage
 
   // The chunks `chunk`, of which each column warp takes one, and later those behind them.
-  __device__ __forceinline__ void copy(uint8_t* stage, uint32_t chunk) {
+  __device__ __forceinline__ void copy(uint32_t stage, uint32_t chunk) {
     copy_activations(stage + x_to);
     if (chunk < warp_end) {
       copy_codes(stage + codes_at, chunk + column_warp);
@@ -136,7 +128,7 @@ struct GemmWarp {
     codes_from += kBytes / 16 << p.plan.column_shift;
   }
 
-  __device__ __forceinline__ void copy_codes(uint8_t* to, uint32_t chunk) const {
+  __device__ __forceinline__ void copy_codes(uint32_t to, uint32_t chunk) const {
     constexpr int kBlock = kBlockBytes<kBits>;
 #pragma unroll
     for (int i = 0; i < kWarpTiles; ++i)
@@ -149,7 +141,7 @@ struct GemmWarp {
       }
   }
 
-  __device__ __forceinline__ void copy_scales(uint8_t* to, uint32_t unit) const {
+  __device__ __forceinline__ void copy_scales(uint32_t to, uint32_t unit) const {
     const Weight& w = p.weight;
     const uint32_t last = static_cast<uint32_t>(w.groups) - 1;
     uint32_t group = multiply_high(2 * unit, p.group_magic);
@@ -159,7 +151,7 @@ struct GemmWarp {
     if (w.zeros) cp_async(to + kUnits * kScaleBytes, piece(w.zeros, from));
   }
 
-  __device__ __forceinline__ void copy_activations(uint8_t* to) {
+  __device__ __forceinline__ void copy_activations(uint32_t to) {
     constexpr uint32_t kStep = kChunksAtOnce * kRowPieces;
     const uint32_t end = kRowPieces << p.plan.column_shift, rows = kRowsAtOnce * static_cast<uint32_t>(p.weight.in_features / 8);
     // 8-bit codes and 16 tokens: half of the threads begin with the second chunk.
@@ -181,13 +173,13 @@ struct GemmWarp {
   // The lane's activations of unit u and token tile `tile`, as the operands of two instructions. The halves of each 128 bytes change
   // places in odd rows: x[1] is where x[0] would have the other half.
   template <int u>
-  __device__ __forceinline__ void activations(const uint8_t* const (&x)[2], int tile, uint32_t (&b)[2][2]) const {
-    Kind::activations(*reinterpret_cast<const uint4*>(x[u % 2] + 8 * tile * kRowBytes + u / 2 * 128), b);
+  __device__ __forceinline__ void activations(const uint32_t (&x)[2], int tile, uint32_t (&b)[2][2]) const {
+    Kind::activations(load_shared<uint4>(x[u % 2] + 8 * tile * kRowBytes + u / 2 * 128), b);
   }
 
   // Sums of activations over the units for which scales are applied at once, of this warp's share of the tokens of its columns.
   template <int u>
-  __device__ __forceinline__ void add_activations(const uint8_t* const (&x)[2], float* to, int tile, float (&d)[4]) const {
+  __device__ __forceinline__ void add_activations(const uint32_t (&x)[2], float* to, int tile, float (&d)[4]) const {
     constexpr uint32_t kOne = kBoth<T, 1>, ones[4] = {kOne, kOne, kOne, kOne};
     uint32_t b[2][2];
     activations<u>(x, tile, b);
@@ -203,7 +195,7 @@ struct GemmWarp {
 
   // Units u and later of a chunk.
   template <int u>
-  __device__ __forceinline__ void multiply(const uint8_t* const (&x)[2], const uint8_t* stage, const float* x_sums, Kind (&block)[kWarpTiles],
+  __device__ __forceinline__ void multiply(const uint32_t (&x)[2], uint32_t stage, const float* x_sums, Kind (&block)[kWarpTiles],
                                            float (&products)[kWarpTiles][kTokenTiles][4]) {
     uint32_t a[kWarpTiles][2][4];
 #pragma unroll
@@ -235,16 +227,23 @@ struct GemmWarp {
   }
 
   // Adds products, up to unit u, times their scales.
-  __device__ __forceinline__ void scale(const uint8_t* of_lane, const float* x_sums, int u, float (&products)[kWarpTiles][kTokenTiles][4]) {
+  __device__ __forceinline__ void scale(uint32_t of_lane, const float* x_sums, int u, float (&products)[kWarpTiles][kTokenTiles][4]) {
     const DType dtype = p.weight.scale_dtype;
+    const auto pairs_of = [&](uint32_t of_units, Pair (&pairs)[kWarpTiles]) {
+      RawPair raw[kWarpTiles];
+#pragma unroll
+      for (int i = 0; i < kWarpTiles; ++i) raw[i] = load_pair(of_units + (i * kUnits + u) * (kScaleBytes / kWarpTiles), dtype);
+      to_floats(raw, dtype, pairs);
+    };
+    Pair scales[kWarpTiles], zeros[kWarpTiles];
+    pairs_of(of_lane, scales);
+    if (p.weight.zeros) pairs_of(of_lane + kUnits * kScaleBytes, zeros);
 #pragma unroll
     for (int i = 0; i < kWarpTiles; ++i) {
-      const uint8_t* pair = of_lane + (i * kUnits + u) * (kScaleBytes / kWarpTiles);
-      const Pair s = to_floats(take_pair(pair, dtype), dtype);
+      const Pair s = scales[i];
       if (p.weight.zeros) {
         // Products are with code - middle: what lacks is middle - zero for each activation.
-        const Pair zero = to_floats(take_pair(pair + kUnits * kScaleBytes, dtype), dtype);
-        const float low = kMiddle - zero.low, high = kMiddle - zero.high;
+        const float low = kMiddle - zeros[i].low, high = kMiddle - zeros[i].high;
 #pragma unroll
         for (int tile = 0; tile < kTokenTiles; ++tile) {
           const float2 of_x = *reinterpret_cast<const float2*>(x_sums + u * kTokens + 8 * tile + 2 * (lane % 4));
@@ -265,8 +264,8 @@ struct GemmWarp {
   }
 
   // A stage, whose first chunk is `chunk`. `all_x_sums`: [column warps][kUnits][kTokens] floats of shared memory.
-  __device__ __forceinline__ void add(const uint8_t* stage, uint32_t chunk, float* all_x_sums) {
-    const uint8_t* const x[2] = {stage + x_at, stage + (x_at ^ 64)};
+  __device__ __forceinline__ void add(uint32_t stage, uint32_t chunk, float* all_x_sums) {
+    const uint32_t x[2] = {stage + x_at, stage + (x_at ^ 64)};
     float* x_sums = all_x_sums + column_warp * kUnits * kTokens;
     if (p.weight.zeros) {
       const Place place(p);
@@ -321,8 +320,9 @@ template <class Kind, class T, int kTokens>
 __global__ void __launch_bounds__(kGemmThreads, kTokens < kMostTokens ? 2 : 1) gemm_kernel(const GemmParams p) {
   uint8_t* shared = shared_memory();
   float* x_sums = reinterpret_cast<float*>(shared + (Kind::kTable ? TableCodes::kTableBytes : 0));
-  uint8_t* ring = reinterpret_cast<uint8_t*>(x_sums) + p.plan.sums_bytes;
-  GemmWarp<Kind, T, kTokens> mine(p, shared);
+  uint8_t* partial = reinterpret_cast<uint8_t*>(x_sums) + p.plan.sums_bytes;
+  const uint32_t ring = kept(shared_address(partial));
+  GemmWarp<Kind, T, kTokens> mine(p, shared_address(shared));
   const uint32_t step = 1u << p.plan.column_shift, stages = p.plan.stages;
 
   for (uint32_t i = 0; i + 1 < stages; ++i) {
@@ -348,7 +348,7 @@ __global__ void __launch_bounds__(kGemmThreads, kTokens < kMostTokens ? 2 : 1) g
     at = at + 1 == stages ? 0 : at + 1;
   }
   cp_async_wait<0>();
-  mine.store_sums(reinterpret_cast<float*>(ring));
+  mine.store_sums(reinterpret_cast<float*>(partial));
 }
 
 // ---- launcher ----

@@ -24,7 +24,6 @@ const char* copy_on_device(void* to, const void* from, int64_t bytes, cudaStream
 const char* launch_linear(const LinearParams& params, cudaStream_t stream) {
   if (params.tokens == 0 || params.weight.out_features == 0) return nullptr;
   LinearParams p = params;
-  p.token_tiles = static_cast<uint32_t>((p.tokens + 7) / 8);
   p.group_magic = group_magic(p.weight);
   if (p.tokens > kFewTokens) return launch_gemm(p, stream);
   if (p.weight.codebook) return launch_linear_table4(p, stream);

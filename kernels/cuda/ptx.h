@@ -43,16 +43,44 @@ __device__ __forceinline__ uint8_t* shared_memory() {
   return memory;
 }
 
-// 16 bytes from global to shared memory, behind the thread's back: they are there for this thread after a `cp_async_wait` that covers
-// their group, for others after a barrier behind that.
-__device__ __forceinline__ void cp_async(void* shared, const void* global) {
-  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+// An address in shared memory takes one register, and none of the instructions that a pointer costs where it is used.
+__device__ __forceinline__ uint32_t shared_address(const void* shared) { return static_cast<uint32_t>(__cvta_generic_to_shared(shared)); }
+
+template <class V>
+__device__ __forceinline__ V load_shared(uint32_t at) {
+  static_assert(sizeof(V) == 4 || sizeof(V) == 8 || sizeof(V) == 16);
+  if constexpr (sizeof(V) == 16) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
+    return v;
+  } else if constexpr (sizeof(V) == 8) {
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at) : "memory");
+    return v;
+  } else {
+    uint32_t v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at) : "memory");
+    return v;
+  }
 }
-// The same, or 16 bytes of zero without reading `global`.
-__device__ __forceinline__ void cp_async_or_zero(void* shared, const void* global, bool exists) {
-  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared)), bytes = exists ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+
+// 4, 8 or 16 bytes from global to shared memory, behind the thread's back: they are there for this thread after a `cp_async_wait` that covers
+// their group, for others after a barrier behind that. Fewer than 16 go through L1.
+template <int kBytes = 16>
+__device__ __forceinline__ void cp_async(uint32_t shared, const void* global) {
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(global), "n"(kBytes) : "memory");
+}
+template <int kBytes = 16>
+__device__ __forceinline__ void cp_async(void* shared, const void* global) {
+  cp_async<kBytes>(shared_address(shared), global);
+}
+// 16 bytes, or as many zeros without reading `global`.
+__device__ __forceinline__ void cp_async_or_zero(uint32_t shared, const void* global, bool exists) {
+  const uint32_t bytes = exists ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most `kPending` of this thread's groups are not there yet.

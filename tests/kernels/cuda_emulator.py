@@ -60,6 +60,7 @@ class _LinearParams(ctypes.Structure):
         *((name, _INT) for name in ("x_dtype", "bias_dtype")),
         ("workspace", _POINTER),
         *((name, _INT) for name in ("token_tiles", "group_magic")),
+        *((name, _INT) for name in ("flush_mask", "stages", "stage_bytes", "stage_tokens")),
     )
 
 

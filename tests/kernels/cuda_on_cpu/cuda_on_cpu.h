@@ -62,13 +62,31 @@ void store(V* p, const V& v) {
 
 inline uint8_t* shared_memory() { return cuda_on_cpu::shared_memory(); }
 
-inline void cp_async(void* shared, const void* global) {
-  cuda_on_cpu::check_global(global, 16, false);
-  cuda_on_cpu::copy_later(shared, global);
+inline uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(static_cast<const uint8_t*>(shared) - cuda_on_cpu::shared_memory());
 }
-inline void cp_async_or_zero(void* shared, const void* global, bool exists) {
+template <class V>
+V load_shared(uint32_t at) {
+  const uint8_t* from = cuda_on_cpu::shared_memory() + at;
+  cuda_on_cpu::check_shared(from, sizeof(V));
+  V v;
+  std::memcpy(&v, from, sizeof(V));
+  return v;
+}
+
+template <int kBytes = 16>
+void cp_async(void* shared, const void* global) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+  cuda_on_cpu::check_global(global, kBytes, false);
+  cuda_on_cpu::copy_later(shared, global, kBytes);
+}
+template <int kBytes = 16>
+void cp_async(uint32_t shared, const void* global) {
+  cp_async<kBytes>(cuda_on_cpu::shared_memory() + shared, global);
+}
+inline void cp_async_or_zero(uint32_t shared, const void* global, bool exists) {
   if (exists) cuda_on_cpu::check_global(global, 16, false);
-  cuda_on_cpu::copy_later(shared, exists ? global : nullptr);
+  cuda_on_cpu::copy_later(cuda_on_cpu::shared_memory() + shared, exists ? global : nullptr, 16);
 }
 inline void cp_async_commit() { cuda_on_cpu::commit_copies(); }
 template <int kPending>

@@ -24,6 +24,7 @@ enum class State { kReady, kInBlockBarrier, kInWarp, kDone };
 struct Copy {
   void* to;
   const void* from;
+  size_t bytes;
 };
 
 struct Fiber {
@@ -187,10 +188,10 @@ void check_global(const void* p, size_t bytes, bool write) {
   fail(write ? "write outside of global memory" : "read outside of global memory");
 }
 
-void copy_later(void* to, const void* from) {
-  check_shared(to, 16);
-  std::memset(to, kPoison, 16);
-  current->copies.push_back({to, from});
+void copy_later(void* to, const void* from, size_t bytes) {
+  check_shared(to, bytes);
+  std::memset(to, kPoison, bytes);
+  current->copies.push_back({to, from, bytes});
 }
 
 void commit_copies() {
@@ -203,9 +204,9 @@ void finish_copies(int pending) {
   while (static_cast<int>(groups.size()) > pending) {
     for (const Copy& copy : groups.front()) {
       if (copy.from)
-        std::memcpy(copy.to, copy.from, 16);
+        std::memcpy(copy.to, copy.from, copy.bytes);
       else
-        std::memset(copy.to, 0, 16);
+        std::memset(copy.to, 0, copy.bytes);
     }
     groups.erase(groups.begin());
   }

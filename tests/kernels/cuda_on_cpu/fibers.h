@@ -39,7 +39,7 @@ void forget_all();
 void check_global(const void* p, size_t bytes, bool write);
 
 // cp.async, of zeros where `global` is null: the destination is NaN until the copy is finished, which is as late as the waits of its thread allow.
-void copy_later(void* shared, const void* global);
+void copy_later(void* shared, const void* global, size_t bytes);
 void commit_copies();
 void finish_copies(int pending);
 
