@@ -186,6 +186,10 @@ __device__ __forceinline__ float add(float a, float b) { return __fadd_rn(a, b);
 __device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ float divide(float a, float b) { return __fdiv_rn(a, b); }
 
+__device__ __forceinline__ float reciprocal_root(float a) { return __frsqrt_rn(a); }
+__device__ __forceinline__ float exponential(float a) { return expf(a); }
+__device__ __forceinline__ float hyperbolic_tangent(float a) { return tanhf(a); }
+
 // To the nearest integer, ties to even; the largest or least one for what is beyond them, 0 for NaN.
 __device__ __forceinline__ int32_t to_int(float f) { return __float2int_rn(f); }
 __device__ __forceinline__ float from_int(int32_t i) { return __int2float_rn(i); }

@@ -168,6 +168,10 @@ inline float add(float a, float b) { return a + b; }
 inline float multiply(float a, float b) { return a * b; }
 inline float divide(float a, float b) { return a / b; }
 
+inline float reciprocal_root(float a) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(a))); }
+inline float exponential(float a) { return std::exp(a); }
+inline float hyperbolic_tangent(float a) { return std::tanh(a); }
+
 inline int32_t to_int(float f) {
   if (std::isnan(f)) return 0;
   const double whole = std::nearbyint(static_cast<double>(f));
