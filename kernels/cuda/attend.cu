@@ -59,8 +59,8 @@ __device__ __forceinline__ void attend_block(const AttendBlocks& p) {
   const auto bias = [&](int h, int32_t token) {
     if (!p.mask) return 0.0f;
     const int64_t at = of_mask + h * p.mask_heads + token;
-    if (p.mask_is_bool) return load(static_cast<const uint8_t*>(p.mask) + at) ? 0.0f : nothing();
-    return to_float(T{}, load(static_cast<const Number*>(p.mask) + at));
+    if (p.mask_is_bool) return load_written(static_cast<const uint8_t*>(p.mask) + at) ? 0.0f : nothing();
+    return to_float(T{}, load_written(static_cast<const Number*>(p.mask) + at));
   };
 
   const int64_t of_head = (batch * p.kv_heads + kv_head) * p.room * p.size + column;
@@ -80,8 +80,8 @@ __device__ __forceinline__ void attend_block(const AttendBlocks& p) {
       keys[i] = values[i] = make_uint4(0, 0, 0, 0);
       if (seen && present) {
         const int64_t at = token * p.size;
-        keys[i] = load_streaming(reinterpret_cast<const uint4*>(k + at));
-        values[i] = load_streaming(reinterpret_cast<const uint4*>(v + at));
+        keys[i] = load_written(reinterpret_cast<const uint4*>(k + at));
+        values[i] = load_written(reinterpret_cast<const uint4*>(v + at));
       }
     }
 #pragma unroll
@@ -145,23 +145,27 @@ __device__ __forceinline__ void attend_block(const AttendBlocks& p) {
 
 template <class T, int kLanes>
 __global__ void __launch_bounds__(kThreads, 3) attend_kernel(const AttendBlocks p) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   attend_block<T, kLanes>(p);
 }
 
 // A thread block for each query head adds what all parts found.
 template <class T>
 __global__ void __launch_bounds__(kThreads) add_parts_kernel(const AttendBlocks p) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   const int64_t head = blockIdx.x, width = p.size + 2;
   const float* from = p.workspace + head * p.parts * width;
   for (int64_t c = threadIdx.x; c < p.size; c += kThreads) {
     float most = nothing(), sum = 0.0f, all = 0.0f;
     for (int64_t part = 0; part < p.parts; ++part) {
-      const float score = load(from + part * width + p.size);
+      const float score = load_written(from + part * width + p.size);
       most = score > most ? score : most;
     }
     for (int64_t part = 0; part < p.parts; ++part) {
-      const float share = weight_of(load(from + part * width + p.size), most);
-      sum += load(from + part * width + c) * share, all += load(from + part * width + p.size + 1) * share;
+      const float share = weight_of(load_written(from + part * width + p.size), most);
+      sum += load_written(from + part * width + c) * share, all += load_written(from + part * width + p.size + 1) * share;
     }
     store(static_cast<Bits<T>*>(p.y) + head * p.size + c, from_float(T{}, all > 0.0f ? divide(sum, all) : 0.0f));
   }
@@ -186,9 +190,9 @@ AttendBlocks blocks_of(const AttendParams& params) {
 template <class T, int kLanes>
 const char* launch_lanes(const AttendBlocks& p, cudaStream_t stream) {
   const size_t shared = static_cast<size_t>(kWarps * (32 / kLanes) * kHeads * (p.size + 2)) * sizeof(float);
-  const char* error = launch(attend_kernel<T, kLanes>, static_cast<unsigned>(p.batch * p.kv_heads * p.runs * p.parts), kThreads, shared, stream, p);
+  const char* error = launch_early(attend_kernel<T, kLanes>, static_cast<unsigned>(p.batch * p.kv_heads * p.runs * p.parts), kThreads, shared, stream, p);
   if (error || p.parts == 1) return error;
-  return launch(add_parts_kernel<T>, static_cast<unsigned>(p.batch * p.heads), kThreads, 0, stream, p);
+  return launch_early(add_parts_kernel<T>, static_cast<unsigned>(p.batch * p.heads), kThreads, 0, stream, p);
 }
 
 template <class T>

@@ -22,6 +22,8 @@ __device__ __forceinline__ float sum_of_warp(float f) {
 
 template <class T, int kPiece>
 __global__ void __launch_bounds__(32 * kMostNormWarps, 1) norm_kernel(const NormParams p) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   float* of_warps = reinterpret_cast<float*>(shared_memory());
   const Bits<T>* x = static_cast<const Bits<T>*>(p.x) + blockIdx.x * p.columns;
   const Bits<T>* weight = static_cast<const Bits<T>*>(p.weight);
@@ -84,6 +86,8 @@ struct RotateBoth {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) rotate_kernel(const RotateBoth both) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   const int64_t half = both.q.size / 2, heads = both.q.heads + both.k.heads;
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (at >= both.q.tokens * heads * half) return;
@@ -95,8 +99,8 @@ __global__ void __launch_bounds__(kThreads) rotate_kernel(const RotateBoth both)
 
   const Bits<T>* x = static_cast<const Bits<T>*>(p.x) + token * p.x_stride + head * p.size;
   const int64_t angle = p.shared ? 0 : token * p.size;
-  const auto number = [](const void* numbers, int64_t n) { return to_float(T{}, load(static_cast<const Bits<T>*>(numbers) + n)); };
-  const float first = to_float(T{}, load(x + i)), second = to_float(T{}, load(x + i + half));
+  const auto number = [](const void* numbers, int64_t n) { return to_float(T{}, load_written(static_cast<const Bits<T>*>(numbers) + n)); };
+  const float first = to_float(T{}, load_written(x + i)), second = to_float(T{}, load_written(x + i + half));
   // Each product is rounded, and so is their sum.
   const auto turned = [&](float f, float other, int64_t n) {
     return from_float(T{}, hfq::add(rounded(T{}, multiply(f, number(p.cos, n))), rounded(T{}, multiply(other, number(p.sin, n)))));
@@ -122,6 +126,8 @@ __device__ __forceinline__ float gated(T, float gate, float up, bool tanh_gelu) 
 
 template <class T, int kPiece>
 __global__ void __launch_bounds__(kThreads) gate_kernel(const GateParams p) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   const int64_t pieces = p.columns / kPiece, at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (at >= p.rows * pieces) return;
   const int64_t row = at / pieces, column = at % pieces * kPiece;
@@ -143,14 +149,14 @@ const char* launch_norm_of(const NormParams& p, cudaStream_t stream) {
   const int64_t pieces = whole ? p.columns / kPerLoad<T> : p.columns;
   const int64_t warps = pieces < 32 * kMostNormWarps ? (pieces + 31) / 32 : kMostNormWarps;
   const auto kernel = whole ? norm_kernel<T, kPerLoad<T>> : norm_kernel<T, 1>;
-  return launch(kernel, static_cast<unsigned>(p.rows), static_cast<unsigned>(32 * warps), kMostNormWarps * sizeof(float), stream, p);
+  return launch_early(kernel, static_cast<unsigned>(p.rows), static_cast<unsigned>(32 * warps), kMostNormWarps * sizeof(float), stream, p);
 }
 
 template <class T>
 const char* launch_gate_of(const GateParams& p, cudaStream_t stream) {
   const bool whole = in_pieces<T>({p.gate, p.up, p.y}, {p.columns, p.gate_stride, p.up_stride});
   const auto kernel = whole ? gate_kernel<T, kPerLoad<T>> : gate_kernel<T, 1>;
-  return launch(kernel, blocks_of(p.rows * (whole ? p.columns / kPerLoad<T> : p.columns)), kThreads, 0, stream, p);
+  return launch_early(kernel, blocks_of(p.rows * (whole ? p.columns / kPerLoad<T> : p.columns)), kThreads, 0, stream, p);
 }
 
 }  // namespace
@@ -165,7 +171,7 @@ const char* launch_rotate(const RotateParams& q, const RotateParams& k, cudaStre
   const int64_t pairs = q.tokens * (q.heads + k.heads) * (q.size / 2);
   if (pairs == 0) return nullptr;
   const auto kernel = q.dtype == kFloat32 ? rotate_kernel<Float32> : q.dtype == kFloat16 ? rotate_kernel<Float16> : rotate_kernel<BFloat16>;
-  return launch(kernel, blocks_of(pairs), kThreads, 0, stream, RotateBoth{q, k});
+  return launch_early(kernel, blocks_of(pairs), kThreads, 0, stream, RotateBoth{q, k});
 }
 
 const char* launch_gate(const GateParams& p, cudaStream_t stream) {

@@ -21,9 +21,9 @@ template <class T, int kCount>
 __device__ __forceinline__ void load_piece(T, const Bits<T>* from, float (&f)[kCount]) {
   static_assert(kCount == 1 || kCount == kPerLoad<T>);
   if constexpr (kCount == 1)
-    f[0] = to_float(T{}, load(from));
+    f[0] = to_float(T{}, load_written(from));
   else
-    to_floats(T{}, load(reinterpret_cast<const uint4*>(from)), f);
+    to_floats(T{}, load_written(reinterpret_cast<const uint4*>(from)), f);
 }
 
 template <class T, int kCount>
