@@ -23,7 +23,7 @@ __device__ __forceinline__ Run find_run(const ExpertsParams& p, uint32_t slot) {
   const uint32_t each = (experts + 31) / 32, begin = lane * each < experts ? lane * each : experts;
   const uint32_t end = begin + each < experts ? begin + each : experts;
   const auto count_of = [&](uint32_t expert) {
-    const int64_t count = load(p.counts + expert);
+    const int64_t count = load_written(p.counts + expert);
     return count < 0 ? 0 : count < tokens ? static_cast<uint32_t>(count) : tokens;
   };
 
@@ -66,6 +66,7 @@ template <class Kind, class T, bool kZeros, int kTiles>
 __global__ void __launch_bounds__(kThreads, 2) experts_kernel(const ExpertsParams p) {
   // Neighbouring thread blocks read the same weights if their expert has many tokens: the second finds them in L2.
   const int64_t first_tile = static_cast<int64_t>(blockIdx.x / p.slots) * kTiles;
+  wait_for_previous_kernel();  // counts
   const Run run = find_run(p, blockIdx.x % p.slots);
   if (run.first >= run.end) return;
   if (run.expert == p.experts) {
@@ -92,7 +93,7 @@ const char* launch_expert_tiles(const ExpertsParams& params, cudaStream_t stream
   const size_t shared = plan_ring<Kind, kZeros, kTiles>(p.linear, p.linear.tokens < 8 ? p.linear.tokens : 8);
   const int64_t tiles = (p.linear.weight.out_features + kTileRows - 1) / kTileRows;
   const unsigned blocks = static_cast<unsigned>((tiles + kTiles - 1) / kTiles * p.slots);
-  return launch(experts_kernel<Kind, T, kZeros, kTiles>, blocks, kThreads, shared, stream, p);
+  return launch_early(experts_kernel<Kind, T, kZeros, kTiles>, blocks, kThreads, shared, stream, p);
 }
 
 template <class Kind, class T>

@@ -7,7 +7,7 @@
 namespace hfq {
 namespace {
 
-// A matrix instruction takes 8 tokens. More would read the weight again with linear_kernel.h, where codes go straight to registers and columns
+// A matrix instruction takes 8 tokens. More would read the weight again with linear_kernel.h, where columns
 // are shared by the warps of one block; gemm_kernel.h reads it once for 16 or more.
 constexpr int64_t kFewTokens = 8;
 

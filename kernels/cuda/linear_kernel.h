@@ -29,6 +29,9 @@ constexpr int kStepColumns = 128, kStepUnits = kStepColumns / kUnitColumns;
 // 20 bytes per clock over a latency of 1000 clocks need 20 KB. Where shared memory is too small there are two.
 constexpr uint32_t kMostStages = 3;
 
+// Bytes of each tile that a thread block asks for at once. They reach L2 while the first stages are filled, or the kernel before ends.
+constexpr uint32_t kPrefetched = 32 << 10;
+
 // Of a stage, codes of all tiles, then activations [tokens, 128], then pairs of scales [tiles, 8] and of zero points [tiles, 8]: once if groups
 // end with steps, or else for each unit.
 template <class Kind, bool kZeros, int kTiles>
@@ -90,6 +93,22 @@ struct LinearWarp {
 
   __device__ __forceinline__ void copy(uint32_t stage, uint32_t step) const {
     if (step >= steps) return;
+    copy_weights(stage, step);
+    copy_activations(stage, step);
+  }
+
+  __device__ __forceinline__ void copy_activations(uint32_t stage, uint32_t step) const {
+    const uint8_t* x = x_from + static_cast<uint64_t>(step) * kRowBytes;
+    const bool exists = step * kStepColumns < columns;
+#pragma unroll
+    for (int first = 0; first < 8; first += kTokensAtOnce) {
+      if (first >= tokens) break;
+      if (first + lane / kRowPieces < tokens) cp_async_or_zero(stage + x_to + first * kRowBytes, x + first * 2 * p.weight.in_features, exists);
+    }
+  }
+
+  // Codes, scales and zero points.
+  __device__ __forceinline__ void copy_weights(uint32_t stage, uint32_t step) const {
     constexpr int kBlocks = kBytes / kBlock;
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
@@ -102,13 +121,6 @@ struct LinearWarp {
         cp_async(to, stored ? from + block * kBlock : from);
         if (kBlock > 512 && lane < (kBlock - 512) / 16) cp_async(to + 512, from + 512);
       }
-    }
-    const uint8_t* x = x_from + static_cast<uint64_t>(step) * kRowBytes;
-    const bool exists = step * kStepColumns < columns;
-#pragma unroll
-    for (int first = 0; first < 8; first += kTokensAtOnce) {
-      if (first >= tokens) break;
-      if (first + lane / kRowPieces < tokens) cp_async_or_zero(stage + x_to + first * kRowBytes, x + first * 2 * p.weight.in_features, exists);
     }
     if (lane >= kPairLanes) return;
     const uint32_t last = static_cast<uint32_t>(p.weight.groups) - 1;
@@ -192,6 +204,12 @@ struct LinearWarp {
   template <class T, class Fill>
   __device__ __forceinline__ void run(uint32_t ring, uint32_t table, float (&sums)[kTiles][4], const Fill& fill) const {
     const uint32_t warp = threadIdx.x / 32, bytes = kept(p.stage_bytes), end = kept(ring + p.stages * bytes);
+    // What the kernel before this one gave is x; the weight is on its way when that ends.
+    let_next_kernel_start();
+    if (threadIdx.x == 0)
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) prefetch(codes_from[i], blocks * kBlock < kPrefetched ? blocks * kBlock : kPrefetched);
+    wait_for_previous_kernel();
     uint32_t at = ring, step = warp;  // what is copied next
     for (; at + bytes != end; at += bytes, step += kWarps) {
       copy(at, step);
@@ -283,7 +301,7 @@ const char* launch_tiles(const LinearParams& params, cudaStream_t stream) {
   LinearParams p = params;
   const size_t shared = plan_ring<Kind, kZeros, kTiles>(p, p.tokens);
   const int64_t tiles = (p.weight.out_features + kTileRows - 1) / kTileRows;
-  return launch(linear_kernel<Kind, T, kZeros, kTiles>, static_cast<unsigned>((tiles + kTiles - 1) / kTiles), kThreads, shared, stream, p);
+  return launch_early(linear_kernel<Kind, T, kZeros, kTiles>, static_cast<unsigned>((tiles + kTiles - 1) / kTiles), kThreads, shared, stream, p);
 }
 
 template <class Kind, class T, bool kZeros>

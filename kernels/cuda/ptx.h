@@ -33,6 +33,12 @@ __device__ __forceinline__ V load(const V* p) {
   return __ldg(p);
 }
 
+// What a kernel before this one wrote: not before wait_for_previous_kernel(), which loads of constants may pass.
+template <class V>
+__device__ __forceinline__ V load_written(const V* p) {
+  return *p;
+}
+
 template <class V>
 __device__ __forceinline__ void store(V* p, const V& v) {
   *p = v;
@@ -95,6 +101,28 @@ __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commi
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Asks for a piece of global memory, which begins and ends at multiples of 16 bytes, to be brought into L2 (compute capability 9.0).
+__device__ __forceinline__ void prefetch(const void* global, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+#endif
+}
+
+// ---- kernels that overlap (launch_early in launch.h; compute capability 9.0) ----
+
+// The next kernel may start once all thread blocks of this one have said so or ended.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// Until all kernels before this one have ended and their writes can be seen. Nothing that they write may be read before, and nothing written.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // ---- threads ----
@@ -195,6 +223,10 @@ __device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a
 __device__ __forceinline__ float divide(float a, float b) { return __fdiv_rn(a, b); }
 // a b + c, rounded once.
 __device__ __forceinline__ float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+
+__device__ __forceinline__ float reciprocal_root(float a) { return __frsqrt_rn(a); }
+__device__ __forceinline__ float exponential(float a) { return expf(a); }
+__device__ __forceinline__ float hyperbolic_tangent(float a) { return tanhf(a); }
 
 // To the nearest integer, ties to even; the largest or least one for what is beyond them, 0 for NaN.
 __device__ __forceinline__ int32_t to_int(float f) { return __float2int_rn(f); }

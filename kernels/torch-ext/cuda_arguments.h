@@ -2,22 +2,11 @@
 #pragma once
 
 #include "../cuda/dtype.h"
-#include "boxed_call.h"
+#include "arguments.h"
 
 namespace hfq {
 
-inline DType float_dtype(int32_t dtype) {
-  if (dtype == aoti_torch_dtype_float32()) return kFloat32;
-  if (dtype == aoti_torch_dtype_float16()) return kFloat16;
-  if (dtype == aoti_torch_dtype_bfloat16()) return kBFloat16;
-  return kUnsupported;
-}
-
 inline int64_t element_size(DType dtype) { return dtype == kFloat32 ? 4 : 2; }
-
-inline void expect(bool condition, const char* op, const std::string& message) {
-  if (!condition) fail(std::string("hfq::") + op + ": " + message);
-}
 
 class DeviceGuard {
  public:
@@ -49,5 +38,6 @@ inline StableIValue checked(const char* op, StableIValue y, const char* error) {
 bool register_fragments(TorchLibraryHandle library);
 bool register_int8(TorchLibraryHandle library);
 bool register_spqr_fragments(TorchLibraryHandle library);
+bool register_decode(TorchLibraryHandle library);
 
 }  // namespace hfq

@@ -98,6 +98,59 @@ class _UnpackParams(ctypes.Structure):
     )
 
 
+class NormParams(ctypes.Structure):
+    """kernels/common/decode.h, like the next three."""
+
+    _fields_ = (
+        ("rows", _SIZE),
+        ("columns", _SIZE),
+        ("dtype", _INT),
+        *((name, _POINTER) for name in ("x", "weight", "y")),
+        *((name, ctypes.c_float) for name in ("eps", "offset")),
+        ("round_first", ctypes.c_bool),
+    )
+
+
+class RotateParams(ctypes.Structure):
+    _fields_ = (
+        *((name, _SIZE) for name in ("tokens", "heads", "size")),
+        ("dtype", _INT),
+        ("x", _POINTER),
+        ("x_stride", _SIZE),
+        ("cos", _POINTER),
+        ("sin", _POINTER),
+        ("shared", ctypes.c_bool),
+        ("y", _POINTER),
+    )
+
+
+class GateParams(ctypes.Structure):
+    _fields_ = (
+        ("rows", _SIZE),
+        ("columns", _SIZE),
+        ("dtype", _INT),
+        ("gate", _POINTER),
+        ("up", _POINTER),
+        ("gate_stride", _SIZE),
+        ("up_stride", _SIZE),
+        ("y", _POINTER),
+        ("tanh_gelu", ctypes.c_bool),
+    )
+
+
+class AttendParams(ctypes.Structure):
+    _fields_ = (
+        *((name, _SIZE) for name in ("batch", "heads", "kv_heads", "size", "length", "room")),
+        ("dtype", _INT),
+        *((name, _POINTER) for name in ("q", "k", "v", "mask")),
+        ("mask_batch", _SIZE),
+        ("mask_heads", _SIZE),
+        ("mask_is_bool", ctypes.c_bool),
+        ("scale", ctypes.c_float),
+        ("y", _POINTER),
+    )
+
+
 class _TokensParams(ctypes.Structure):
     """kernels/cuda/w8a8.h"""
 
@@ -192,10 +245,15 @@ class Emulator:
             "scale_sums",
             "spqr_linear",
             "spqr_unpack",
+            "rms_norm",
+            "rotate",
+            "gate",
+            "attend",
             "self_check",
         ):
             getattr(self._library, name).restype = ctypes.c_char_p
         self._library.linear_workspace.restype = ctypes.c_int64
+        self._library.attend_workspace.restype = ctypes.c_int64
 
     def linear(
         self,
@@ -423,6 +481,97 @@ class Emulator:
         self._run(self._library.spqr_unpack, params, (index, *operands(grid)), y)
         return y
 
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, offset: float, round_first: bool
+    ) -> Tensor:
+        y = torch.full_like(x, 12345.0)
+        params = NormParams(
+            rows=x.numel() // x.shape[-1],
+            columns=x.shape[-1],
+            dtype=_DTYPES[x.dtype],
+            x=x.data_ptr(),
+            weight=weight.data_ptr(),
+            y=y.data_ptr(),
+            eps=eps,
+            offset=offset,
+            round_first=round_first,
+        )
+        self._run(self._library.rms_norm, params, (x, weight), y)
+        return y
+
+    def rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """`q` and `k` may be parts of the columns of a contiguous tensor."""
+        size = cos.shape[-1]
+        both = (RotateParams * 2)()
+        results = []
+        for params, x in zip(both, (q, k), strict=True):
+            heads = x.shape[-1] // size
+            y = torch.full((len(x), heads, 1, size), 12345.0, dtype=x.dtype)
+            results.append(y)
+            params.tokens, params.heads, params.size = len(x), heads, size
+            params.dtype, params.x, params.x_stride = _DTYPES[x.dtype], x.data_ptr(), x.stride(0)
+            params.cos, params.sin, params.shared = cos.data_ptr(), sin.data_ptr(), len(cos) == 1
+            params.y = y.data_ptr()
+        whole = [_around(x) for x in (q, k)]
+        self._run(self._library.rotate, both, (*whole, cos, sin), *results)
+        return results[0], results[1]
+
+    def gate(self, gate: Tensor, up: Tensor, tanh_gelu: bool) -> Tensor:
+        """Both `[rows, columns]`, or parts of the columns of one."""
+        y = torch.full(gate.shape, 12345.0, dtype=gate.dtype)
+        params = GateParams(
+            rows=len(gate),
+            columns=gate.shape[1],
+            dtype=_DTYPES[gate.dtype],
+            gate=gate.data_ptr(),
+            up=up.data_ptr(),
+            gate_stride=gate.stride(0),
+            up_stride=up.stride(0),
+            y=y.data_ptr(),
+            tanh_gelu=tanh_gelu,
+        )
+        self._run(self._library.gate, params, (_around(gate), _around(up)), y)
+        return y
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        length: int,
+        mask: Tensor | None,
+        scale: float,
+        multiprocessors: int = 1,
+    ) -> Tensor:
+        batch, heads, _, size = q.shape
+        y = torch.full((batch, 1, heads * size), 12345.0, dtype=q.dtype)
+        by_head = mask is not None and mask.shape[1] > 1
+        by_batch = mask is not None and mask.shape[0] > 1
+        params = AttendParams(
+            batch=batch,
+            heads=heads,
+            kv_heads=k.shape[1],
+            size=size,
+            length=length,
+            room=k.shape[2],
+            dtype=_DTYPES[q.dtype],
+            q=q.data_ptr(),
+            k=k.data_ptr(),
+            v=v.data_ptr(),
+            mask=_address(mask),
+            mask_batch=length * (heads if by_head else 1) if by_batch else 0,
+            mask_heads=length if by_head else 0,
+            mask_is_bool=mask is not None and mask.dtype == torch.bool,
+            scale=scale,
+            y=y.data_ptr(),
+        )
+        self._library.set_device(multiprocessors, _SHARED_BYTES)
+        floats = self._library.attend_workspace(ctypes.byref(params))
+        workspace = torch.full((floats,), torch.nan)
+        self._allow((q, k, v, mask), y, workspace)
+        _raise(self._library.attend(ctypes.byref(params), ctypes.c_void_p(workspace.data_ptr())))
+        return y
+
     def self_check(self, name: str, x: Tensor) -> Tensor:
         """What a kernel of self_check.cpp makes of int32 `[128]`."""
         y = torch.zeros_like(x)
@@ -434,7 +583,7 @@ class Emulator:
     def _run(
         self,
         launcher: Any,
-        params: ctypes.Structure,
+        params: ctypes.Structure | ctypes.Array[Any],
         read: tuple[Tensor | None, ...],
         *written: Tensor,
     ) -> None:
@@ -449,6 +598,13 @@ class Emulator:
                     assert tensor.is_contiguous()
                     size = ctypes.c_size_t(tensor.numel() * tensor.element_size())
                     self._library.allow(ctypes.c_void_p(tensor.data_ptr()), size, writable)
+
+
+def _around(part: Tensor) -> Tensor:
+    """The contiguous memory from the first to the last number of a part of the columns of a tensor."""
+    rows = part.numel() // part.shape[-1]
+    numbers = (rows - 1) * part.stride(0) + part.shape[-1]
+    return part.as_strided((numbers,), (1,))
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -511,6 +667,7 @@ def build_operators(folder: Path) -> Path:
     """Compile the operators into a library; `folder` is where `build` was."""
     device = "-Daoti_torch_device_type_cuda=aoti_torch_device_type_cpu"
     sources = [
+        ROOT / "kernels/torch-ext/torch_binding_cuda_decode.cpp",
         ROOT / "kernels/torch-ext/torch_binding_cuda_fragments.cpp",
         ROOT / "kernels/torch-ext/torch_binding_cuda_int8.cpp",
         ROOT / "kernels/torch-ext/torch_binding_cuda_spqr.cpp",

@@ -16,15 +16,17 @@ from torch import Tensor, nn
 
 from hfq.core.spec import CodebookSpec, Int8Spec, IntSpec
 from hfq.core.weight import PackedGrid
-from hfq.kernels import cuda, cuda_int8, cuda_int8_ops, cuda_ops, dispatch
+from hfq.kernels import cuda, cuda_int8, cuda_int8_ops, cuda_ops, decode, dispatch, native
 from hfq.kernels.int8 import int8_linear
 from hfq.kernels.row import Problem
 from hfq.nn.embedding import QuantEmbedding
 from hfq.nn.linear import QuantLinear
 
 assert cuda_ops.fragments_weight is not None  # defines the operators
+native.load()  # operators that both libraries have are those of the one that is loaded later
 torch.ops.load_library(sys.argv[1])
-assert ctypes.CDLL(sys.argv[1]).operators_registered()
+emulated = ctypes.CDLL(sys.argv[1])
+assert emulated.operators_registered()
 
 N, K = 48, 136
 
@@ -374,7 +376,42 @@ def check_int8_schemas() -> None:
         check(hfq.cuda_scale_sums.default, (out, sums, scales, grid.scales, None))
 
 
+def check_decode() -> None:
+    """What stands between the products: the kernels' own tests call the launchers, this is the way there."""
+    hfq = torch.ops.hfq
+    x, weight = torch.randn(3, 2, 64).bfloat16(), torch.randn(64).bfloat16()
+    normed = hfq.rms_norm(x, weight, 1e-5, 0.0, True)
+    torch.testing.assert_close(normed, decode.rms_norm(x, weight, 1e-5, 0.0, True))
+    refused("weight must be of shape", lambda: hfq.rms_norm(x, weight[1:], 1e-5, 0.0, True))
+    refused("weight must be of the dtype", lambda: hfq.rms_norm(x, weight.half(), 1e-5, 0.0, True))
+
+    together = torch.randn(2, 1, 3 * 64).half()
+    q, k = together.split_with_sizes([128, 64], -1)
+    angle = torch.randn(1, 1, 32)
+    cos, sin = angle.cos().half(), angle.sin().half()
+    for found, expected in zip(
+        hfq.rotate(q, k, cos, sin), decode.rotate(q, k, cos, sin), strict=True
+    ):
+        assert torch.equal(found, expected)
+    refused("of the dtype of q and k", lambda: hfq.rotate(q, k.float(), cos, sin))
+    gated = hfq.gate(q[..., :64], k, False)
+    torch.testing.assert_close(gated, decode.gate(q[..., :64], k, False))
+
+    q = torch.randn(2, 4, 1, 64).bfloat16()
+    k, v = torch.randn(2, 2, 2, 200, 64).bfloat16()
+    seen = torch.randn(2, 1, 1, 190) > 0
+    for count in (1, 100):  # without and with a workspace
+        emulated.set_multiprocessors(count)
+        found = hfq.attend(q, k, v, 190, seen, 0.1)
+        expected = decode.attend(q.double(), k.double(), v.double(), 190, seen, 0.1)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=1e-2)
+    refused("float16 and bfloat16", lambda: hfq.attend(*(t.float() for t in (q, k, v)), 9, None, 1))
+    refused("at most 256", lambda: hfq.attend(*(torch.randn(1, 1, 1, 272),) * 3, 1, None, 1.0))
+    refused("mask must be of shape", lambda: hfq.attend(q, k, v, 189, seen, 0.1))
+
+
 torch.manual_seed(0)
+check_decode()
 check_modules()
 check_int8_modules()
 check_int8_arguments()

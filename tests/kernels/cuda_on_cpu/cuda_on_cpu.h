@@ -55,6 +55,10 @@ V load_streaming(const V* p) {
   return load(p);
 }
 template <class V>
+V load_written(const V* p) {
+  return load(p);
+}
+template <class V>
 void store(V* p, const V& v) {
   cuda_on_cpu::check_global(p, sizeof(V), true);
   *p = v;
@@ -95,6 +99,15 @@ template <int kPending>
 void cp_async_wait() {
   cuda_on_cpu::finish_copies(kPending);
 }
+
+inline void prefetch(const void* global, uint32_t bytes) {
+  if (reinterpret_cast<uintptr_t>(global) % 16 || bytes % 16) cuda_on_cpu::fail("misaligned prefetch");
+  cuda_on_cpu::check_range(global, bytes);
+}
+
+// Kernels run one after the other.
+inline void let_next_kernel_start() {}
+inline void wait_for_previous_kernel() {}
 
 // ---- threads ----
 
@@ -170,6 +183,10 @@ inline float add(float a, float b) { return a + b; }
 inline float multiply(float a, float b) { return a * b; }
 inline float divide(float a, float b) { return a / b; }
 inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
+
+inline float reciprocal_root(float a) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(a))); }
+inline float exponential(float a) { return std::exp(a); }
+inline float hyperbolic_tangent(float a) { return std::tanh(a); }
 
 inline int32_t to_int(float f) {
   if (std::isnan(f)) return 0;
@@ -316,6 +333,11 @@ inline void ldmatrix(uint32_t (&v)[4], const void* row) {
 template <class Params>
 const char* launch(void (*kernel)(Params), unsigned blocks, unsigned threads, size_t shared_bytes, cudaStream_t, const Params& params) {
   return cuda_on_cpu::run_blocks(blocks, threads, shared_bytes, [&] { kernel(params); });
+}
+
+template <class Params>
+const char* launch_early(void (*kernel)(Params), unsigned blocks, unsigned threads, size_t shared_bytes, cudaStream_t stream, const Params& params) {
+  return launch(kernel, blocks, threads, shared_bytes, stream, params);
 }
 
 inline const char* launch_copy(void* to, const void* from, size_t bytes, cudaStream_t) {

@@ -188,6 +188,12 @@ void check_global(const void* p, size_t bytes, bool write) {
   fail(write ? "write outside of global memory" : "read outside of global memory");
 }
 
+void check_range(const void* p, size_t bytes) {
+  for (const Range& range : ranges)
+    if (within(p, bytes, range.begin, range.bytes)) return;
+  fail("read outside of global memory");
+}
+
 void copy_later(void* to, const void* from, size_t bytes) {
   check_shared(to, bytes);
   std::memset(to, kPoison, bytes);

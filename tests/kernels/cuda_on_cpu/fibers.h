@@ -37,6 +37,7 @@ void check_shared(const void* p, size_t bytes);
 void allow(const void* p, size_t bytes, bool writable);
 void forget_all();
 void check_global(const void* p, size_t bytes, bool write);
+void check_range(const void* p, size_t bytes);  // to be read, of any size and alignment
 
 // cp.async, of zeros where `global` is null: the destination is NaN until the copy is finished, which is as late as the waits of its thread allow.
 void copy_later(void* shared, const void* global, size_t bytes);
