@@ -42,6 +42,7 @@ struct SpqrLinearParams {
   uint32_t last_group;    // G - 1
   uint32_t group_magic;   // ceil(2^31 / parts of a group), of 16 or 32 columns: part / parts is the upper half of 2 part * magic
   // A warp's ring (spqr_ring.h).
+  uint32_t row_bytes;     // of a token's activations
   uint32_t steps;         // of 128 columns
   uint32_t last_step;     // that is copied when all are multiplied
   uint32_t stages;        // 2, 3, 4 or 6

@@ -48,7 +48,7 @@ __device__ __forceinline__ void multiply_outliers(const SpqrLinearParams& p, Raw
       const bool exists = column[i] < in_features;
       if (!exists) value[i] = 0.0f;
 #pragma unroll
-      for (uint32_t m = 0; m < kTokens; ++m) numbers[i][m] = exists && m < tokens ? load(x + static_cast<uint64_t>(m) * in_features + column[i]) : 0;
+      for (uint32_t m = 0; m < kTokens; ++m) numbers[i][m] = exists && m < tokens ? load_written(x + m * w.in_features + column[i]) : 0;
     }
 #pragma unroll
     for (uint32_t i = 0; i < kAtOnce; ++i)

@@ -22,6 +22,9 @@ namespace {
 constexpr int kStepColumns = 128;
 constexpr int kWarps = 8;
 
+// Bytes of codes of a tile, and of their scales, that a thread block asks for at once.
+constexpr uint32_t kMostAskedFor = 32 << 10;
+
 // Bytes of one group: of the codes of a tile, and of the lines.
 inline __device__ uint32_t group_code_bytes(const SpqrWeight& w) { return w.wide_codes ? 32 : 16; }
 inline __device__ uint32_t line_bytes(const SpqrWeight& w) { return w.stat_dtype == kFloat32 ? 16 : 8; }
@@ -42,7 +45,7 @@ struct SpqrRing {
   const uint8_t* stats_from[kTiles];
   uint32_t group_stride, part;       // of `stats_from`: bytes from one group to the next, and twice the part whose group it is
   uint32_t stats_bytes;              // 16, 8, or 0 if the lane copies none
-  uint32_t x_tokens, row_bytes;      // tokens from the lane's first one on; of activations
+  uint32_t x_tokens;                 // tokens from the lane's first one on
   // Where that goes, from the beginning of a stage.
   uint32_t x_to, stats_to;
   uint32_t stats_at;                 // codes of scales of the first tile
@@ -61,7 +64,7 @@ struct SpqrRing {
       const uint32_t token = lane / 16, at = 16 * (lane % 16);
       x_from = kept(x + token * w.in_features * 2 + at), x_to = kept(kXAt + token * kRowStride + at);
       columns = kept(columns_behind(in_features, at / 2));
-      x_tokens = kept(tokens > token ? tokens - token : 0), row_bytes = kept(2 * in_features);
+      x_tokens = kept(tokens > token ? tokens - token : 0);
     }
 
     // Lanes below 16 copy 16 bytes of codes of scales, lanes 16 .. 16 + kParts - 1 the lines of a group.
@@ -90,6 +93,17 @@ struct SpqrRing {
     return in_features > first ? in_features - first : 0;
   }
 
+  // To be called by one thread, the first: the weight is on its way to L2 while the first stages are filled, or the kernel before ends.
+  __device__ __forceinline__ void ask_for_weight() const {
+    const uint32_t blocks = (static_cast<uint32_t>(p.weight.in_features) + kBlockColumns<kBits> - 1) / kBlockColumns<kBits>;
+    const uint32_t codes = blocks * kBlockBytes<kBits>, stats = static_cast<uint32_t>(p.weight.stat_groups) * group_code_bytes(p.weight);
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      prefetch(codes_from[i], codes < kMostAskedFor ? codes : kMostAskedFor);
+      prefetch(stats_from[i], stats < kMostAskedFor ? stats : kMostAskedFor);
+    }
+  }
+
   // `stage`: in shared memory.
   __device__ __forceinline__ void copy(uint32_t stage, uint32_t step) const {
 #pragma unroll
@@ -110,7 +124,7 @@ struct SpqrRing {
     } else {
 #pragma unroll
       for (uint32_t m = 0; m < kTokens; m += 2)
-        if (m < x_tokens) cp_async_or_zero(stage + x_to + m * kRowStride, x + m * static_cast<uint64_t>(row_bytes), exists);
+        if (m < x_tokens) cp_async_or_zero(stage + x_to + m * kRowStride, x + m * static_cast<uint64_t>(p.row_bytes), exists);
     }
     uint32_t group = multiply_high(step * (2 * kParts) + part, p.group_magic);
     group = group < p.last_group ? group : p.last_group;  // parts behind K
@@ -171,6 +185,7 @@ size_t plan_rings(SpqrLinearParams& p, int64_t tokens, size_t fixed, int residen
   };
   p.stages = most();
   p.last_group = static_cast<uint32_t>(w.groups - 1);
+  p.row_bytes = static_cast<uint32_t>(2 * w.in_features);
   p.steps = static_cast<uint32_t>((w.in_features + kStepColumns - 1) / kStepColumns);
   p.last_step = p.steps + (p.stages - 1) * kWarps;
   p.tile_stats = static_cast<uint32_t>(stats);

@@ -204,18 +204,8 @@ class _SpqrLinearParams(ctypes.Structure):
         ("tokens", _SIZE),
         *((name, _INT) for name in ("x_dtype", "bias_dtype")),
         *((name, _INT) for name in ("token_tiles", "short_groups", "last_group", "group_magic")),
-        *(
-            (name, _INT)
-            for name in (
-                "steps",
-                "last_step",
-                "stages",
-                "stage_bytes",
-                "tile_stats",
-                "stage_tokens",
-                "ring_bytes",
-            )
-        ),
+        *((name, _INT) for name in ("row_bytes", "steps", "last_step", "stages", "stage_bytes")),
+        *((name, _INT) for name in ("tile_stats", "stage_tokens", "ring_bytes")),
     )
 
 
