@@ -1,6 +1,7 @@
 // Which kernel multiplies.
 #include "linear.h"
 
+#include "copy.h"
 #include "gemm.h"
 #include "target.h"
 

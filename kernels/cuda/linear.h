@@ -41,9 +41,6 @@ inline uint32_t flush_mask(const Weight& w, uint32_t units) {
 // Enqueues the kernels. Returns null, or CUDA's description of the error. K below 2^20.
 const char* launch_linear(const LinearParams& params, cudaStream_t stream);
 
-// Enqueues a copy within the memory of the device: activations have to begin at a multiple of 16 bytes.
-const char* copy_on_device(void* to, const void* from, int64_t bytes, cudaStream_t stream);
-
 // One for each kind of codes, so that they are compiled side by side; called by launch_linear.
 const char* launch_linear_int2(const LinearParams& params, cudaStream_t stream);
 const char* launch_linear_int3(const LinearParams& params, cudaStream_t stream);

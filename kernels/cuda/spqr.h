@@ -64,9 +64,6 @@ struct SpqrUnpackParams {
 const char* launch_spqr_linear(const SpqrLinearParams& params, cudaStream_t stream);
 const char* launch_spqr_unpack(const SpqrUnpackParams& params, cudaStream_t stream);
 
-// Enqueues a copy within the memory of the device (linear.cu).
-const char* copy_on_device(void* to, const void* from, int64_t bytes, cudaStream_t stream);
-
 // One for each number of bits, so that they are compiled side by side; called by launch_spqr_linear.
 const char* launch_spqr_linear2(const SpqrLinearParams& params, cudaStream_t stream);
 const char* launch_spqr_linear3(const SpqrLinearParams& params, cudaStream_t stream);

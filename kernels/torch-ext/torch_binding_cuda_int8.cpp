@@ -1,5 +1,4 @@
 // Operators of hfq for CUDA on weights that ask for int8 activations (hfq/kernels/cuda_int8_ops.py).
-#include "../cuda/linear.h"
 #include "../cuda/w8a8.h"
 #include "cuda_arguments.h"
 
@@ -8,8 +7,6 @@ namespace {
 
 constexpr int64_t kMostBlocks = int64_t{1} << 31;  // thread blocks of a launch are numbered with 31 bits
 constexpr int64_t kPiece = 16;                     // columns of a load
-
-bool aligned(const void* p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
 void expect_device(const Tensor& tensor, int32_t index, const char* other) {
   if (tensor.device_index() != index) tensor.refuse(std::string("on the device of ") + other);
@@ -155,7 +152,7 @@ void cuda_int8_linear(StableIValue* stack, uint64_t, uint64_t) {
   expect_device(x, index, "qweight");
   p.x_dtype = tokens.dtype();
   p.tokens = tokens.count();
-  expect(((p.tokens + 7) / 8) * ((p.out_features + 15) / 16) < kMostBlocks, op, "too many rows for one launch");
+  expect_blocks(op, ((p.tokens + 7) / 8) * ((p.out_features + 15) / 16));
 
   const DeviceGuard guard(index);
   const cudaStream_t stream = current_stream(index);
