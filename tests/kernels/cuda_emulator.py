@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -653,8 +656,25 @@ def build(folder: Path) -> Emulator:
     return Emulator(_library(folder, "libcuda_on_cpu.so", _compiled(folder, sources)))
 
 
-def build_operators(folder: Path) -> Path:
-    """Compile the operators into a library; `folder` is where `build` was."""
+def check_operators(folder: Path, script: str) -> None:
+    """Run a script of cuda_on_cpu: the binding, rows and modules on CPU tensors, in a process whose CPU is the emulated GPU.
+
+    `folder` is where `build` was.
+    """
+    places = filter(None, (str(EMULATOR), os.environ.get("PYTHONPATH")))
+    run = subprocess.run(
+        [sys.executable, str(EMULATOR / script), str(_build_operators(folder))],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(places)},
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "all checks passed" in run.stdout
+
+
+@cache
+def _build_operators(folder: Path) -> Path:
     device = "-Daoti_torch_device_type_cuda=aoti_torch_device_type_cpu"
     sources = [
         ROOT / "kernels/torch-ext/torch_binding_cuda_decode.cpp",

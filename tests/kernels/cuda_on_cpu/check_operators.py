@@ -1,44 +1,26 @@
 """Run by test_cuda_emulated.py in a process of its own: the operators ``hfq::cuda_*`` on the CPU are those of CUDA, emulated.
 
-Argument: the library that cuda_emulator.build_operators made.
+See operators_on_cpu.py.
 """
 
 from __future__ import annotations
 
-import ctypes
-import re
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from operators_on_cpu import emulated, on_cpu, refused, strided, use_row
 from torch import Tensor, nn
 
 from hfq.core.spec import CodebookSpec, Int8Spec, IntSpec
 from hfq.core.weight import PackedGrid
-from hfq.kernels import cuda, cuda_int8, cuda_int8_ops, cuda_ops, decode, dispatch, native
+from hfq.kernels import cuda, cuda_int8, cuda_int8_ops, decode
 from hfq.kernels.int8 import int8_linear
-from hfq.kernels.row import Problem
 from hfq.nn.embedding import QuantEmbedding
 from hfq.nn.linear import QuantLinear
 
-assert cuda_ops.fragments_weight is not None  # defines the operators
-native.load()  # operators that both libraries have are those of the one that is loaded later
-torch.ops.load_library(sys.argv[1])
-emulated = ctypes.CDLL(sys.argv[1])
-assert emulated.operators_registered()
-
 N, K = 48, 136
-
-
-class OnCpu(cuda.CudaFragments):
-    """The row as if the CPU were a GPU."""
-
-    def reject(self, problem: Problem) -> str | None:
-        return None
-
-
-ROW = OnCpu()
+ROW = on_cpu(cuda.CudaFragments)
 
 
 def linear_module(spec: IntSpec | CodebookSpec, format: str, bias: bool = True) -> QuantLinear:
@@ -54,15 +36,6 @@ def prepared_grid(module: QuantLinear) -> PackedGrid:
     return grid
 
 
-def refused(words: str, call: Callable[[], object]) -> None:
-    try:
-        call()
-    except RuntimeError as error:
-        assert re.search(words, str(error)), error
-        return
-    raise AssertionError(f"not refused: {words}")
-
-
 def check_modules() -> None:
     for format, spec in (
         ("int", IntSpec(bits=2, group_size=32, sym=False)),
@@ -75,8 +48,7 @@ def check_modules() -> None:
         saved = {name: tensor.clone() for name, tensor in module.state_dict().items()}
         weight = module.dequantize().double()
         module.restore()
-        dispatch._ROWS[PackedGrid] = (ROW, *dispatch._ROWS[PackedGrid][-1:])
-        dispatch.select.cache_clear()
+        use_row(PackedGrid, ROW)
         module.prepare()
         assert module.kernel_choice("weight").row is ROW
         assert module.bias is not None
@@ -217,11 +189,6 @@ def check_experts() -> None:
     torch.library.opcheck(torch.ops.hfq.cuda_experts_linear.default, (x, counts, *operands, *sizes))
 
 
-def strided(tensor: Tensor) -> Tensor:
-    """The same numbers, every other one of a larger tensor."""
-    return torch.stack([tensor, tensor], dim=-1)[..., 0]
-
-
 def check_schemas() -> None:
     module = linear_module(IntSpec(group_size=32), "int", bias=False)
     grid = prepared_grid(module)
@@ -233,14 +200,7 @@ def check_schemas() -> None:
     check(hfq.cuda_lookup.default, (torch.tensor([3, 47]), *operands, *sizes, torch.float32))
 
 
-class Int8OnCpu(cuda_int8.CudaInt8):
-    """The row for int8 activations as if the CPU were a GPU."""
-
-    def reject(self, problem: Problem) -> str | None:
-        return None
-
-
-INT8 = Int8OnCpu()
+INT8 = on_cpu(cuda_int8.CudaInt8)
 INT8_K = 144
 
 
@@ -254,8 +214,7 @@ def int8_module(activation: str) -> QuantLinear:
             {**module.neutral_tensors("weight"), "weight_input_scale": torch.tensor([0.02])},
         )
     module.restore()
-    dispatch._ROWS[PackedGrid] = (INT8, *dispatch._ROWS[PackedGrid][-1:])
-    dispatch.select.cache_clear()
+    use_row(PackedGrid, INT8)
     module.prepare()
     assert module.kernel_choice("weight").row is INT8
     return module
@@ -416,8 +375,7 @@ check_modules()
 check_int8_modules()
 check_int8_arguments()
 check_int8_schemas()
-dispatch._ROWS[PackedGrid] = (ROW, *dispatch._ROWS[PackedGrid][-1:])
-dispatch.select.cache_clear()
+use_row(PackedGrid, ROW)
 check_arguments()
 check_experts()
 check_schemas()

@@ -1,47 +1,26 @@
 """Run by test_cuda_spqr_emulated.py in a process of its own: the operators ``hfq::cuda_spqr_*`` on the CPU are those of CUDA, emulated.
 
-Argument: the library that cuda_emulator.build_operators made.
+See operators_on_cpu.py.
 """
 
 from __future__ import annotations
 
-import ctypes
-import re
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from operators_on_cpu import on_cpu, refused, strided, use_row
 from torch import Tensor, nn
 
 from hfq.core.spec import SpqrSpec
 from hfq.core.weight import SpqrGrid
-from hfq.kernels import cuda_ops, cuda_spqr, dispatch
+from hfq.kernels import cuda_spqr
 from hfq.kernels.neutral_spqr import operands, sizes
-from hfq.kernels.row import Problem
 from hfq.nn.embedding import QuantEmbedding
 from hfq.nn.linear import QuantLinear
 
-assert cuda_ops.fragments_weight is not None  # defines the operators
-torch.ops.load_library(sys.argv[1])
-assert ctypes.CDLL(sys.argv[1]).operators_registered()
-
 N, K = 40, 136
-
-
-class OnCpu(cuda_spqr.CudaSpqr):
-    """The row as if the CPU were a GPU."""
-
-    def reject(self, problem: Problem) -> str | None:
-        return None
-
-
-ROW = OnCpu()
-
-
-def use_row() -> None:
-    dispatch._ROWS[SpqrGrid] = (ROW, *dispatch._ROWS[SpqrGrid][-1:])
-    dispatch.select.cache_clear()
+ROW = on_cpu(cuda_spqr.CudaSpqr)
 
 
 def linear_module(spec: SpqrSpec) -> QuantLinear:
@@ -60,7 +39,7 @@ def check_modules() -> None:
         saved = {name: tensor.clone() for name, tensor in module.state_dict().items()}
         weight = module.dequantize().double()
         module.restore()
-        use_row()
+        use_row(SpqrGrid, ROW)
         module.prepare()
         assert module.kernel_choice("weight").row is ROW
         assert module.bias is not None
@@ -99,20 +78,6 @@ def prepared_grid() -> SpqrGrid:
     grid = module.grid("weight")
     assert isinstance(grid, SpqrGrid) and module.kernel("weight") is ROW
     return grid
-
-
-def refused(words: str, call: Callable[[], object]) -> None:
-    try:
-        call()
-    except RuntimeError as error:
-        assert re.search(words, str(error)), error
-        return
-    raise AssertionError(f"not refused: {words}")
-
-
-def strided(tensor: Tensor) -> Tensor:
-    """The same numbers, every other one of a larger tensor."""
-    return torch.stack([tensor, tensor], dim=-1)[..., 0]
 
 
 def check_arguments() -> None:
