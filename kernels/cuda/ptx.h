@@ -54,7 +54,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) { return 
 
 template <class V>
 __device__ __forceinline__ V load_shared(uint32_t at) {
-  static_assert(sizeof(V) == 4 || sizeof(V) == 8 || sizeof(V) == 16);
+  static_assert(sizeof(V) == 2 || sizeof(V) == 4 || sizeof(V) == 8 || sizeof(V) == 16);
   if constexpr (sizeof(V) == 16) {
     uint4 v;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
@@ -62,6 +62,10 @@ __device__ __forceinline__ V load_shared(uint32_t at) {
   } else if constexpr (sizeof(V) == 8) {
     uint2 v;
     asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at) : "memory");
+    return v;
+  } else if constexpr (sizeof(V) == 2) {
+    uint16_t v;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(at) : "memory");
     return v;
   } else {
     uint32_t v;
@@ -83,10 +87,14 @@ template <int kBytes = 16>
 __device__ __forceinline__ void cp_async(void* shared, const void* global) {
   cp_async<kBytes>(shared_address(shared), global);
 }
-// 16 bytes, or as many zeros without reading `global`.
+// The same, or as many zeros without reading `global`.
+template <int kBytes = 16>
 __device__ __forceinline__ void cp_async_or_zero(uint32_t shared, const void* global, bool exists) {
-  const uint32_t bytes = exists ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+  const uint32_t bytes = exists ? kBytes : 0;
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared), "l"(global), "n"(kBytes), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most `kPending` of this thread's groups are not there yet.
@@ -213,6 +221,8 @@ __device__ __forceinline__ uint16_t from_float(Float16, float f) {
 __device__ __forceinline__ float add(float a, float b) { return __fadd_rn(a, b); }
 __device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ float divide(float a, float b) { return __fdiv_rn(a, b); }
+// a b + c, rounded once.
+__device__ __forceinline__ float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 
 __device__ __forceinline__ float reciprocal_root(float a) { return __frsqrt_rn(a); }
 __device__ __forceinline__ float exponential(float a) { return expf(a); }

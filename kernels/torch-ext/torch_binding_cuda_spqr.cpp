@@ -31,7 +31,7 @@ class Operands {
     if (tensor.device_index() != device_index()) tensor.refuse("on the device of qweight");
   }
 
-  // The weight, after all checks.
+  // The weight, after all checks. Asynchronous copies want 16 bytes of codes at once.
   SpqrWeight weight() const {
     const auto [bits, group_size, stat_bits, rows_per_stat, in_features, out_features] = sizes_;
     expect(bits >= 2 && bits <= 4, op_, "bits must be 2, 3 or 4, got " + std::to_string(bits));
@@ -60,7 +60,7 @@ class Operands {
       return static_cast<const uint8_t*>(pointer(tensor, 1, bytes));
     };
     w.qweight = codes(qweight_, (in_features + columns - 1) / columns, bits == 3 ? 48 : 32, 16, 16);
-    w.stat_codes = codes(stat_codes_, w.stat_groups, 8, w.wide_codes ? 4 : 2, 4);
+    w.stat_codes = codes(stat_codes_, w.stat_groups, 8, w.wide_codes ? 4 : 2, 16);
     w.stat_dtype = float_dtype(stats_.dtype());
     if (w.stat_dtype == kUnsupported) stats_.refuse("float32, float16 or bfloat16");
     const int64_t stat_bytes = element_size(w.stat_dtype);
@@ -123,7 +123,7 @@ void cuda_spqr_linear(StableIValue* stack, uint64_t, uint64_t) {
   const DeviceGuard guard(index);
   const cudaStream_t stream = current_stream(index);
   StableIValue copy = 0;
-  if (!aligned(p.x, 8)) {
+  if (!aligned(p.x, 16)) {
     // A part of a larger tensor may begin anywhere.
     const int64_t sizes[] = {p.tokens, p.weight.in_features};
     void* to = nullptr;

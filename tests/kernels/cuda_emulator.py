@@ -203,7 +203,19 @@ class _SpqrLinearParams(ctypes.Structure):
         *((name, _POINTER) for name in ("x", "bias", "y")),
         ("tokens", _SIZE),
         *((name, _INT) for name in ("x_dtype", "bias_dtype")),
-        *((name, _INT) for name in ("token_tiles", "step_columns", "group_magic")),
+        *((name, _INT) for name in ("token_tiles", "short_groups", "last_group", "group_magic")),
+        *(
+            (name, _INT)
+            for name in (
+                "steps",
+                "last_step",
+                "stages",
+                "stage_bytes",
+                "tile_stats",
+                "stage_tokens",
+                "ring_bytes",
+            )
+        ),
     )
 
 
@@ -432,8 +444,15 @@ class Emulator:
         )
         self._run(self._library.scale_sums, params, (sums, token_scales, scales, bias), out)
 
-    def spqr_linear(self, x: Tensor, grid: SpqrGrid, bias: Tensor | None) -> Tensor:
-        """`grid`: in the layout of the kernel row."""
+    def spqr_linear(
+        self,
+        x: Tensor,
+        grid: SpqrGrid,
+        bias: Tensor | None,
+        multiprocessors: int = 1 << 20,
+        shared_bytes: int = 227 << 10,
+    ) -> Tensor:
+        """`grid`: in the layout of the kernel row. One multiprocessor takes two tiles at once."""
         y = torch.full((len(x), grid.out_features), 12345.0, dtype=x.dtype)
         params = _SpqrLinearParams(
             weight=_spqr_weight(grid),
@@ -444,6 +463,7 @@ class Emulator:
             x_dtype=_DTYPES[x.dtype],
             bias_dtype=0 if bias is None else _DTYPES[bias.dtype],
         )
+        self._library.set_device(multiprocessors, ctypes.c_size_t(shared_bytes))
         self._run(self._library.spqr_linear, params, (x, *operands(grid), bias), y)
         return y
 

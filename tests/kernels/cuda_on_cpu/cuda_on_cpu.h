@@ -88,9 +88,11 @@ template <int kBytes = 16>
 void cp_async(uint32_t shared, const void* global) {
   cp_async<kBytes>(cuda_on_cpu::shared_memory() + shared, global);
 }
-inline void cp_async_or_zero(uint32_t shared, const void* global, bool exists) {
-  if (exists) cuda_on_cpu::check_global(global, 16, false);
-  cuda_on_cpu::copy_later(cuda_on_cpu::shared_memory() + shared, exists ? global : nullptr, 16);
+template <int kBytes = 16>
+void cp_async_or_zero(uint32_t shared, const void* global, bool exists) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+  if (exists) cuda_on_cpu::check_global(global, kBytes, false);
+  cuda_on_cpu::copy_later(cuda_on_cpu::shared_memory() + shared, exists ? global : nullptr, kBytes);
 }
 inline void cp_async_commit() { cuda_on_cpu::commit_copies(); }
 template <int kPending>
@@ -180,6 +182,7 @@ inline uint32_t as_bits(float f) {
 inline float add(float a, float b) { return a + b; }
 inline float multiply(float a, float b) { return a * b; }
 inline float divide(float a, float b) { return a / b; }
+inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 
 inline float reciprocal_root(float a) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(a))); }
 inline float exponential(float a) { return std::exp(a); }
