@@ -45,7 +45,8 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(const TokensParams p
     const uint32_t at = i * kThreads + threadIdx.x;
     if (at < loads) store(codes + at, codes_of(Code{}, T{}, held[i], rounding.inverse));
   }
-  for (uint32_t at = kHeld * kThreads + threadIdx.x; at < loads; at += kThreads) store(codes + at, codes_of(Code{}, T{}, load(x + at), rounding.inverse));
+  for (uint32_t at = kHeld * kThreads + threadIdx.x; at < loads; at += kThreads)
+    store(codes + at, codes_of(Code{}, T{}, load(x + at), rounding.inverse));
 }
 
 // ---- launcher ----

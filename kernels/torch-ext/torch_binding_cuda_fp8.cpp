@@ -27,7 +27,8 @@ void cuda_fp8_linear(StableIValue* stack, uint64_t, uint64_t) {
 }  // namespace
 
 bool register_fp8(TorchLibraryHandle library) {
-  return register_impl(library, "cuda_fp8_quantize_tokens", cuda_fp8_quantize_tokens) && register_product(library, "cuda_fp8_linear", cuda_fp8_linear);
+  return register_impl(library, "cuda_fp8_quantize_tokens", cuda_fp8_quantize_tokens) &&
+         register_product(library, "cuda_fp8_linear", cuda_fp8_linear);
 }
 
 }  // namespace hfq

@@ -141,9 +141,10 @@ def test_reasons_to_refuse(monkeypatch: pytest.MonkeyPatch, generator: torch.Gen
 
 # ---- on a GPU
 
+# The kernels take any number of rows; the row of the table does not, for `torch._scaled_mm`.
 MODELS = (
-    (16, 16),
-    (48, 144),
+    (1, 16),
+    (33, 144),
     (1024, 4096),
     (4096, 4096),
     (14336, 4096),
@@ -163,7 +164,7 @@ def there(cuda: torch.device) -> Callable[[Fp8Grid], Fp8Grid]:
             scales=grid.scales.to(cuda),
             input_scale=None if grid.input_scale is None else grid.input_scale.to(cuda),
         )
-        reason = cuda_fp8.CudaFp8().reject(Problem.of(moved))
+        reason = cuda_fp8.CudaFp8().reject(replace(Problem.of(moved), out_features=16))
         if reason is not None:
             pytest.skip(reason)
         return moved
