@@ -35,6 +35,7 @@ inline StableIValue checked(const char* op, StableIValue y, const char* error) {
 }
 
 // Operators of other files.
+bool register_fp8(TorchLibraryHandle library);
 bool register_fragments(TorchLibraryHandle library);
 bool register_int8(TorchLibraryHandle library);
 bool register_spqr_fragments(TorchLibraryHandle library);
