@@ -246,7 +246,9 @@ def test_gpu_graph(
         for _ in range(2):
             x.copy_(torch.randn(tokens, 4096, generator=generator))
             graph.replay()
-            assert torch.equal(y, row.linear(x, grid, None, False))
+            # The matrix library may choose another algorithm in a graph.
+            close = 0 if tokens <= cuda_fp8.MAX_DIRECT_TOKENS else y.abs().max().item() * 2**-7
+            torch.testing.assert_close(y, row.linear(x, grid, None, False), rtol=0, atol=close)
 
 
 @pytest.mark.gpu
