@@ -19,6 +19,7 @@
 #include "fragments.h"
 #include "gemm.h"
 #include "gemm_output.h"
+#include "runs.h"
 
 namespace hfq {
 namespace {
@@ -41,18 +42,29 @@ struct GemmWarp {
   static constexpr float kMiddle = 1 << (kBits - 1);
 
   // What a thread computes. Made anew where it is needed after the loop: registers of the loop are for the loop.
-  struct Place {
+  struct Part {
     int lane, row_warps, row_warp, column_warp;
-    uint32_t first_token, first_tile, split;  // of the thread block
-    __device__ __forceinline__ explicit Place(const GemmParams& p) {
-      const uint32_t thread = kept(threadIdx.x), block = kept(blockIdx.x);
+    __device__ __forceinline__ explicit Part(const GemmParams& p) {
+      const uint32_t thread = kept(threadIdx.x);
       lane = thread % 32;
       row_warps = kGemmWarps >> p.plan.column_shift;
       row_warp = thread / 32 % row_warps, column_warp = thread / 32 / row_warps;
+    }
+  };
+  // And what its thread block does.
+  struct Place : Part {
+    uint32_t first_tile, split;
+    uint32_t first_token, end_token, expert;  // more tokens than it takes may follow
+    __device__ __forceinline__ explicit Place(const GemmParams& p) : Part(p) {
+      const uint32_t block = kept(blockIdx.x);
       // Neighbouring thread blocks read the same weights for other tokens: the second finds them in L2.
-      first_token = block % p.token_tiles * kTokens;
       split = block / p.token_tiles % p.plan.splits;
-      first_tile = block / p.token_tiles / p.plan.splits * row_warps * kWarpTiles;
+      first_tile = block / p.token_tiles / p.plan.splits * this->row_warps * kWarpTiles;
+      first_token = block % p.token_tiles * kTokens, end_token = static_cast<uint32_t>(p.tokens), expert = 0;
+      if (p.routing.counts) {
+        const Run run = find_run<kTokens>(p.routing, end_token, block % p.token_tiles);
+        first_token = run.first, end_token = run.end, expert = run.expert;
+      }
     }
   };
 
@@ -73,10 +85,9 @@ struct GemmWarp {
   float sums[kWarpTiles][kTokenTiles][4] = {};
 
   // A stage has activations of each column warp, then codes, scales and zero points of each warp.
-  __device__ __forceinline__ GemmWarp(const GemmParams& params, uint32_t lookups)
+  __device__ __forceinline__ GemmWarp(const GemmParams& params, const Place& place, uint32_t lookups)
       : p(params), table(kept(lookups + 4 * (threadIdx.x % 32))), lane(threadIdx.x % 32) {
     const Weight& w = p.weight;
-    const Place place(p);
     column_warp = place.column_warp;
     const uint32_t chunks = static_cast<uint32_t>((w.in_features + kColumns - 1) / kColumns);
     first_chunk = place.split * p.plan.split_chunks;
@@ -89,7 +100,7 @@ struct GemmWarp {
     x_from = kept(static_cast<uint32_t>(token * of_row + from));
     x_to = kept(static_cast<uint32_t>(row * kRowBytes + 16 * (of_chunk ^ 4 * (row % 2))));
     x_left = kept(from < end ? end - from : 0);
-    x_tokens = static_cast<int>(p.tokens - token < kTokens ? p.tokens - token : kTokens);
+    x_tokens = static_cast<int>(place.end_token - token < kTokens ? place.end_token - token : kTokens);
 
     const uint32_t tiles = static_cast<uint32_t>((w.out_features + kTileRows - 1) / kTileRows), tile = place.first_tile + place.row_warp * kWarpTiles;
     const uint32_t tile_pieces = blocks() * (kBlockBytes<kBits> / 16), zeros = w.zeros ? kUnits * kScaleBytes : 0;
@@ -97,12 +108,14 @@ struct GemmWarp {
     // An odd number of tiles: the last one is computed twice and stored once.
     const auto of_weight = [&](uint32_t t) { return static_cast<int64_t>(t < tiles ? t : tiles - 1); };
     warp_end = tile < tiles && end_chunk > static_cast<uint32_t>(column_warp) ? end_chunk - column_warp : 0;
-    codes_from = kept(static_cast<uint32_t>(of_weight(tile) * tile_pieces + (first_chunk + column_warp) * (kBytes / 16) + lane));
+    const uint32_t of_codes = place.expert * static_cast<uint32_t>(p.routing.qweight_bytes / 16);
+    codes_from = kept(static_cast<uint32_t>(of_codes + of_weight(tile) * tile_pieces + (first_chunk + column_warp) * (kBytes / 16) + lane));
     next_tile = tile + 1 < tiles ? tile_pieces : 0;
 
     const uint32_t pieces = pair_bytes(w.scale_dtype) / 2, i = lane / pieces, of_tile = i / kUnits;
     scale_unit = of_tile < kWarpTiles && ((i + 1) & p.flush_mask) == 0 ? column_warp * kUnits + i % kUnits : kNone;
-    scale_from = kept(static_cast<uint32_t>(of_weight(tile + (of_tile < kWarpTiles ? of_tile : 0)) * w.groups * pieces + lane % pieces));
+    const uint32_t of_scales = place.expert * static_cast<uint32_t>(p.routing.scale_bytes / 16);
+    scale_from = kept(static_cast<uint32_t>(of_scales + of_weight(tile + (of_tile < kWarpTiles ? of_tile : 0)) * w.groups * pieces + lane % pieces));
     scale_to = static_cast<uint32_t>(codes + kWarpTiles * kBytes + i * (kScaleBytes / kWarpTiles) + 16 * (lane % pieces));
 
     const int odd = lane / 4 % 2;
@@ -268,8 +281,8 @@ struct GemmWarp {
     const uint32_t x[2] = {stage + x_at, stage + (x_at ^ 64)};
     float* x_sums = all_x_sums + column_warp * kUnits * kTokens;
     if (p.weight.zeros) {
-      const Place place(p);
-      for (int tile = place.row_warp; tile < kTokenTiles; tile += place.row_warps) {
+      const Part part(p);
+      for (int tile = part.row_warp; tile < kTokenTiles; tile += part.row_warps) {
         float d[4] = {};
         add_activations<0>(x, x_sums, tile, d);
       }
@@ -289,6 +302,8 @@ struct GemmWarp {
     const Place place(p);
     const int rows = place.row_warps * kWarpTiles * kTileRows, stride = rows + 4;  // 8 lanes apart are 4 tokens: other banks
     const int64_t padded = (p.weight.out_features + kTileRows - 1) / kTileRows * kTileRows;
+    LinearParams own = p;
+    if (own.bias) own.bias = static_cast<const uint8_t*>(own.bias) + place.expert * p.routing.bias_bytes;
     sync_block();
     if (place.first_tile + place.row_warp * kWarpTiles < padded / kTileRows) {
 #pragma unroll
@@ -304,17 +319,25 @@ struct GemmWarp {
     sync_block();
     for (int at = 4 * threadIdx.x; at < kTokens * rows; at += 4 * kGemmThreads) {
       const int64_t n = static_cast<int64_t>(place.first_tile) * kTileRows + at % rows, m = static_cast<int64_t>(place.first_token) + at / rows;
-      if (n >= padded || m >= p.tokens) continue;
+      if (n >= padded || m >= place.end_token) continue;
       float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
       for (int warp = 0; warp < 1 << p.plan.column_shift; ++warp)
         sum = plus(sum, *reinterpret_cast<const float4*>(partial + (warp * kTokens + at / rows) * stride + at % rows));
       if (p.plan.splits > 1)
         store(reinterpret_cast<float4*>(p.workspace + (place.split * p.tokens + m) * padded + n), sum);
       else
-        store_rows<T>(p, m, n, sum);
+        store_rows<T>(own, m, n, sum);
     }
   }
 };
+
+// Rows of tokens that belong to no expert.
+__device__ __forceinline__ void store_zeros(const LinearParams& p, uint32_t first_row, uint32_t rows, uint32_t first_token, uint32_t end_token) {
+  const int64_t all = p.weight.out_features;
+  const uint32_t width = static_cast<uint32_t>(all - first_row < rows ? all - first_row : rows);
+  for (uint32_t i = threadIdx.x; i < (end_token - first_token) * width; i += kGemmThreads)
+    store(static_cast<uint16_t*>(p.y) + (first_token + i / width) * all + first_row + i % width, uint16_t{0});
+}
 
 template <class Kind, class T, int kTokens>
 __global__ void __launch_bounds__(kGemmThreads, kTokens < kMostTokens ? 2 : 1) gemm_kernel(const GemmParams p) {
@@ -322,7 +345,13 @@ __global__ void __launch_bounds__(kGemmThreads, kTokens < kMostTokens ? 2 : 1) g
   float* x_sums = reinterpret_cast<float*>(shared + (Kind::kTable ? TableCodes::kTableBytes : 0));
   uint8_t* partial = reinterpret_cast<uint8_t*>(x_sums) + p.plan.sums_bytes;
   const uint32_t ring = kept(shared_address(partial));
-  GemmWarp<Kind, T, kTokens> mine(p, shared_address(shared));
+  const typename GemmWarp<Kind, T, kTokens>::Place place(p);
+  if (place.first_token >= place.end_token) return;  // behind the last run
+  if (p.routing.counts && place.expert == p.routing.experts) {
+    store_zeros(p, place.first_tile * kTileRows, place.row_warps * kWarpTiles * kTileRows, place.first_token, place.end_token);
+    return;
+  }
+  GemmWarp<Kind, T, kTokens> mine(p, place, shared_address(shared));
   const uint32_t step = 1u << p.plan.column_shift, stages = p.plan.stages;
 
   for (uint32_t i = 0; i + 1 < stages; ++i) {

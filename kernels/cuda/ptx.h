@@ -200,6 +200,26 @@ __device__ __forceinline__ uint32_t fma2(Float16, uint32_t a, uint32_t b, uint32
   return d;
 }
 
+// Whether the GPU converts E4M3 itself (from compute capability 8.9 on).
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
+constexpr bool kConvertsE4M3 = false;
+#else
+constexpr bool kConvertsE4M3 = true;
+#endif
+// Four E4M3 as float16s in their order, two to a register.
+__device__ __forceinline__ uint2 halves_of_e4m3(uint32_t codes) {
+  uint2 halves = {};
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  asm("{\n\t.reg .b16 low, high;\n\tmov.b32 {low, high}, %2;\n\t"
+      "cvt.rn.f16x2.e4m3x2 %0, low;\n\tcvt.rn.f16x2.e4m3x2 %1, high;\n\t}"
+      : "=r"(halves.x), "=r"(halves.y)
+      : "r"(codes));
+#else
+  static_cast<void>(codes);
+#endif
+  return halves;
+}
+
 __device__ __forceinline__ float to_float(BFloat16, uint16_t v) { return __uint_as_float(static_cast<uint32_t>(v) << 16); }
 __device__ __forceinline__ float to_float(Float16, uint16_t v) {
   float f;
@@ -227,6 +247,10 @@ __device__ __forceinline__ float multiply_add(float a, float b, float c) { retur
 __device__ __forceinline__ float reciprocal_root(float a) { return __frsqrt_rn(a); }
 __device__ __forceinline__ float exponential(float a) { return expf(a); }
 __device__ __forceinline__ float hyperbolic_tangent(float a) { return tanhf(a); }
+
+// Of NaN and a number, the number.
+__device__ __forceinline__ float smaller(float a, float b) { return fminf(a, b); }
+__device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
 
 // To the nearest integer, ties to even; the largest or least one for what is beyond them, 0 for NaN.
 __device__ __forceinline__ int32_t to_int(float f) { return __float2int_rn(f); }

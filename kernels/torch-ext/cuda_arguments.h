@@ -98,6 +98,7 @@ StableIValue unpacked(const char* op, const Operands& operands, const Tensor* in
 }
 
 // Operators of other files.
+bool register_fp8(TorchLibraryHandle library);
 bool register_fragments(TorchLibraryHandle library);
 bool register_int8(TorchLibraryHandle library);
 bool register_spqr_fragments(TorchLibraryHandle library);

@@ -123,25 +123,26 @@ void cuda_experts_linear(StableIValue* stack, uint64_t, uint64_t) {
   const int32_t cuda = aoti_torch_device_type_cuda(), index = operands.device_index();
 
   ExpertsParams p = {};
-  p.experts = operands.experts();
-  expect(p.experts > 0 && p.experts <= kMostExperts, op, "takes 1 to " + std::to_string(kMostExperts) + " experts, got " + std::to_string(p.experts));
+  Routing& r = p.routing;
+  r.experts = operands.experts();
+  expect(r.experts > 0 && r.experts <= kMostExperts, op, "takes 1 to " + std::to_string(kMostExperts) + " experts, got " + std::to_string(r.experts));
   LinearParams& linear = p.linear;
-  linear.weight = operands.weight(p.experts);
+  linear.weight = operands.weight(r.experts);
   const Weight& w = linear.weight;
   set_x(operands, x, linear);
   expect(linear.tokens <= kMostExpertTokens, op, "takes up to 2^20 tokens, got " + std::to_string(linear.tokens));
   if (counts.dtype() != aoti_torch_dtype_int64()) counts.refuse("int64");
-  counts.expect_shape({p.experts});
+  counts.expect_shape({r.experts});
   operands.expect_device(counts);
-  p.counts = static_cast<const int64_t*>(counts.data(cuda, 8));
+  r.counts = static_cast<const int64_t*>(counts.data(cuda, 8));
   const int64_t tiles = (w.out_features + kTileRows - 1) / kTileRows, columns = w.bits == 3 ? 128 : 256 / w.bits;
-  p.qweight_bytes = tiles * ((w.in_features + columns - 1) / columns) * (w.bits == 3 ? 768 : 512);
-  p.scale_bytes = tiles * w.groups * kTileRows * element_size(w.scale_dtype);
+  r.qweight_bytes = tiles * ((w.in_features + columns - 1) / columns) * (w.bits == 3 ? 768 : 512);
+  r.scale_bytes = tiles * w.groups * kTileRows * element_size(w.scale_dtype);
   if (bias.defined()) {
-    set_bias(operands, bias, {p.experts, w.out_features}, linear);
-    p.bias_bytes = w.out_features * element_size(linear.bias_dtype);
+    set_bias(operands, bias, {r.experts, w.out_features}, linear);
+    r.bias_bytes = w.out_features * element_size(linear.bias_dtype);
   }
-  expect_blocks(op, tiles * expert_slots(linear.tokens, p.experts));
+  expect_blocks(op, tiles * expert_slots(linear.tokens, r.experts, 8));
 
   const DeviceGuard guard(index);
   const cudaStream_t stream = current_stream(index);

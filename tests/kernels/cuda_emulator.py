@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hfq.core.float8 import E4M3
 from hfq.core.weight import SpqrGrid
 from hfq.kernels.neutral_spqr import operands
 
@@ -160,7 +161,7 @@ class _TokensParams(ctypes.Structure):
     _fields_ = (
         *((name, _POINTER) for name in ("x", "input_scale", "codes", "scales")),
         *((name, _SIZE) for name in ("tokens", "in_features")),
-        ("x_dtype", _INT),
+        *((name, _INT) for name in ("x_dtype", "code_type")),
     )
 
 
@@ -235,6 +236,7 @@ class Emulator:
             "unpack",
             "quantize_tokens",
             "linear_w8a8",
+            "linear_fp8",
             "scale_sums",
             "spqr_linear",
             "spqr_unpack",
@@ -357,8 +359,10 @@ class Emulator:
         self._run(self._library.unpack, params, (index, *operands), y)
         return y
 
-    def quantize_tokens(self, x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Codes `[M, K]` and scales `[M, 1]`."""
+    def quantize_tokens(
+        self, x: Tensor, input_scale: Tensor | None, dtype: torch.dtype = torch.int8
+    ) -> tuple[Tensor, Tensor]:
+        """Codes `[M, K]` of `dtype`, int8 or E4M3, and scales `[M, 1]`."""
         tokens, in_features = x.shape
         # One memory, as results are one tensor here.
         memory = torch.full((tokens, in_features + 4), 85, dtype=torch.int8)
@@ -372,9 +376,10 @@ class Emulator:
             tokens=tokens,
             in_features=in_features,
             x_dtype=_DTYPES[x.dtype],
+            code_type=int(dtype == E4M3),
         )
         self._run(self._library.quantize_tokens, params, (x, input_scale), memory)
-        return codes, scales
+        return codes.view(dtype), scales
 
     def linear_w8a8(
         self,
@@ -384,14 +389,16 @@ class Emulator:
         input_scale: Tensor | None,
         bias: Tensor | None,
         multiprocessors: int = 1 << 20,
+        dtype: torch.dtype = torch.int8,
     ) -> Tensor:
-        """`qweight`: two's complement `[N, K]`. Quantizes apart where the operator does."""
+        """`qweight`: uint8 `[N, K]`, two's complement or, where `dtype` is E4M3, its bytes. Quantizes apart where the operator does."""
         tokens, out_features = len(x), len(qweight)
         in_features = x.shape[1]
-        inside = bool(self._library.quantizes_inside(_SIZE(tokens), _SIZE(in_features)))
+        kind, sizes = _INT(dtype == E4M3), (_SIZE(tokens), _SIZE(in_features))
+        inside = bool(self._library.quantizes_inside(kind, *sizes))
         codes, token_scales = None, None
         if not inside:
-            codes, token_scales = self.quantize_tokens(x, input_scale)
+            codes, token_scales = self.quantize_tokens(x, input_scale, dtype)
         y = torch.full((tokens, out_features), 12345.0, dtype=x.dtype)
         params = _W8A8Params(
             qweight=qweight.data_ptr(),
@@ -411,7 +418,8 @@ class Emulator:
         )
         self._library.set_device(multiprocessors, _SHARED_BYTES)
         read = (x, qweight, scales, input_scale, codes, token_scales, bias)
-        self._run(self._library.linear_w8a8, params, read, y)
+        launcher = self._library.linear_fp8 if dtype == E4M3 else self._library.linear_w8a8
+        self._run(launcher, params, read, y)
         return y
 
     def scale_sums(
@@ -679,6 +687,7 @@ def _build_operators(folder: Path) -> Path:
     sources = [
         ROOT / "kernels/torch-ext/torch_binding_cuda_decode.cpp",
         ROOT / "kernels/torch-ext/torch_binding_cuda_fragments.cpp",
+        ROOT / "kernels/torch-ext/torch_binding_cuda_fp8.cpp",
         ROOT / "kernels/torch-ext/torch_binding_cuda_int8.cpp",
         ROOT / "kernels/torch-ext/torch_binding_cuda_spqr.cpp",
         EMULATOR / "operators.cpp",

@@ -12,9 +12,18 @@ import torch
 from operators_on_cpu import emulated, on_cpu, refused, strided, use_row
 from torch import Tensor, nn
 
-from hfq.core.spec import CodebookSpec, Int8Spec, IntSpec
-from hfq.core.weight import PackedGrid
-from hfq.kernels import cuda, cuda_int8, cuda_int8_ops, decode
+from hfq.core.activations import quantize_tokens
+from hfq.core.float8 import E4M3
+from hfq.core.spec import CodebookSpec, Fp8Spec, Int8Spec, IntSpec
+from hfq.core.weight import Fp8Grid, PackedGrid
+from hfq.kernels import (
+    cuda,
+    cuda_fp8,
+    cuda_int8,
+    cuda_int8_ops,
+    decode,
+    fp8,
+)
 from hfq.kernels.int8 import int8_linear
 from hfq.nn.embedding import QuantEmbedding
 from hfq.nn.linear import QuantLinear
@@ -369,12 +378,122 @@ def check_decode() -> None:
     refused("mask must be of shape", lambda: hfq.attend(q, k, v, 189, seen, 0.1))
 
 
+FP8 = on_cpu(cuda_fp8.CudaFp8)
+
+
+def fp8_module(activation: str) -> QuantLinear:
+    linear = nn.Linear(INT8_K, N, dtype=torch.bfloat16)
+    module = QuantLinear.from_linear(linear, format="fp8", spec=Fp8Spec(activation=activation))
+    if activation == "static":
+        module.set_packed(
+            "weight",
+            {**module.neutral_tensors("weight"), "weight_input_scale": torch.tensor([0.006])},
+        )
+    module.restore()
+    use_row(Fp8Grid, FP8)
+    module.prepare()
+    assert module.kernel_choice("weight").row is FP8
+    return module
+
+
+def check_fp8_modules() -> None:
+    for activation in ("dynamic", "static"):
+        module = fp8_module(activation)
+        saved = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+        grid = module.grid("weight")
+        operands = (grid.qweight, grid.scales, grid.input_scale)
+        weight = module.dequantize().double()
+        for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            for tokens in (0, 1, 5, 32, 33, 40):
+                x = torch.randn(2, tokens, INT8_K).to(dtype)[1].requires_grad_()
+                expected = fp8.linear(x.detach(), *operands, module.bias)
+                y = module(x)
+                assert y.dtype == dtype
+                # Bfloat16 on the way where the matrix library multiplies.
+                bound = 2**-7 if dtype.itemsize == 2 else 1e-5
+                torch.testing.assert_close(y, expected, rtol=bound, atol=bound)
+                with torch.no_grad():
+                    assert torch.equal(module(x), y)
+                grad = torch.randn(tokens, N).to(dtype)
+                y.backward(grad)
+                assert x.grad is not None
+                torch.testing.assert_close(
+                    x.grad.double(), grad.double() @ weight, rtol=1e-2, atol=1e-2
+                )
+        for name, tensor in module.state_dict().items():
+            assert torch.equal(tensor, saved[name]), name
+
+
+def check_fp8_arguments() -> None:
+    grid = fp8_module("static").grid("weight")
+    static = grid.input_scale
+    assert static is not None
+    storage = torch.randn(6 * INT8_K + 1).bfloat16()
+    moved = storage[1:].view(6, INT8_K)
+
+    def linear(
+        x: Tensor = moved,
+        qweight: Tensor = grid.qweight,
+        scales: Tensor = grid.scales,
+        input_scale: Tensor | None = static,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        y: Tensor = torch.ops.hfq.cuda_fp8_linear(x, qweight, scales, input_scale, bias)
+        return y
+
+    for tokens in (2, 6):
+        part = moved[:tokens]
+        assert torch.equal(linear(part), linear(part.clone())), "activations that begin anywhere"
+    refused("qweight must be uint8 of shape", lambda: linear(qweight=grid.qweight.char()))
+    refused("qweight must be uint8 of shape", lambda: linear(qweight=grid.qweight[..., 0]))
+    refused("in_features must be a multiple of 16 up", lambda: linear(qweight=grid.qweight[:, 8:]))
+    refused("in_features must be a multiple of 16 up", lambda: linear(qweight=grid.qweight[:, :0]))
+    refused("out_features must be between", lambda: linear(qweight=grid.qweight[:0]))
+    refused("qweight must be contiguous", lambda: linear(qweight=strided(grid.qweight)))
+    shifted = torch.zeros(N * INT8_K + 1, dtype=torch.uint8)[1:].view(grid.qweight.shape)
+    refused("qweight must be aligned to 16", lambda: linear(qweight=shifted))
+    refused("scales must be of shape", lambda: linear(scales=grid.scales[1:]))
+    refused("scales must be float32, float16", lambda: linear(scales=grid.scales.double()))
+    refused("input_scale must be float32", lambda: linear(input_scale=static.double()))
+    refused("input_scale must be of shape", lambda: linear(input_scale=torch.ones(2)))
+    refused("bias must be of shape", lambda: linear(bias=torch.zeros(N + 1)))
+    refused("x must be float32, float16", lambda: linear(moved.double()))
+    refused("x must be of shape", lambda: linear(moved[:, 16:]))
+    refused("x must be contiguous", lambda: linear(strided(moved)))
+    quantize = torch.ops.hfq.cuda_fp8_quantize_tokens
+    for tokens in (0, 1, 6):
+        for scale in (None, static):
+            codes, scales = quantize(moved[:tokens], scale)
+            wanted = quantize_tokens(moved[:tokens], scale, E4M3)
+            assert codes.dtype == E4M3 and codes.shape == wanted[0].shape
+            assert torch.equal(codes.view(torch.uint8), wanted[0].view(torch.uint8))
+            assert torch.equal(scales, wanted[1])
+    refused("x must be of shape", lambda: quantize(moved[0], None))
+    refused("in_features must be a multiple of 16", lambda: quantize(moved[:, 8:].clone(), None))
+    refused("input_scale must be float32", lambda: quantize(moved, static.half()))
+
+
+def check_fp8_schemas() -> None:
+    grid = fp8_module("static").grid("weight")
+    check, hfq = torch.library.opcheck, torch.ops.hfq
+    for tokens in (0, 3, 40):
+        x = torch.randn(tokens, INT8_K).bfloat16().requires_grad_()
+        bias = torch.zeros(N).requires_grad_()
+        arguments = (grid.qweight, grid.scales, grid.input_scale, bias)
+        check(hfq.cuda_fp8_linear.default, (x, *arguments))
+        check(hfq.fp8_scaled_linear.default, (x, *arguments))
+        check(hfq.cuda_fp8_quantize_tokens.default, (x.detach(), None))
+
+
 torch.manual_seed(0)
 check_decode()
 check_modules()
 check_int8_modules()
 check_int8_arguments()
 check_int8_schemas()
+check_fp8_modules()
+check_fp8_arguments()
+check_fp8_schemas()
 use_row(PackedGrid, ROW)
 check_arguments()
 check_experts()

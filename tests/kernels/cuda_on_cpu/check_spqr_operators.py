@@ -83,6 +83,8 @@ def prepared_grid() -> SpqrGrid:
 def check_arguments() -> None:
     grid = prepared_grid()
     moved = torch.randn(2 * K + 1).bfloat16()[1:].view(2, K)
+    shifted = torch.zeros(grid.stat_codes.numel() + 4, dtype=torch.uint8)[4:]
+    shifted = shifted.view(grid.stat_codes.shape)
 
     def linear(x: Tensor = moved, bias: Tensor | None = None, **changes: object) -> Tensor:
         g = replace(grid, **changes)  # type: ignore[arg-type]
@@ -105,6 +107,7 @@ def check_arguments() -> None:
         ("stat_codes must be uint8", {"stat_codes": grid.stat_codes.char()}),
         ("stat_codes must be of shape", {"stat_codes": grid.stat_codes[:, 1:]}),
         ("stat_codes must be of shape", {"stat_bits": 5}),
+        ("stat_codes must be aligned to 16", {"stat_codes": shifted}),
         ("stats must be float32, float16", {"stats": grid.stats.double()}),
         ("stats must be of shape", {"stats": grid.stats[..., 1:]}),
         ("offsets must be int32", {"offsets": grid.offsets.long()}),

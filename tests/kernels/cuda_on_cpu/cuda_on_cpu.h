@@ -187,6 +187,8 @@ inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c);
 inline float reciprocal_root(float a) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(a))); }
 inline float exponential(float a) { return std::exp(a); }
 inline float hyperbolic_tangent(float a) { return std::tanh(a); }
+inline float smaller(float a, float b) { return std::fmin(a, b); }
+inline float larger(float a, float b) { return std::fmax(a, b); }
 
 inline int32_t to_int(float f) {
   if (std::isnan(f)) return 0;
@@ -202,6 +204,14 @@ inline float to_float(Float16, uint16_t v) {
   float f = exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(mantissa + 1024, exponent - 25);
   if (exponent == 31) f = mantissa ? NAN : INFINITY;
   return v & 0x8000 ? -f : f;
+}
+
+// E4M3 of the Open Compute Project: 4 bits of exponent, counted from 7, and 3 of mantissa; no infinities.
+inline float e4m3_to_float(uint8_t v) {
+  const int exponent = v >> 3 & 15, mantissa = v & 7;
+  float f = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -9) : std::ldexp(static_cast<float>(mantissa + 8), exponent - 10);
+  if ((v & 0x7f) == 0x7f) f = NAN;
+  return v & 0x80 ? -f : f;
 }
 
 // To nearest, ties to even; by the grid on which the result lies.
@@ -230,6 +240,14 @@ inline uint16_t from_double(Float16, double f) {
 template <class T>
 uint16_t from_float(T t, float f) {
   return from_double(t, f);
+}
+
+constexpr bool kConvertsE4M3 = true;
+inline uint2 halves_of_e4m3(uint32_t codes) {
+  uint32_t halves[2] = {};
+  for (int i = 0; i < 4; ++i)
+    halves[i / 2] |= static_cast<uint32_t>(from_double(Float16{}, e4m3_to_float(static_cast<uint8_t>(codes >> 8 * i)))) << 16 * (i % 2);
+  return {halves[0], halves[1]};
 }
 
 template <class T>
