@@ -27,7 +27,7 @@
 //
 // Bytes and instructions: 16 x 16 weights of 3 bits in groups of 16 are 96 bytes, 16 of codes of scales, 2 of lines; at 14 bytes per clock
 // (linear_kernel.h) that is the time of 33 instructions of a multiprocessor. For one token ptxas makes 28 that are executed: 11 for codes, 1 mma,
-// 5 to decode scales, 5 for copies, the rest to pick, add up and loop; 24 for groups of 32. With up to 8 tokens it makes 40, or 36 of two tiles, 8
+// 5 to decode scales, 4 for copies, the rest to pick, add up and loop; 24 for groups of 32. With up to 8 tokens it makes 39, or 36 of two tiles, 8
 // of them to add up: there instructions are the limit, at some four fifths of the memory's rate.
 #pragma once
 

@@ -38,7 +38,7 @@ struct SpqrRing {
 
   const SpqrLinearParams& p;
   uint32_t lane, tokens;             // of the thread block
-  uint32_t columns;                  // from the lane's activations of step 0 to the end of the row
+  uint32_t x_steps;                  // steps that have columns at the lane's place
   // What the lane copies, of step 0 or group 0.
   const uint8_t* codes_from[kTiles];
   const uint8_t* x_from;
@@ -59,11 +59,11 @@ struct SpqrRing {
     tokens = static_cast<uint32_t>(p.tokens - first_token < kTokens ? p.tokens - first_token : kTokens);
     const uint8_t* x = static_cast<const uint8_t*>(p.x) + first_token * w.in_features * 2;
     if constexpr (kTokens == 1) {
-      x_from = kept(x + 8 * lane), x_to = kXAt + 8 * lane, columns = kept(columns_behind(in_features, 4 * lane));
+      x_from = kept(x + 8 * lane), x_to = kXAt + 8 * lane, x_steps = kept(steps_behind(in_features, 4 * lane));
     } else {
       const uint32_t token = lane / 16, at = 16 * (lane % 16);
       x_from = kept(x + token * w.in_features * 2 + at), x_to = kept(kXAt + token * kRowStride + at);
-      columns = kept(columns_behind(in_features, at / 2));
+      x_steps = kept(steps_behind(in_features, at / 2));
       x_tokens = kept(tokens > token ? tokens - token : 0);
     }
 
@@ -89,8 +89,8 @@ struct SpqrRing {
     }
   }
 
-  static __device__ __forceinline__ uint32_t columns_behind(uint32_t in_features, uint32_t first) {
-    return in_features > first ? in_features - first : 0;
+  static __device__ __forceinline__ uint32_t steps_behind(uint32_t in_features, uint32_t first) {
+    return in_features > first ? (in_features - first + kStepColumns - 1) / kStepColumns : 0;
   }
 
   // To be called by one thread, the first: the weight is on its way to L2 while the first stages are filled, or the kernel before ends.
@@ -118,7 +118,7 @@ struct SpqrRing {
     }
     // What is behind K counts as zero.
     const uint8_t* x = x_from + static_cast<uint64_t>(step) * kRowBytes;
-    const bool exists = step * kStepColumns < columns;
+    const bool exists = step < x_steps;
     if constexpr (kTokens == 1) {
       cp_async_or_zero<8>(stage + x_to, x, exists);
     } else {
@@ -130,7 +130,7 @@ struct SpqrRing {
     group = group < p.last_group ? group : p.last_group;  // parts behind K
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
-      const uint8_t* from = stats_from[i] + static_cast<uint64_t>(group) * group_stride;
+      const uint8_t* from = stats_from[i] + group * group_stride;  // below 2^20
       const uint32_t to = stage + stats_to + i * p.tile_stats;
       if (stats_bytes == 16) cp_async(to, from);
       if (stats_bytes == 8) cp_async<8>(to, from);
@@ -139,8 +139,8 @@ struct SpqrRing {
 
   // `multiply(stage)` for each step of the warp, one after the other. `fill`: what is to be done once while the first copies are on their way.
   template <class Fill, class Multiply>
-  __device__ __forceinline__ void run(uint32_t ring, const Fill& fill, const Multiply& multiply) const {
-    const uint32_t warp = threadIdx.x / 32;
+  __device__ __forceinline__ void run(uint32_t first, const Fill& fill, const Multiply& multiply) const {
+    const uint32_t warp = threadIdx.x / 32, ring = kTokens == 1 ? kept(first) : first;  // several tokens have no register left
     const uint32_t bytes = p.stage_bytes, end = kept(ring + p.stages * bytes);
     uint32_t at = ring, step = warp;  // what is copied next
     for (; at + bytes != end; at += bytes, step += kWarps) {
