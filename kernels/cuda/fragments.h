@@ -148,6 +148,9 @@ struct IntCodes : Codes<kBits> {
     a[1][3] = this->template numbers<T, r + 7>();
   }
 
+  // From the order of `activations` to that of the columns.
+  static __device__ __forceinline__ void order(uint32_t (&)[2][4]) {}
+
   // The B operands of a unit from the 8 activations of its lane.
   static __device__ __forceinline__ void activations(const uint4& x, uint32_t (&b)[2][2]) {
     b[0][0] = x.x, b[0][1] = x.y, b[1][0] = x.z, b[1][1] = x.w;
@@ -171,6 +174,16 @@ struct TableCodes : Codes<4> {
 #pragma unroll
       for (int i = 0; i < 4; ++i) a[j][i] = *reinterpret_cast<const uint32_t*>(table + ((shifted[i] & 0x7f80u) | lane));
     }
+  }
+
+  static __device__ __forceinline__ void order(uint32_t (&a)[2][4]) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t even = a[j][i], odd = a[j][i + 2];
+        a[j][i] = permute_bytes(even, odd, 0x5410), a[j][i + 2] = permute_bytes(even, odd, 0x7632);
+      }
   }
 
   static __device__ __forceinline__ void activations(const uint4& x, uint32_t (&b)[2][2]) {
@@ -211,6 +224,15 @@ __device__ __forceinline__ RawPair load_pair(const uint8_t* pair, DType dtype) {
     return {v.x, v.y};
   }
   return {load(reinterpret_cast<const uint32_t*>(pair)), 0};
+}
+
+// The same from shared memory.
+__device__ __forceinline__ RawPair take_pair(const uint8_t* pair, DType dtype) {
+  if (dtype == kFloat32) {
+    const uint2 v = *reinterpret_cast<const uint2*>(pair);
+    return {v.x, v.y};
+  }
+  return {*reinterpret_cast<const uint32_t*>(pair), 0};
 }
 
 __device__ __forceinline__ Pair to_floats(RawPair raw, DType dtype) {

@@ -23,15 +23,6 @@
 namespace hfq {
 namespace {
 
-// `load_pair` from shared memory.
-__device__ __forceinline__ RawPair take_pair(const uint8_t* pair, DType dtype) {
-  if (dtype == kFloat32) {
-    const uint2 v = *reinterpret_cast<const uint2*>(pair);
-    return {v.x, v.y};
-  }
-  return {*reinterpret_cast<const uint32_t*>(pair), 0};
-}
-
 // 16 bytes of a tensor.
 __device__ __forceinline__ const uint8_t* piece(const void* tensor, uint32_t number) {
   return static_cast<const uint8_t*>(tensor) + static_cast<int64_t>(number) * 16;

@@ -13,7 +13,7 @@ CUDA = Path(__file__).parents[2] / "kernels/cuda"
 # Run once or more for each weight of a model: a spill costs memory traffic where memory is the limit.
 PATTERNS = (
     *("linear_*.cu", "gemm_int*.cu", "gemm_table*.cu", "spqr_linear?.cu", "experts_*.cu"),
-    *("*unpack.cu", "quantize_tokens.cu", "scale_sums.cu"),
+    *("wgmma_*.cu", "*unpack.cu", "quantize_tokens.cu", "scale_sums.cu"),
 )
 HOT = sorted(path.name for pattern in PATTERNS for path in CUDA.glob(pattern))
 DEFAULT = ("linear_int4.cu", "sm_90a")
@@ -36,6 +36,9 @@ def _spills(source: str, architecture: str, folder: Path) -> dict[str, int]:
         check=False,
     )
     assert run.returncode == 0, run.stderr
+    # Where ptxas cannot follow what wgmma has on the way, it waits for each instruction.
+    assert "wgmma" not in re.sub(r"wgmma_\w+", "", run.stderr), run.stderr
+    assert "warpgroup" not in run.stderr, run.stderr
     entries = re.split(r"Compiling entry function ", run.stderr)[1:]
     spills = {}
     for entry in entries:
