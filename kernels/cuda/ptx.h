@@ -43,6 +43,12 @@ __device__ __forceinline__ uint8_t* shared_memory() {
   return memory;
 }
 
+// The same, from a multiple of 1024 bytes on, from which swizzles count.
+__device__ __forceinline__ uint8_t* swizzled_memory() {
+  extern __shared__ __align__(1024) uint8_t swizzled[];
+  return swizzled;
+}
+
 // 16 bytes from global to shared memory, behind the thread's back: they are there for this thread after a `cp_async_wait` that covers
 // their group, for others after a barrier behind that.
 __device__ __forceinline__ void cp_async(void* shared, const void* global) {
@@ -75,6 +81,30 @@ __device__ __forceinline__ uint32_t shuffle_xor(uint32_t v, int lanes) { return 
 __device__ __forceinline__ uint32_t shuffle_from(uint32_t v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
 // The lowest lane for which `is` holds; it does for one at least.
 __device__ __forceinline__ int first_lane(bool is) { return __ffs(static_cast<int>(__ballot_sync(0xffffffffu, is))) - 1; }
+
+// ---- barriers in shared memory (compute capability 9.0) ----
+
+// One of 8 bytes counts arrivals. When there are `count`, a phase ends and the next one begins; phases have numbers from 0 on, of which threads
+// that wait name the last bit. What a thread did before it arrived is there for those that have waited.
+__device__ __forceinline__ uint32_t shared_address(const void* shared) { return static_cast<uint32_t>(__cvta_generic_to_shared(shared)); }
+__device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+}
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+// This thread arrives when all copies that it has begun are there.
+__device__ __forceinline__ void mbarrier_arrive_after_copies(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+// Until the phase whose number has this last bit has ended.
+__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t bit) {
+  asm volatile(
+      "{\n.reg .pred ended;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 ended, [%0], %1;\n@ended bra over;\nbra again;\nover:\n}" ::"r"(
+          shared_address(barrier)),
+      "r"(bit)
+      : "memory");
+}
 
 // ---- tensor cores ----
 
@@ -114,9 +144,7 @@ __device__ __forceinline__ void ldmatrix(uint32_t (&v)[4], const void* row) {
 
 // ---- tensor cores, instructions of 128 threads (compute capability 9.0 only: sm_90a) ----
 
-__device__ __forceinline__ uint32_t shared_address(const void* shared) { return static_cast<uint32_t>(__cvta_generic_to_shared(shared)); }
-
-// What this thread has written to shared memory, and copies that it has waited for, are there for wgmma: to be followed by a barrier.
+// What this thread has seen in shared memory is there for its wgmma, too, which reads on a way of its own.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Before the first wgmma that takes registers which other instructions have written.
@@ -133,6 +161,16 @@ __device__ __forceinline__ void wgmma_wait(float (&d)[n]) {
   wgmma_wait<kPending>();
 #pragma unroll
   for (int i = 0; i < n; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// The four warps have so many registers from here on, more or fewer than before; waits until others have given up enough.
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
 // d[64 x n] = a[64 x 16] b[16 x n], or d += where `add`, in float32, for n = 16, 32, 64 and 128. Warp w of four has rows 16 w .. 16 w + 15 in the

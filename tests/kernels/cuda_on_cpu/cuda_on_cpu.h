@@ -67,6 +67,9 @@ void store(V* p, const V& v) {
 
 inline uint8_t* shared_memory() { return cuda_on_cpu::shared_memory(); }
 
+inline uint8_t* swizzled_memory() { return cuda_on_cpu::shared_memory(); }
+inline uint32_t shared_address(const void* shared) { return cuda_on_cpu::shared_address(shared); }
+
 inline void cp_async(void* shared, const void* global) {
   cuda_on_cpu::check_global(global, 16, false);
   cuda_on_cpu::copy_later(shared, global, 16);
@@ -133,6 +136,13 @@ inline int first_lane(bool is) {
   });
   return mine.result;
 }
+
+// ---- barriers in shared memory ----
+
+inline void mbarrier_init(uint64_t* barrier, uint32_t count) { cuda_on_cpu::mbarrier_init(barrier, count); }
+inline void mbarrier_arrive(uint64_t* barrier) { cuda_on_cpu::mbarrier_arrive(barrier); }
+inline void mbarrier_arrive_after_copies(uint64_t* barrier) { cuda_on_cpu::mbarrier_arrive_after_copies(barrier); }
+inline void mbarrier_wait(uint64_t* barrier, uint32_t bit) { cuda_on_cpu::mbarrier_wait(barrier, bit); }
 
 // ---- numbers ----
 
@@ -303,8 +313,15 @@ inline void ldmatrix(uint32_t (&v)[4], const void* row) {
 
 // ---- wgmma ----
 
-inline uint32_t shared_address(const void* shared) { return cuda_on_cpu::shared_address(shared); }
 inline void fence_proxy_async() { cuda_on_cpu::fence_proxy_async(); }
+template <int kRegisters>
+void take_registers() {
+  static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
+}
+template <int kRegisters>
+void give_registers() {
+  static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
+}
 inline void wgmma_fence() {
   int nothing = 0;
   cuda_on_cpu::together("wgmma.fence", &nothing, [](void**) { cuda_on_cpu::fence_registers(); });

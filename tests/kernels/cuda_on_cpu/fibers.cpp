@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <random>
 #include <string>
@@ -19,14 +20,20 @@ namespace {
 
 constexpr size_t kStack = 256 << 10;
 constexpr uint8_t kPoison = 0xff;  // NaN in every format
-constexpr uint32_t kSharedBase = 0x480;  // where shared memory begins: at a multiple of 128 bytes, and of no more
+constexpr uint32_t kSharedBase = 0x400;  // where shared memory begins, as on compute capability 9.0
 
-enum class State { kReady, kInBlockBarrier, kInClusterBarrier, kInWarp, kDone };
+enum class State { kReady, kInBlockBarrier, kInClusterBarrier, kInMbarrier, kInWarp, kDone };
 
 struct Copy {
   void* to;
   const void* from;
   size_t bytes;
+};
+
+constexpr uint32_t kNobody = ~0u;
+struct Copies {
+  std::vector<Copy> all;
+  uint32_t barrier;  // at which the thread arrives then, or kNobody
 };
 
 struct Block;
@@ -36,9 +43,10 @@ struct Fiber {
   State state;
   unsigned thread;
   Block* block;
-  std::vector<uint32_t> unfenced;         // words of shared memory
-  std::vector<Copy> copies;               // not committed
-  std::vector<std::vector<Copy>> groups;  // committed, oldest first
+  uint32_t fenced;             // the last copy that it has made known to wgmma
+  uint32_t barrier;            // at which it waits
+  std::vector<Copy> copies;    // not committed
+  std::vector<Copies> groups;  // committed, oldest first
 };
 
 struct Warp {
@@ -53,13 +61,19 @@ struct Warp {
   bool fenced = false;
 };
 
+struct Mbarrier {
+  uint32_t count, left, phase;
+};
+
 struct Block {
   unsigned index;
   int in_barrier;
   std::vector<Warp> warps;
   std::vector<uint8_t> shared;
   uint8_t* shared_begin;
-  std::vector<bool> unfenced;               // of words of shared memory: copied to, and not fenced
+  uint32_t copies;                          // that are finished
+  std::vector<uint32_t> copied;             // of each word of shared memory, by which of them
+  std::map<uint32_t, Mbarrier> mbarriers;   // by their places in shared memory
   std::vector<std::vector<uint64_t>> what;  // of each warpgroup, what its warps have started
 };
 
@@ -101,7 +115,7 @@ void start(unsigned number) {
   fiber.state = State::kReady;
   fiber.thread = number % threads;
   fiber.block = &cluster[number / threads];
-  fiber.unfenced.clear();
+  fiber.fenced = 0;
   fiber.copies.clear();
   fiber.groups.clear();
   makecontext(&fiber.context, run_fiber, 0);
@@ -120,13 +134,63 @@ void clear(Block& block, unsigned index) {
   block.warps.assign(threads / 32, Warp{});
   block.shared.assign(shared_size + 128, kPoison);
   block.shared_begin = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(block.shared.data()) + 127) & ~uintptr_t{127});
-  block.unfenced.assign(shared_size / 4 + 1, false);
+  block.copies = 0;
+  block.copied.assign(shared_size / 4 + 1, 0);
+  block.mbarriers.clear();
   block.what.assign((threads + 127) / 128, {});
 }
 
 bool wrote_behind(const Block& block) {
   const auto untouched = [](uint8_t byte) { return byte == kPoison; };
   return !std::all_of(static_cast<const uint8_t*>(block.shared_begin) + shared_size, block.shared.data() + block.shared.size(), untouched);
+}
+
+void wake(State waiting, const Block* of) {
+  for (Fiber& fiber : fibers)
+    if (fiber.state == waiting && (!of || fiber.block == of)) fiber.state = State::kReady;
+}
+
+void arrive(Block& block, uint32_t place) {
+  const auto found = block.mbarriers.find(place);
+  if (found == block.mbarriers.end()) {
+    message = "arrival at a barrier that nobody has made";
+    return;
+  }
+  Mbarrier& barrier = found->second;
+  if (--barrier.left) return;
+  barrier.left = barrier.count;
+  ++barrier.phase;
+  for (Fiber& fiber : fibers)
+    if (fiber.state == State::kInMbarrier && fiber.block == &block && fiber.barrier == place) fiber.state = State::kReady;
+}
+
+void finish_oldest(Fiber& fiber) {
+  Block& block = *fiber.block;
+  const Copies group = std::move(fiber.groups.front());
+  fiber.groups.erase(fiber.groups.begin());
+  ++block.copies;
+  for (const Copy& copy : group.all) {
+    if (copy.from)
+      std::memcpy(copy.to, copy.from, copy.bytes);
+    else
+      std::memset(copy.to, 0, copy.bytes);
+    const auto first = static_cast<uint32_t>(static_cast<uint8_t*>(copy.to) - block.shared_begin) / 4;
+    for (uint32_t word = first; word < first + copy.bytes / 4; ++word) block.copied[word] = block.copies;
+  }
+  if (group.barrier != kNobody) arrive(block, group.barrier);
+}
+
+// What arrives by itself does so when nobody can go on without it.
+bool finish_something(std::minstd_rand& random) {
+  const size_t first = random() % fibers.size();
+  for (size_t i = 0; i < fibers.size(); ++i) {
+    Fiber& fiber = fibers[(first + i) % fibers.size()];
+    const auto arrives = [](const Copies& group) { return group.barrier != kNobody; };
+    if (!std::any_of(fiber.groups.begin(), fiber.groups.end(), arrives)) continue;
+    finish_oldest(fiber);
+    return true;
+  }
+  return false;
 }
 
 // Threads in one order or another until all are done; false if they wait for each other. A warp runs until it waits for others: as far apart
@@ -155,17 +219,13 @@ bool run_cluster(std::minstd_rand& random, bool apart) {
         }
       }
     }
-    if (!moved) {
+    if (!moved && !finish_something(random)) {
       message = "threads wait for others that have ended or wait elsewhere";
       return false;
     }
+    if (!message.empty()) return false;
   }
   return true;
-}
-
-void wake(State waiting, const Block* of) {
-  for (Fiber& fiber : fibers)
-    if (fiber.state == waiting && (!of || fiber.block == of)) fiber.state = State::kReady;
 }
 
 }  // namespace
@@ -270,37 +330,56 @@ void copy_later(void* to, const void* from, size_t bytes) {
 }
 
 void commit_copies() {
-  current->groups.push_back(std::move(current->copies));
+  current->groups.push_back({std::move(current->copies), kNobody});
   current->copies.clear();
 }
 
 void finish_copies(int pending) {
-  auto& groups = current->groups;
-  while (static_cast<int>(groups.size()) > pending) {
-    for (const Copy& copy : groups.front()) {
-      if (copy.from)
-        std::memcpy(copy.to, copy.from, copy.bytes);
-      else
-        std::memset(copy.to, 0, copy.bytes);
-      const auto first = static_cast<uint32_t>(static_cast<uint8_t*>(copy.to) - shared_memory()) / 4;
-      for (uint32_t word = first; word < first + copy.bytes / 4; ++word) {
-        current->block->unfenced[word] = true;
-        current->unfenced.push_back(word);
-      }
-    }
-    groups.erase(groups.begin());
-  }
+  while (static_cast<int>(current->groups.size()) > pending) finish_oldest(*current);
 }
 
-void fence_proxy_async() {
-  for (const uint32_t word : current->unfenced) current->block->unfenced[word] = false;
-  current->unfenced.clear();
-}
+void fence_proxy_async() { current->fenced = current->block->copies; }
 
 bool unfenced(uint32_t address, size_t bytes) {
+  const Fiber* const first = current - current->thread % 32;
+  uint32_t fenced = first->fenced;
+  for (const Fiber* fiber = first; fiber < first + 32; ++fiber) fenced = std::min(fenced, fiber->fenced);
   for (uint32_t word = (address - kSharedBase) / 4; word < (address - kSharedBase + bytes) / 4; ++word)
-    if (current->block->unfenced[word]) return true;
+    if (current->block->copied[word] > fenced) return true;
   return false;
+}
+
+namespace {
+
+uint32_t place(const void* barrier) {
+  check_shared(barrier, 8);
+  return static_cast<uint32_t>(static_cast<const uint8_t*>(barrier) - shared_memory());
+}
+
+}  // namespace
+
+void mbarrier_init(const void* barrier, uint32_t count) {
+  if (count == 0) fail("a barrier of nobody");
+  current->block->mbarriers[place(barrier)] = {count, count, 0};
+}
+
+void mbarrier_arrive(const void* barrier) {
+  arrive(*current->block, place(barrier));
+  if (!message.empty()) fail(message.c_str());
+}
+
+void mbarrier_arrive_after_copies(const void* barrier) {
+  current->groups.push_back({std::move(current->copies), place(barrier)});
+  current->copies.clear();
+}
+
+void mbarrier_wait(const void* barrier, uint32_t bit) {
+  const auto found = current->block->mbarriers.find(place(barrier));
+  if (found == current->block->mbarriers.end()) fail("wait at a barrier that nobody has made");
+  while (found->second.phase % 2 == bit) {
+    current->barrier = found->first;
+    leave(State::kInMbarrier);
+  }
 }
 
 void fence_registers() { current_warp().fenced = true; }

@@ -49,10 +49,16 @@ void check_global(const void* p, size_t bytes, bool write);
 void copy_later(void* shared, const void* global, size_t bytes);
 void commit_copies();
 void finish_copies(int pending);
-// The thread's finished copies are there for instructions that read shared memory on their own.
+// Finished copies are there for instructions of this thread that read shared memory on their own.
 void fence_proxy_async();
-// Whether a copy to these bytes is there for this thread's ordinary reads only.
+// Whether a copy to these bytes is there for ordinary reads of this warp only.
 bool unfenced(uint32_t address, size_t bytes);
+
+// Barriers in shared memory. Copies that a thread arrives with are finished when no thread can go on without, in any order among threads.
+void mbarrier_init(const void* barrier, uint32_t count);
+void mbarrier_arrive(const void* barrier);
+void mbarrier_arrive_after_copies(const void* barrier);
+void mbarrier_wait(const void* barrier, uint32_t bit);
 
 // Instructions of a warpgroup that go on beside the threads, one part for each warp. `what`: the same for all four warps, or it is a mistake.
 // `work` is called as late as the waits of the warp allow. The functions are called once for each warp, within `together`.

@@ -84,14 +84,13 @@ enum class Mistake { kNone, kNoProxyFence, kNoBarrier, kNoFence, kNoWait, kMemor
 template <Mistake kMistake>
 void wgmma_of_columns(Params p) {
   const unsigned thread = threadIdx.x, lane = thread % 32, warp = thread / 32, n = thread / 8, k = thread % 8;
-  uint8_t* tile = shared_memory();
-  tile += -shared_address(tile) & 1023;
+  uint8_t* tile = swizzled_memory();
   if (kMistake == Mistake::kNotAligned) tile += 128;
   cp_async_few<4>(tile + n * 128 + ((k / 4) ^ n % 8) * 16 + 4 * (k % 4), p.from + thread);
   cp_async_commit();
   cp_async_wait<0>();
-  if (kMistake != Mistake::kNoProxyFence) fence_proxy_async();
   if (kMistake != Mistake::kNoBarrier) sync_block();
+  if (kMistake != Mistake::kNoProxyFence) fence_proxy_async();
   uint64_t descriptor = uint64_t{1} << 62 | uint64_t{1024 / 16} << 32 | shared_address(tile) / 16;
   if (kMistake == Mistake::kOtherDescriptor) descriptor += 2 * warp;
   constexpr uint32_t kOne = 0x3f80;  // bfloat16
@@ -107,6 +106,34 @@ void wgmma_of_columns(Params p) {
   if (kMistake != Mistake::kNoWait) wgmma_wait<0>(d);
   store(p.to + thread, as_bits(d[2 * warp]));
   wgmma_wait<0>(d);
+}
+
+// Three warps fill two stages in turns, the fourth one adds up what is in them.
+template <Mistake kMistake>
+void ring(Params p) {
+  uint64_t* full = reinterpret_cast<uint64_t*>(shared_memory());
+  uint64_t* empty = full + 2;
+  uint32_t* stages = reinterpret_cast<uint32_t*>(shared_memory() + 64);  // [2][96]
+  if (threadIdx.x == 0)
+    for (int i = 0; i < 2; ++i) mbarrier_init(full + i, 96), mbarrier_init(empty + i, kMistake == Mistake::kNoBarrier ? 2 : 1);
+  sync_block();
+  constexpr uint32_t kRounds = 7;
+  if (threadIdx.x < 96) {
+    for (uint32_t i = 0; i < kRounds; ++i) {
+      if (i >= 2 && kMistake != Mistake::kMemoryChanges) mbarrier_wait(empty + i % 2, (i / 2 - 1) % 2);
+      cp_async_few<4>(stages + 96 * (i % 2) + threadIdx.x, p.from + (threadIdx.x + i) % 128);
+      mbarrier_arrive_after_copies(full + i % 2);
+    }
+    return;
+  }
+  uint32_t sum = 0;
+  for (uint32_t i = 0; i < kRounds; ++i) {
+    if (kMistake != Mistake::kNoWait) mbarrier_wait(full + i % 2, i / 2 % 2);
+    for (int j = 0; j < 3; ++j) sum = 3 * sum + stages[96 * (i % 2) + 32 * j + threadIdx.x % 32];
+    sync_warp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(empty + i % 2);
+  }
+  store(p.to + threadIdx.x % 32, sum);
 }
 
 // Each of four blocks adds up what all have, in their order.
@@ -136,6 +163,10 @@ constexpr struct {
     {"wgmma_registers_change", wgmma_of_columns<Mistake::kRegistersChange>, 128},
     {"wgmma_other_descriptor", wgmma_of_columns<Mistake::kOtherDescriptor>, 128},
     {"wgmma_not_aligned", wgmma_of_columns<Mistake::kNotAligned>, 128},
+    {"ring", ring<Mistake::kNone>, 128},
+    {"ring_too_many_expected", ring<Mistake::kNoBarrier>, 128},
+    {"ring_no_wait", ring<Mistake::kNoWait>, 128},
+    {"ring_filled_too_early", ring<Mistake::kMemoryChanges>, 128},
     {"sum_of_cluster", sum_of_cluster, 32, 4},
     {"copies", copies},
     {"matrices", matrices},
