@@ -191,7 +191,7 @@ struct TableCodes : Codes<4> {
     b[1][0] = permute_bytes(x.z, x.w, 0x5410), b[1][1] = permute_bytes(x.z, x.w, 0x7632);
   }
 
-  // Fills the table; to be followed by a barrier.
+  // Fills the table, by the first 256 threads; to be followed by a barrier.
   template <class T>
   static __device__ __forceinline__ void fill(uint8_t* table, const float* codebook) {
     for (uint32_t byte = threadIdx.x; byte < 256; byte += blockDim.x) {

@@ -227,8 +227,7 @@ __device__ __forceinline__ float4 load_of_block(const float4* own, uint32_t rank
   float4 v;
   asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %4, %5;\nld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}"
                : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "r"(shared_address(own)), "r"(rank)
-               : "memory");
+               : "r"(shared_address(own)), "r"(rank));
   return v;
 }
 

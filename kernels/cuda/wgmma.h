@@ -5,10 +5,10 @@
 
 namespace hfq {
 
-constexpr int kWgmmaColumns = 128;        // between two barriers
-constexpr int kMostWgmmaTokens = 128;     // of a thread block: 64 registers of products and 64 of sums
-constexpr int kMostClusterBlocks = 8;     // that any GPU of compute capability 9.0 takes
-constexpr int kMostWgmmaBytes = 227 << 10;  // of shared memory, on compute capability 9.0
+constexpr int kWgmmaColumns = 128;     // of a stage
+constexpr int kMostClusterBlocks = 8;  // that any GPU of compute capability 9.0 takes
+// Of shared memory. 32 KiB more would leave 28 KiB to the L1 cache, through which copies of 4 bytes go: hardly more than is on the way.
+constexpr int kMostWgmmaBytes = 195 << 10;
 
 struct WgmmaPlan {
   int32_t splits;        // thread blocks that share the columns of one tile of the output: a cluster

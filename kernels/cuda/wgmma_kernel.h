@@ -20,7 +20,7 @@
 // part of the rows from all blocks' shared memory, in their order.
 //
 // Instructions (counted in code for sm_90a, bfloat16, 4 bits, groups of 128): for a chunk of its tile a warp takes 214 with 16 tokens and 238 with
-// 64, 92 of them for codes; a copying warp 150 and 320. So a scheduler, with four tiles and one of these, has 1000 (1270) issue slots to fill for
+// 64, 92 of them for codes; a copying warp 200 and 330. So a scheduler, with four tiles and one of these, issues 1060 (1280) instructions for
 // 256 rows of 128 columns, whose bytes take 1130 clocks from memory and 730 (1170) from L2 (gemm_plan.cu has the rates).
 #pragma once
 
@@ -59,17 +59,18 @@ struct WgmmaBlock {
   static constexpr int kTableBytes = Kind::kTable ? TableCodes::kTableBytes : 0, kBarrierBytes = 256;
   static constexpr int kRoom = (kMostWgmmaBytes - kTableBytes - kBarrierBytes) / kStage, kStages = kRoom > 8 ? 8 : kRoom;
   static constexpr int kRing = kStages * kStage, kSharedBytes = kRing + kTableBytes + kBarrierBytes;
-  static_assert(kStages >= 3 && kTokens * (kRows + 4) * 4 <= kRing && 3 * kStages * 8 <= kBarrierBytes);
+  static_assert(kStages >= 3 && kTokens * (kRows + 4) * 4 <= kRing && 8 * (3 * kStages + 1) <= kBarrierBytes);
 
   uint8_t *ring, *table;
   uint64_t *full, *empty, *summed;       // of each stage
+  uint64_t* filled;                      // the table
   uint32_t split, first_token, first_tile;
   uint32_t chunk, chunks;                // the first one, and how many
 
   __device__ __forceinline__ explicit WgmmaBlock(const WgmmaParams& p) {
     ring = swizzled_memory();
     table = ring + kRing;
-    full = reinterpret_cast<uint64_t*>(table + kTableBytes), empty = full + kStages, summed = empty + kStages;
+    full = reinterpret_cast<uint64_t*>(table + kTableBytes), empty = full + kStages, summed = empty + kStages, filled = summed + kStages;
     // Neighbouring clusters read the same weights for other tokens: the second finds them in L2.
     const uint32_t splits = p.plan.splits, all = static_cast<uint32_t>((p.weight.in_features + kWgmmaColumns - 1) / kWgmmaColumns);
     split = blockIdx.x % splits;
@@ -85,6 +86,7 @@ struct WgmmaBlock {
       mbarrier_init(empty + i, kTiles);
       mbarrier_init(summed + i, kTiles < kTokenTiles ? kTiles : kTokenTiles);
     }
+    mbarrier_init(filled, 32 * kTiles);
   }
 };
 
@@ -337,10 +339,18 @@ __device__ __forceinline__ void store_outputs(const WgmmaParams& p, const Block&
     if (four >= kFours || n >= padded || m >= p.tokens) continue;
     const float4* const own = reinterpret_cast<const float4*>(partial + token * (Block::kRows + 4) + 4 * four);
     float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    if (splits > 1)
-      for (uint32_t i = 0; i < splits; ++i) sum = plus(sum, load_of_block(own, i));
-    else
+    if (splits == 1) {
       sum = *own;
+    } else {
+      // Four on the way at a time: each takes some 200 clocks.
+      for (uint32_t i = 0; i < splits; i += 4) {
+        float4 parts[4];
+#pragma unroll
+        for (uint32_t j = 0; j < 4; ++j) parts[j] = i + j < splits ? load_of_block(own, i + j) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+        for (uint32_t j = 0; j < 4; ++j) sum = plus(sum, parts[j]);
+      }
+    }
     store_rows<T>(p, m, n, sum);
   }
 }
@@ -354,7 +364,6 @@ __global__ void __launch_bounds__(WgmmaBlock<Kind, T, kTokens>::kThreads, 1) wgm
   const Block block(p);
   float* const partial = reinterpret_cast<float*>(block.ring);
   if (threadIdx.x == 0) block.init_barriers();
-  if constexpr (Kind::kTable) TableCodes::fill<T>(block.table, p.weight.codebook);
   sync_block();
   const int warp = shuffle_from(threadIdx.x / 32, 0);  // the same for all lanes, as the compiler now knows: loops below are not divergent
   if (warp >= Block::kTiles) {
@@ -369,6 +378,11 @@ __global__ void __launch_bounds__(WgmmaBlock<Kind, T, kTokens>::kThreads, 1) wgm
     sync_block();
   } else {
     if constexpr (Block::kOfConsumers > Block::kAtFirst) take_registers<Block::kOfConsumers>();
+    if constexpr (Kind::kTable) {  // while the first copies are on the way
+      TableCodes::fill<T>(block.table, p.weight.codebook);
+      mbarrier_arrive(block.filled);
+      mbarrier_wait(block.filled, 0);
+    }
     WgmmaConsumer<Kind, T, Block> mine(p, block, warp);
     mine.run();
     sync_block();  // nobody reads stages any more
