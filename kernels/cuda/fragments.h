@@ -148,6 +148,9 @@ struct IntCodes : Codes<kBits> {
     a[1][3] = this->template numbers<T, r + 7>();
   }
 
+  // From the order of `activations` to that of the columns.
+  static __device__ __forceinline__ void order(uint32_t (&)[2][4]) {}
+
   // The B operands of a unit from the 8 activations of its lane.
   static __device__ __forceinline__ void activations(const uint4& x, uint32_t (&b)[2][2]) {
     b[0][0] = x.x, b[0][1] = x.y, b[1][0] = x.z, b[1][1] = x.w;
@@ -170,12 +173,22 @@ struct TableCodes : Codes<4> {
       for (int i = 0; i < 4; ++i) a[j][i] = load_shared<uint32_t>(table + 128 * permute_bytes(words[2 * kUnit + j], 0, 0x4440u | i));
   }
 
+  static __device__ __forceinline__ void order(uint32_t (&a)[2][4]) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t even = a[j][i], odd = a[j][i + 2];
+        a[j][i] = permute_bytes(even, odd, 0x5410), a[j][i + 2] = permute_bytes(even, odd, 0x7632);
+      }
+  }
+
   static __device__ __forceinline__ void activations(const uint4& x, uint32_t (&b)[2][2]) {
     b[0][0] = permute_bytes(x.x, x.y, 0x5410), b[0][1] = permute_bytes(x.x, x.y, 0x7632);
     b[1][0] = permute_bytes(x.z, x.w, 0x5410), b[1][1] = permute_bytes(x.z, x.w, 0x7632);
   }
 
-  // Fills the table; to be followed by a barrier.
+  // Fills the table, by the first 256 threads; to be followed by a barrier.
   template <class T>
   static __device__ __forceinline__ void fill(uint8_t* table, const float* codebook) {
     for (uint32_t byte = threadIdx.x; byte < 256; byte += blockDim.x) {
@@ -224,6 +237,13 @@ __device__ __forceinline__ void to_floats(const RawPair (&raw)[kCount], DType dt
 #pragma unroll
     for (int i = 0; i < kCount; ++i) pairs[i] = {as_float(raw[i].first), as_float(raw[i].second)};
   }
+}
+
+__device__ __forceinline__ Pair to_floats(RawPair raw, DType dtype) {
+  const RawPair one[1] = {raw};
+  Pair pair[1];
+  to_floats(one, dtype, pair);
+  return pair[0];
 }
 
 // One number of a tensor of any dtype.

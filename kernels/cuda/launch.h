@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdlib>
 
 namespace hfq {
@@ -57,6 +58,54 @@ const char* launch_early(void (*kernel)(Params), unsigned blocks, unsigned threa
   return described(cudaLaunchKernelEx(&config, kernel, params));
 }
 
+// The same with clusters of `cluster` thread blocks, which run at one time (compute capability 9.0).
+template <class Params>
+const char* launch_clusters(void (*kernel)(Params), unsigned blocks, unsigned cluster, unsigned threads, size_t shared_bytes, cudaStream_t stream,
+                            const Params& params) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cluster;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, params);
+  const cudaError_t last = cudaGetLastError();  // reported here; the next launch is not to find it
+  if (error == cudaSuccess) error = last;
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// Clusters of `cluster` (1 to 8) thread blocks of `kKernel` that run on the current device at a time; 0 if none does. Asked for once.
+template <class Params, void (*kKernel)(Params)>
+int active_clusters(int cluster, unsigned threads, size_t shared_bytes) {
+  constexpr int kDevices = 64, kUnknown = 0;
+  static std::atomic<int> known[kDevices][8] = {};  // one more than the number
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return 0;
+  std::atomic<int>& answer = known[device][cluster - 1];
+  if (answer != kUnknown) return answer - 1;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cluster;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(cluster);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kKernel, &config);
+  if (error != cudaSuccess) cudaGetLastError(), count = 0;
+  answer = count + 1;
+  return count;
+}
+
 // Enqueues a copy within the memory of the device.
 inline const char* launch_copy(void* to, const void* from, size_t bytes, cudaStream_t stream) {
   const cudaError_t error = cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream);
@@ -68,6 +117,15 @@ inline int multiprocessors() {
   int device = 0, count = 1;
   if (cudaGetDevice(&device) == cudaSuccess) cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
   return count;
+}
+
+// Compute capability of the current device: 90 for 9.0.
+inline int compute_capability() {
+  int device = 0, major = 0, minor = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  return 10 * major + minor;
 }
 
 // Shared memory that a thread block of the current device may have.

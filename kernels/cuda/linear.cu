@@ -4,6 +4,7 @@
 #include "copy.h"
 #include "gemm.h"
 #include "target.h"
+#include "wgmma.h"
 
 namespace hfq {
 namespace {
@@ -15,7 +16,7 @@ constexpr int64_t kFewTokens = 8;
 }  // namespace
 
 int64_t linear_workspace(const LinearParams& p) {
-  return p.tokens <= kFewTokens || p.weight.out_features == 0 ? 0 : workspace_floats(p, plan_gemm(p));
+  return p.tokens <= kFewTokens || p.weight.out_features == 0 || takes_wgmma(p) ? 0 : workspace_floats(p, plan_gemm(p));
 }
 
 const char* copy_on_device(void* to, const void* from, int64_t bytes, cudaStream_t stream) {
@@ -26,6 +27,7 @@ const char* launch_linear(const LinearParams& params, cudaStream_t stream) {
   if (params.tokens == 0 || params.weight.out_features == 0) return nullptr;
   LinearParams p = params;
   p.group_magic = group_magic(p.weight);
+  if (takes_wgmma(p)) return launch_wgmma(p, stream);
   if (p.tokens > kFewTokens) return launch_gemm(p, stream);
   if (p.weight.codebook) return launch_linear_table4(p, stream);
   if (p.weight.bits == 2) return launch_linear_int2(p, stream);

@@ -49,6 +49,12 @@ __device__ __forceinline__ uint8_t* shared_memory() {
   return memory;
 }
 
+// The same, from a multiple of 1024 bytes on, from which swizzles count.
+__device__ __forceinline__ uint8_t* swizzled_memory() {
+  extern __shared__ __align__(1024) uint8_t swizzled[];
+  return swizzled;
+}
+
 // An address in shared memory takes one register, and none of the instructions that a pointer costs where it is used.
 __device__ __forceinline__ uint32_t shared_address(const void* shared) { return static_cast<uint32_t>(__cvta_generic_to_shared(shared)); }
 
@@ -134,6 +140,29 @@ __device__ __forceinline__ uint32_t shuffle_from(uint32_t v, int lane) { return 
 // The lowest lane for which `is` holds; it does for one at least.
 __device__ __forceinline__ int first_lane(bool is) { return __ffs(static_cast<int>(__ballot_sync(0xffffffffu, is))) - 1; }
 
+// ---- barriers in shared memory (compute capability 9.0) ----
+
+// One of 8 bytes counts arrivals. When there are `count`, a phase ends and the next one begins; phases have numbers from 0 on, of which threads
+// that wait name the last bit. What a thread did before it arrived is there for those that have waited.
+__device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+}
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+// This thread arrives when all copies that it has begun are there.
+__device__ __forceinline__ void mbarrier_arrive_after_copies(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+// Until the phase whose number has this last bit has ended.
+__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t bit) {
+  asm volatile(
+      "{\n.reg .pred ended;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 ended, [%0], %1;\n@ended bra over;\nbra again;\nover:\n}" ::"r"(
+          shared_address(barrier)),
+      "r"(bit)
+      : "memory");
+}
+
 // ---- tensor cores ----
 
 // d[16 x 8] += a[16 x 16] b[16 x 8] in float32. With g = lane / 4, t = lane % 4 a lane holds, two neighbours along k to a register,
@@ -168,6 +197,95 @@ __device__ __forceinline__ void ldmatrix(uint32_t (&v)[4], const void* row) {
                : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
                : "r"(from)
                : "memory");
+}
+
+// ---- tensor cores, instructions of 128 threads (compute capability 9.0 only: sm_90a) ----
+
+// What this thread has seen in shared memory is there for its wgmma, too, which reads on a way of its own.
+__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Before the first wgmma that takes registers which other instructions have written.
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Waits until at most `kPending` of the groups of wgmma run. Until then their operands must stay as they are.
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+// The same; what follows reads their sums `d`, which the compiler may not do before.
+template <int kPending, int n>
+__device__ __forceinline__ void wgmma_wait(float (&d)[n]) {
+  wgmma_wait<kPending>();
+#pragma unroll
+  for (int i = 0; i < n; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// The four warps have so many registers from here on, more or fewer than before; waits until others have given up enough.
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// d[64 x n] = a[64 x 16] b[16 x n], or d += where `add`, in float32, for n = 16, 32, 64 and 128. Warp w of four has rows 16 w .. 16 w + 15 in the
+// registers of the mma above: a[4], and d[4 i + c] of columns 8 i .. 8 i + 7. b is in shared memory; its descriptor (PTX ISA, "Matrix
+// descriptor format") says where.
+#define HFQ_SUMS4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define HFQ_SUMS8(i) HFQ_SUMS4(i), HFQ_SUMS4(i + 4)
+#define HFQ_SUMS16(i) HFQ_SUMS8(i), HFQ_SUMS8(i + 8)
+#define HFQ_SUMS32(i) HFQ_SUMS16(i), HFQ_SUMS16(i + 16)
+#define HFQ_SUMS64(i) HFQ_SUMS32(i), HFQ_SUMS32(i + 32)
+#define HFQ_NAMES8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define HFQ_NAMES16 HFQ_NAMES8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define HFQ_NAMES32 HFQ_NAMES16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define HFQ_NAMES64                                                                                                                          \
+  HFQ_NAMES32                                                                                                                                \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58" \
+  ", %59, %60, %61, %62, %63"
+// `a0` .. `add`: names of the operands behind those of the sums.
+#define HFQ_WGMMA(Type, type, n, sums, a0, a1, a2, a3, b, add)                                                                                \
+  __device__ __forceinline__ void wgmma(Type, float (&d)[sums], const uint32_t (&a)[4], uint64_t descriptor, bool adds) {                      \
+    asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, " add ", 0;\n"                                                                       \
+                 "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" HFQ_NAMES##sums "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " b  \
+                 ", adds, 1, 1, 0;\n}"                                                                                                        \
+                 : HFQ_SUMS##sums(0)                                                                                                          \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor), "r"(static_cast<uint32_t>(adds)));                            \
+  }
+#define HFQ_WGMMAS(Type, type)                                             \
+  HFQ_WGMMA(Type, type, 16, 8, "%8", "%9", "%10", "%11", "%12", "%13")     \
+  HFQ_WGMMA(Type, type, 32, 16, "%16", "%17", "%18", "%19", "%20", "%21")  \
+  HFQ_WGMMA(Type, type, 64, 32, "%32", "%33", "%34", "%35", "%36", "%37")  \
+  HFQ_WGMMA(Type, type, 128, 64, "%64", "%65", "%66", "%67", "%68", "%69")
+HFQ_WGMMAS(BFloat16, "bf16")
+HFQ_WGMMAS(Float16, "f16")
+#undef HFQ_WGMMAS
+#undef HFQ_WGMMA
+#undef HFQ_NAMES64
+#undef HFQ_NAMES32
+#undef HFQ_NAMES16
+#undef HFQ_NAMES8
+#undef HFQ_SUMS64
+#undef HFQ_SUMS32
+#undef HFQ_SUMS16
+#undef HFQ_SUMS8
+#undef HFQ_SUMS4
+
+// ---- thread blocks of a cluster (compute capability 9.0) ----
+
+// A barrier of all threads of the cluster: what they wrote to shared memory before is there after, for all of them.
+__device__ __forceinline__ void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// Reads what block `rank` of the cluster has where `own` points to in this one's shared memory.
+__device__ __forceinline__ float4 load_of_block(const float4* own, uint32_t rank) {
+  float4 v;
+  asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %4, %5;\nld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(shared_address(own)), "r"(rank));
+  return v;
 }
 
 // ---- numbers ----

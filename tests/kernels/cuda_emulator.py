@@ -258,10 +258,11 @@ class Emulator:
         sizes: tuple[int, int, int, int],
         multiprocessors: int = 1 << 20,
         shared_bytes: int = 227 << 10,
+        capability: int = 80,
     ) -> Tensor:
         """`operands`: qweight, scales, zeros, codebook; `sizes`: bits, group_size, in_features, out_features.
 
-        The GPU has `multiprocessors`, and gives a thread block `shared_bytes` of shared memory.
+        The GPU has `multiprocessors`, and gives a thread block `shared_bytes` of shared memory. `capability`: 80 for 8.0.
         """
         y = torch.full((len(x), sizes[3]), 12345.0, dtype=x.dtype)
         params = _LinearParams(
@@ -274,6 +275,7 @@ class Emulator:
             bias_dtype=0 if bias is None else _DTYPES[bias.dtype],
         )
         self._library.set_device(multiprocessors, ctypes.c_size_t(shared_bytes))
+        self._library.set_compute_capability(capability)
         floats = self._library.linear_workspace(ctypes.byref(params))
         workspace = torch.full((floats,), torch.nan)
         params.workspace = workspace.data_ptr()

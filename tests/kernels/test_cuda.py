@@ -139,6 +139,30 @@ def test_products(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_with_wgmma(
+    make_weight: MakeWeight,
+    generator: torch.Generator,
+    cuda: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, int, int],
+    kind: str,
+) -> None:
+    """Each number of tokens of a thread block, filled and not; clusters of all sizes come from the shapes."""
+    if torch.cuda.get_device_capability(cuda) != (9, 0):
+        pytest.skip("wgmma needs compute capability 9.0")
+    monkeypatch.setenv("HFQ_CUDA_WGMMA", "1")
+    for dtype, scale_dtype in zip(HALVES, (torch.float16, torch.float32), strict=True):
+        weight = make_weight(*shape, kind=kind, scale_dtype=scale_dtype)
+        for tokens in (9, 16, 27, 32, 40, 64, 100, 128, 130):
+            x = torch.randn(tokens, shape[1], generator=generator).to(cuda, dtype)
+            bias = torch.randn(shape[0], generator=generator).to(cuda) if tokens % 2 else None
+            y = weight.linear(x, bias)
+            _check(y, x, weight, bias)
+            assert torch.equal(y, weight.linear(x, bias)), "sums are in one order"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_dequantize_and_lookup_are_the_reference(
     make_weight: MakeWeight,
     generator: torch.Generator,

@@ -13,14 +13,14 @@ CUDA = Path(__file__).parents[2] / "kernels/cuda"
 # Run once or more for each weight of a model: a spill costs memory traffic where memory is the limit.
 PATTERNS = (
     *("linear_*.cu", "gemm_int*.cu", "gemm_table*.cu", "spqr_linear?.cu", "experts_*.cu"),
-    *("*unpack.cu", "quantize_tokens.cu", "scale_sums.cu", "attend.cu", "decode.cu"),
+    *("wgmma_*.cu", "*unpack.cu", "quantize_tokens.cu", "scale_sums.cu", "attend.cu", "decode.cu"),
 )
 HOT = sorted(path.name for pattern in PATTERNS for path in CUDA.glob(pattern))
 DEFAULT = ("linear_int4.cu", "sm_90a")
 
 
-def _spills(source: str, architecture: str, folder: Path) -> dict[str, int]:
-    """Bytes that each kernel of a file stores to and loads from memory for want of registers."""
+def _entries(source: str, architecture: str, folder: Path) -> dict[str, str]:
+    """What ptxas says of each kernel of a file."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("needs nvcc")
@@ -36,19 +36,38 @@ def _spills(source: str, architecture: str, folder: Path) -> dict[str, int]:
         check=False,
     )
     assert run.returncode == 0, run.stderr
+    # Where ptxas cannot follow what wgmma has on the way, it waits for each instruction.
+    assert "wgmma" not in re.sub(r"wgmma_\w+", "", run.stderr), run.stderr
+    assert "warpgroup" not in run.stderr, run.stderr
     entries = re.split(r"Compiling entry function ", run.stderr)[1:]
+    return {entry.split()[0]: entry for entry in entries}
+
+
+def _spills(entries: dict[str, str]) -> dict[str, int]:
+    """Bytes that each kernel stores to and loads from memory for want of registers."""
     spills = {}
-    for entry in entries:
+    for name, entry in entries.items():
         found = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", entry)
         assert found is not None, entry
-        spills[entry.split()[0]] = int(found[1]) + int(found[2])
+        spills[name] = int(found[1]) + int(found[2])
     return spills
 
 
 def _check(source: str, architecture: str, folder: Path) -> None:
-    spills = _spills(source, architecture, folder)
+    entries = _entries(source, architecture, folder)
+    spills = _spills(entries)
     assert spills, "no kernel in the output of ptxas"
     assert not any(spills.values()), spills
+    if source.startswith("wgmma") and architecture == "sm_90a":
+        _check_registers(entries)
+
+
+def _check_registers(entries: dict[str, str]) -> None:
+    """Warps that take registers from others wait forever if a launch has fewer than they count on (kAtFirst, wgmma_kernel.h)."""
+    for tokens, registers in ((64, 96), (128, 168)):
+        own = [entry for name, entry in entries.items() if f"ELi{tokens}E" in name]
+        assert len(own) == 2, list(entries)
+        assert all(f"Used {registers} registers" in entry for entry in own), own
 
 
 def test_the_first_kernel_needs_no_more_registers_than_there_are(tmp_path: Path) -> None:

@@ -3,12 +3,17 @@
 //
 // A thread of a block is a fiber (fibers.h). Threads run one after the other until they wait for others, in an order that changes from
 // block to block, and shared memory starts as NaN: what is read before a barrier made it visible is wrong, or differs between runs. Global
-// memory is what the test has named (`allow`); all else is an error, as are misaligned accesses and threads that wait forever.
+// memory is what the test has named (`allow`); all else is an error, as are misaligned accesses and threads that wait forever. Blocks of a
+// cluster run together. What goes on beside the threads, copies and wgmma, ends as late as waits allow, and wgmma may not see a change of what it
+// reads after it has begun.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
+#include <vector>
 
 #include "fibers.h"
 
@@ -66,15 +71,12 @@ void store(V* p, const V& v) {
 
 inline uint8_t* shared_memory() { return cuda_on_cpu::shared_memory(); }
 
-inline uint32_t shared_address(const void* shared) {
-  return static_cast<uint32_t>(static_cast<const uint8_t*>(shared) - cuda_on_cpu::shared_memory());
-}
+inline uint8_t* swizzled_memory() { return cuda_on_cpu::shared_memory(); }
+inline uint32_t shared_address(const void* shared) { return cuda_on_cpu::shared_address(shared); }
 template <class V>
 V load_shared(uint32_t at) {
-  const uint8_t* from = cuda_on_cpu::shared_memory() + at;
-  cuda_on_cpu::check_shared(from, sizeof(V));
   V v;
-  std::memcpy(&v, from, sizeof(V));
+  std::memcpy(&v, cuda_on_cpu::at_shared_address(at, sizeof(V)), sizeof(V));
   return v;
 }
 
@@ -86,13 +88,13 @@ void cp_async(void* shared, const void* global) {
 }
 template <int kBytes = 16>
 void cp_async(uint32_t shared, const void* global) {
-  cp_async<kBytes>(cuda_on_cpu::shared_memory() + shared, global);
+  cp_async<kBytes>(cuda_on_cpu::at_shared_address(shared, kBytes), global);
 }
 template <int kBytes = 16>
 void cp_async_or_zero(uint32_t shared, const void* global, bool exists) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
   if (exists) cuda_on_cpu::check_global(global, kBytes, false);
-  cuda_on_cpu::copy_later(cuda_on_cpu::shared_memory() + shared, exists ? global : nullptr, kBytes);
+  cuda_on_cpu::copy_later(cuda_on_cpu::at_shared_address(shared, kBytes), exists ? global : nullptr, kBytes);
 }
 inline void cp_async_commit() { cuda_on_cpu::commit_copies(); }
 template <int kPending>
@@ -155,6 +157,13 @@ inline int first_lane(bool is) {
   });
   return mine.result;
 }
+
+// ---- barriers in shared memory ----
+
+inline void mbarrier_init(uint64_t* barrier, uint32_t count) { cuda_on_cpu::mbarrier_init(barrier, count); }
+inline void mbarrier_arrive(uint64_t* barrier) { cuda_on_cpu::mbarrier_arrive(barrier); }
+inline void mbarrier_arrive_after_copies(uint64_t* barrier) { cuda_on_cpu::mbarrier_arrive_after_copies(barrier); }
+inline void mbarrier_wait(uint64_t* barrier, uint32_t bit) { cuda_on_cpu::mbarrier_wait(barrier, bit); }
 
 // ---- numbers ----
 
@@ -346,11 +355,144 @@ inline void ldmatrix(uint32_t (&v)[4], const void* row) {
   });
 }
 
+// ---- wgmma ----
+
+inline void fence_proxy_async() { cuda_on_cpu::fence_proxy_async(); }
+template <int kRegisters>
+void take_registers() {
+  static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
+}
+template <int kRegisters>
+void give_registers() {
+  static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
+}
+inline void wgmma_fence() {
+  int nothing = 0;
+  cuda_on_cpu::together("wgmma.fence", &nothing, [](void**) { cuda_on_cpu::fence_registers(); });
+}
+inline void wgmma_commit() {
+  int nothing = 0;
+  cuda_on_cpu::together("wgmma.commit_group", &nothing, [](void**) { cuda_on_cpu::commit_later(); });
+}
+template <int kPending>
+void wgmma_wait() {
+  int nothing = 0;
+  cuda_on_cpu::together("wgmma.wait_group", &nothing, [](void**) { cuda_on_cpu::finish_later(kPending); });
+}
+template <int kPending, int n>
+void wgmma_wait(float (&)[n]) {
+  wgmma_wait<kPending>();
+}
+
+// Bytes at `address`, which may not be in the way between copies and wgmma.
+inline uint16_t number_for_wgmma(uint32_t address) {
+  uint16_t number;
+  std::memcpy(&number, cuda_on_cpu::at_shared_address(address, 2), 2);
+  if (cuda_on_cpu::unfenced(address / 4 * 4, 4)) cuda_on_cpu::fail("wgmma reads a copy that no fence.proxy.async covers");
+  return number;
+}
+
+// The second operand, [n][16 along k], of a descriptor: PTX ISA, "Shared Memory Matrix Layout" and "Matrix Descriptor Format". Without
+// transposition its rows of k lie in 8 x 16 bytes ("core matrices"). With a swizzle, 8 rows of 32, 64 or 128 bytes follow each other, eight of them
+// `stride` bytes from the next eight, and bits 4 .. 6 of an address are changed by bits 7 .. 9 of the same. Without one, core matrices
+// are `leading` bytes apart along k and `stride` bytes along n.
+inline std::vector<uint16_t> second_operand(uint64_t descriptor, int columns) {
+  const auto bits = [&](int from, int count) { return static_cast<uint32_t>(descriptor >> from & ((1u << count) - 1)); };
+  const uint32_t start = bits(0, 14) << 4, leading = bits(16, 14) << 4, stride = bits(32, 14) << 4, base = bits(49, 3), mode = bits(62, 2);
+  constexpr uint64_t kFields = 0x3fffull | 0x3fffull << 16 | 0x3fffull << 32 | 7ull << 49 | 3ull << 62;
+  if (descriptor & ~kFields) cuda_on_cpu::fail("bits between the fields of a descriptor");
+  const uint32_t row_bytes = mode == 1 ? 128 : mode == 2 ? 64 : mode == 3 ? 32 : 16;
+  // Where the pattern begins at a multiple of 8 rows, as it must for a base of 0, the matrix begins in its first row.
+  if (mode && (base || (start & (8 * row_bytes - 1)) >= row_bytes)) cuda_on_cpu::fail("a swizzled matrix that does not begin with its pattern");
+  std::vector<uint16_t> b;
+  for (int n = 0; n < columns; ++n)
+    for (int k = 0; k < 16; ++k) {
+      uint32_t address = start + n / 8 * stride + n % 8 * row_bytes + 2 * (mode ? k : k % 8) + (mode ? 0 : k / 8 * leading);
+      address ^= (address >> 7 & (row_bytes / 16 - 1)) << 4;
+      b.push_back(number_for_wgmma(address));
+    }
+  return b;
+}
+
+// What a warp has of d += a b while it goes on. d shows NaN until it is waited for.
+struct WgmmaOperands {
+  float* d[32];
+  const uint32_t* a[32];
+  std::vector<float> sums[32];
+};
+// Those that go on, each to be continued by the next one with the same sums.
+inline std::vector<std::shared_ptr<WgmmaOperands>> going_on;
+
+// PTX ISA, "Register Fragments for wgmma.mma_async.m64nNk16". What it reads must be the same when it is started and when it is waited for.
+template <class T, int n>
+void wgmma(T, float (&d)[n], const uint32_t (&a)[4], uint64_t descriptor, bool adds) {
+  struct Operands {
+    float* d;
+    const uint32_t* a;
+    uint64_t descriptor;
+    bool adds;
+  } mine = {d, a, descriptor, adds};
+  cuda_on_cpu::together("wgmma", &mine, [](void** all) {
+    const Operands first = *static_cast<Operands*>(all[0]);
+    const auto own = std::make_shared<WgmmaOperands>();
+    std::vector<uint32_t> registers;
+    for (int lane = 0; lane < 32; ++lane) {
+      const Operands& o = *static_cast<Operands*>(all[lane]);
+      if (o.descriptor != first.descriptor || o.adds != first.adds) cuda_on_cpu::fail("lanes have different descriptors");
+      own->d[lane] = o.d, own->a[lane] = o.a;
+      own->sums[lane].assign(o.d, o.d + n);
+      registers.insert(registers.end(), o.a, o.a + 4);
+    }
+    for (int lane = 0; lane < 32; ++lane)
+      for (int i = 0; i < n; ++i) own->d[lane][i] = NAN;
+    const std::vector<uint16_t> b = second_operand(first.descriptor, 2 * n);
+    going_on.push_back(own);
+    cuda_on_cpu::start_later(first.descriptor ^ n << 15 ^ (first.adds ? 1ull << 30 : 0), [=] {
+      if (second_operand(first.descriptor, 2 * n) != b) cuda_on_cpu::fail("shared memory changes while wgmma reads it");
+      for (int lane = 0; lane < 32; ++lane)
+        if (std::memcmp(own->a[lane], &registers[4 * lane], 16) != 0) cuda_on_cpu::fail("registers change while wgmma reads them");
+      double rows[16][16];
+      for (int lane = 0; lane < 32; ++lane)
+        for (int i = 0; i < 8; ++i) {
+          const uint16_t half = static_cast<uint16_t>(own->a[lane][i / 2] >> 16 * (i % 2));
+          rows[lane / 4 + i / 2 % 2 * 8][2 * (lane % 4) + i % 2 + i / 4 * 8] = to_float(T{}, half);
+        }
+      going_on.erase(std::find(going_on.begin(), going_on.end(), own));
+      const auto next = std::find_if(going_on.begin(), going_on.end(), [&](const auto& other) { return other->d[0] == own->d[0]; });
+      for (int lane = 0; lane < 32; ++lane)
+        for (int i = 0; i < n; ++i) {
+          const int row = lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + 2 * (lane % 4) + i % 2;
+          double sum = first.adds ? own->sums[lane][i] : 0.0f;
+          for (int k = 0; k < 16; ++k) sum += rows[row][k] * to_float(T{}, b[column * 16 + k]);
+          (next == going_on.end() ? own->d[lane][i] : (*next)->sums[lane][i]) = static_cast<float>(sum);
+        }
+    });
+  });
+}
+
+// ---- clusters ----
+
+inline void sync_cluster() { cuda_on_cpu::sync_cluster(); }
+inline float4 load_of_block(const float4* own, uint32_t rank) { return *static_cast<const float4*>(cuda_on_cpu::of_block(own, rank, 16)); }
+
 // ---- launch ----
 
 template <class Params>
 const char* launch(void (*kernel)(Params), unsigned blocks, unsigned threads, size_t shared_bytes, cudaStream_t, const Params& params) {
-  return cuda_on_cpu::run_blocks(blocks, threads, shared_bytes, [&] { kernel(params); });
+  return cuda_on_cpu::run_blocks(blocks, 1, threads, shared_bytes, [&] { kernel(params); });
+}
+
+template <class Params>
+const char* launch_clusters(void (*kernel)(Params), unsigned blocks, unsigned cluster, unsigned threads, size_t shared_bytes, cudaStream_t,
+                            const Params& params) {
+  if (shared_bytes > cuda_on_cpu::most_shared_bytes) return "more shared memory than there is";
+  going_on.clear();
+  return cuda_on_cpu::run_blocks(blocks, cluster, threads, shared_bytes, [&] { kernel(params); });
+}
+
+template <class Params, void (*kKernel)(Params)>
+int active_clusters(int cluster, unsigned, size_t) {
+  return cuda_on_cpu::multiprocessors / cluster;
 }
 
 template <class Params>
@@ -364,6 +506,7 @@ inline const char* launch_copy(void* to, const void* from, size_t bytes, cudaStr
 }
 
 inline size_t most_shared_bytes() { return cuda_on_cpu::most_shared_bytes; }
+inline int compute_capability() { return cuda_on_cpu::compute_capability; }
 inline int multiprocessors() { return cuda_on_cpu::multiprocessors; }
 
 }  // namespace hfq

@@ -34,5 +34,6 @@ void set_device(int multiprocessors, size_t most_shared_bytes) {
   cuda_on_cpu::multiprocessors = multiprocessors;
   cuda_on_cpu::most_shared_bytes = most_shared_bytes;
 }
+void set_compute_capability(int capability) { cuda_on_cpu::compute_capability = capability; }
 
 }  // extern "C"

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <random>
 #include <string>
@@ -13,13 +14,15 @@ namespace cuda_on_cpu {
 
 int multiprocessors = 1;
 size_t most_shared_bytes = 227 << 10;  // of an H100
+int compute_capability = 80;
 
 namespace {
 
 constexpr size_t kStack = 256 << 10;
 constexpr uint8_t kPoison = 0xff;  // NaN in every format
+constexpr uint32_t kSharedBase = 0x400;  // where shared memory begins, as on compute capability 9.0
 
-enum class State { kReady, kInBlockBarrier, kInWarp, kDone };
+enum class State { kReady, kInBlockBarrier, kInClusterBarrier, kInMbarrier, kInWarp, kDone };
 
 struct Copy {
   void* to;
@@ -27,18 +30,51 @@ struct Copy {
   size_t bytes;
 };
 
+constexpr uint32_t kNobody = ~0u;
+struct Copies {
+  std::vector<Copy> all;
+  uint32_t barrier;  // at which the thread arrives then, or kNobody
+};
+
+struct Block;
+
 struct Fiber {
   ucontext_t context;
   State state;
   unsigned thread;
-  std::vector<Copy> copies;               // not committed
-  std::vector<std::vector<Copy>> groups;  // committed, oldest first
+  Block* block;
+  uint32_t fenced;             // the last copy that it has made known to wgmma
+  uint32_t barrier;            // at which it waits
+  std::vector<Copy> copies;    // not committed
+  std::vector<Copies> groups;  // committed, oldest first
 };
 
 struct Warp {
   const char* name = nullptr;  // of what its lanes do together
   void* operands[32];
   int arrived = 0;
+  // What goes on beside its threads.
+  using Later = std::vector<std::function<void()>>;
+  Later begun;                // not committed
+  std::vector<Later> groups;  // committed, oldest first
+  size_t started = 0;         // so far
+  bool fenced = false;
+};
+
+struct Mbarrier {
+  uint32_t count, left, phase;
+};
+
+struct Block {
+  unsigned index;
+  int in_barrier;
+  std::vector<Warp> warps;
+  std::vector<uint8_t> shared;
+  uint8_t* shared_begin;
+  uint32_t copies;                          // that are finished
+  std::vector<uint32_t> copied;             // of each word of shared memory, by which of them
+  std::map<uint32_t, Mbarrier> mbarriers;   // by their places in shared memory
+  std::vector<std::vector<uint64_t>> what;  // of each warpgroup, what its warps have started
 };
 
 struct Range {
@@ -50,14 +86,12 @@ struct Range {
 ucontext_t scheduler;
 std::vector<std::unique_ptr<uint8_t[]>> stacks;
 std::vector<Fiber> fibers;
-std::vector<Warp> warps;
+std::vector<Block> cluster;  // those that run
 std::vector<Range> ranges;
-std::vector<uint8_t> shared;
-uint8_t* shared_begin;
 size_t shared_size;
 Fiber* current;
-unsigned block, threads;
-int in_barrier, done;
+unsigned threads;  // of a block
+int in_cluster_barrier, done;
 const std::function<void()>* body;
 std::string message;
 
@@ -72,14 +106,16 @@ void run_fiber() {
   leave(State::kDone);
 }
 
-void start(unsigned thread) {
-  Fiber& fiber = fibers[thread];
+void start(unsigned number) {
+  Fiber& fiber = fibers[number];
   getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = stacks[thread].get();
+  fiber.context.uc_stack.ss_sp = stacks[number].get();
   fiber.context.uc_stack.ss_size = kStack;
   fiber.context.uc_link = nullptr;
   fiber.state = State::kReady;
-  fiber.thread = thread;
+  fiber.thread = number % threads;
+  fiber.block = &cluster[number / threads];
+  fiber.fenced = 0;
   fiber.copies.clear();
   fiber.groups.clear();
   makecontext(&fiber.context, run_fiber, 0);
@@ -90,26 +126,104 @@ bool within(const void* p, size_t bytes, const uint8_t* begin, size_t size) {
   return at >= first && at + bytes <= first + size;
 }
 
-// Threads in one order or another until all are done; false if they wait for each other.
-bool run_block(std::minstd_rand& random) {
-  std::vector<unsigned> order(threads);
-  for (unsigned i = 0; i < threads; ++i) order[i] = i;
-  for (unsigned i = 0; i < threads; ++i) start(i);
+Warp& current_warp() { return current->block->warps[current->thread / 32]; }
+
+void clear(Block& block, unsigned index) {
+  block.index = index;
+  block.in_barrier = 0;
+  block.warps.assign(threads / 32, Warp{});
+  block.shared.assign(shared_size + 128, kPoison);
+  block.shared_begin = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(block.shared.data()) + 127) & ~uintptr_t{127});
+  block.copies = 0;
+  block.copied.assign(shared_size / 4 + 1, 0);
+  block.mbarriers.clear();
+  block.what.assign((threads + 127) / 128, {});
+}
+
+bool wrote_behind(const Block& block) {
+  const auto untouched = [](uint8_t byte) { return byte == kPoison; };
+  return !std::all_of(static_cast<const uint8_t*>(block.shared_begin) + shared_size, block.shared.data() + block.shared.size(), untouched);
+}
+
+void wake(State waiting, const Block* of) {
+  for (Fiber& fiber : fibers)
+    if (fiber.state == waiting && (!of || fiber.block == of)) fiber.state = State::kReady;
+}
+
+void arrive(Block& block, uint32_t place) {
+  const auto found = block.mbarriers.find(place);
+  if (found == block.mbarriers.end()) {
+    message = "arrival at a barrier that nobody has made";
+    return;
+  }
+  Mbarrier& barrier = found->second;
+  if (--barrier.left) return;
+  barrier.left = barrier.count;
+  ++barrier.phase;
+  for (Fiber& fiber : fibers)
+    if (fiber.state == State::kInMbarrier && fiber.block == &block && fiber.barrier == place) fiber.state = State::kReady;
+}
+
+void finish_oldest(Fiber& fiber) {
+  Block& block = *fiber.block;
+  const Copies group = std::move(fiber.groups.front());
+  fiber.groups.erase(fiber.groups.begin());
+  ++block.copies;
+  for (const Copy& copy : group.all) {
+    if (copy.from)
+      std::memcpy(copy.to, copy.from, copy.bytes);
+    else
+      std::memset(copy.to, 0, copy.bytes);
+    const auto first = static_cast<uint32_t>(static_cast<uint8_t*>(copy.to) - block.shared_begin) / 4;
+    for (uint32_t word = first; word < first + copy.bytes / 4; ++word) block.copied[word] = block.copies;
+  }
+  if (group.barrier != kNobody) arrive(block, group.barrier);
+}
+
+// What arrives by itself does so when nobody can go on without it.
+bool finish_something(std::minstd_rand& random) {
+  const size_t first = random() % fibers.size();
+  for (size_t i = 0; i < fibers.size(); ++i) {
+    Fiber& fiber = fibers[(first + i) % fibers.size()];
+    const auto arrives = [](const Copies& group) { return group.barrier != kNobody; };
+    if (!std::any_of(fiber.groups.begin(), fiber.groups.end(), arrives)) continue;
+    finish_oldest(fiber);
+    return true;
+  }
+  return false;
+}
+
+// Threads in one order or another until all are done; false if they wait for each other. A warp runs until it waits for others: as far apart
+// as warps can get, every second time; or each of its threads once, then the next warp's: side by side.
+bool run_cluster(std::minstd_rand& random, bool apart) {
+  std::vector<unsigned> order(fibers.size() / 32), lanes(32);
+  for (unsigned i = 0; i < order.size(); ++i) order[i] = i;
+  for (unsigned i = 0; i < lanes.size(); ++i) lanes[i] = i;
+  for (unsigned i = 0; i < fibers.size(); ++i) start(i);
   std::shuffle(order.begin(), order.end(), random);
-  done = in_barrier = 0;
-  while (done < static_cast<int>(threads)) {
+  std::shuffle(lanes.begin(), lanes.end(), random);
+  done = in_cluster_barrier = 0;
+  while (done < static_cast<int>(fibers.size())) {
     bool moved = false;
-    for (const unsigned thread : order) {
-      if (fibers[thread].state != State::kReady) continue;
-      moved = true;
-      current = &fibers[thread];
-      swapcontext(&scheduler, &current->context);
-      if (!message.empty()) return false;
+    for (const unsigned warp : order) {
+      for (bool again = true; again;) {
+        again = false;
+        for (const unsigned lane : lanes) {
+          Fiber& fiber = fibers[32 * warp + lane];
+          if (fiber.state != State::kReady) continue;
+          moved = true;
+          again = apart;
+          current = &fiber;
+          swapcontext(&scheduler, &current->context);
+          if (!message.empty()) return false;
+        }
+      }
     }
-    if (!moved) {
+    if (!moved && !finish_something(random)) {
       message = "threads wait for others that have ended or wait elsewhere";
       return false;
     }
+    if (!message.empty()) return false;
   }
   return true;
 }
@@ -117,26 +231,24 @@ bool run_block(std::minstd_rand& random) {
 }  // namespace
 
 Index thread_index() { return {current->thread}; }
-Index block_index() { return {block}; }
+Index block_index() { return {current->block->index}; }
 Index block_size() { return {threads}; }
 
-const char* run_blocks(unsigned blocks, unsigned block_threads, size_t shared_bytes, const std::function<void()>& kernel) {
+const char* run_blocks(unsigned blocks, unsigned cluster_blocks, unsigned block_threads, size_t shared_bytes, const std::function<void()>& kernel) {
   message.clear();
   threads = block_threads;
   if (threads == 0 || threads % 32 || threads > 1024) return "a block has 32 to 1024 threads, a multiple of 32";
+  if (cluster_blocks == 0 || cluster_blocks > 8 || blocks % cluster_blocks) return "clusters have 1 to 8 blocks, and all as many";
   body = &kernel;
-  fibers.resize(threads);
-  while (stacks.size() < threads) stacks.push_back(std::make_unique<uint8_t[]>(kStack));
-  shared.assign(shared_bytes + 128, kPoison);
-  shared_begin = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(shared.data()) + 127) & ~uintptr_t{127});
   shared_size = shared_bytes;
+  fibers.resize(cluster_blocks * threads);
+  cluster.resize(cluster_blocks);
+  while (stacks.size() < fibers.size()) stacks.push_back(std::make_unique<uint8_t[]>(kStack));
   std::minstd_rand random(1);
-  for (block = 0; block < blocks; ++block) {
-    std::fill(shared.begin(), shared.end(), kPoison);
-    warps.assign(threads / 32, Warp{});
-    if (!run_block(random)) return message.c_str();
-    const auto untouched = [](uint8_t byte) { return byte == kPoison; };
-    if (!std::all_of(shared_begin + shared_size, shared.data() + shared.size(), untouched)) {
+  for (unsigned first = 0; first < blocks; first += cluster_blocks) {
+    for (unsigned i = 0; i < cluster_blocks; ++i) clear(cluster[i], first + i);
+    if (!run_cluster(random, first / cluster_blocks % 2 == 0)) return message.c_str();
+    if (std::any_of(cluster.begin(), cluster.end(), wrote_behind)) {
       message = "write behind the end of shared memory";
       return message.c_str();
     }
@@ -151,30 +263,53 @@ void fail(const char* what) {
 }
 
 void sync_block() {
-  if (++in_barrier < static_cast<int>(threads)) return leave(State::kInBlockBarrier);
-  in_barrier = 0;
-  for (Fiber& fiber : fibers)
-    if (fiber.state == State::kInBlockBarrier) fiber.state = State::kReady;
+  Block& block = *current->block;
+  if (++block.in_barrier < static_cast<int>(threads)) return leave(State::kInBlockBarrier);
+  block.in_barrier = 0;
+  wake(State::kInBlockBarrier, &block);
+}
+
+void sync_cluster() {
+  if (++in_cluster_barrier < static_cast<int>(fibers.size())) return leave(State::kInClusterBarrier);
+  in_cluster_barrier = 0;
+  wake(State::kInClusterBarrier, nullptr);
 }
 
 void together(const char* name, void* operands, void (*work)(void** all)) {
-  const unsigned first = current->thread / 32 * 32;
-  Warp& warp = warps[first / 32];
+  Warp& warp = current_warp();
   if (warp.arrived && std::strcmp(warp.name, name) != 0) fail("lanes of a warp do different things together");
   warp.name = name;
   warp.operands[current->thread % 32] = operands;
   if (++warp.arrived < 32) return leave(State::kInWarp);
   warp.arrived = 0;
   work(warp.operands);
-  for (unsigned i = first; i < first + 32; ++i)
-    if (fibers[i].state == State::kInWarp) fibers[i].state = State::kReady;
+  Fiber* const first = current - current->thread % 32;
+  for (Fiber* fiber = first; fiber < first + 32; ++fiber)
+    if (fiber->state == State::kInWarp) fiber->state = State::kReady;
 }
 
-uint8_t* shared_memory() { return shared_begin; }
+uint8_t* shared_memory() { return current->block->shared_begin; }
 
 void check_shared(const void* p, size_t bytes) {
-  if (!within(p, bytes, shared_begin, shared_size)) fail("access outside of shared memory");
+  if (!within(p, bytes, shared_memory(), shared_size)) fail("access outside of shared memory");
   if (reinterpret_cast<uintptr_t>(p) % bytes) fail("misaligned access to shared memory");
+}
+
+uint32_t shared_address(const void* p) {
+  if (!within(p, 0, shared_memory(), shared_size)) fail("address outside of shared memory");
+  return kSharedBase + static_cast<uint32_t>(static_cast<const uint8_t*>(p) - shared_memory());
+}
+
+uint8_t* at_shared_address(uint32_t address, size_t bytes) {
+  uint8_t* p = shared_memory() + (static_cast<int64_t>(address) - kSharedBase);
+  check_shared(p, bytes);
+  return p;
+}
+
+const void* of_block(const void* own, unsigned rank, size_t bytes) {
+  check_shared(own, bytes);
+  if (rank >= cluster.size()) fail("no such block in the cluster");
+  return cluster[rank].shared_begin + (static_cast<const uint8_t*>(own) - shared_memory());
 }
 
 void allow(const void* p, size_t bytes, bool writable) { ranges.push_back({static_cast<const uint8_t*>(p), bytes, writable}); }
@@ -201,19 +336,81 @@ void copy_later(void* to, const void* from, size_t bytes) {
 }
 
 void commit_copies() {
-  current->groups.push_back(std::move(current->copies));
+  current->groups.push_back({std::move(current->copies), kNobody});
   current->copies.clear();
 }
 
 void finish_copies(int pending) {
-  auto& groups = current->groups;
+  while (static_cast<int>(current->groups.size()) > pending) finish_oldest(*current);
+}
+
+void fence_proxy_async() { current->fenced = current->block->copies; }
+
+bool unfenced(uint32_t address, size_t bytes) {
+  const Fiber* const first = current - current->thread % 32;
+  uint32_t fenced = first->fenced;
+  for (const Fiber* fiber = first; fiber < first + 32; ++fiber) fenced = std::min(fenced, fiber->fenced);
+  for (uint32_t word = (address - kSharedBase) / 4; word < (address - kSharedBase + bytes) / 4; ++word)
+    if (current->block->copied[word] > fenced) return true;
+  return false;
+}
+
+namespace {
+
+uint32_t place(const void* barrier) {
+  check_shared(barrier, 8);
+  return static_cast<uint32_t>(static_cast<const uint8_t*>(barrier) - shared_memory());
+}
+
+}  // namespace
+
+void mbarrier_init(const void* barrier, uint32_t count) {
+  if (count == 0) fail("a barrier of nobody");
+  current->block->mbarriers[place(barrier)] = {count, count, 0};
+}
+
+void mbarrier_arrive(const void* barrier) {
+  arrive(*current->block, place(barrier));
+  if (!message.empty()) fail(message.c_str());
+}
+
+void mbarrier_arrive_after_copies(const void* barrier) {
+  current->groups.push_back({std::move(current->copies), place(barrier)});
+  current->copies.clear();
+}
+
+void mbarrier_wait(const void* barrier, uint32_t bit) {
+  const auto found = current->block->mbarriers.find(place(barrier));
+  if (found == current->block->mbarriers.end()) fail("wait at a barrier that nobody has made");
+  while (found->second.phase % 2 == bit) {
+    current->barrier = found->first;
+    leave(State::kInMbarrier);
+  }
+}
+
+void fence_registers() { current_warp().fenced = true; }
+
+void start_later(uint64_t what, const std::function<void()>& work) {
+  Warp& warp = current_warp();
+  if (!warp.fenced) fail("wgmma without wgmma.fence before the first one of a group");
+  auto& all = current->block->what[current->thread / 128];
+  if (threads % 128) fail("wgmma needs groups of four warps");
+  if (warp.started == all.size()) all.push_back(what);
+  if (all[warp.started++] != what) fail("warps of a group start different instructions");
+  warp.begun.push_back(work);
+}
+
+void commit_later() {
+  Warp& warp = current_warp();
+  warp.fenced = false;
+  warp.groups.push_back(std::move(warp.begun));
+  warp.begun.clear();
+}
+
+void finish_later(int pending) {
+  auto& groups = current_warp().groups;
   while (static_cast<int>(groups.size()) > pending) {
-    for (const Copy& copy : groups.front()) {
-      if (copy.from)
-        std::memcpy(copy.to, copy.from, copy.bytes);
-      else
-        std::memset(copy.to, 0, copy.bytes);
-    }
+    for (const auto& work : groups.front()) work();
     groups.erase(groups.begin());
   }
 }

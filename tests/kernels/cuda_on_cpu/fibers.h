@@ -1,4 +1,4 @@
-// Thread blocks of the emulated GPU: one fiber for each thread, barriers, asynchronous copies, and checks of addresses.
+// Thread blocks of the emulated GPU: one fiber for each thread, barriers, what goes on beside threads, and checks of addresses.
 #pragma once
 
 #include <cstddef>
@@ -18,20 +18,27 @@ Index block_size();
 // What launchers are told; tests set it, so that small shapes take the ways of large ones.
 extern int multiprocessors;
 extern size_t most_shared_bytes;
+extern int compute_capability;  // 80 for 8.0
 
-// Runs `kernel` once for each thread of each block. Returns null, or what went wrong first.
-const char* run_blocks(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel);
+// Runs `kernel` once for each thread of each block, `cluster` blocks at a time. Returns null, or what went wrong first.
+const char* run_blocks(unsigned blocks, unsigned cluster, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel);
 
 // Ends the launch with a message; does not return.
 [[noreturn]] void fail(const char* what);
 
 void sync_block();
+void sync_cluster();
 
 // All 32 lanes of the warp meet; the last one calls `work` with the operands of each.
 void together(const char* name, void* operands, void (*work)(void** all));
 
 uint8_t* shared_memory();
 void check_shared(const void* p, size_t bytes);
+// Where `p` is as instructions count, which is where the hardware's swizzle looks; and back.
+uint32_t shared_address(const void* p);
+uint8_t* at_shared_address(uint32_t address, size_t bytes);
+// What block `rank` of the cluster has where `own` is in this one's shared memory.
+const void* of_block(const void* own, unsigned rank, size_t bytes);
 
 // Global memory that kernels may read and, if `writable`, write.
 void allow(const void* p, size_t bytes, bool writable);
@@ -43,5 +50,22 @@ void check_range(const void* p, size_t bytes);  // to be read, of any size and a
 void copy_later(void* shared, const void* global, size_t bytes);
 void commit_copies();
 void finish_copies(int pending);
+// Finished copies are there for instructions of this thread that read shared memory on their own.
+void fence_proxy_async();
+// Whether a copy to these bytes is there for ordinary reads of this warp only.
+bool unfenced(uint32_t address, size_t bytes);
+
+// Barriers in shared memory. Copies that a thread arrives with are finished when no thread can go on without, in any order among threads.
+void mbarrier_init(const void* barrier, uint32_t count);
+void mbarrier_arrive(const void* barrier);
+void mbarrier_arrive_after_copies(const void* barrier);
+void mbarrier_wait(const void* barrier, uint32_t bit);
+
+// Instructions of a warpgroup that go on beside the threads, one part for each warp. `what`: the same for all four warps, or it is a mistake.
+// `work` is called as late as the waits of the warp allow. The functions are called once for each warp, within `together`.
+void start_later(uint64_t what, const std::function<void()>& work);
+void commit_later();
+void finish_later(int pending);
+void fence_registers();
 
 }  // namespace cuda_on_cpu

@@ -85,10 +85,97 @@ void writes_what_is_read_only(Params p) { store(const_cast<uint32_t*>(p.from), 1
 void misaligned(Params p) { store(p.to, load(reinterpret_cast<const uint4*>(p.from + 1)).x); }
 void writes_behind_shared_memory(Params) { shared_memory()[2048] = 0; }
 
+enum class Mistake { kNone, kNoProxyFence, kNoBarrier, kNoFence, kNoWait, kMemoryChanges, kRegistersChange, kOtherDescriptor, kNotAligned };
+
+// 16 columns of 16 numbers along k, two to a word, as the second operand with the swizzle of 128 bytes. Row r of the first one picks number
+// r % 16 of each column. Warp w stores its sums 2 w.
+template <Mistake kMistake>
+void wgmma_of_columns(Params p) {
+  const unsigned thread = threadIdx.x, lane = thread % 32, warp = thread / 32, n = thread / 8, k = thread % 8;
+  uint8_t* tile = swizzled_memory();
+  if (kMistake == Mistake::kNotAligned) tile += 128;
+  cp_async_few<4>(tile + n * 128 + ((k / 4) ^ n % 8) * 16 + 4 * (k % 4), p.from + thread);
+  cp_async_commit();
+  cp_async_wait<0>();
+  if (kMistake != Mistake::kNoBarrier) sync_block();
+  if (kMistake != Mistake::kNoProxyFence) fence_proxy_async();
+  uint64_t descriptor = uint64_t{1} << 62 | uint64_t{1024 / 16} << 32 | shared_address(tile) / 16;
+  if (kMistake == Mistake::kOtherDescriptor) descriptor += 2 * warp;
+  constexpr uint32_t kOne = 0x3f80;  // bfloat16
+  uint32_t a[4] = {};
+  for (unsigned i = 0; i < 8; ++i)
+    if (lane / 4 + i / 2 % 2 * 8 == 2 * (lane % 4) + i % 2 + i / 4 * 8) a[i / 2] |= kOne << 16 * (i % 2);
+  float d[8];
+  if (kMistake != Mistake::kNoFence) wgmma_fence();
+  wgmma(BFloat16{}, d, a, descriptor, false);
+  wgmma_commit();
+  if (kMistake == Mistake::kMemoryChanges) tile[thread] ^= 1;
+  if (kMistake == Mistake::kRegistersChange) a[0] ^= 1;
+  if (kMistake != Mistake::kNoWait) wgmma_wait<0>(d);
+  store(p.to + thread, as_bits(d[2 * warp]));
+  wgmma_wait<0>(d);
+}
+
+// Three warps fill two stages in turns, the fourth one adds up what is in them.
+template <Mistake kMistake>
+void ring(Params p) {
+  uint64_t* full = reinterpret_cast<uint64_t*>(shared_memory());
+  uint64_t* empty = full + 2;
+  uint32_t* stages = reinterpret_cast<uint32_t*>(shared_memory() + 64);  // [2][96]
+  if (threadIdx.x == 0)
+    for (int i = 0; i < 2; ++i) mbarrier_init(full + i, 96), mbarrier_init(empty + i, kMistake == Mistake::kNoBarrier ? 2 : 1);
+  sync_block();
+  constexpr uint32_t kRounds = 7;
+  if (threadIdx.x < 96) {
+    for (uint32_t i = 0; i < kRounds; ++i) {
+      if (i >= 2 && kMistake != Mistake::kMemoryChanges) mbarrier_wait(empty + i % 2, (i / 2 - 1) % 2);
+      cp_async_few<4>(stages + 96 * (i % 2) + threadIdx.x, p.from + (threadIdx.x + i) % 128);
+      mbarrier_arrive_after_copies(full + i % 2);
+    }
+    return;
+  }
+  uint32_t sum = 0;
+  for (uint32_t i = 0; i < kRounds; ++i) {
+    if (kMistake != Mistake::kNoWait) mbarrier_wait(full + i % 2, i / 2 % 2);
+    for (int j = 0; j < 3; ++j) sum = 3 * sum + stages[96 * (i % 2) + 32 * j + threadIdx.x % 32];
+    sync_warp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(empty + i % 2);
+  }
+  store(p.to + threadIdx.x % 32, sum);
+}
+
+// Each of four blocks adds up what all have, in their order.
+void sum_of_cluster(Params p) {
+  float* own = reinterpret_cast<float*>(shared_memory());
+  own[threadIdx.x] = static_cast<float>(load(p.from + threadIdx.x) + blockIdx.x);
+  sync_cluster();
+  if (threadIdx.x >= 8) return sync_cluster();
+  const float* from = own + 4 * threadIdx.x;
+  float sum = 0;
+  for (uint32_t i = 0; i < 4; ++i) sum = 2 * sum + load_of_block(reinterpret_cast<const float4*>(from), i).y;
+  store(p.to + 8 * blockIdx.x + threadIdx.x, as_bits(sum));
+  sync_cluster();
+}
+
 constexpr struct {
   const char* name;
   void (*kernel)(Params);
+  unsigned threads = 32, cluster = 1;
 } kKernels[] = {
+    {"wgmma", wgmma_of_columns<Mistake::kNone>, 128},
+    {"wgmma_no_proxy_fence", wgmma_of_columns<Mistake::kNoProxyFence>, 128},
+    {"wgmma_no_barrier", wgmma_of_columns<Mistake::kNoBarrier>, 128},
+    {"wgmma_no_fence", wgmma_of_columns<Mistake::kNoFence>, 128},
+    {"wgmma_no_wait", wgmma_of_columns<Mistake::kNoWait>, 128},
+    {"wgmma_memory_changes", wgmma_of_columns<Mistake::kMemoryChanges>, 128},
+    {"wgmma_registers_change", wgmma_of_columns<Mistake::kRegistersChange>, 128},
+    {"wgmma_other_descriptor", wgmma_of_columns<Mistake::kOtherDescriptor>, 128},
+    {"wgmma_not_aligned", wgmma_of_columns<Mistake::kNotAligned>, 128},
+    {"ring", ring<Mistake::kNone>, 128},
+    {"ring_too_many_expected", ring<Mistake::kNoBarrier>, 128},
+    {"ring_no_wait", ring<Mistake::kNoWait>, 128},
+    {"ring_filled_too_early", ring<Mistake::kMemoryChanges>, 128},
+    {"sum_of_cluster", sum_of_cluster, 32, 4},
     {"copies", copies},
     {"matrices", matrices},
     {"shuffle", shuffle},
@@ -106,9 +193,12 @@ constexpr struct {
 
 }  // namespace
 
-// Runs a kernel by its name with one warp.
+// Runs a kernel by its name.
 extern "C" const char* self_check(const char* name, const uint32_t* from, uint32_t* to) {
   for (const auto& one : kKernels)
-    if (std::strcmp(one.name, name) == 0) return launch<Params>(one.kernel, 1, 32, 2048, nullptr, {from, to});
+    if (std::strcmp(one.name, name) == 0) {
+      const size_t shared_bytes = one.threads > 32 ? 4096 : 2048;
+      return launch_clusters<Params>(one.kernel, one.cluster, one.cluster, one.threads, shared_bytes, nullptr, {from, to});
+    }
   return "no such kernel";
 }

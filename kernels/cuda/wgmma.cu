@@ -1,0 +1,61 @@
+// When wgmma is taken, and how a product is cut into clusters of thread blocks.
+#include "wgmma.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#include "target.h"
+
+namespace hfq {
+namespace {
+
+// Published figures of an H100; none was measured with these kernels.
+constexpr float kBytesPerClock = 28;         // from L2 to a multiprocessor
+constexpr float kStartClocks = 2000;         // until a block's first stage is there, and its sums have gone
+constexpr float kClusterClocks = 1500;       // two barriers of a cluster, and the way to a neighbour's shared memory
+constexpr float kClusterBytesPerClock = 16;  // from there
+
+int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+const char* launch_kind(const WgmmaParams& p, cudaStream_t stream) {
+  if (p.weight.codebook) return launch_wgmma_table4(p, stream);
+  if (p.weight.bits == 2) return launch_wgmma_int2(p, stream);
+  if (p.weight.bits == 3) return launch_wgmma_int3(p, stream);
+  if (p.weight.bits == 4) return launch_wgmma_int4(p, stream);
+  return launch_wgmma_int8(p, stream);
+}
+
+}  // namespace
+
+bool takes_wgmma(const LinearParams& p) {
+  const char* const wanted = std::getenv("HFQ_CUDA_WGMMA");
+  return p.tokens > 8 && wanted && std::strcmp(wanted, "1") == 0 && compute_capability() == 90;
+}
+
+// The number of blocks that share the columns with which the last round of clusters ends first.
+WgmmaPlan plan_wgmma(const LinearParams& p, const WgmmaShape& shape) {
+  const int64_t chunks = divided(p.weight.in_features, kWgmmaColumns);
+  const int64_t tiles = divided(p.weight.out_features, shape.rows) * divided(p.tokens, shape.tokens);
+  const float chunk_clocks = kWgmmaColumns * (shape.rows * p.weight.bits / 8.0f + 2.0f * shape.tokens) / kBytesPerClock;
+  WgmmaPlan best = {1, static_cast<int32_t>(chunks)};
+  float least = 0;
+  for (int32_t splits = 1; splits <= kMostClusterBlocks && (splits == 1 || chunks >= 2 * splits); ++splits) {
+    const int active = shape.active_clusters(splits);
+    if (active == 0) continue;
+    const int64_t split_chunks = divided(chunks, splits);
+    if (divided(chunks, split_chunks) < splits) continue;  // a block would have no columns
+    const float sums = splits == 1 ? 0 : kClusterClocks + 4.0f * shape.rows * shape.tokens / kClusterBytesPerClock;
+    const float clocks = divided(tiles, active) * (kStartClocks + split_chunks * chunk_clocks + sums);
+    if (least == 0 || clocks < least) best = {splits, static_cast<int32_t>(split_chunks)}, least = clocks;
+  }
+  return best;
+}
+
+const char* launch_wgmma(const LinearParams& params, cudaStream_t stream) {
+  WgmmaParams p = {};
+  static_cast<LinearParams&>(p) = params;
+  p.flush_mask = flush_mask(p.weight, kWgmmaColumns / kUnitColumns);
+  return launch_kind(p, stream);
+}
+
+}  // namespace hfq

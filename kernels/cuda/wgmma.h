@@ -1,0 +1,43 @@
+// The part of hfq::cuda_linear for 9 and more tokens on compute capability 9.0, with instructions of four warps (wgmma).
+#pragma once
+
+#include "linear.h"
+
+namespace hfq {
+
+constexpr int kWgmmaColumns = 128;     // of a stage
+constexpr int kMostClusterBlocks = 8;  // that any GPU of compute capability 9.0 takes
+// Of shared memory. 32 KiB more would leave 28 KiB to the L1 cache, through which copies of 4 bytes go: hardly more than is on the way.
+constexpr int kMostWgmmaBytes = 195 << 10;
+
+struct WgmmaPlan {
+  int32_t splits;        // thread blocks that share the columns of one tile of the output: a cluster
+  int32_t split_chunks;  // kWgmmaColumns columns each, of each of them
+};
+
+struct WgmmaParams : LinearParams {
+  WgmmaPlan plan;
+};
+
+// What a thread block of a kernel takes, and how many clusters of so many blocks run at a time.
+struct WgmmaShape {
+  int32_t rows, tokens;
+  int (*active_clusters)(int blocks);
+};
+
+WgmmaPlan plan_wgmma(const LinearParams& params, const WgmmaShape& shape);
+
+// Whether launch_linear takes these kernels: they have not been measured yet, so only where HFQ_CUDA_WGMMA=1 is set.
+bool takes_wgmma(const LinearParams& params);
+
+// Enqueues the kernel; launch_linear has set what is the launcher's to set in LinearParams.
+const char* launch_wgmma(const LinearParams& params, cudaStream_t stream);
+
+// One for each kind of codes, so that they are compiled side by side; called by launch_wgmma.
+const char* launch_wgmma_int2(const WgmmaParams& params, cudaStream_t stream);
+const char* launch_wgmma_int3(const WgmmaParams& params, cudaStream_t stream);
+const char* launch_wgmma_int4(const WgmmaParams& params, cudaStream_t stream);
+const char* launch_wgmma_int8(const WgmmaParams& params, cudaStream_t stream);
+const char* launch_wgmma_table4(const WgmmaParams& params, cudaStream_t stream);
+
+}  // namespace hfq

@@ -1,0 +1,7 @@
+#include "wgmma_kernel.h"
+
+namespace hfq {
+
+const char* launch_wgmma_int2(const WgmmaParams& params, cudaStream_t stream) { return launch_wgmma_of<IntCodes<2>>(params, stream); }
+
+}  // namespace hfq

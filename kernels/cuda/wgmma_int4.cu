@@ -1,0 +1,7 @@
+#include "wgmma_kernel.h"
+
+namespace hfq {
+
+const char* launch_wgmma_int4(const WgmmaParams& params, cudaStream_t stream) { return launch_wgmma_of<IntCodes<4>>(params, stream); }
+
+}  // namespace hfq

@@ -1,0 +1,7 @@
+#include "wgmma_kernel.h"
+
+namespace hfq {
+
+const char* launch_wgmma_table4(const WgmmaParams& params, cudaStream_t stream) { return launch_wgmma_of<TableCodes>(params, stream); }
+
+}  // namespace hfq
