@@ -33,7 +33,7 @@ __all__ = ["install", "remove"]
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # kernels/cuda/decode.h
-_MOST_ATTENDED_ON_CUDA = 256
+_MOST_ATTENDED_BYTES = 512
 
 # Relative difference of both codes in float32: sums in another order stay ten times below, another formula far above.
 _TOLERANCE = 1e-5
@@ -140,7 +140,7 @@ def _mask_fits(mask: Any, x: Tensor) -> bool:
 
 def _attends_on_cuda(x: Tensor, cos: Tensor) -> bool:
     """Heads fit the lanes of a warp."""
-    return x.dtype.itemsize == 2 and cos.shape[-1] <= _MOST_ATTENDED_ON_CUDA
+    return cos.shape[-1] * x.dtype.itemsize <= _MOST_ATTENDED_BYTES
 
 
 def _attention(

@@ -30,6 +30,9 @@ __device__ __forceinline__ float nothing() { return as_float(0xff800000u); }  //
 // exp(score - largest), 0 for what is hidden.
 __device__ __forceinline__ float weight_of(float score, float largest) { return score == nothing() ? 0.0f : exponential(score - largest); }
 
+// Of a query that sees nothing, 0. What is not a number stays so.
+__device__ __forceinline__ float quotient(float sum, float all) { return all == 0.0f ? 0.0f : divide(sum, all); }
+
 template <class T, int kLanes>
 __device__ __forceinline__ void attend_block(const AttendBlocks& p) {
   constexpr int kPiece = kPerLoad<T>, kAtOnce = 32 / kLanes * kWarps;  // tokens of all warps
@@ -134,7 +137,7 @@ __device__ __forceinline__ void attend_block(const AttendBlocks& p) {
     }
     const int64_t head = batch * p.heads + first_head + h;
     if (p.parts == 1) {
-      store(static_cast<Number*>(p.y) + head * p.size + c, from_float(T{}, all > 0.0f ? divide(sum, all) : 0.0f));
+      store(static_cast<Number*>(p.y) + head * p.size + c, from_float(T{}, quotient(sum, all)));
     } else {
       float* to = p.workspace + (head * p.parts + part) * width;
       store(to + c, sum);
@@ -167,7 +170,7 @@ __global__ void __launch_bounds__(kThreads) add_parts_kernel(const AttendBlocks 
       const float share = weight_of(load_written(from + part * width + p.size), most);
       sum += load_written(from + part * width + c) * share, all += load_written(from + part * width + p.size + 1) * share;
     }
-    store(static_cast<Bits<T>*>(p.y) + head * p.size + c, from_float(T{}, all > 0.0f ? divide(sum, all) : 0.0f));
+    store(static_cast<Bits<T>*>(p.y) + head * p.size + c, from_float(T{}, quotient(sum, all)));
   }
 }
 
@@ -211,6 +214,7 @@ const char* launch_attend(const AttendParams& params, float* workspace, cudaStre
   if (params.batch == 0) return nullptr;
   AttendBlocks p = blocks_of(params);
   p.workspace = workspace;
+  if (p.dtype == kFloat32) return launch_dtype<Float32>(p, stream);
   return p.dtype == kFloat16 ? launch_dtype<Float16>(p, stream) : launch_dtype<BFloat16>(p, stream);
 }
 

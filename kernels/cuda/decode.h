@@ -6,7 +6,7 @@
 
 namespace hfq {
 
-constexpr int64_t kMostAttended = 256;  // numbers of a head that attend() takes
+constexpr int64_t kMostAttendedBytes = 512;  // of a head, that attend() takes
 
 const char* launch_rms_norm(const NormParams& params, cudaStream_t stream);
 const char* launch_rotate(const RotateParams& q, const RotateParams& k, cudaStream_t stream);

@@ -123,8 +123,8 @@ struct DecodeOperators {
     constexpr const char* op = "attend";
     const Tensor q(op, "q", stack[0]), k(op, "k", stack[1]), v(op, "v", stack[2]), mask(op, "mask", Tensor::unwrap(stack[4]));
     AttendParams p = {};
-    if (q.dim() != 4 || q.size(1) < 1 || q.size(2) != 1 || q.size(3) < 1 || q.size(3) % 16 || q.size(3) > Device::kMostAttended)
-      q.refuse("of shape [B, H, 1, D] with D a multiple of 16, at most " + std::to_string(Device::kMostAttended));
+    if (q.dim() != 4 || q.size(1) < 1 || q.size(2) != 1 || q.size(3) < 1 || q.size(3) % 16 || q.size(3) * element_size(expect_float(q)) > Device::kMostAttendedBytes)
+      q.refuse("of shape [B, H, 1, D] with D a multiple of 16, of at most " + std::to_string(Device::kMostAttendedBytes) + " bytes");
     p.batch = q.size(0);
     p.heads = q.size(1);
     p.size = q.size(3);

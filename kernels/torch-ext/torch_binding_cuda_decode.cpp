@@ -13,7 +13,7 @@ class OnCuda {
  public:
   static int32_t type() { return aoti_torch_device_type_cuda(); }
   static constexpr int64_t kLargestHead = 1 << 16;
-  static constexpr int64_t kMostAttended = hfq::kMostAttended;
+  static constexpr int64_t kMostAttendedBytes = hfq::kMostAttendedBytes;
   OnCuda(const char* op, int32_t index) : op_(op), index_(index), guard_(index), stream_(current_stream(index)) {}
 
   void rms_norm(const NormParams& p) const {
@@ -29,7 +29,6 @@ class OnCuda {
     check(launch_gate(p, stream_));
   }
   void attend(const AttendParams& p) const {
-    expect(p.dtype != kFloat32, op_, "takes float16 and bfloat16 on CUDA, got float32");
     expect(p.batch * p.heads * 64 < kMostNumbers, op_, "too many heads for one launch");
     const int64_t floats[] = {attend_workspace(p)};
     void* workspace = nullptr;

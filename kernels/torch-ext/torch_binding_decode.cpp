@@ -9,7 +9,7 @@ namespace {
 struct OnCpu {
   static int32_t type() { return aoti_torch_device_type_cpu(); }
   static constexpr int64_t kLargestHead = 2 * kDecodeChunk;  // rotate() keeps halves of heads on the stack
-  static constexpr int64_t kMostAttended = kLargest;
+  static constexpr int64_t kMostAttendedBytes = kLargest;
   OnCpu(const char*, int32_t) {}
 
   void rms_norm(const NormParams& p) const { launch_rms_norm(p); }

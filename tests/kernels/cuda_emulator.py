@@ -520,16 +520,20 @@ class Emulator:
         return results[0], results[1]
 
     def gate(self, gate: Tensor, up: Tensor, tanh_gelu: bool) -> Tensor:
-        """Both `[rows, columns]`, or parts of the columns of one."""
+        """Both contiguous, or parts of the columns of contiguous tensors."""
         y = torch.full(gate.shape, 12345.0, dtype=gate.dtype)
+        columns = gate.shape[-1]
+        gate_stride, up_stride = (
+            each.stride(-2) if each.dim() > 1 else columns for each in (gate, up)
+        )
         params = GateParams(
-            rows=len(gate),
-            columns=gate.shape[1],
+            rows=gate.numel() // columns,
+            columns=columns,
             dtype=_DTYPES[gate.dtype],
             gate=gate.data_ptr(),
             up=up.data_ptr(),
-            gate_stride=gate.stride(0),
-            up_stride=up.stride(0),
+            gate_stride=gate_stride,
+            up_stride=up_stride,
             y=y.data_ptr(),
             tanh_gelu=tanh_gelu,
         )
@@ -605,9 +609,10 @@ class Emulator:
 
 def _around(part: Tensor) -> Tensor:
     """The contiguous memory from the first to the last number of a part of the columns of a tensor."""
+    if part.is_contiguous():
+        return part
     rows = part.numel() // part.shape[-1]
-    numbers = (rows - 1) * part.stride(0) + part.shape[-1]
-    return part.as_strided((numbers,), (1,))
+    return part.as_strided(((rows - 1) * part.stride(-2) + part.shape[-1],), (1,))
 
 
 def _address(tensor: Tensor | None) -> int:

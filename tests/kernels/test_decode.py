@@ -1,4 +1,5 @@
-"""What stands between the products of a decode step, against float64 and against PyTorch, on every instruction set."""
+"""What stands between the products of a decode step, against float64 and against PyTorch: on every instruction set, and the CUDA
+kernels in the emulator (cuda_on_cpu/cuda_on_cpu.h) and on a GPU."""
 
 from __future__ import annotations
 
@@ -14,10 +15,37 @@ from hfq.kernels import decode, native
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 OPS = torch.ops.hfq
 
-pytestmark = pytest.mark.usefixtures("isa_or_reference")
-
 # Of a dtype, that values of size 1 are rounded to.
 STEP = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+class _OnGpu:
+    """Operators there, for tensors here."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            there = (a.cuda() if isinstance(a, Tensor) else a for a in arguments)
+            y = getattr(OPS, name)(*there)
+            return tuple(each.cpu() for each in y) if isinstance(y, tuple) else y.cpu()
+
+        return call
+
+
+@pytest.fixture(
+    params=[*(native.load().isas or [None]), "emulated", pytest.param("gpu", marks=pytest.mark.gpu)]
+)
+def ops(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Whose operators: an instruction set's (PyTorch's where there are none), the emulated GPU's, a GPU's."""
+    if request.param == "emulated":
+        yield request.getfixturevalue("emulator")
+    elif request.param == "gpu":
+        assert native.load().cuda, native.load().cuda_reason
+        yield _OnGpu()
+    elif request.param is None:
+        yield OPS
+    else:
+        with native.use_isa(request.param):
+            yield OPS
 
 
 @pytest.fixture
@@ -39,6 +67,7 @@ def assert_near(found: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("columns", [1, 15, 16, 255, 256, 2049])
 @pytest.mark.parametrize(("offset", "round_first"), [(0.0, True), (1.0, False)])
 def test_norm(
+    ops: Any,
     columns: int,
     offset: float,
     round_first: bool,
@@ -46,21 +75,21 @@ def test_norm(
     normal: Callable[..., Tensor],
 ) -> None:
     x, weight = 30 * normal(3, 2, columns, dtype=dtype), normal(columns, dtype=dtype)
-    found = OPS.rms_norm(x, weight, 1e-5, offset, round_first)
+    found = ops.rms_norm(x, weight, 1e-5, offset, round_first)
     wide = x.double()
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
     assert_near(found, normed * (weight.double() + offset), dtype)
     reference = decode.rms_norm(x, weight, 1e-5, offset, round_first)
     if dtype != torch.float32:
         # Only where a sum in another order falls on the other side of a rounding.
-        assert (found != reference).float().mean() < 0.01
-    assert OPS.rms_norm(x[:0], weight, 1e-5, offset, round_first).shape == (0, 2, columns)
+        assert (found != reference).sum() <= 1 + found.numel() // 100
+    assert ops.rms_norm(x[:0], weight, 1e-5, offset, round_first).shape == (0, 2, columns)
 
 
-def test_norm_of_many_rows_and_of_nothing(normal: Callable[..., Tensor]) -> None:
+def test_norm_of_many_rows_and_of_nothing(ops: Any, normal: Callable[..., Tensor]) -> None:
     x, weight = normal(300, 700), normal(700)
     x[7] = 0
-    found = OPS.rms_norm(x, weight, 1e-6, 0.0, True)
+    found = ops.rms_norm(x, weight, 1e-6, 0.0, True)
     torch.testing.assert_close(found, decode.rms_norm(x, weight, 1e-6, 0.0, True))
     assert not found[7].any()
 
@@ -71,6 +100,7 @@ def test_norm_of_many_rows_and_of_nothing(normal: Callable[..., Tensor]) -> None
 )
 @pytest.mark.parametrize("shared", [True, False])
 def test_rotation(
+    ops: Any,
     heads: int,
     kv_heads: int,
     size: int,
@@ -83,7 +113,7 @@ def test_rotation(
     q, k, _ = together.split_with_sizes([n * size for n in (heads, kv_heads, kv_heads)], -1)
     angle = normal(1 if shared else batch, 1, size)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
-    found = OPS.rotate(q, k, cos, sin)
+    found = ops.rotate(q, k, cos, sin)
     for ours, theirs in zip(found, decode.rotate(q, k, cos, sin), strict=True):
         assert ours.shape == theirs.shape and ours.is_contiguous()
         # Every product and sum is rounded where PyTorch does it.
@@ -94,23 +124,23 @@ def test_rotation(
 @pytest.mark.parametrize("tanh_gelu", [True, False])
 @pytest.mark.parametrize("columns", [1, 31, 256, 700])
 def test_gate(
-    columns: int, tanh_gelu: bool, dtype: torch.dtype, normal: Callable[..., Tensor]
+    ops: Any, columns: int, tanh_gelu: bool, dtype: torch.dtype, normal: Callable[..., Tensor]
 ) -> None:
     together = 6 * normal(2, 3, 2 * columns, dtype=dtype)
     gate, up = together.split_with_sizes([columns, columns], -1)
-    found = OPS.gate(gate, up, tanh_gelu)
+    found = ops.gate(gate, up, tanh_gelu)
     assert_near(found, decode.gate(gate.double(), up.double(), tanh_gelu), dtype)
     reference = decode.gate(gate, up, tanh_gelu)
     if dtype != torch.float32 and not tanh_gelu:  # PyTorch's gelu loses digits below 0
-        assert (found != reference).float().mean() < 0.01
+        assert (found != reference).sum() <= 1 + found.numel() // 100
 
 
-def test_gate_far_from_zero() -> None:
+def test_gate_far_from_zero(ops: Any) -> None:
     gate = torch.tensor([-1e30, -200.0, -90.0, -1e-30, 0.0, 1e-30, 90.0, 200.0, 1e30])
     one = torch.ones_like(gate)
-    silu = OPS.gate(gate, one, False)
+    silu = ops.gate(gate, one, False)
     torch.testing.assert_close(silu, decode.gate(gate, one, False), rtol=1e-6, atol=1e-30)
-    far = OPS.gate(gate[1:-1], one[1:-1], True)
+    far = ops.gate(gate[1:-1], one[1:-1], True)
     torch.testing.assert_close(far, decode.gate(gate[1:-1], one[1:-1], True), rtol=1e-6, atol=1e-30)
 
 
@@ -140,8 +170,9 @@ def masks(
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "size"), [(8, 2, 64), (6, 6, 80), (9, 1, 128), (7, 1, 16), (4, 2, 208)]
 )
-@pytest.mark.parametrize("length", [1, 15, 16, 33, 300])
+@pytest.mark.parametrize("length", [1, 15, 16, 65, 300])
 def test_attention(
+    ops: Any,
     heads: int,
     kv_heads: int,
     size: int,
@@ -149,52 +180,56 @@ def test_attention(
     dtype: torch.dtype,
     normal: Callable[..., Tensor],
 ) -> None:
+    if ops is not OPS and size * dtype.itemsize > 512:
+        pytest.skip("too wide for the CUDA kernel")
     batch, room = 2, length + 3
     q = normal(batch, heads, 1, size, dtype=dtype)
     k, v = (normal(batch, kv_heads, room, size, dtype=dtype) for _ in range(2))
     # What lies behind is not looked at.
     k[:, :, length:] = v[:, :, length:] = torch.nan
     for mask in masks(batch, heads, length, dtype, normal):
-        found = OPS.attend(q, k, v, length, mask, 0.3)
+        found = ops.attend(q, k, v, length, mask, 0.3)
         wide = mask if mask is None or mask.dtype == torch.bool else mask.double()
         exact = decode.attend(q.double(), k.double(), v.double(), length, wide, 0.3)
         assert_near(found, exact, dtype)
 
 
-def test_attention_to_nothing_is_zero(normal: Callable[..., Tensor]) -> None:
+def test_attention_to_nothing_is_zero(ops: Any, normal: Callable[..., Tensor]) -> None:
     q, k, v = normal(2, 4, 1, 32), normal(2, 2, 9, 32), normal(2, 2, 9, 32)
     unseen = torch.zeros(2, 1, 1, 9, dtype=torch.bool)
     unseen[1] = True
     for mask in (unseen, torch.where(unseen, 0.0, -torch.inf)):
-        found = OPS.attend(q, k, v, 9, mask, 0.2)
+        found = ops.attend(q, k, v, 9, mask, 0.2)
         assert not found[0].any() and found[1].abs().min() > 0
-    assert not OPS.attend(q, k, v, 0, None, 0.2).any()
+    assert not ops.attend(q, k, v, 0, None, 0.2).any()
 
 
-def test_large_scores_do_not_overflow(normal: Callable[..., Tensor]) -> None:
+def test_large_scores_do_not_overflow(ops: Any, normal: Callable[..., Tensor]) -> None:
     q, k, v = 300 * normal(1, 2, 1, 64), 300 * normal(1, 1, 50, 64), normal(1, 1, 50, 64)
-    found = OPS.attend(q, k, v, 50, None, 1.0)
+    found = ops.attend(q, k, v, 50, None, 1.0)
     torch.testing.assert_close(found, decode.attend(q, k, v, 50, None, 1.0))
     # One is seen and all others too far away to count: its value exactly.
     far = torch.full((1, 1, 1, 50), -1e9)
     far[..., 17] = 0
-    assert torch.equal(OPS.attend(q, k, v, 50, far, 0.0), v[:, :, 17].repeat(1, 1, 2))
+    assert torch.equal(ops.attend(q, k, v, 50, far, 0.0), v[:, :, 17].repeat(1, 1, 2))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_what_is_not_finite_is_not_hidden(bad: float, normal: Callable[..., Tensor]) -> None:
+def test_what_is_not_finite_is_not_hidden(
+    ops: Any, bad: float, normal: Callable[..., Tensor]
+) -> None:
     x = normal(2, 40)
     x[1, 33] = bad
-    found = OPS.rms_norm(x, torch.ones(40), 1e-5, 0.0, True)
+    found = ops.rms_norm(x, torch.ones(40), 1e-5, 0.0, True)
     assert found[0].isfinite().all() and not found[1, 33].isfinite()
-    gated = OPS.gate(x, torch.ones(2, 40), False)
+    gated = ops.gate(x, torch.ones(2, 40), False)
     assert not gated[1, 33].isfinite() and gated.isfinite().sum() == 79
     q, k, v = normal(1, 2, 1, 32), normal(1, 2, 20, 32), normal(1, 2, 20, 32)
     v[0, 1, 19, 5] = bad
-    attended = OPS.attend(q, k, v, 20, None, 0.2).view(2, 32)
+    attended = ops.attend(q, k, v, 20, None, 0.2).view(2, 32)
     assert attended[0].isfinite().all() and not attended[1, 5].isfinite()
     q[0, 0, 0, 3] = torch.nan
-    assert OPS.attend(q, k, v, 20, None, 0.2).view(2, 32)[0].isnan().all()
+    assert ops.attend(q, k, v, 20, None, 0.2).view(2, 32)[0].isnan().all()
 
 
 @pytest.mark.skipif(not native.load().cpu, reason="no native CPU kernels")
