@@ -393,7 +393,7 @@ __global__ void __launch_bounds__(WgmmaBlock<Kind, T, kTokens>::kThreads, 1) wgm
   else
     sync_block();
   store_outputs<T>(p, block, partial);
-  if (p.plan.splits > 1) sync_cluster();  // nobody's shared memory goes before all have read it
+  if (p.plan.splits > 1) sync_cluster_only();  // nobody's shared memory goes before all have read it
 #endif
 }
 

@@ -221,11 +221,17 @@ def test_opcheck(make_weight: MakeWeight, generator: torch.Generator, cuda: torc
         check(hfq.cuda_linear_gradient.default, (grad, *arguments))
 
 
-@pytest.mark.parametrize("tokens", [2, 64])
+@pytest.mark.parametrize(("tokens", "wgmma"), [(2, "0"), (64, "0"), (64, "1")])
 def test_in_a_cuda_graph(
-    make_weight: MakeWeight, generator: torch.Generator, cuda: torch.device, tokens: int
+    make_weight: MakeWeight,
+    generator: torch.Generator,
+    cuda: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    tokens: int,
+    wgmma: str,
 ) -> None:
-    """Of 64 tokens, several thread blocks share the columns: sums meet in memory that PyTorch has lent."""
+    """Of 64 tokens, several thread blocks share the columns: sums meet in memory that PyTorch has lent, or in a cluster."""
+    monkeypatch.setenv("HFQ_CUDA_WGMMA", wgmma)
     weight = make_weight(1024, 4096, 128, kind="int4_zeros")
     x = torch.randn(tokens, 4096, generator=generator).to(cuda, torch.bfloat16)
     stream = torch.cuda.Stream()

@@ -124,6 +124,8 @@ def test_blocks_of_a_cluster_read_each_other(emulator: Any) -> None:
     y = emulator.self_check("sum_of_cluster", x).view(torch.float32)[:32].view(4, 8)
     expected = 15.0 * x[1:33:4] + 0 * 8 + 1 * 4 + 2 * 2 + 3
     assert torch.equal(y, expected.expand(4, 8))
+    with pytest.raises(RuntimeError, match="read from a block that has ended"):
+        emulator.self_check("sum_of_cluster_that_ends", x)
 
 
 # ---- products

@@ -429,6 +429,7 @@ void wgmma(T, float (&d)[n], const uint32_t (&a)[4], uint64_t descriptor, bool a
 // ---- clusters ----
 
 inline void sync_cluster() { cuda_on_cpu::sync_cluster(); }
+inline void sync_cluster_only() { cuda_on_cpu::sync_cluster(); }
 inline float4 load_of_block(const float4* own, uint32_t rank) { return *static_cast<const float4*>(cuda_on_cpu::of_block(own, rank, 16)); }
 
 // ---- launch ----
