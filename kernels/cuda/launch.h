@@ -71,6 +71,15 @@ int active_clusters(int cluster, unsigned threads, size_t shared_bytes) {
   return count;
 }
 
+// Registers of a thread of `kernel` as it was compiled for the current device; 0 if it was not.
+template <class Params>
+int registers_of(void (*kernel)(Params)) {
+  cudaFuncAttributes attributes = {};
+  if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess) return attributes.numRegs;
+  cudaGetLastError();
+  return 0;
+}
+
 // Enqueues a copy within the memory of the device.
 inline const char* launch_copy(void* to, const void* from, size_t bytes, cudaStream_t stream) {
   const cudaError_t error = cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream);

@@ -29,7 +29,7 @@ const char* launch_kind(const WgmmaParams& p, cudaStream_t stream) {
 
 bool takes_wgmma(const LinearParams& p) {
   const char* const wanted = std::getenv("HFQ_CUDA_WGMMA");
-  return p.tokens > 8 && wanted && std::strcmp(wanted, "1") == 0 && compute_capability() == 90;
+  return p.tokens > 8 && wanted && std::strcmp(wanted, "1") == 0 && compute_capability() == 90 && wgmma_was_compiled();
 }
 
 // The number of blocks that share the columns with which the last round of clusters ends first.
