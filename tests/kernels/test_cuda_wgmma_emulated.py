@@ -231,3 +231,23 @@ def test_the_choice(
         linear(40, 90)
     monkeypatch.delenv("HFQ_CUDA_WGMMA")
     linear(40, 90)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS, ids=_name)
+@pytest.mark.parametrize("group_size", [32, 64, 96, 128, 160, 256, 0])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_every_combination(
+    emulator: Any,
+    generator: torch.Generator,
+    kind: tuple[int, str | None],
+    group_size: int,
+    dtype: torch.dtype,
+) -> None:
+    cases = (((40, 1000), ALONE, (11, 70)), ((17, 1608), CLUSTERS, (33, 16)))
+    for (rows, columns), multiprocessors, numbers in cases:
+        w = make(generator, (rows, columns, group_size), kind)
+        for tokens in numbers:
+            x = torch.randn(tokens, columns, generator=generator).to(dtype)
+            bias = torch.randn(rows, generator=generator) if tokens % 2 else None
+            w.check(_linear(emulator, x, w, bias, multiprocessors), x, bias)
