@@ -23,52 +23,36 @@ const char* launch(void (*kernel)(Params), unsigned blocks, unsigned threads, si
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-// The same with clusters of `cluster` thread blocks, which run at one time (compute capability 9.0).
+// What a launch with clusters is: `cluster` thread blocks of each run at one time (compute capability 9.0).
+struct ClusterLaunch {
+  cudaLaunchAttribute attribute = {};
+  cudaLaunchConfig_t config = {};
+
+  ClusterLaunch(unsigned blocks, unsigned cluster, unsigned threads, size_t shared_bytes, cudaStream_t stream) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  ClusterLaunch(const ClusterLaunch&) = delete;  // it points to itself
+  ClusterLaunch& operator=(const ClusterLaunch&) = delete;
+};
+
+// `launch` with clusters.
 template <class Params>
 const char* launch_clusters(void (*kernel)(Params), unsigned blocks, unsigned cluster, unsigned threads, size_t shared_bytes, cudaStream_t stream,
                             const Params& params) {
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = cluster;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
+  const ClusterLaunch how(blocks, cluster, threads, shared_bytes, stream);
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, params);
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&how.config, kernel, params);
   const cudaError_t last = cudaGetLastError();  // reported here; the next launch is not to find it
   if (error == cudaSuccess) error = last;
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
-// Clusters of `cluster` (1 to 8) thread blocks of `kKernel` that run on the current device at a time; 0 if none does. Asked for once.
-template <class Params, void (*kKernel)(Params)>
-int active_clusters(int cluster, unsigned threads, size_t shared_bytes) {
-  constexpr int kDevices = 64, kUnknown = 0;
-  static std::atomic<int> known[kDevices][8] = {};  // one more than the number
-  int device = 0, count = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return 0;
-  std::atomic<int>& answer = known[device][cluster - 1];
-  if (answer != kUnknown) return answer - 1;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = cluster;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(cluster);
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kKernel, &config);
-  if (error != cudaSuccess) cudaGetLastError(), count = 0;
-  answer = count + 1;
-  return count;
 }
 
 // Registers of a thread of `kernel` as it was compiled for the current device; 0 if it was not.
@@ -78,6 +62,25 @@ int registers_of(void (*kernel)(Params)) {
   if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess) return attributes.numRegs;
   cudaGetLastError();
   return 0;
+}
+
+// Clusters of `cluster` (1 to 8) thread blocks of `kKernel` that run on the current device at a time. 0 if none does, or if a thread does not
+// begin with `registers`, where that is not 0. Asked for once.
+template <class Params, void (*kKernel)(Params)>
+int active_clusters(int cluster, unsigned threads, size_t shared_bytes, int registers) {
+  constexpr int kDevices = 64, kUnknown = 0;
+  static std::atomic<int> known[kDevices][8] = {};  // one more than the number
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return 0;
+  std::atomic<int>& answer = known[device][cluster - 1];
+  if (answer != kUnknown) return answer - 1;
+  const ClusterLaunch how(cluster, cluster, threads, shared_bytes, nullptr);
+  cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kKernel, &how.config);
+  if (error != cudaSuccess) cudaGetLastError(), count = 0;
+  if (registers && registers_of(kKernel) != registers) count = 0;
+  answer = count + 1;
+  return count;
 }
 
 // Enqueues a copy within the memory of the device.

@@ -37,7 +37,7 @@ WgmmaPlan plan_wgmma(const LinearParams& p, const WgmmaShape& shape) {
   const int64_t chunks = divided(p.weight.in_features, kWgmmaColumns);
   const int64_t tiles = divided(p.weight.out_features, shape.rows) * divided(p.tokens, shape.tokens);
   const float chunk_clocks = kWgmmaColumns * (shape.rows * p.weight.bits / 8.0f + 2.0f * shape.tokens) / kBytesPerClock;
-  WgmmaPlan best = {1, static_cast<int32_t>(chunks)};
+  WgmmaPlan best = {};
   float least = 0;
   for (int32_t splits = 1; splits <= kMostClusterBlocks && (splits == 1 || chunks >= 2 * splits); ++splits) {
     const int active = shape.active_clusters(splits);

@@ -11,7 +11,7 @@ constexpr int kMostClusterBlocks = 8;  // that any GPU of compute capability 9.0
 constexpr int kMostWgmmaBytes = 195 << 10;
 
 struct WgmmaPlan {
-  int32_t splits;        // thread blocks that share the columns of one tile of the output: a cluster
+  int32_t splits;        // thread blocks that share the columns of one tile of the output: a cluster; 0 if none runs
   int32_t split_chunks;  // kWgmmaColumns columns each, of each of them
 };
 

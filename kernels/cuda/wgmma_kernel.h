@@ -405,8 +405,13 @@ const char* launch_wgmma_tokens(const WgmmaParams& params, cudaStream_t stream) 
   constexpr auto kKernel = wgmma_kernel<Kind, T, kTokens>;
   WgmmaParams p = params;
   p.token_tiles = static_cast<uint32_t>((p.tokens + kTokens - 1) / kTokens);
-  const auto active = [](int blocks) { return active_clusters<WgmmaParams, kKernel>(blocks, Block::kThreads, Block::kSharedBytes); };
+  const auto active = [](int blocks) {
+    // With fewer registers than they count on, warps would wait for them forever.
+    constexpr int kRegisters = Block::kOfConsumers > Block::kAtFirst ? Block::kAtFirst : 0;
+    return active_clusters<WgmmaParams, kKernel>(blocks, Block::kThreads, Block::kSharedBytes, kRegisters);
+  };
   p.plan = plan_wgmma(p, {Block::kRows, kTokens, active});
+  if (p.plan.splits == 0) return "the kernel with wgmma does not run here: shared memory, or registers that another compiler has chosen";
   const int64_t blocks = (p.weight.out_features + Block::kRows - 1) / Block::kRows * p.token_tiles * p.plan.splits;
   return launch_clusters(kKernel, static_cast<unsigned>(blocks), p.plan.splits, Block::kThreads, Block::kSharedBytes, stream, p);
 }

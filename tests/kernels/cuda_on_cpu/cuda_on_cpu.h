@@ -442,7 +442,6 @@ const char* launch(void (*kernel)(Params), unsigned blocks, unsigned threads, si
 template <class Params>
 const char* launch_clusters(void (*kernel)(Params), unsigned blocks, unsigned cluster, unsigned threads, size_t shared_bytes, cudaStream_t,
                             const Params& params) {
-  if (shared_bytes > cuda_on_cpu::most_shared_bytes) return "more shared memory than there is";
   going_on.clear();
   return cuda_on_cpu::run_blocks(blocks, cluster, threads, shared_bytes, [&] { kernel(params); });
 }
@@ -453,8 +452,8 @@ int registers_of(void (*)(Params)) {
 }
 
 template <class Params, void (*kKernel)(Params)>
-int active_clusters(int cluster, unsigned, size_t) {
-  return cuda_on_cpu::multiprocessors / cluster;
+int active_clusters(int cluster, unsigned, size_t shared_bytes, int) {
+  return shared_bytes > cuda_on_cpu::most_shared_bytes ? 0 : cuda_on_cpu::multiprocessors / cluster;
 }
 
 inline const char* launch_copy(void* to, const void* from, size_t bytes, cudaStream_t) {
