@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from hfq.algorithms import ALGORITHMS
 from hfq.config import HfqConfig
 from hfq.core.weight import QuantizedWeight
+from hfq.integrations import decode
 from hfq.nn.linear import QuantLinear
 
 __all__ = ["Decoder", "check_products", "kernels_of", "random_model", "weight_bytes"]
@@ -43,6 +44,8 @@ def random_model(shape: Mapping[str, int], kind: str | None, device: torch.devic
                 if new.dim() == 1:
                     new.fill_(1)  # of a norm
                 module._parameters[key] = nn.Parameter(new, requires_grad=False)
+    if kind is not None:
+        decode.install(model)  # as loading it does
     return model
 
 

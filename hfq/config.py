@@ -109,8 +109,8 @@ class HfqConfig(QuantizationConfigMixin):
             count; embeddings and heads keep `bits`. The outcome stands in `overrides`, and this is None then.
         candidate_bits: bits to choose among. Default 2, 3, 4 and 8.
         kernel_mode: "auto", "exact" or "int8"; see `hfq.nn.packed.KERNEL_MODES`. Not stored in checkpoints.
-        decode_kernels: on the CPU, norms, gates and the attention of one token run in native code as well, where the model's own
-            code computes the same (see `hfq.integrations.decode`). Not stored in checkpoints.
+        decode_kernels: norms, gates and the attention of one token run in native code as well, where the model's own code
+            computes the same (see `hfq.integrations.decode`). Not stored in checkpoints.
         dequantize: load a packed checkpoint as a float model. Not stored in checkpoints.
         options: the method's own settings ("rtn": scale_search; "hqq": iterations; "gptq": damp_percent, desc_act,
             scale_search, refine, gptaq; "spqr": damp_percent, desc_act, refine; "awq": awq_steps, "smoothquant": smoothing, and

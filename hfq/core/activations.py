@@ -5,7 +5,7 @@
 int8: whole numbers from -127 to 127; E4M3: 8-bit floats up to 448 (`hfq.core.float8`). "dynamic": a token's scale is its
 largest magnitude over the largest code, so that nothing is clipped. "static": one scale that calibration has found
 (`fit_input_scale`); what lies beyond the largest code saturates. A token that holds NaN or infinity has the scale NaN,
-so that all that is computed from it is NaN. Native kernels follow the rules of int8 to the bit (kernels/cpu/int8_body.h, kernels/cuda/tokens.h).
+so that all that is computed from it is NaN. Native kernels follow the rules to the bit (kernels/cpu/int8_body.h, kernels/cuda/tokens.h).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Norms, gates and attention of one token in one call each, where the code of a model takes ten.
 
-A decode step multiplies for some 30 ms and spends half as long again in a thousand small operations, each of which is Python and
-a pass over cold caches. `install` gives modules of three kinds a subclass of their own class, with another `forward` for what it
+A decode step on a CPU multiplies for some 30 ms and spends half as long again in a thousand small operations, each of which is Python and
+a pass over cold caches; on a GPU each is a launch, as long as half of a product. `install` gives modules of three kinds a subclass of their own class, with another `forward` for what it
 can do in native code (`hfq.kernels.decode`) and the old one for all else: gradients, compilers, several tokens at a time, another
 attention implementation. Names, parameters, hooks, adapters and saving are untouched; projections are called as modules.
 
@@ -11,6 +11,7 @@ projections in float32, with and without masks, at near and far positions, and h
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -23,12 +24,16 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..kernels import decode, native
+from ..kernels.cuda import no_native_code
 from ..nn.linear import products
 from . import growing_cache
 
 __all__ = ["install", "remove"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# kernels/cuda/decode.h
+_MOST_ATTENDED_ON_CUDA = 256
 
 # Relative difference of both codes in float32: sums in another order stay ten times below, another formula far above.
 _TOLERANCE = 1e-5
@@ -58,7 +63,7 @@ class _NativeNorm(_Native):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs and _applies(self, args[0]):
             x, weight = args[0], self._parameters["weight"]
-            if weight is not None and weight.dtype == x.dtype and weight.is_cpu:
+            if weight is not None and weight.dtype == x.dtype and weight.device == x.device:
                 return _norm(self, x, weight)
         return super().forward(*args, **kwargs)
 
@@ -121,6 +126,7 @@ def _attends(
         and hidden_states.shape[1] == 1
         and position_embeddings[0].dtype == hidden_states.dtype
         and _mask_fits(attention_mask, hidden_states)
+        and (hidden_states.is_cpu or _attends_on_cuda(hidden_states, position_embeddings[0]))
         and module.config._attn_implementation == "sdpa"
         and ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
     )
@@ -130,6 +136,11 @@ def _mask_fits(mask: Any, x: Tensor) -> bool:
     if mask is None:
         return True
     return type(mask) is Tensor and mask.dim() == 4 and mask.dtype in (torch.bool, x.dtype)
+
+
+def _attends_on_cuda(x: Tensor, cos: Tensor) -> bool:
+    """Heads fit the lanes of a warp."""
+    return x.dtype.itemsize == 2 and cos.shape[-1] <= _MOST_ATTENDED_ON_CUDA
 
 
 def _attention(
@@ -153,7 +164,11 @@ def _attention(
     if found is None:
         keys, values = past_key_values.update(k, v.view(k.shape), module.layer_idx)
         found = keys.contiguous(), values.contiguous(), keys.shape[2]
-    mask = None if attention_mask is None else attention_mask.contiguous()
+    mask = attention_mask
+    if mask is not None:
+        if mask.stride(0) == 0:
+            mask = mask[:1]  # one for all sequences
+        mask = mask.contiguous()
     y = torch.ops.hfq.attend.default(q, *found, mask, module.scaling)
     return products((modules["o_proj"],), y)[0], None
 
@@ -172,11 +187,19 @@ def _applies(module: Any, x: Any) -> bool:
         and not torch.compiler.is_compiling()
         and type(x) is Tensor
         and not torch.is_grad_enabled()
-        and x.is_cpu
+        and _runs_on(x.device.type)
         and x.dtype in _DTYPES
         and not torch._C._is_any_autocast_enabled()
         and _get_current_dispatch_mode() is None
     )
+
+
+@functools.cache
+def _runs_on(device: str) -> bool:
+    """Whether there is native code for a kind of device."""
+    if device == "cuda":
+        return no_native_code() is None
+    return device == "cpu" and native.load().cpu
 
 
 # ---- which modules
@@ -186,10 +209,11 @@ def _applies(module: Any, x: Any) -> bool:
 def install(model: nn.Module) -> dict[str, int]:
     """Let modules of the model use native code where that computes the same; how many of which kind.
 
-    Nothing happens without native CPU kernels.
+    Nothing happens without native kernels.
     """
     found = dict.fromkeys(_EXAMINATIONS, 0)
-    if not native.load().cpu:
+    status = native.load()
+    if not (status.cpu or status.cuda):
         return found
     verdicts: dict[Any, _Settings | None] = {}
     for module in model.modules():

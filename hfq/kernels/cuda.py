@@ -26,13 +26,11 @@ __all__ = ["MAX_DIRECT_TOKENS", "MAX_EXPERT_TOKENS", "CudaFragments", "no_native
 MAX_DIRECT_TOKENS = 192
 
 # One launch multiplies with all experts as long as that takes less than one expert after the other, for which the host waits for the
-# counts and then needs some 20 us per expert. The launch moves a byte per weight from L2 for each 8 tokens of an expert (half of it
-# codes, half activations for 32 rows), on an H100 at 6.5 TB/s: 20 us are tokens * N * K = 2^30. Large experts take longer than that
-# either way, and from 9 tokens on cuda_linear reads their weights once: 28672 x 4096 with 16 tokens takes the launch 36 us per expert
-# and cuda_linear half of it, which is still worth a CUDA graph. Experts of 1536 x 2048 get up to 341 tokens on average. Not measured:
-# reasoned from published rates.
-MAX_EXPERT_TOKENS = 16
-_EXPERT_PRODUCTS = 1 << 30
+# counts and then needs some 20 us per expert, a pass over its dequantized weights and a product of the matrix library, which is twice as fast
+# as ours with many tokens (600 and 300 TFLOP/s on an H100). For experts of 28672 x 4096 both are even at some 360 tokens, for those of
+# 1536 x 2048 at 2300. Not measured: reasoned from rates of single products.
+MAX_EXPERT_TOKENS = 192
+_EXPERT_PRODUCTS = 1 << 32
 # What the kernel takes (kernels/cuda/experts.h).
 _MOST_EXPERTS, _MOST_EXPERT_TOKENS = 1024, 1 << 20
 

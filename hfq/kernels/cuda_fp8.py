@@ -1,4 +1,8 @@
-"""The kernel for 8-bit floats on both sides: PyTorch's scaled product on the tensor cores of NVIDIA GPUs."""
+"""Kernels for 8-bit floats on both sides, on NVIDIA GPUs: native ones for few tokens, PyTorch's scaled product for many.
+
+Both read the stored layout: rows of E4M3 are operands of tensor cores as they lie (kernels/cuda/linear_w8a8_kernel.h), and what the
+matrix library takes.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +10,30 @@ import torch
 from torch import Tensor
 
 from ..core.weight import Fp8Grid
+from .cpu import call
+from .cuda import no_native_code
 from .fp8 import TILE
 from .neutral_fp8 import NeutralFp8
 from .row import Problem
 
-__all__ = ["CudaFp8"]
+__all__ = ["MAX_DIRECT_TOKENS", "CudaFp8", "CudaFp8Library"]
 
 # Products of E4M3 came with Ada; from 11 on the matrix library takes no scale per row (pytorch/pytorch#161236).
 _FIRST, _BEYOND = (8, 9), (11, 0)
 
+# The direct product takes up to 32 tokens for one read of the weight. Not measured: reasoned from W8A8, whose kernel it shares and which takes
+# 13, 33, 34 and 109 us for 32 tokens on an H100; `torch._scaled_mm` takes about 19, 35, 43 and 108, if rounding one token in PyTorch's
+# operators, which it was measured with, is 38 (benchmarks/results/gpu_kernels.json).
+MAX_DIRECT_TOKENS = 32
 
-class CudaFp8(NeutralFp8):
-    """`torch._scaled_mm` with a scale for each token and each output channel; reads the stored layout."""
+# What the kernels take (kernels/cuda/w8a8.h).
+_MOST_COLUMNS = 1 << 26
 
-    name = "cuda_fp8"
+
+class CudaFp8Library(NeutralFp8):
+    """`torch._scaled_mm` with a scale for each token and each output channel; needs no native code of hfq."""
+
+    name = "cuda_fp8_library"
 
     def reject(self, problem: Problem) -> str | None:
         if problem.device != "cuda":
@@ -42,6 +56,31 @@ class CudaFp8(NeutralFp8):
         operands = (grid.qweight, grid.scales, grid.input_scale)
         y: Tensor = torch.ops.hfq.fp8_scaled_linear(x, *operands, bias)
         return y
+
+
+class CudaFp8(CudaFp8Library):
+    """Native CUDA kernels: few tokens are multiplied by them, many rounded by one and left to `torch._scaled_mm`."""
+
+    name = "cuda_fp8"
+
+    def reject(self, problem: Problem) -> str | None:
+        reason = super().reject(problem)
+        if reason is not None:
+            return reason
+        if problem.in_features > _MOST_COLUMNS:
+            return f"takes up to {_MOST_COLUMNS} columns, not {problem.in_features}"
+        return no_native_code()
+
+    def linear(
+        self, x: Tensor, grid: Fp8Grid, bias: Tensor | None, int8_activations: bool
+    ) -> Tensor:
+        tokens = x.reshape(-1, grid.in_features)
+        if x.dtype == torch.float64 or tokens.shape[0] > MAX_DIRECT_TOKENS:
+            return super().linear(x, grid, bias, int8_activations)
+        operands = (grid.qweight, grid.scales, grid.input_scale)
+        y = call(torch.ops.hfq.cuda_fp8_linear, tokens.contiguous(), *operands, bias)
+        out: Tensor = y.view(*x.shape[:-1], grid.out_features)
+        return out
 
 
 def _machine_reason() -> str | None:

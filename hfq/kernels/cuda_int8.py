@@ -4,7 +4,7 @@
 
 C = K / 16 pieces of 16 columns, one load of a thread. The bytes stand where they stood, with the upper bit changed, which is the
 zero point 128: they are two's complement. Scales stay as they are. One layout serves both products. Rows are operands of tensor cores
-as they lie (kernels/cuda/linear_w8a8.cu), and what the matrix library takes. Layout fragments would have to be turned back for
+as they lie (kernels/cuda/linear_w8a8_kernel.h), and what the matrix library takes. Layout fragments would have to be turned back for
 each of its calls: a byte read and one written for each weight are 10 us for 4096 x 4096 of them on an H100, where the product takes
 some 5 with 64 tokens and 100 with 4096. The bit is changed once and not in each call for the same reason: signed bytes
 are all that the library takes, and no sum of activations makes up for bytes that wrap.

@@ -8,9 +8,9 @@ B sequences, H heads of D numbers that share H' heads of keys and values, T toke
     attend     q [B, H, 1, D], k and v [B, H', C, D] -> [B, 1, H D]           softmax(scale q k^T + mask) v over the first T of C
     gate       gate and up of one shape -> that shape                         silu(gate) * up, or tanh's gelu
 
-PyTorch references, and native code for the CPU, whose `attend` wants D to be a multiple of 16. What products give need only be contiguous in
-its last dimension. No gradients. `rms_norm`, `rotate` and `gate` round to
-the dtype where the code of Transformers does; sums are float32 in another order, so last bits may differ.
+PyTorch references, and native code for the CPU and for CUDA, whose `attend` wants D to be a multiple of 16 (on CUDA at most 256, in 16 bits).
+`append` is PyTorch's on CUDA. What products give need only be contiguous in its last dimension. No gradients. `rms_norm`, `rotate` and `gate`
+round to the dtype where the code of Transformers does; sums are float32 in another order, so last bits may differ.
 """
 
 from __future__ import annotations

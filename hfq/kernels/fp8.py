@@ -106,12 +106,16 @@ def scaled_linear(
 ) -> Tensor:
     """`linear` by PyTorch's product of 8-bit floats with a scale for each row of either side; N and K in whole `TILE`.
 
-    It sums in float32 and rounds to bfloat16; the bias is added after that.
+    It sums in float32 and rounds to bfloat16; the bias is added after that. Tokens are rounded by a native kernel where there
+    is one.
     """
-    tokens = x.reshape(-1, x.shape[-1])
+    tokens = x.reshape(-1, x.shape[-1]).contiguous()
     if not len(tokens):
         return linear(x, qweight, scales, input_scale, bias)
-    codes, token_scales = quantize_tokens(tokens, input_scale, E4M3)
+    if tokens.dtype == torch.float64:
+        # The rule reads activations as float32 whatever they are.
+        tokens = tokens.float()
+    codes, token_scales = torch.ops.hfq.cuda_fp8_quantize_tokens(tokens, input_scale)
     y = torch._scaled_mm(
         codes,
         qweight.squeeze(-1).view(E4M3).T,

@@ -2,9 +2,13 @@
 
 M tokens, N out_features, K in_features; qweight uint8 [N, K, 1], scales float32 [N, 1], as stored (hfq.formats.fp8).
 
-    fp8_dequantize     -> [N, K]             PyTorch
-    fp8_linear         x -> x W^T + bias     a matrix product with dequantized rows; x as it is or rounded to E4M3
-    fp8_scaled_linear  x -> x W^T + bias     x rounded to E4M3, `torch._scaled_mm`
+    fp8_dequantize            -> [N, K]                         PyTorch
+    fp8_linear                x -> x W^T + bias                 a matrix product with dequantized rows; x as it is or rounded to E4M3
+    fp8_scaled_linear         x -> x W^T + bias                 cuda_fp8_quantize_tokens, `torch._scaled_mm`
+    cuda_fp8_quantize_tokens  x [M, K] -> E4M3, float32 [M, 1]  native on CUDA; elsewhere hfq.core.activations, the same to the bit
+    cuda_fp8_linear           x [M, K] -> x W^T + bias          native on CUDA; x rounded to E4M3, for few tokens
+
+On CUDA, K of the native ones is a multiple of 16; the product is that of `hfq.kernels.fp8.linear` up to the order of float32 sums.
 
 As for the operators in `hfq.kernels.ops`: only x and bias have gradients, from the packed operands, and the rounding of
 x counts as the identity.
@@ -12,13 +16,16 @@ x counts as the identity.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..core.activations import quantize_tokens
+from ..core.float8 import E4M3
 from . import fp8
-from .ops import LIBRARY, dequantized, register_gradient, widened
+from .ops import LIBRARY, define_product, dequantized, register_gradient, widened
 
 __all__: list[str] = []
 
@@ -28,8 +35,11 @@ for _schema in (
     "fp8_dequantize(Tensor qweight, Tensor scales, ScalarType dtype) -> Tensor",
     f"fp8_linear(Tensor x, {_OPERANDS}, Tensor? bias, bool fp8_activations) -> Tensor",
     f"fp8_scaled_linear(Tensor x, {_OPERANDS}, Tensor? bias) -> Tensor",
+    "cuda_fp8_quantize_tokens(Tensor x, Tensor? input_scale) -> (Tensor, Tensor)",
 ):
     LIBRARY.define(_schema, tags=(torch.Tag.needs_fixed_stride_order,))
+
+define_product(f"cuda_fp8_linear(Tensor x, {_OPERANDS}, Tensor? bias) -> Tensor")
 
 
 def _linear(
@@ -49,9 +59,19 @@ def _linear(
     return fp8.output(y, bias, x)
 
 
-LIBRARY.impl("fp8_dequantize", fp8.dequantize, "CompositeExplicitAutograd")
-LIBRARY.impl("fp8_linear", _linear, "CompositeExplicitAutograd")
-LIBRARY.impl("fp8_scaled_linear", fp8.scaled_linear, "CompositeExplicitAutograd")
+def _quantize_tokens(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    return quantize_tokens(x, input_scale, E4M3)
+
+
+for _name, _implementation in (
+    ("fp8_dequantize", fp8.dequantize),
+    ("fp8_linear", _linear),
+    ("fp8_scaled_linear", fp8.scaled_linear),
+    ("cuda_fp8_quantize_tokens", _quantize_tokens),
+    ("cuda_fp8_linear", fp8.linear),
+    ("cuda_fp8_linear.inference", fp8.linear),
+):
+    LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
 
 
 def _fake_dequantize(qweight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -62,11 +82,19 @@ def _fake_linear(x: Tensor, qweight: Tensor, *rest: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], qweight.shape[0]))
 
 
-for _name, _fake in (
-    ("fp8_dequantize", _fake_dequantize),
-    ("fp8_linear", _fake_linear),
-    ("fp8_scaled_linear", _fake_linear),
-):
+def _fake_quantize_tokens(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=E4M3), x.new_empty((x.shape[0], 1), dtype=torch.float32)
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "fp8_dequantize": _fake_dequantize,
+    "fp8_linear": _fake_linear,
+    "fp8_scaled_linear": _fake_linear,
+    "cuda_fp8_quantize_tokens": _fake_quantize_tokens,
+    "cuda_fp8_linear": _fake_linear,
+    "cuda_fp8_linear.inference": _fake_linear,
+}
+for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"hfq::{_name}", _fake, lib=LIBRARY)
 
 
@@ -76,5 +104,5 @@ def _weight(operands: tuple[Any, ...], sizes: tuple[Any, ...], dtype: torch.dtyp
     return weight
 
 
-register_gradient("fp8_linear", 3, dequantized(_weight))
-register_gradient("fp8_scaled_linear", 3, dequantized(_weight))
+for _name in ("fp8_linear", "fp8_scaled_linear", "cuda_fp8_linear"):
+    register_gradient(_name, 3, dequantized(_weight))

@@ -24,9 +24,9 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace hfq {
+#include "../common/dtype.h"
 
-enum DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kUnsupported = -1 };
+namespace hfq {
 
 // Also bounds the 16-bit sums of vpmaddubsw: 8 steps of 2 * 15 * 127 = 30480 < 32768.
 constexpr int64_t kSpan = 32;

@@ -99,11 +99,11 @@ struct Codes {
   }
 
   // The same from shared memory.
-  __device__ __forceinline__ void take(const uint8_t* first, int lane) {
-    const uint4 v = *reinterpret_cast<const uint4*>(first);
+  __device__ __forceinline__ void take(uint32_t first, int lane) {
+    const uint4 v = load_shared<uint4>(first);
     words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
     if constexpr (kBits == 3) {
-      const uint2 u = *reinterpret_cast<const uint2*>(first + 512 - 8 * lane);
+      const uint2 u = load_shared<uint2>(first + 512 - 8 * lane);
       words[4] = u.x, words[5] = u.y;
     }
   }
@@ -136,7 +136,7 @@ struct IntCodes : Codes<kBits> {
   static constexpr bool kTable = false;
 
   template <class T, int kUnit>
-  __device__ __forceinline__ void unit(const uint8_t*, uint32_t (&a)[2][4]) const {
+  __device__ __forceinline__ void unit(uint32_t, uint32_t (&a)[2][4]) const {
     constexpr int r = 8 * kUnit;
     a[0][0] = this->template numbers<T, r>();
     a[0][2] = this->template numbers<T, r + 1>();
@@ -159,21 +159,18 @@ struct IntCodes : Codes<kBits> {
 
 // 4-bit codes of a codebook, looked up two at a time: a byte of a word has two codes of one row, columns 0 and 2 or 1 and 3 of four, whose
 // values stand side by side in a table of 256 pairs in shared memory. Each lane has a table of its own bank, so that 32 look-ups take
-// one cycle: a shift, one logical instruction and the load for two codes, where permutations of bytes in registers would take six.
+// one cycle: a byte, its place and the load for two codes, where permutations of bytes in registers would take six.
 struct TableCodes : Codes<4> {
   static constexpr bool kTable = true;
   static constexpr int kTableBytes = 256 * 32 * 4;
 
+  // `table`: of the lane.
   template <class T, int kUnit>
-  __device__ __forceinline__ void unit(const uint8_t* table, uint32_t (&a)[2][4]) const {
-    const uint32_t lane = 4 * (threadIdx.x % 32);
+  __device__ __forceinline__ void unit(uint32_t table, uint32_t (&a)[2][4]) const {
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const uint32_t word = words[2 * kUnit + j];
-      const uint32_t shifted[4] = {word << 7, word >> 1, word >> 9, word >> 17};  // a byte times the 128 bytes of 32 tables
+    for (int j = 0; j < 2; ++j)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) a[j][i] = *reinterpret_cast<const uint32_t*>(table + ((shifted[i] & 0x7f80u) | lane));
-    }
+      for (int i = 0; i < 4; ++i) a[j][i] = load_shared<uint32_t>(table + 128 * permute_bytes(words[2 * kUnit + j], 0, 0x4440u | i));
   }
 
   static __device__ __forceinline__ void order(uint32_t (&a)[2][4]) {
@@ -218,28 +215,35 @@ struct Pair {
 // Bytes of a pair.
 __device__ __forceinline__ uint32_t pair_bytes(DType dtype) { return dtype == kFloat32 ? 8 : 4; }
 
-__device__ __forceinline__ RawPair load_pair(const uint8_t* pair, DType dtype) {
+// From shared memory.
+__device__ __forceinline__ RawPair load_pair(uint32_t pair, DType dtype) {
   if (dtype == kFloat32) {
-    const uint2 v = load(reinterpret_cast<const uint2*>(pair));
+    const uint2 v = load_shared<uint2>(pair);
     return {v.x, v.y};
   }
-  return {load(reinterpret_cast<const uint32_t*>(pair)), 0};
+  return {load_shared<uint32_t>(pair), 0};
 }
 
-// The same from shared memory.
-__device__ __forceinline__ RawPair take_pair(const uint8_t* pair, DType dtype) {
-  if (dtype == kFloat32) {
-    const uint2 v = *reinterpret_cast<const uint2*>(pair);
-    return {v.x, v.y};
+template <int kCount>
+__device__ __forceinline__ void to_floats(const RawPair (&raw)[kCount], DType dtype, Pair (&pairs)[kCount]) {
+  if (dtype == kBFloat16) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) pairs[i] = {as_float(raw[i].first << 16), as_float(raw[i].first & 0xffff0000u)};
+  } else if (dtype == kFloat16) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      pairs[i] = {to_float(Float16{}, static_cast<uint16_t>(raw[i].first)), to_float(Float16{}, static_cast<uint16_t>(raw[i].first >> 16))};
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) pairs[i] = {as_float(raw[i].first), as_float(raw[i].second)};
   }
-  return {*reinterpret_cast<const uint32_t*>(pair), 0};
 }
 
 __device__ __forceinline__ Pair to_floats(RawPair raw, DType dtype) {
-  if (dtype == kFloat32) return {as_float(raw.first), as_float(raw.second)};
-  const uint16_t low = static_cast<uint16_t>(raw.first), high = static_cast<uint16_t>(raw.first >> 16);
-  if (dtype == kFloat16) return {to_float(Float16{}, low), to_float(Float16{}, high)};
-  return {to_float(BFloat16{}, low), to_float(BFloat16{}, high)};
+  const RawPair one[1] = {raw};
+  Pair pair[1];
+  to_floats(one, dtype, pair);
+  return pair[0];
 }
 
 // One number of a tensor of any dtype.

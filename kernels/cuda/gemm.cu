@@ -33,6 +33,11 @@ const char* launch_kind(const GemmParams& p, cudaStream_t stream) {
   return launch_gemm_int8(p, stream);
 }
 
+void set_scaling(GemmParams& p) {
+  p.group_magic = group_magic(p.weight);
+  p.flush_mask = flush_mask(p.weight, (p.weight.bits == 8 ? kChunkColumns<8> : kChunkColumns<4>) / kUnitColumns);
+}
+
 }  // namespace
 
 const char* launch_gemm(const LinearParams& params, cudaStream_t stream) {
@@ -40,10 +45,7 @@ const char* launch_gemm(const LinearParams& params, cudaStream_t stream) {
   static_cast<LinearParams&>(p) = params;
   p.plan = plan_gemm(params);
   p.token_tiles = static_cast<uint32_t>((p.tokens + p.plan.tokens - 1) / p.plan.tokens);
-  // Scales are applied where a group or a chunk ends: after 4, 2 or 1 units, whichever fits groups.
-  const int64_t units = p.weight.group_size / kUnitColumns;
-  p.flush_mask = (p.weight.bits == 8 ? kChunkColumns<8> : kChunkColumns<4>) / kUnitColumns - 1;
-  while (p.weight.groups > 1 && units & p.flush_mask) p.flush_mask >>= 1;
+  set_scaling(p);
 
   const char* error = launch_kind(p, stream);
   if (error || p.plan.splits == 1) return error;
@@ -51,6 +53,23 @@ const char* launch_gemm(const LinearParams& params, cudaStream_t stream) {
   const unsigned blocks = static_cast<unsigned>((p.tokens * padded / 4 + kThreads - 1) / kThreads);
   if (p.x_dtype == kBFloat16) return launch(add_splits_kernel<BFloat16>, blocks, kThreads, 0, stream, p);
   return launch(add_splits_kernel<Float16>, blocks, kThreads, 0, stream, p);
+}
+
+bool takes_experts(const ExpertsParams& params) {
+  constexpr int64_t kMostPieces = int64_t{1} << 32;  // the kernel counts pieces of 16 bytes with 32 bits
+  const LinearParams& l = params.linear;
+  const Routing& r = params.routing;
+  return l.tokens > 8 * r.experts && l.tokens * l.weight.in_features / 8 < kMostPieces && r.experts * r.qweight_bytes / 16 < kMostPieces;
+}
+
+const char* launch_gemm_experts(const ExpertsParams& params, cudaStream_t stream) {
+  GemmParams p = {};
+  static_cast<LinearParams&>(p) = params.linear;
+  p.routing = params.routing;
+  p.plan = plan_gemm_experts(params);
+  p.routing.slots = p.token_tiles = static_cast<uint32_t>(expert_slots(p.tokens, p.routing.experts, p.plan.tokens));
+  set_scaling(p);
+  return launch_kind(p, stream);
 }
 
 }  // namespace hfq

@@ -1,7 +1,7 @@
 // The part of hfq::cuda_linear for more tokens than a matrix instruction takes: thread blocks, and how a product is cut into them.
 #pragma once
 
-#include "linear.h"
+#include "experts.h"
 
 namespace hfq {
 
@@ -35,7 +35,7 @@ struct GemmPlan {
 
 struct GemmParams : LinearParams {
   GemmPlan plan;
-  uint32_t flush_mask;    // units of a chunk after which scales are applied are those with (unit + 1) & flush_mask == 0
+  Routing routing;        // runs of `plan.tokens` tokens, where there are several experts
 };
 
 // Sums of all splits behind each other, [splits, M, 16 * N16] float32: what LinearParams::workspace needs; 0 if there is one split.
@@ -45,9 +45,15 @@ inline int64_t workspace_floats(const LinearParams& p, const GemmPlan& plan) {
 }
 
 GemmPlan plan_gemm(const LinearParams& params);
+// For runs of tokens that `slots` thread blocks take, of the experts' average length.
+GemmPlan plan_gemm_experts(const ExpertsParams& params);
+
+// Whether experts have so many tokens that reading their weights once for several matrix instructions pays, and the kernel can count them.
+bool takes_experts(const ExpertsParams& params);
 
 // Enqueues the kernels; launch_linear has set what is the launcher's to set in LinearParams.
 const char* launch_gemm(const LinearParams& params, cudaStream_t stream);
+const char* launch_gemm_experts(const ExpertsParams& params, cudaStream_t stream);
 
 // One for each kind of codes, so that they are compiled side by side; called by launch_gemm.
 const char* launch_gemm_int2(const GemmParams& params, cudaStream_t stream);

@@ -19,6 +19,7 @@
 #include "fragments.h"
 #include "gemm.h"
 #include "gemm_output.h"
+#include "runs.h"
 
 namespace hfq {
 namespace {
@@ -41,23 +42,34 @@ struct GemmWarp {
   static constexpr float kMiddle = 1 << (kBits - 1);
 
   // What a thread computes. Made anew where it is needed after the loop: registers of the loop are for the loop.
-  struct Place {
+  struct Part {
     int lane, row_warps, row_warp, column_warp;
-    uint32_t first_token, first_tile, split;  // of the thread block
-    __device__ __forceinline__ explicit Place(const GemmParams& p) {
-      const uint32_t thread = kept(threadIdx.x), block = kept(blockIdx.x);
+    __device__ __forceinline__ explicit Part(const GemmParams& p) {
+      const uint32_t thread = kept(threadIdx.x);
       lane = thread % 32;
       row_warps = kGemmWarps >> p.plan.column_shift;
       row_warp = thread / 32 % row_warps, column_warp = thread / 32 / row_warps;
+    }
+  };
+  // And what its thread block does.
+  struct Place : Part {
+    uint32_t first_tile, split;
+    uint32_t first_token, end_token, expert;  // more tokens than it takes may follow
+    __device__ __forceinline__ explicit Place(const GemmParams& p) : Part(p) {
+      const uint32_t block = kept(blockIdx.x);
       // Neighbouring thread blocks read the same weights for other tokens: the second finds them in L2.
-      first_token = block % p.token_tiles * kTokens;
       split = block / p.token_tiles % p.plan.splits;
-      first_tile = block / p.token_tiles / p.plan.splits * row_warps * kWarpTiles;
+      first_tile = block / p.token_tiles / p.plan.splits * this->row_warps * kWarpTiles;
+      first_token = block % p.token_tiles * kTokens, end_token = static_cast<uint32_t>(p.tokens), expert = 0;
+      if (p.routing.counts) {
+        const Run run = find_run<kTokens>(p.routing, end_token, block % p.token_tiles);
+        first_token = run.first, end_token = run.end, expert = run.expert;
+      }
     }
   };
 
   const GemmParams& p;
-  const uint8_t* table;
+  uint32_t table;                    // of the lane
   int lane, column_warp;
   uint32_t first_chunk, end_chunk;   // of the thread block
   uint32_t warp_end;                 // what the first chunk of a stage is less than if the warp has rows and a chunk of it
@@ -73,9 +85,9 @@ struct GemmWarp {
   float sums[kWarpTiles][kTokenTiles][4] = {};
 
   // A stage has activations of each column warp, then codes, scales and zero points of each warp.
-  __device__ __forceinline__ GemmWarp(const GemmParams& params, const uint8_t* lookups) : p(params), table(lookups), lane(threadIdx.x % 32) {
+  __device__ __forceinline__ GemmWarp(const GemmParams& params, const Place& place, uint32_t lookups)
+      : p(params), table(kept(lookups + 4 * (threadIdx.x % 32))), lane(threadIdx.x % 32) {
     const Weight& w = p.weight;
-    const Place place(p);
     column_warp = place.column_warp;
     const uint32_t chunks = static_cast<uint32_t>((w.in_features + kColumns - 1) / kColumns);
     first_chunk = place.split * p.plan.split_chunks;
@@ -88,7 +100,7 @@ struct GemmWarp {
     x_from = kept(static_cast<uint32_t>(token * of_row + from));
     x_to = kept(static_cast<uint32_t>(row * kRowBytes + 16 * (of_chunk ^ 4 * (row % 2))));
     x_left = kept(from < end ? end - from : 0);
-    x_tokens = static_cast<int>(p.tokens - token < kTokens ? p.tokens - token : kTokens);
+    x_tokens = static_cast<int>(place.end_token - token < kTokens ? place.end_token - token : kTokens);
 
     const uint32_t tiles = static_cast<uint32_t>((w.out_features + kTileRows - 1) / kTileRows), tile = place.first_tile + place.row_warp * kWarpTiles;
     const uint32_t tile_pieces = blocks() * (kBlockBytes<kBits> / 16), zeros = w.zeros ? kUnits * kScaleBytes : 0;
@@ -96,12 +108,14 @@ struct GemmWarp {
     // An odd number of tiles: the last one is computed twice and stored once.
     const auto of_weight = [&](uint32_t t) { return static_cast<int64_t>(t < tiles ? t : tiles - 1); };
     warp_end = tile < tiles && end_chunk > static_cast<uint32_t>(column_warp) ? end_chunk - column_warp : 0;
-    codes_from = kept(static_cast<uint32_t>(of_weight(tile) * tile_pieces + (first_chunk + column_warp) * (kBytes / 16) + lane));
+    const uint32_t of_codes = place.expert * static_cast<uint32_t>(p.routing.qweight_bytes / 16);
+    codes_from = kept(static_cast<uint32_t>(of_codes + of_weight(tile) * tile_pieces + (first_chunk + column_warp) * (kBytes / 16) + lane));
     next_tile = tile + 1 < tiles ? tile_pieces : 0;
 
     const uint32_t pieces = pair_bytes(w.scale_dtype) / 2, i = lane / pieces, of_tile = i / kUnits;
     scale_unit = of_tile < kWarpTiles && ((i + 1) & p.flush_mask) == 0 ? column_warp * kUnits + i % kUnits : kNone;
-    scale_from = kept(static_cast<uint32_t>(of_weight(tile + (of_tile < kWarpTiles ? of_tile : 0)) * w.groups * pieces + lane % pieces));
+    const uint32_t of_scales = place.expert * static_cast<uint32_t>(p.routing.scale_bytes / 16);
+    scale_from = kept(static_cast<uint32_t>(of_scales + of_weight(tile + (of_tile < kWarpTiles ? of_tile : 0)) * w.groups * pieces + lane % pieces));
     scale_to = static_cast<uint32_t>(codes + kWarpTiles * kBytes + i * (kScaleBytes / kWarpTiles) + 16 * (lane % pieces));
 
     const int odd = lane / 4 % 2;
@@ -118,7 +132,7 @@ struct GemmWarp {
   // ---- from global memory to a stage
 
   // The chunks `chunk`, of which each column warp takes one, and later those behind them.
-  __device__ __forceinline__ void copy(uint8_t* stage, uint32_t chunk) {
+  __device__ __forceinline__ void copy(uint32_t stage, uint32_t chunk) {
     copy_activations(stage + x_to);
     if (chunk < warp_end) {
       copy_codes(stage + codes_at, chunk + column_warp);
@@ -127,7 +141,7 @@ struct GemmWarp {
     codes_from += kBytes / 16 << p.plan.column_shift;
   }
 
-  __device__ __forceinline__ void copy_codes(uint8_t* to, uint32_t chunk) const {
+  __device__ __forceinline__ void copy_codes(uint32_t to, uint32_t chunk) const {
     constexpr int kBlock = kBlockBytes<kBits>;
 #pragma unroll
     for (int i = 0; i < kWarpTiles; ++i)
@@ -140,7 +154,7 @@ struct GemmWarp {
       }
   }
 
-  __device__ __forceinline__ void copy_scales(uint8_t* to, uint32_t unit) const {
+  __device__ __forceinline__ void copy_scales(uint32_t to, uint32_t unit) const {
     const Weight& w = p.weight;
     const uint32_t last = static_cast<uint32_t>(w.groups) - 1;
     uint32_t group = multiply_high(2 * unit, p.group_magic);
@@ -150,7 +164,7 @@ struct GemmWarp {
     if (w.zeros) cp_async(to + kUnits * kScaleBytes, piece(w.zeros, from));
   }
 
-  __device__ __forceinline__ void copy_activations(uint8_t* to) {
+  __device__ __forceinline__ void copy_activations(uint32_t to) {
     constexpr uint32_t kStep = kChunksAtOnce * kRowPieces;
     const uint32_t end = kRowPieces << p.plan.column_shift, rows = kRowsAtOnce * static_cast<uint32_t>(p.weight.in_features / 8);
     // 8-bit codes and 16 tokens: half of the threads begin with the second chunk.
@@ -172,13 +186,13 @@ struct GemmWarp {
   // The lane's activations of unit u and token tile `tile`, as the operands of two instructions. The halves of each 128 bytes change
   // places in odd rows: x[1] is where x[0] would have the other half.
   template <int u>
-  __device__ __forceinline__ void activations(const uint8_t* const (&x)[2], int tile, uint32_t (&b)[2][2]) const {
-    Kind::activations(*reinterpret_cast<const uint4*>(x[u % 2] + 8 * tile * kRowBytes + u / 2 * 128), b);
+  __device__ __forceinline__ void activations(const uint32_t (&x)[2], int tile, uint32_t (&b)[2][2]) const {
+    Kind::activations(load_shared<uint4>(x[u % 2] + 8 * tile * kRowBytes + u / 2 * 128), b);
   }
 
   // Sums of activations over the units for which scales are applied at once, of this warp's share of the tokens of its columns.
   template <int u>
-  __device__ __forceinline__ void add_activations(const uint8_t* const (&x)[2], float* to, int tile, float (&d)[4]) const {
+  __device__ __forceinline__ void add_activations(const uint32_t (&x)[2], float* to, int tile, float (&d)[4]) const {
     constexpr uint32_t kOne = kBoth<T, 1>, ones[4] = {kOne, kOne, kOne, kOne};
     uint32_t b[2][2];
     activations<u>(x, tile, b);
@@ -194,7 +208,7 @@ struct GemmWarp {
 
   // Units u and later of a chunk.
   template <int u>
-  __device__ __forceinline__ void multiply(const uint8_t* const (&x)[2], const uint8_t* stage, const float* x_sums, Kind (&block)[kWarpTiles],
+  __device__ __forceinline__ void multiply(const uint32_t (&x)[2], uint32_t stage, const float* x_sums, Kind (&block)[kWarpTiles],
                                            float (&products)[kWarpTiles][kTokenTiles][4]) {
     uint32_t a[kWarpTiles][2][4];
 #pragma unroll
@@ -226,16 +240,23 @@ struct GemmWarp {
   }
 
   // Adds products, up to unit u, times their scales.
-  __device__ __forceinline__ void scale(const uint8_t* of_lane, const float* x_sums, int u, float (&products)[kWarpTiles][kTokenTiles][4]) {
+  __device__ __forceinline__ void scale(uint32_t of_lane, const float* x_sums, int u, float (&products)[kWarpTiles][kTokenTiles][4]) {
     const DType dtype = p.weight.scale_dtype;
+    const auto pairs_of = [&](uint32_t of_units, Pair (&pairs)[kWarpTiles]) {
+      RawPair raw[kWarpTiles];
+#pragma unroll
+      for (int i = 0; i < kWarpTiles; ++i) raw[i] = load_pair(of_units + (i * kUnits + u) * (kScaleBytes / kWarpTiles), dtype);
+      to_floats(raw, dtype, pairs);
+    };
+    Pair scales[kWarpTiles], zeros[kWarpTiles];
+    pairs_of(of_lane, scales);
+    if (p.weight.zeros) pairs_of(of_lane + kUnits * kScaleBytes, zeros);
 #pragma unroll
     for (int i = 0; i < kWarpTiles; ++i) {
-      const uint8_t* pair = of_lane + (i * kUnits + u) * (kScaleBytes / kWarpTiles);
-      const Pair s = to_floats(take_pair(pair, dtype), dtype);
+      const Pair s = scales[i];
       if (p.weight.zeros) {
         // Products are with code - middle: what lacks is middle - zero for each activation.
-        const Pair zero = to_floats(take_pair(pair + kUnits * kScaleBytes, dtype), dtype);
-        const float low = kMiddle - zero.low, high = kMiddle - zero.high;
+        const float low = kMiddle - zeros[i].low, high = kMiddle - zeros[i].high;
 #pragma unroll
         for (int tile = 0; tile < kTokenTiles; ++tile) {
           const float2 of_x = *reinterpret_cast<const float2*>(x_sums + u * kTokens + 8 * tile + 2 * (lane % 4));
@@ -256,12 +277,12 @@ struct GemmWarp {
   }
 
   // A stage, whose first chunk is `chunk`. `all_x_sums`: [column warps][kUnits][kTokens] floats of shared memory.
-  __device__ __forceinline__ void add(const uint8_t* stage, uint32_t chunk, float* all_x_sums) {
-    const uint8_t* const x[2] = {stage + x_at, stage + (x_at ^ 64)};
+  __device__ __forceinline__ void add(uint32_t stage, uint32_t chunk, float* all_x_sums) {
+    const uint32_t x[2] = {stage + x_at, stage + (x_at ^ 64)};
     float* x_sums = all_x_sums + column_warp * kUnits * kTokens;
     if (p.weight.zeros) {
-      const Place place(p);
-      for (int tile = place.row_warp; tile < kTokenTiles; tile += place.row_warps) {
+      const Part part(p);
+      for (int tile = part.row_warp; tile < kTokenTiles; tile += part.row_warps) {
         float d[4] = {};
         add_activations<0>(x, x_sums, tile, d);
       }
@@ -281,6 +302,8 @@ struct GemmWarp {
     const Place place(p);
     const int rows = place.row_warps * kWarpTiles * kTileRows, stride = rows + 4;  // 8 lanes apart are 4 tokens: other banks
     const int64_t padded = (p.weight.out_features + kTileRows - 1) / kTileRows * kTileRows;
+    LinearParams own = p;
+    if (own.bias) own.bias = static_cast<const uint8_t*>(own.bias) + place.expert * p.routing.bias_bytes;
     sync_block();
     if (place.first_tile + place.row_warp * kWarpTiles < padded / kTileRows) {
 #pragma unroll
@@ -296,24 +319,39 @@ struct GemmWarp {
     sync_block();
     for (int at = 4 * threadIdx.x; at < kTokens * rows; at += 4 * kGemmThreads) {
       const int64_t n = static_cast<int64_t>(place.first_tile) * kTileRows + at % rows, m = static_cast<int64_t>(place.first_token) + at / rows;
-      if (n >= padded || m >= p.tokens) continue;
+      if (n >= padded || m >= place.end_token) continue;
       float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
       for (int warp = 0; warp < 1 << p.plan.column_shift; ++warp)
         sum = plus(sum, *reinterpret_cast<const float4*>(partial + (warp * kTokens + at / rows) * stride + at % rows));
       if (p.plan.splits > 1)
         store(reinterpret_cast<float4*>(p.workspace + (place.split * p.tokens + m) * padded + n), sum);
       else
-        store_rows<T>(p, m, n, sum);
+        store_rows<T>(own, m, n, sum);
     }
   }
 };
+
+// Rows of tokens that belong to no expert.
+__device__ __forceinline__ void store_zeros(const LinearParams& p, uint32_t first_row, uint32_t rows, uint32_t first_token, uint32_t end_token) {
+  const int64_t all = p.weight.out_features;
+  const uint32_t width = static_cast<uint32_t>(all - first_row < rows ? all - first_row : rows);
+  for (uint32_t i = threadIdx.x; i < (end_token - first_token) * width; i += kGemmThreads)
+    store(static_cast<uint16_t*>(p.y) + (first_token + i / width) * all + first_row + i % width, uint16_t{0});
+}
 
 template <class Kind, class T, int kTokens>
 __global__ void __launch_bounds__(kGemmThreads, kTokens < kMostTokens ? 2 : 1) gemm_kernel(const GemmParams p) {
   uint8_t* shared = shared_memory();
   float* x_sums = reinterpret_cast<float*>(shared + (Kind::kTable ? TableCodes::kTableBytes : 0));
-  uint8_t* ring = reinterpret_cast<uint8_t*>(x_sums) + p.plan.sums_bytes;
-  GemmWarp<Kind, T, kTokens> mine(p, shared);
+  uint8_t* partial = reinterpret_cast<uint8_t*>(x_sums) + p.plan.sums_bytes;
+  const uint32_t ring = kept(shared_address(partial));
+  const typename GemmWarp<Kind, T, kTokens>::Place place(p);
+  if (place.first_token >= place.end_token) return;  // behind the last run
+  if (p.routing.counts && place.expert == p.routing.experts) {
+    store_zeros(p, place.first_tile * kTileRows, place.row_warps * kWarpTiles * kTileRows, place.first_token, place.end_token);
+    return;
+  }
+  GemmWarp<Kind, T, kTokens> mine(p, place, shared_address(shared));
   const uint32_t step = 1u << p.plan.column_shift, stages = p.plan.stages;
 
   for (uint32_t i = 0; i + 1 < stages; ++i) {
@@ -339,7 +377,7 @@ __global__ void __launch_bounds__(kGemmThreads, kTokens < kMostTokens ? 2 : 1) g
     at = at + 1 == stages ? 0 : at + 1;
   }
   cp_async_wait<0>();
-  mine.store_sums(reinterpret_cast<float*>(ring));
+  mine.store_sums(reinterpret_cast<float*>(partial));
 }
 
 // ---- launcher ----

@@ -22,9 +22,16 @@ struct Candidate {
   const LinearParams& p;
   int64_t multiprocessors, columns, chunks;  // columns of a chunk
   GemmPlan plan;
+  int64_t runs = 0;  // of tokens of experts, or 0
+
+  Candidate(const LinearParams& params)
+      : p(params), multiprocessors(hfq::multiprocessors()), columns(params.weight.bits == 8 ? kChunkColumns<8> : kChunkColumns<4>), plan() {
+    if (multiprocessors < 1) multiprocessors = 1;
+    chunks = divided(params.weight.in_features, columns);
+  }
 
   int64_t rows() const { return kGemmWarps * kWarpTiles * kTileRows >> plan.column_shift; }
-  int64_t blocks() const { return divided(p.weight.out_features, rows()) * divided(p.tokens, plan.tokens) * plan.splits; }
+  int64_t blocks() const { return divided(p.weight.out_features, rows()) * (runs ? runs : divided(p.tokens, plan.tokens)) * plan.splits; }
   int64_t table_bytes() const { return p.weight.codebook ? 256 * 32 * 4 : 0; }
   // Sums of all warps, which take the place of the stages.
   int64_t partial_bytes() const { return (static_cast<int64_t>(plan.tokens) << plan.column_shift) * (rows() + 4) * 4; }
@@ -41,6 +48,11 @@ struct Candidate {
     while (plan.stages >= 2 && bytes() > most) --plan.stages;
     plan.shared_bytes = static_cast<int32_t>(bytes());
     return plan.stages >= 2;
+  }
+  // Two blocks share a multiprocessor where registers allow it and there are that many.
+  bool fits(int64_t most) {
+    const bool two = plan.tokens < kMostTokens && blocks() > multiprocessors;
+    return (two && fit(most / 2 - 1024)) || fit(most);
   }
   int64_t bytes() const {
     const int64_t ring = static_cast<int64_t>(plan.stages) * plan.stage_bytes, partial = partial_bytes();
@@ -65,8 +77,7 @@ struct Candidate {
 
 GemmPlan plan_gemm(const LinearParams& params) {
   const int64_t most_shared = static_cast<int64_t>(most_shared_bytes());
-  Candidate c = {params, multiprocessors() > 0 ? multiprocessors() : 1, params.weight.bits == 8 ? kChunkColumns<8> : kChunkColumns<4>, 0, {}};
-  c.chunks = divided(params.weight.in_features, c.columns);
+  Candidate c(params);
   GemmPlan best = {};
   float least = 0;
   // As few token tiles as there can be: each computes the weights' numbers again. Small shared memory may ask for more.
@@ -79,13 +90,32 @@ GemmPlan plan_gemm(const LinearParams& params) {
         // Whole rounds of the column warps; then no more splits than there is work for.
         c.plan.split_chunks = static_cast<int32_t>(divided(divided(c.chunks, splits), 1 << shift) << shift);
         c.plan.splits = static_cast<int32_t>(divided(c.chunks, c.plan.split_chunks));
-        // Two blocks share a multiprocessor where registers allow it and there are that many.
-        const bool two = tokens < kMostTokens && c.blocks() > c.multiprocessors;
-        if (!(two && c.fit(most_shared / 2 - 1024)) && !c.fit(most_shared)) continue;
+        if (!c.fits(most_shared)) continue;
         const float clocks = c.clocks();
         if (!best.stages || clocks < least) best = c.plan, least = clocks;
         if (c.blocks() >= 2 * c.multiprocessors) break;  // more splits would only add
       }
+    }
+  }
+  return best;
+}
+
+GemmPlan plan_gemm_experts(const ExpertsParams& params) {
+  const int64_t most_shared = static_cast<int64_t>(most_shared_bytes()), each = divided(params.linear.tokens, params.routing.experts);
+  Candidate c(params.linear);
+  GemmPlan best = {};
+  float least = 0;
+  for (int32_t tokens = each <= 16 ? 16 : each <= 32 ? 32 : kMostTokens; tokens >= 16 && !best.stages; tokens /= 2) {
+    c.runs = expert_slots(params.linear.tokens, params.routing.experts, tokens);
+    for (int32_t shift = 0; 1 << shift <= kGemmWarps; ++shift) {
+      c.plan = {};
+      c.plan.tokens = tokens;
+      c.plan.column_shift = shift;
+      c.plan.splits = 1;
+      c.plan.split_chunks = static_cast<int32_t>(divided(c.chunks, 1 << shift) << shift);
+      if (!c.fits(most_shared)) continue;
+      const float clocks = c.clocks();
+      if (!best.stages || clocks < least) best = c.plan, least = clocks;
     }
   }
   return best;

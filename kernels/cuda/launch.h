@@ -4,23 +4,58 @@
 #include <cuda_runtime.h>
 
 #include <atomic>
+#include <cstdlib>
 
 namespace hfq {
+
+// Whether kernels may start before those in front of them have ended: on GPUs that can, if HFQ_CUDA_OVERLAP is 1. Not measured yet.
+inline bool kernels_overlap() {
+  const char* wanted = std::getenv("HFQ_CUDA_OVERLAP");
+  if (!wanted || wanted[0] != '1') return false;
+  int device = 0, generation = 0;
+  if (cudaGetDevice(&device) == cudaSuccess) cudaDeviceGetAttribute(&generation, cudaDevAttrComputeCapabilityMajor, device);
+  return generation >= 9;
+}
+
+// For dynamic shared memory of a thread block above what needs not be asked for; once for each kernel and device would do.
+template <class Params>
+cudaError_t allow_shared(void (*kernel)(Params), size_t shared_bytes) {
+  constexpr size_t kUnasked = 48 << 10;
+  if (shared_bytes <= kUnasked) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+}
+
+// Null, or CUDA's description of the error, which the next launch is not to find.
+inline const char* described(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return cudaGetErrorString(error);
+}
 
 // Enqueues `kernel` with `shared_bytes` (at most `most_shared_bytes`) of dynamic shared memory. Returns null, or CUDA's description of the error.
 template <class Params>
 const char* launch(void (*kernel)(Params), unsigned blocks, unsigned threads, size_t shared_bytes, cudaStream_t stream, const Params& params) {
-  constexpr size_t kUnasked = 48 << 10;  // more has to be asked for, for each kernel on each device
-  if (shared_bytes > kUnasked) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) {
-      cudaGetLastError();  // reported here; the next launch is not to find it
-      return cudaGetErrorString(error);
-    }
-  }
+  if (const cudaError_t error = allow_shared(kernel, shared_bytes); error != cudaSuccess) return described(error);
   kernel<<<blocks, threads, shared_bytes, stream>>>(params);
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return described(cudaGetLastError());
+}
+
+// The same for a kernel that calls wait_for_previous_kernel(): it may start before the one in front of it has ended.
+template <class Params>
+const char* launch_early(void (*kernel)(Params), unsigned blocks, unsigned threads, size_t shared_bytes, cudaStream_t stream, const Params& params) {
+  if (!kernels_overlap()) return launch(kernel, blocks, threads, shared_bytes, stream, params);
+  if (const cudaError_t error = allow_shared(kernel, shared_bytes); error != cudaSuccess) return described(error);
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = 1;
+  return described(cudaLaunchKernelEx(&config, kernel, params));
 }
 
 // What a launch with clusters is: `cluster` thread blocks of each run at one time (compute capability 9.0).

@@ -1,6 +1,7 @@
 // Which kernel multiplies.
 #include "linear.h"
 
+#include "copy.h"
 #include "gemm.h"
 #include "target.h"
 #include "wgmma.h"
@@ -8,7 +9,7 @@
 namespace hfq {
 namespace {
 
-// A matrix instruction takes 8 tokens. More would read the weight again with linear_kernel.h, where codes go straight to registers and columns
+// A matrix instruction takes 8 tokens. More would read the weight again with linear_kernel.h, where columns
 // are shared by the warps of one block; gemm_kernel.h reads it once for 16 or more.
 constexpr int64_t kFewTokens = 8;
 
@@ -25,7 +26,6 @@ const char* copy_on_device(void* to, const void* from, int64_t bytes, cudaStream
 const char* launch_linear(const LinearParams& params, cudaStream_t stream) {
   if (params.tokens == 0 || params.weight.out_features == 0) return nullptr;
   LinearParams p = params;
-  p.token_tiles = static_cast<uint32_t>((p.tokens + 7) / 8);
   p.group_magic = group_magic(p.weight);
   if (takes_wgmma(p)) return launch_wgmma(p, stream);
   if (p.tokens > kFewTokens) return launch_gemm(p, stream);

@@ -15,8 +15,12 @@ struct LinearParams {
   DType bias_dtype;
   float* workspace;      // as many floats as linear_workspace says
   // What follows is set by the launcher.
-  uint32_t token_tiles;  // ceil(M / tokens of a thread block)
+  uint32_t token_tiles;  // gemm.h: ceil(M / tokens of a thread block)
   uint32_t group_magic;  // ceil(2^31 / units of a group): unit / units is the upper half of 2 unit * magic
+  uint32_t flush_mask;    // units of a step after which scales are applied are those with (unit + 1) & flush_mask == 0
+  uint32_t stages;       // linear_kernel.h: of a warp's ring, 3 or 2
+  uint32_t stage_bytes;
+  uint32_t stage_tokens;  // for which a stage has room
 };
 
 // Floats of memory for sums that the kernels need, aligned to 16 bytes; on the current device, which is that of the launch.
@@ -27,11 +31,15 @@ inline uint32_t group_magic(const Weight& w) {
   return static_cast<uint32_t>(((int64_t{1} << 31) + units - 1) / units);
 }
 
+// Scales are applied where a group or a step of `units` units ends: after 4, 2 or 1 units, whichever fits groups.
+inline uint32_t flush_mask(const Weight& w, uint32_t units) {
+  uint32_t mask = units - 1;
+  while (w.groups > 1 && w.group_size / kUnitColumns & mask) mask >>= 1;
+  return mask;
+}
+
 // Enqueues the kernels. Returns null, or CUDA's description of the error. K below 2^20.
 const char* launch_linear(const LinearParams& params, cudaStream_t stream);
-
-// Enqueues a copy within the memory of the device: activations have to begin at a multiple of 16 bytes.
-const char* copy_on_device(void* to, const void* from, int64_t bytes, cudaStream_t stream);
 
 // One for each kind of codes, so that they are compiled side by side; called by launch_linear.
 const char* launch_linear_int2(const LinearParams& params, cudaStream_t stream);

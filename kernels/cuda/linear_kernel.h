@@ -1,13 +1,17 @@
 // The kernel of cuda_linear for few tokens, for one kind of codes in each file that includes this.
 //
-// A thread block takes one or two tiles of 16 rows and up to 8 tokens; its 8 warps take every eighth block of columns. Codes go from global
-// memory straight to registers, several loads ahead; activations come through L1, two blocks ahead. Partial sums of the warps meet in
-// shared memory and are added in a fixed order.
+// A thread block takes one or two tiles of 16 rows and up to 8 tokens; its 8 warps take every eighth step of 128 columns. Each warp has a ring of
+// stages of its own in shared memory, into which all that a step needs is copied steps ahead: codes, activations, scales and zero points.
+// Partial sums of the warps meet in shared memory and are added in a fixed order.
+//
+// Nothing in the loop is loaded from global memory to registers. ptxas gives all such loads that live across a loop's end one scoreboard, which
+// counts: to wait for the oldest is to wait for all of them, however many blocks ahead they were issued. A warp then takes a step for each
+// latency of memory (1100 clocks on an H100, 60 % of its bandwidth); groups of asynchronous copies end in order.
 //
 // Bytes and instructions: per clock a multiprocessor gets some 14 bytes of weights from memory on an H100 (3.35 TB/s, 132 of them at
-// 1.75 GHz), 20 on an H200, and issues 4 instructions. A warp's 512 bytes of 4-bit codes thus have 140 (100) issue slots, and take about
-// 95 instructions: 44 for codes, 4 mma, 4 loads, the rest for scales, addresses and bounds. With 8 tokens, activations are twice the bytes of one
-// tile of 4-bit codes, from L2; hence two tiles for one read of them where there are enough tiles for all multiprocessors.
+// 1.75 GHz), 20 on an H200, and issues 4 instructions. 1 KB of 4-bit codes thus has 280 (200) issue slots, and takes about 140 instructions
+// with two tiles: 88 for codes, 8 mma, 6 loads from shared memory, the rest for copies, scales and the loop. With 8 tokens, activations are twice
+// the bytes of one tile of 4-bit codes, from L2; hence two tiles for one read of them where there are enough tiles for all multiprocessors.
 #pragma once
 
 #include "fragments.h"
@@ -19,101 +23,136 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 
-// Blocks that a warp has on the way. 16 warps of a multiprocessor then have 24 to 32 KB, which is what 20 bytes per clock need over a
-// latency of some 1000 clocks; more would cost the registers of other warps.
-template <int kBits, int kTiles>
-constexpr int kAhead = kBits < 4 || kTiles == 2 ? 2 : 4;
+constexpr int kStepColumns = 128, kStepUnits = kStepColumns / kUnitColumns;
 
-// And blocks of activations: L2 answers later than a warp comes back to its next block. (Two tiles of 3 bits have no registers left.)
-template <int kBits, int kTiles>
-constexpr int kActivationsAhead = kBits == 3 && kTiles == 2 ? 1 : 2;
+// Steps in a warp's ring, all but one on the way: 16 warps of a multiprocessor then have 32 KB of 4-bit codes of one tile there, where
+// 20 bytes per clock over a latency of 1000 clocks need 20 KB. Where shared memory is too small there are two.
+constexpr uint32_t kMostStages = 3;
 
-// What a warp loads of one block of columns beside activations.
+// Bytes of each tile that a thread block asks for at once. They reach L2 while the first stages are filled, or the kernel before ends.
+constexpr uint32_t kPrefetched = 32 << 10;
+
+// Of a stage, codes of all tiles, then activations [tokens, 128], then pairs of scales [tiles, 8] and of zero points [tiles, 8]: once if groups
+// end with steps, or else for each unit.
 template <class Kind, bool kZeros, int kTiles>
-struct Stage {
-  Kind codes[kTiles];
-  RawPair scales[kTiles][Kind::kUnits];
-  RawPair zeros[kTiles][kZeros ? Kind::kUnits : 1];
-};
-
-template <class Kind, class T, bool kZeros, int kTiles>
 struct LinearWarp {
-  static constexpr int kUnits = Kind::kUnits;
-  static constexpr int kBits = Kind::kWords == 6 ? 3 : 128 / (kUnits * 16);  // 128 bits of a lane for 16 codes of each unit
-  static constexpr int kBytes = kBlockBytes<kBits>;
+  static constexpr int kBits = Kind::kWords == 6 ? 3 : 128 / (Kind::kUnits * 16);  // 128 bits of a lane for 16 codes of each unit
+  static constexpr int kBlock = kBlockBytes<kBits>, kBytes = kStepUnits / Kind::kUnits * kBlock;  // of a block, and of a step of one tile
+  static constexpr int kRowBytes = 2 * kStepColumns, kRowPieces = kRowBytes / 16, kTokensAtOnce = 32 / kRowPieces;  // of activations
+  static constexpr int kPairs = kTiles * (kZeros ? 2 : 1), kPairLanes = 8 * kPairs;
+  static constexpr int kActivationsAt = kTiles * kBytes;
 
   const LinearParams& p;
-  const uint8_t* table;
-  int lane;
-  uint32_t blocks;                 // of columns
-  bool whole;                      // no group ends inside of a block
-  const uint8_t* qweight[kTiles];  // the lane's first words of block 0
-  const uint8_t* scales[kTiles];   // the lane's pair of group 0
-  const uint8_t* zeros[kTiles];
-  uint32_t group_bytes;            // from one group's pairs to the next
-  const uint8_t* x;                // the lane's first activations
-  uint32_t columns;                // columns from there to the end of the row; 0 if the lane's token does not exist
-  float sums[kTiles][4] = {};
+  int lane, tokens;                // of the thread block
+  uint32_t steps;                  // of the weight's columns
+  uint32_t blocks;                 // that are stored
+  // What the lane copies: codes of each tile; activations; a pair of group 0.
+  const uint8_t* codes_from[kTiles];
+  const uint8_t* x_from;
+  const uint8_t* pairs_from;
+  uint32_t columns;                // from the lane's piece of step 0 to the end of the row
+  uint32_t pair, group_bytes;      // of one pair; from one group's pairs to the next
+  // Where these go, from the beginning of a stage, and what the lane reads: activations of even and odd units; pairs.
+  uint32_t codes_at, x_to, pairs_to, x_at[2], pairs_at;
 
-  __device__ __forceinline__ LinearWarp(const LinearParams& params, uint8_t* shared, int64_t first_tile, int64_t first_token)
-      : p(params), table(shared), lane(threadIdx.x % 32) {
+  __device__ __forceinline__ LinearWarp(const LinearParams& params, int64_t first_tile, int64_t first_token)
+      : p(params), lane(threadIdx.x % 32) {
     const Weight& w = p.weight;
-    const int64_t tiles = (w.out_features + kTileRows - 1) / kTileRows, token = first_token + lane / 4;
-    blocks = kept(static_cast<uint32_t>((w.in_features + kBlockColumns<kBits> - 1) / kBlockColumns<kBits>));
-    whole = w.groups == 1 || w.group_size % kBlockColumns<kBits> == 0;
-    group_bytes = 8 * pair_bytes(w.scale_dtype);
+    const int64_t tiles = (w.out_features + kTileRows - 1) / kTileRows;
+    const uint32_t in_features = static_cast<uint32_t>(w.in_features);
+    steps = (in_features + kStepColumns - 1) / kStepColumns;
+    blocks = (in_features + kBlockColumns<kBits> - 1) / kBlockColumns<kBits>;
+    tokens = static_cast<int>(p.tokens - first_token < 8 ? p.tokens - first_token : 8);
+    // An odd number of tiles: the last one is computed twice and stored once.
+    const auto of_weight = [&](int i) { return first_tile + i < tiles ? first_tile + i : tiles - 1; };
+    codes_at = kept(16u * lane);
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      // An odd number of tiles: the last one is computed twice and stored once.
-      const int64_t tile = first_tile + i < tiles ? first_tile + i : tiles - 1;
-      const int64_t pair = tile * w.groups * group_bytes + lane / 4 * pair_bytes(w.scale_dtype);
-      qweight[i] = kept(w.qweight + tile * blocks * kBytes + 16 * lane);
-      scales[i] = kept(static_cast<const uint8_t*>(w.scales) + pair);
-      if constexpr (kZeros) zeros[i] = kept(static_cast<const uint8_t*>(w.zeros) + pair);
-    }
-    const uint32_t first = 8 * (lane % 4), in_features = static_cast<uint32_t>(w.in_features);
-    const bool present = token < p.tokens;
-    columns = kept(present && first < in_features ? in_features - first : 0);
-    x = kept(static_cast<const uint8_t*>(p.x) + ((present ? token : 0) * w.in_features + first) * 2);
+    for (int i = 0; i < kTiles; ++i) codes_from[i] = kept(w.qweight + of_weight(i) * blocks * kBlock + codes_at);
+
+    // Halves of 128 bytes, of two units, change places in odd tokens, so that 8 lanes read from all banks.
+    const uint32_t piece = lane % kRowPieces, token = lane / kRowPieces;
+    x_from = kept(static_cast<const uint8_t*>(p.x) + ((first_token + token) * w.in_features + 8 * piece) * 2);
+    x_to = kept(kActivationsAt + token * kRowBytes + 16 * (piece ^ 4 * (token % 2)));
+    columns = kept(in_features > 8 * piece ? in_features - 8 * piece : 0);
+    // Columns of a matrix instruction are independent: lanes whose token does not exist take token 0, and nobody stores their sums.
+    const uint32_t own = lane / 4 < tokens ? lane / 4 : 0, first = kActivationsAt + own * kRowBytes + 16 * (lane % 4);
+#pragma unroll
+    for (uint32_t u = 0; u < 2; ++u) x_at[u] = kept(first + 64 * (u ^ own % 2));
+
+    pair = kept(pair_bytes(w.scale_dtype)), group_bytes = kept(8 * pair);
+    const uint32_t pairs = kActivationsAt + p.stage_tokens * kRowBytes;
+    pairs_to = kept(pairs + lane * pair), pairs_at = kept(pairs + lane / 4 * pair);
+    const void* of_lane = kZeros && lane >= 8 * kTiles ? w.zeros : w.scales;
+    pairs_from = kept(static_cast<const uint8_t*>(of_lane) + (of_weight(lane / 8 % kTiles) * w.groups * 8 + lane % 8) * pair);
   }
 
-  __device__ __forceinline__ void load(Stage<Kind, kZeros, kTiles>& stage, uint32_t block) const {
-    if (block >= blocks) return;
-    const Weight& w = p.weight;
+  // From a stage's pairs to those of unit u, behind which a group may end.
+  __device__ __forceinline__ uint32_t pairs_of(int u) const { return p.flush_mask == kStepUnits - 1 ? 0 : u * kPairLanes * pair; }
+
+  // ---- from global memory to a stage
+
+  __device__ __forceinline__ void copy(uint32_t stage, uint32_t step) const {
+    if (step >= steps) return;
+    copy_weights(stage, step);
+    copy_activations(stage, step);
+  }
+
+  __device__ __forceinline__ void copy_activations(uint32_t stage, uint32_t step) const {
+    const uint8_t* x = x_from + static_cast<uint64_t>(step) * kRowBytes;
+    const bool exists = step * kStepColumns < columns;
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) stage.codes[i].load(qweight[i] + block * kBytes, lane);
+    for (int first = 0; first < 8; first += kTokensAtOnce) {
+      if (first >= tokens) break;
+      if (first + lane / kRowPieces < tokens) cp_async_or_zero(stage + x_to + first * kRowBytes, x + first * 2 * p.weight.in_features, exists);
+    }
+  }
+
+  // Codes, scales and zero points.
+  __device__ __forceinline__ void copy_weights(uint32_t stage, uint32_t step) const {
+    constexpr int kBlocks = kBytes / kBlock;
 #pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-      if (whole && u + 1 < kUnits) continue;
-      const uint32_t unit = block * kUnits + u, last = static_cast<uint32_t>(w.groups) - 1;
-      uint32_t group = multiply_high(2 * unit, p.group_magic);
-      group = group < last ? group : last;  // units behind K
+    for (int i = 0; i < kTiles; ++i) {
+      const uint8_t* from = codes_from[i] + static_cast<uint64_t>(step) * kBytes;
 #pragma unroll
-      for (int i = 0; i < kTiles; ++i) {
-        stage.scales[i][u] = load_pair(scales[i] + group * group_bytes, w.scale_dtype);
-        if constexpr (kZeros) stage.zeros[i][u] = load_pair(zeros[i] + group * group_bytes, w.scale_dtype);
+      for (int block = 0; block < kBlocks; ++block) {
+        // The last step may have fewer blocks. Columns behind K meet activations of zero: any codes will do.
+        const bool stored = block == 0 || step * kBlocks + block < blocks;
+        const uint32_t to = stage + codes_at + i * kBytes + block * kBlock;
+        cp_async(to, stored ? from + block * kBlock : from);
+        if (kBlock > 512 && lane < (kBlock - 512) / 16) cp_async(to + 512, from + 512);
       }
     }
+    if (lane >= kPairLanes) return;
+    const uint32_t last = static_cast<uint32_t>(p.weight.groups) - 1;
+#pragma unroll
+    for (int u = 0; u < kStepUnits; ++u) {
+      if ((u + 1) & p.flush_mask) continue;
+      uint32_t group = multiply_high(2 * (step * kStepUnits + u), p.group_magic);
+      group = group < last ? group : last;  // units behind K
+      const uint32_t to = stage + pairs_to + pairs_of(u);
+      const uint8_t* from = pairs_from + static_cast<uint64_t>(group) * group_bytes;
+      if (p.weight.scale_dtype == kFloat32)
+        cp_async<8>(to, from);
+      else
+        cp_async<4>(to, from);
+    }
   }
 
-  __device__ __forceinline__ void load(uint4& activations, uint32_t unit) const {
-    const uint32_t column = unit * kUnitColumns;
-    activations = make_uint4(0, 0, 0, 0);
-    if (column < columns) activations = hfq::load(reinterpret_cast<const uint4*>(x + 2 * column));
-  }
+  // ---- from a stage to sums
 
-  // Units u and later of a block. Activations make room for those of a later block, `next`, as they are used up.
-  template <int u>
-  __device__ __forceinline__ void multiply(const Stage<Kind, kZeros, kTiles>& stage, uint4 (&activations)[kUnits], uint32_t next,
-                                           float (&products)[kTiles][4], float (&x_sums)[4]) {
+  // Units u and later of a step.
+  template <class T, int u>
+  __device__ __forceinline__ void multiply(uint32_t stage, uint32_t table, Kind (&codes)[kTiles], float (&products)[kTiles][4], float (&x_sums)[4],
+                                           float (&sums)[kTiles][4]) const {
     constexpr uint32_t kOne = kBoth<T, 1>, ones[4] = {kOne, kOne, kOne, kOne};
-    constexpr float kMiddle = 1 << (kBits - 1);
+    constexpr int kBlockUnits = Kind::kUnits;
     uint32_t b[2][2];
-    Kind::activations(activations[u], b);
+    Kind::activations(load_shared<uint4>(stage + x_at[u % 2] + u / 2 * 128), b);
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
+      if constexpr (u % kBlockUnits == 0) codes[i].take(stage + codes_at + i * kBytes + u / kBlockUnits * kBlock, lane);
       uint32_t a[2][4];
-      stage.codes[i].template unit<T, u>(table, a);
+      codes[i].template unit<T, u % kBlockUnits>(table, a);
       mma(T{}, products[i], a[0], b[0][0], b[0][1]);
       mma(T{}, products[i], a[1], b[1][0], b[1][1]);
     }
@@ -121,56 +160,79 @@ struct LinearWarp {
       mma(T{}, x_sums, ones, b[0][0], b[0][1]);
       mma(T{}, x_sums, ones, b[1][0], b[1][1]);
     }
-    load(activations[u], next * kUnits + u);
-    if (!whole || u + 1 == kUnits) {
+    if (((u + 1) & p.flush_mask) == 0) {
+      scale(stage + pairs_at + pairs_of(u), products, x_sums, sums);
+      if constexpr (u + 1 < kStepUnits) {
 #pragma unroll
-      for (int i = 0; i < kTiles; ++i) {
-        const Pair scale = to_floats(stage.scales[i][u], p.weight.scale_dtype);
-        if constexpr (kZeros) {
-          // Products are with code - middle: what lacks is middle - zero for each activation.
-          const Pair zero = to_floats(stage.zeros[i][u], p.weight.scale_dtype);
-          products[i][0] += (kMiddle - zero.low) * x_sums[0];
-          products[i][1] += (kMiddle - zero.low) * x_sums[1];
-          products[i][2] += (kMiddle - zero.high) * x_sums[2];
-          products[i][3] += (kMiddle - zero.high) * x_sums[3];
+        for (int c = 0; c < 4; ++c) {
+#pragma unroll
+          for (int i = 0; i < kTiles; ++i) products[i][c] = 0.0f;
+          x_sums[c] = 0.0f;
         }
-        sums[i][0] += scale.low * products[i][0];
-        sums[i][1] += scale.low * products[i][1];
-        sums[i][2] += scale.high * products[i][2];
-        sums[i][3] += scale.high * products[i][3];
-#pragma unroll
-        for (int c = 0; c < 4; ++c) products[i][c] = 0.0f;
       }
-#pragma unroll
-      for (int c = 0; c < 4; ++c) x_sums[c] = 0.0f;
     }
-    if constexpr (u + 1 < kUnits) multiply<u + 1>(stage, activations, next, products, x_sums);
+    if constexpr (u + 1 < kStepUnits) multiply<T, u + 1>(stage, table, codes, products, x_sums, sums);
   }
 
-  // All blocks of one warp. `fill`: what is to be done once while the first loads are on their way.
-  template <class Fill>
-  __device__ __forceinline__ void run(const Fill& fill) {
-    constexpr int kStages = kAhead<kBits, kTiles>, kEarly = kActivationsAhead<kBits, kTiles>;
-    const uint32_t warp = threadIdx.x / 32;
-    Stage<Kind, kZeros, kTiles> stages[kStages];
-    uint4 activations[kEarly][kUnits];
+  // Adds products times their scales.
+  __device__ __forceinline__ void scale(uint32_t at, float (&products)[kTiles][4], const float (&x_sums)[4], float (&sums)[kTiles][4]) const {
+    constexpr float kMiddle = 1 << (kBits - 1);
+    const DType dtype = p.weight.scale_dtype;
+    RawPair raw[kPairs];
+    Pair pairs[kPairs];  // scales of each tile, then zero points of each
 #pragma unroll
-    for (int s = 0; s < kStages; ++s) load(stages[s], warp + s * kWarps);
+    for (int i = 0; i < kPairs; ++i) raw[i] = load_pair(at + i * group_bytes, dtype);
+    to_floats(raw, dtype, pairs);
 #pragma unroll
-    for (int a = 0; a < kEarly; ++a)
-#pragma unroll
-      for (int u = 0; u < kUnits; ++u) load(activations[a][u], (warp + a * kWarps) * kUnits + u);
-    fill();
-    for (uint32_t first = warp; first < blocks; first += kStages * kWarps) {
-#pragma unroll
-      for (int s = 0; s < kStages; ++s) {
-        const uint32_t block = first + s * kWarps;
-        if (block < blocks) {
-          float products[kTiles][4] = {}, x_sums[4] = {};
-          multiply<0>(stages[s], activations[s % kEarly], block + kEarly * kWarps, products, x_sums);
-          load(stages[s], block + kStages * kWarps);
-        }
+    for (int i = 0; i < kTiles; ++i) {
+      if constexpr (kZeros) {
+        // Products are with code - middle: what lacks is middle - zero for each activation.
+        const float low = kMiddle - pairs[kTiles + i].low, high = kMiddle - pairs[kTiles + i].high;
+        products[i][0] += low * x_sums[0];
+        products[i][1] += low * x_sums[1];
+        products[i][2] += high * x_sums[2];
+        products[i][3] += high * x_sums[3];
       }
+      sums[i][0] += pairs[i].low * products[i][0];
+      sums[i][1] += pairs[i].low * products[i][1];
+      sums[i][2] += pairs[i].high * products[i][2];
+      sums[i][3] += pairs[i].high * products[i][3];
+    }
+  }
+
+  // All steps of the warp. `fill`: what is to be done once while the first copies are on their way. `table`: of the lane.
+  template <class T, class Fill>
+  __device__ __forceinline__ void run(uint32_t ring, uint32_t table, float (&sums)[kTiles][4], const Fill& fill) const {
+    const uint32_t warp = threadIdx.x / 32, bytes = kept(p.stage_bytes), end = kept(ring + p.stages * bytes);
+    // What the kernel before this one gave is x; the weight is on its way when that ends.
+    let_next_kernel_start();
+    if (threadIdx.x == 0)
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) prefetch(codes_from[i], blocks * kBlock < kPrefetched ? blocks * kBlock : kPrefetched);
+    wait_for_previous_kernel();
+    uint32_t at = ring, step = warp;  // what is copied next
+    for (; at + bytes != end; at += bytes, step += kWarps) {
+      copy(at, step);
+      cp_async_commit();
+    }
+    fill();
+    uint32_t refilled = at, left = steps > warp ? (steps - warp + kWarps - 1) / kWarps : 0;
+    at = ring;
+    for (; left > 0; --left, step += kWarps) {
+      if (p.stages == kMostStages)
+        cp_async_wait<kMostStages - 2>();
+      else
+        cp_async_wait<0>();
+      sync_warp();  // the stage is there for all lanes, and all have read the one that is refilled
+      copy(refilled, step);
+      cp_async_commit();
+
+      Kind codes[kTiles];
+      float products[kTiles][4] = {}, x_sums[4] = {};
+      multiply<T, 0>(at, table, codes, products, x_sums, sums);
+
+      refilled = at;
+      at = at + bytes == end ? ring : at + bytes;
     }
   }
 };
@@ -181,10 +243,13 @@ __device__ __forceinline__ void linear_block(const LinearParams& p, int64_t firs
   constexpr int kTableBytes = Kind::kTable ? TableCodes::kTableBytes : 0;
   uint8_t* shared = shared_memory();
   float* partial = reinterpret_cast<float*>(shared + kTableBytes);  // [kWarps][kTiles][32][4]
+  const uint32_t rings = shared_address(partial + kWarps * kTiles * 128);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
-  LinearWarp<Kind, T, kZeros, kTiles> mine(p, shared, first_tile, first_token);
-  mine.run([&] {
+  const LinearWarp<Kind, kZeros, kTiles> mine(p, first_tile, first_token);
+  float sums[kTiles][4] = {};
+  const uint32_t ring = kept(rings + warp * (p.stages * p.stage_bytes)), table = kept(shared_address(shared) + 4 * lane);
+  mine.template run<T>(ring, table, sums, [&] {
     if constexpr (Kind::kTable) {
       TableCodes::fill<T>(shared, p.weight.codebook);
       sync_block();
@@ -193,8 +258,7 @@ __device__ __forceinline__ void linear_block(const LinearParams& p, int64_t firs
 
 #pragma unroll
   for (int i = 0; i < kTiles; ++i)
-    *reinterpret_cast<float4*>(partial + ((warp * kTiles + i) * 32 + lane) * 4) =
-        make_float4(mine.sums[i][0], mine.sums[i][1], mine.sums[i][2], mine.sums[i][3]);
+    *reinterpret_cast<float4*>(partial + ((warp * kTiles + i) * 32 + lane) * 4) = make_float4(sums[i][0], sums[i][1], sums[i][2], sums[i][3]);
   sync_block();
 
   for (int i = threadIdx.x; i < kTiles * kTileRows * 8; i += kThreads) {
@@ -212,22 +276,32 @@ __device__ __forceinline__ void linear_block(const LinearParams& p, int64_t firs
 
 template <class Kind, class T, bool kZeros, int kTiles>
 __global__ void __launch_bounds__(kThreads, 2) linear_kernel(const LinearParams p) {
-  // Neighbouring thread blocks read the same weights for other tokens: the second finds them in L2.
-  const int64_t first_tile = static_cast<int64_t>(blockIdx.x / p.token_tiles) * kTiles, first_token = blockIdx.x % p.token_tiles * 8;
-  linear_block<Kind, T, kZeros, kTiles>(p, first_tile, first_token);
+  linear_block<Kind, T, kZeros, kTiles>(p, static_cast<int64_t>(blockIdx.x) * kTiles, 0);
 }
 
 // ---- launcher ----
 
-// Bytes of shared memory of a thread block.
-template <class Kind, int kTiles>
-constexpr size_t kLinearShared = (Kind::kTable ? TableCodes::kTableBytes : 0) + kWarps * kTiles * 32 * 4 * sizeof(float);
+// Sets the stages of a ring for `tokens` tokens of a thread block. Returns the bytes of shared memory of a thread block.
+template <class Kind, bool kZeros, int kTiles>
+size_t plan_ring(LinearParams& p, int64_t tokens) {
+  using Warp = LinearWarp<Kind, kZeros, kTiles>;
+  p.flush_mask = flush_mask(p.weight, kStepUnits);
+  const size_t pairs = (p.flush_mask == kStepUnits - 1 ? 1 : kStepUnits) * Warp::kPairLanes * (p.weight.scale_dtype == kFloat32 ? 8 : 4);
+  const size_t stage = Warp::kActivationsAt + static_cast<size_t>(tokens) * Warp::kRowBytes + pairs;
+  const size_t fixed = (Kind::kTable ? TableCodes::kTableBytes : 0) + kWarps * kTiles * 32 * 4 * sizeof(float);
+  const auto bytes = [&](size_t stages) { return fixed + kWarps * stages * stage; };
+  p.stages = bytes(kMostStages) <= most_shared_bytes() ? kMostStages : 2;
+  p.stage_bytes = static_cast<uint32_t>(stage);
+  p.stage_tokens = static_cast<uint32_t>(tokens);
+  return bytes(p.stages);
+}
 
 template <class Kind, class T, bool kZeros, int kTiles>
-const char* launch_tiles(const LinearParams& p, cudaStream_t stream) {
+const char* launch_tiles(const LinearParams& params, cudaStream_t stream) {
+  LinearParams p = params;
+  const size_t shared = plan_ring<Kind, kZeros, kTiles>(p, p.tokens);
   const int64_t tiles = (p.weight.out_features + kTileRows - 1) / kTileRows;
-  const unsigned blocks = static_cast<unsigned>((tiles + kTiles - 1) / kTiles * p.token_tiles);
-  return launch(linear_kernel<Kind, T, kZeros, kTiles>, blocks, kThreads, kLinearShared<Kind, kTiles>, stream, p);
+  return launch_early(linear_kernel<Kind, T, kZeros, kTiles>, static_cast<unsigned>((tiles + kTiles - 1) / kTiles), kThreads, shared, stream, p);
 }
 
 template <class Kind, class T, bool kZeros>
@@ -237,7 +311,8 @@ const char* launch_zeros(const LinearParams& p, cudaStream_t stream) {
   // Two tiles of zero points for each unit of a large block leave too few registers.
   if constexpr (!kZeros || Kind::kUnits < 4) {
     const bool enough_tiles = p.weight.out_features >= int64_t{4} * kTileRows * multiprocessors();
-    if ((Kind::kUnits > 1 || p.tokens > 2) && enough_tiles) return launch_tiles<Kind, T, kZeros, 2>(p, stream);
+    LinearParams two = p;
+    if ((Kind::kUnits > 1 || p.tokens > 2) && enough_tiles && plan_ring<Kind, kZeros, 2>(two, p.tokens) <= most_shared_bytes()) return launch_tiles<Kind, T, kZeros, 2>(p, stream);
   }
   return launch_tiles<Kind, T, kZeros, 1>(p, stream);
 }

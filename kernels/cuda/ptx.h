@@ -33,6 +33,12 @@ __device__ __forceinline__ V load(const V* p) {
   return __ldg(p);
 }
 
+// What a kernel before this one wrote: not before wait_for_previous_kernel(), which loads of constants may pass.
+template <class V>
+__device__ __forceinline__ V load_written(const V* p) {
+  return *p;
+}
+
 template <class V>
 __device__ __forceinline__ void store(V* p, const V& v) {
   *p = v;
@@ -49,28 +55,80 @@ __device__ __forceinline__ uint8_t* swizzled_memory() {
   return swizzled;
 }
 
-// 16 bytes from global to shared memory, behind the thread's back: they are there for this thread after a `cp_async_wait` that covers
-// their group, for others after a barrier behind that.
+// An address in shared memory takes one register, and none of the instructions that a pointer costs where it is used.
+__device__ __forceinline__ uint32_t shared_address(const void* shared) { return static_cast<uint32_t>(__cvta_generic_to_shared(shared)); }
+
+template <class V>
+__device__ __forceinline__ V load_shared(uint32_t at) {
+  static_assert(sizeof(V) == 2 || sizeof(V) == 4 || sizeof(V) == 8 || sizeof(V) == 16);
+  if constexpr (sizeof(V) == 16) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
+    return v;
+  } else if constexpr (sizeof(V) == 8) {
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at) : "memory");
+    return v;
+  } else if constexpr (sizeof(V) == 2) {
+    uint16_t v;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(at) : "memory");
+    return v;
+  } else {
+    uint32_t v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at) : "memory");
+    return v;
+  }
+}
+
+// 4, 8 or 16 bytes from global to shared memory, behind the thread's back: they are there for this thread after a `cp_async_wait` that covers
+// their group, for others after a barrier behind that. Fewer than 16 go through L1.
+template <int kBytes = 16>
+__device__ __forceinline__ void cp_async(uint32_t shared, const void* global) {
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(global), "n"(kBytes) : "memory");
+}
+template <int kBytes = 16>
 __device__ __forceinline__ void cp_async(void* shared, const void* global) {
-  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+  cp_async<kBytes>(shared_address(shared), global);
 }
-// The same, or 16 bytes of zero without reading `global`.
-__device__ __forceinline__ void cp_async_or_zero(void* shared, const void* global, bool exists) {
-  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared)), bytes = exists ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
-}
-// 4 or 8 bytes, or zeros. These go through L1, which more bytes need not.
-template <int kBytes>
-__device__ __forceinline__ void cp_async_few(void* shared, const void* global, bool exists = true) {
-  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared)), bytes = exists ? kBytes : 0;
-  asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], %2, %3;" ::"r"(to), "l"(global), "n"(kBytes), "r"(bytes) : "memory");
+// The same, or as many zeros without reading `global`.
+template <int kBytes = 16>
+__device__ __forceinline__ void cp_async_or_zero(uint32_t shared, const void* global, bool exists) {
+  const uint32_t bytes = exists ? kBytes : 0;
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared), "l"(global), "n"(kBytes), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most `kPending` of this thread's groups are not there yet.
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Asks for a piece of global memory, which begins and ends at multiples of 16 bytes, to be brought into L2 (compute capability 9.0).
+__device__ __forceinline__ void prefetch(const void* global, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+#endif
+}
+
+// ---- kernels that overlap (launch_early in launch.h; compute capability 9.0) ----
+
+// The next kernel may start once all thread blocks of this one have said so or ended.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// Until all kernels before this one have ended and their writes can be seen. Nothing that they write may be read before, and nothing written.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // ---- threads ----
@@ -86,7 +144,6 @@ __device__ __forceinline__ int first_lane(bool is) { return __ffs(static_cast<in
 
 // One of 8 bytes counts arrivals. When there are `count`, a phase ends and the next one begins; phases have numbers from 0 on, of which threads
 // that wait name the last bit. What a thread did before it arrived is there for those that have waited.
-__device__ __forceinline__ uint32_t shared_address(const void* shared) { return static_cast<uint32_t>(__cvta_generic_to_shared(shared)); }
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
 }
@@ -265,6 +322,26 @@ __device__ __forceinline__ uint32_t fma2(Float16, uint32_t a, uint32_t b, uint32
   return d;
 }
 
+// Whether the GPU converts E4M3 itself (from compute capability 8.9 on).
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
+constexpr bool kConvertsE4M3 = false;
+#else
+constexpr bool kConvertsE4M3 = true;
+#endif
+// Four E4M3 as float16s in their order, two to a register.
+__device__ __forceinline__ uint2 halves_of_e4m3(uint32_t codes) {
+  uint2 halves = {};
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  asm("{\n\t.reg .b16 low, high;\n\tmov.b32 {low, high}, %2;\n\t"
+      "cvt.rn.f16x2.e4m3x2 %0, low;\n\tcvt.rn.f16x2.e4m3x2 %1, high;\n\t}"
+      : "=r"(halves.x), "=r"(halves.y)
+      : "r"(codes));
+#else
+  static_cast<void>(codes);
+#endif
+  return halves;
+}
+
 __device__ __forceinline__ float to_float(BFloat16, uint16_t v) { return __uint_as_float(static_cast<uint32_t>(v) << 16); }
 __device__ __forceinline__ float to_float(Float16, uint16_t v) {
   float f;
@@ -286,6 +363,16 @@ __device__ __forceinline__ uint16_t from_float(Float16, float f) {
 __device__ __forceinline__ float add(float a, float b) { return __fadd_rn(a, b); }
 __device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ float divide(float a, float b) { return __fdiv_rn(a, b); }
+// a b + c, rounded once.
+__device__ __forceinline__ float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+
+__device__ __forceinline__ float reciprocal_root(float a) { return __frsqrt_rn(a); }
+__device__ __forceinline__ float exponential(float a) { return expf(a); }
+__device__ __forceinline__ float hyperbolic_tangent(float a) { return tanhf(a); }
+
+// Of NaN and a number, the number.
+__device__ __forceinline__ float smaller(float a, float b) { return fminf(a, b); }
+__device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
 
 // To the nearest integer, ties to even; the largest or least one for what is beyond them, 0 for NaN.
 __device__ __forceinline__ int32_t to_int(float f) { return __float2int_rn(f); }

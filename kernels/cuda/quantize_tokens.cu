@@ -1,7 +1,6 @@
-// A thread block rounds a token to int8. The token stays in registers between the search for its largest magnitude and the rounding, so it is
+// A thread block rounds a token to int8 or E4M3. The token stays in registers between the search for its largest magnitude and the rounding, so it is
 // read once: 2 bytes of each number (4 in float32) and 1 to write is all the traffic there is.
 #include "tokens.h"
-#include "w8a8.h"
 
 namespace hfq {
 namespace {
@@ -12,9 +11,9 @@ constexpr int kHeld = 8;  // loads that a thread keeps: up to 16384 numbers of 1
 
 // ---- kernel ----
 
-template <class T>
+template <class Code, class T>
 __global__ void __launch_bounds__(kThreads) quantize_kernel(const TokensParams p) {
-  using Words = decltype(codes_of(T{}, uint4{}, 0.0f));
+  using Words = decltype(codes_of(Code{}, T{}, uint4{}, 0.0f));
   uint32_t* largest_of_warps = reinterpret_cast<uint32_t*>(shared_memory());  // [kWarps]
   const int64_t token = blockIdx.x;
   const uint32_t loads = static_cast<uint32_t>(p.in_features / kPerLoad<T>);
@@ -38,26 +37,33 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(const TokensParams p
   sync_block();
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) bits = larger(bits, largest_of_warps[w]);
-  const Rounding rounding = rounding_of(bits, p.input_scale);
+  const Rounding rounding = rounding_of<Code>(bits, p.input_scale);
   if (threadIdx.x == 0) store(p.scales + token, rounding.scale);
 
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     const uint32_t at = i * kThreads + threadIdx.x;
-    if (at < loads) store(codes + at, codes_of(T{}, held[i], rounding.inverse));
+    if (at < loads) store(codes + at, codes_of(Code{}, T{}, held[i], rounding.inverse));
   }
-  for (uint32_t at = kHeld * kThreads + threadIdx.x; at < loads; at += kThreads) store(codes + at, codes_of(T{}, load(x + at), rounding.inverse));
+  for (uint32_t at = kHeld * kThreads + threadIdx.x; at < loads; at += kThreads)
+    store(codes + at, codes_of(Code{}, T{}, load(x + at), rounding.inverse));
+}
+
+// ---- launcher ----
+
+template <class Code>
+const char* launch_kind(const TokensParams& p, cudaStream_t stream) {
+  const auto kernel = p.x_dtype == kFloat32   ? quantize_kernel<Code, Float32>
+                      : p.x_dtype == kFloat16 ? quantize_kernel<Code, Float16>
+                                              : quantize_kernel<Code, BFloat16>;
+  return launch(kernel, static_cast<unsigned>(p.tokens), kThreads, kWarps * sizeof(uint32_t), stream, p);
 }
 
 }  // namespace
 
-// ---- launcher ----
-
 const char* launch_quantize_tokens(const TokensParams& p, cudaStream_t stream) {
   if (p.tokens == 0) return nullptr;
-  const auto kernel =
-      p.x_dtype == kFloat32 ? quantize_kernel<Float32> : p.x_dtype == kFloat16 ? quantize_kernel<Float16> : quantize_kernel<BFloat16>;
-  return launch(kernel, static_cast<unsigned>(p.tokens), kThreads, kWarps * sizeof(uint32_t), stream, p);
+  return p.code_type == kE4M3Codes ? launch_kind<E4M3>(p, stream) : launch_kind<Int8>(p, stream);
 }
 
 }  // namespace hfq

@@ -1,7 +1,6 @@
 // What makes outputs of the matrix library's int32: 4 bytes read and 2 written for each, where PyTorch's own operations, a kernel for each step,
 // move 30 to 40. A thread takes 4 neighbouring columns.
 #include "tokens.h"
-#include "w8a8.h"
 
 namespace hfq {
 namespace {

@@ -37,9 +37,19 @@ struct SpqrLinearParams {
   DType x_dtype;         // of x and y: kFloat16 or kBFloat16
   DType bias_dtype;
   // What follows is set by the launcher.
-  uint32_t token_tiles;  // ceil(M / 8)
-  uint32_t step_columns;  // columns whose sums are scaled together: 16, 32 or those of a block
-  uint32_t group_magic;  // ceil(2^31 / steps of a group): step / steps is the upper half of 2 step * magic
+  uint32_t token_tiles;   // ceil(M / 8)
+  uint32_t short_groups;  // groups may end behind 16 columns, not only behind 32
+  uint32_t last_group;    // G - 1
+  uint32_t group_magic;   // ceil(2^31 / parts of a group), of 16 or 32 columns: part / parts is the upper half of 2 part * magic
+  // A warp's ring (spqr_ring.h).
+  uint32_t row_bytes;     // of a token's activations
+  uint32_t steps;         // of 128 columns
+  uint32_t last_step;     // that is copied when all are multiplied
+  uint32_t stages;        // 2, 3, 4 or 6
+  uint32_t stage_bytes;
+  uint32_t tile_stats;    // bytes of a stage's codes of scales and lines of one tile
+  uint32_t stage_tokens;  // that a stage has room for
+  uint32_t ring_bytes;    // stages that the columns have no use for are left out
 };
 
 struct SpqrUnpackParams {
@@ -53,9 +63,6 @@ struct SpqrUnpackParams {
 // Enqueue the kernels. Return null, or CUDA's description of the error. K below 2^19.
 const char* launch_spqr_linear(const SpqrLinearParams& params, cudaStream_t stream);
 const char* launch_spqr_unpack(const SpqrUnpackParams& params, cudaStream_t stream);
-
-// Enqueues a copy within the memory of the device (linear.cu).
-const char* copy_on_device(void* to, const void* from, int64_t bytes, cudaStream_t stream);
 
 // One for each number of bits, so that they are compiled side by side; called by launch_spqr_linear.
 const char* launch_spqr_linear2(const SpqrLinearParams& params, cudaStream_t stream);

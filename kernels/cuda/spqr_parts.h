@@ -11,10 +11,11 @@ struct Span {
 };
 
 // Checkpoints are checked when they are loaded; a wrong index must not become a wild read even so.
-__device__ __forceinline__ Span outliers_of(const SpqrWeight& w, int64_t row) {
-  const int32_t last = static_cast<int32_t>(w.outliers), begin = load(w.offsets + row), end = load(w.offsets + row + 1);
+__device__ __forceinline__ Span inside(const SpqrWeight& w, int32_t begin, int32_t end) {
+  const int32_t last = static_cast<int32_t>(w.outliers);
   return {static_cast<uint32_t>(begin < 0 ? 0 : begin), static_cast<uint32_t>(end < 0 ? 0 : end < last ? end : last)};
 }
+__device__ __forceinline__ Span outliers_of(const SpqrWeight& w, int64_t row) { return inside(w, load(w.offsets + row), load(w.offsets + row + 1)); }
 
 // Compared as unsigned, what lies left of column 0 is beyond all.
 __device__ __forceinline__ uint32_t outlier_column(const SpqrWeight& w, uint32_t i) {

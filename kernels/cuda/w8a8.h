@@ -1,46 +1,52 @@
-// W8A8 on CUDA: tokens quantized to int8, products of integers, one multiplication with the scales at the end.
+// Weights and tokens of 8 bits on CUDA: tokens rounded to the weight's kind of codes, products of codes, one multiplication with the scales
+// at the end.
 //
-//   y[m, n] = sum_k code[n, k] * x_code[m, k]  *  (token_scale[m] * scale[n])  + bias[n]
+//   y[m, n] = sum_k value(code[n, k]) * value(x_code[m, k])  *  (token_scale[m] * scale[n])  + bias[n]
 //
-// Layout "signed" of the weight (hfq/kernels/cuda_int8.py): rows of two's complement bytes, one after the other. The rule for tokens is that
-// of hfq/core/activations.py, what is computed that of hfq/kernels/int8.py, both to the bit: sums are of integers, so that no order matters.
+// Codes are int8 (W8A8), rows of two's complement bytes (layout "signed", hfq/kernels/cuda_int8.py), or E4M3 as stored (hfq/formats/fp8.py).
+// The rule for tokens is that of hfq/core/activations.py to the bit. What is computed is that of hfq/kernels/int8.py to the bit, since sums are of
+// integers, whose order does not matter, and that of fp8.py up to the order of float32 sums.
 #pragma once
 
 #include "dtype.h"
 
 namespace hfq {
 
-// ---- hfq::cuda_quantize_tokens ----
+// ---- hfq::cuda_quantize_tokens, cuda_fp8_quantize_tokens ----
+
+enum CodeType : int32_t { kInt8Codes = 0, kE4M3Codes = 1 };
 
 struct TokensParams {
   const void* x;             // [tokens, K]
-  const float* input_scale;  // [1] or null: each token's largest magnitude / 127
-  int8_t* codes;             // [tokens, K]
+  const float* input_scale;  // [1] or null: each token's largest magnitude / the largest code
+  uint8_t* codes;            // [tokens, K]
   float* scales;             // [tokens]
   int64_t tokens;            // M
   int64_t in_features;       // K, a multiple of 16
   DType x_dtype;
+  CodeType code_type;
 };
 
 // Enqueues the kernel. Returns null, or CUDA's description of the error; so do the others.
 const char* launch_quantize_tokens(const TokensParams& params, cudaStream_t stream);
 
-// ---- hfq::cuda_int8_linear ----
+// ---- hfq::cuda_int8_linear, cuda_fp8_linear ----
 
-constexpr int64_t kMostColumnsW8A8 = int64_t{1} << 17;  // 128 * 127 * 2^17 < 2^31: the sum of a row fits 32 bits
+// 128 * 127 * 2^17 < 2^31: the sum of a row of integers fits 32 bits. 32 rows of E4M3 fit offsets of 32 bits.
+constexpr int64_t kMostColumnsW8A8 = int64_t{1} << 17, kMostColumnsFp8 = int64_t{1} << 26;
 
 struct W8A8Params {
-  const uint8_t* qweight;     // [N, K]       two's complement
+  const uint8_t* qweight;     // [N, K]
   const void* scales;         // [N]
   const void* x;              // [tokens, K]  read where the kernel quantizes, of x_dtype
   const float* input_scale;   // [1] or null: likewise
-  const int8_t* codes;        // [tokens, K]  read where it does not
+  const uint8_t* codes;       // [tokens, K]  read where it does not
   const float* token_scales;  // [tokens]     likewise
   const void* bias;           // [N] or null
   void* y;                    // [tokens, N]  of x_dtype
   int64_t tokens;             // M
   int64_t out_features;       // N
-  int64_t in_features;        // K, a multiple of 16, at most kMostColumnsW8A8
+  int64_t in_features;        // K, a multiple of 16, at most kMostColumnsW8A8 or kMostColumnsFp8
   DType scale_dtype;
   DType x_dtype;
   DType bias_dtype;
@@ -51,15 +57,17 @@ struct W8A8Params {
 //
 // A launch of its own for the tokens is about 3 us between two kernels that depend on each other (1 to 2 in a graph), where 4096 x 4096
 // weights take 5 us from memory. In the kernel, each thread block has to read all of its tokens before its first product. That is a
-// load from L2, a reduction and two barriers, some 0.8 us with the first weights on their way meanwhile, and 9 instructions per number: 0.08 ns
-// of a multiprocessor that two thread blocks share, so that 2^14 numbers come to 1.3 us. A thread block with 16 rows has 16 K bytes
-// of weights, which leave 3.3 K issue slots at 20 bytes per clock; 4 tokens take a third of them. Not measured: reasoned.
-constexpr int64_t kMostTokensInside = 4, kMostNumbersInside = int64_t{1} << 14;
-inline bool quantizes_inside(int64_t tokens, int64_t in_features) {
-  return tokens <= kMostTokensInside && tokens * in_features <= kMostNumbersInside;
+// load from L2, a reduction and two barriers, some 0.8 us with the first weights on their way meanwhile, and 10 instructions per number, for
+// E4M3 17: a multiprocessor takes 0.7 us for 2^14 numbers, or 1.2. Measured for int8 on an H100 (4096 x 14336, graphs): 2 tokens inside
+// 29.6 us, 4 tokens 33.7, 8 tokens with a launch of their own 30.5 (benchmarks/results/gpu_kernels.json); for E4M3 reasoned from that.
+constexpr int64_t kMostTokensInside = 4;
+inline bool quantizes_inside(CodeType type, int64_t tokens, int64_t in_features) {
+  const int64_t most_numbers = int64_t{1} << (type == kInt8Codes && tokens <= 2 ? 14 : 13);
+  return tokens <= kMostTokensInside && tokens * in_features <= most_numbers;
 }
 
 const char* launch_w8a8(const W8A8Params& params, cudaStream_t stream);
+const char* launch_fp8(const W8A8Params& params, cudaStream_t stream);
 
 // ---- hfq::cuda_scale_sums ----
 

@@ -54,10 +54,7 @@ WgmmaPlan plan_wgmma(const LinearParams& p, const WgmmaShape& shape) {
 const char* launch_wgmma(const LinearParams& params, cudaStream_t stream) {
   WgmmaParams p = {};
   static_cast<LinearParams&>(p) = params;
-  // Scales are applied where a group or a chunk ends: after 4, 2 or 1 units, whichever fits groups.
-  const int64_t units = p.weight.group_size / kUnitColumns;
-  p.flush_mask = kWgmmaColumns / kUnitColumns - 1;
-  while (p.weight.groups > 1 && units & p.flush_mask) p.flush_mask >>= 1;
+  p.flush_mask = flush_mask(p.weight, kWgmmaColumns / kUnitColumns);
   return launch_kind(p, stream);
 }
 

@@ -17,7 +17,6 @@ struct WgmmaPlan {
 
 struct WgmmaParams : LinearParams {
   WgmmaPlan plan;
-  uint32_t flush_mask;   // units of a chunk after which scales are applied are those with (unit + 1) & flush_mask == 0
 };
 
 // What a thread block of a kernel takes, and how many clusters of so many blocks run at a time.

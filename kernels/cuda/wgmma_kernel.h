@@ -149,7 +149,7 @@ struct WgmmaProducer {
         constexpr int kBlock = kBlockBytes<kBits>;
         if (block && chunk * kBlocks + block >= blocks) break;
         cp_async(to + block * kBlock, from + block * kBlock);
-        if constexpr (kBits == 3) cp_async_few<8>(to + block * kBlock + 512 - 8 * lane, from + block * kBlock + 512 - 8 * lane);
+        if constexpr (kBits == 3) cp_async<8>(to + block * kBlock + 512 - 8 * lane, from + block * kBlock + 512 - 8 * lane);
       }
     codes_from += Block::kBytes;
     copy_numbers(stage + Block::kScalesAt, p.weight.scales);
@@ -164,11 +164,11 @@ struct WgmmaProducer {
     for (int left = tokens; left > 0; left -= 16, from += 8 * row_bytes, to += 2048) {  // every second eight is the warp's
       if (left >= 8) {
 #pragma unroll
-        for (int i = 0; i < 8; ++i, from += row_bytes) cp_async_few<4>(to + x_place[i], from, exist);
+        for (int i = 0; i < 8; ++i, from += row_bytes) cp_async_or_zero<4>(shared_address(to + x_place[i]), from, exist);
       } else {
 #pragma unroll
         for (int i = 0; i < 7; ++i, from += row_bytes)
-          if (i < left) cp_async_few<4>(to + x_place[i], from, exist);
+          if (i < left) cp_async_or_zero<4>(shared_address(to + x_place[i]), from, exist);
       }
     }
     x_from += 2 * kWgmmaColumns;
@@ -203,6 +203,7 @@ struct WgmmaConsumer {
   const Block& block;
   int lane, warp;
   uint32_t codes_at, scales_at;  // what the lane reads, from the beginning of a stage
+  uint32_t table;                // of the lane
   float sums[kSums] = {}, products[kSums];
   Kind codes;
   uint32_t a[2][2][4];           // of two units, in turns
@@ -211,13 +212,14 @@ struct WgmmaConsumer {
       : p(params), block(b), lane(threadIdx.x % 32), warp(w) {
     codes_at = kept(static_cast<uint32_t>(Block::kCodesAt + warp * Block::kBytes + 16 * lane));
     scales_at = kept(static_cast<uint32_t>(Block::kScalesAt + warp * kUnits * Block::kScaleBytes + lane / 4 * pair_bytes(p.weight.scale_dtype)));
+    if constexpr (Kind::kTable) table = kept(shared_address(block.table) + 4 * lane);
   }
 
   // Numbers of unit `u`.
   template <int u>
   __device__ __forceinline__ void unpack(const uint8_t* stage) {
-    if constexpr (u % Kind::kUnits == 0) codes.take(stage + codes_at + u / Kind::kUnits * kBlockBytes<Block::kBits>, lane);
-    codes.template unit<T, u % Kind::kUnits>(block.table, a[u % 2]);
+    if constexpr (u % Kind::kUnits == 0) codes.take(shared_address(stage) + codes_at + u / Kind::kUnits * kBlockBytes<Block::kBits>, lane);
+    codes.template unit<T, u % Kind::kUnits>(table, a[u % 2]);
     Kind::order(a[u % 2]);
     // Here, and not behind the next fence, where ptxas would add one more.
 #pragma unroll
@@ -282,10 +284,10 @@ struct WgmmaConsumer {
   // Adds products times their scales.
   __device__ __forceinline__ void scale(const uint8_t* pair, const float* x_sums) {
     const DType dtype = p.weight.scale_dtype;
-    const Pair s = to_floats(take_pair(pair, dtype), dtype);
+    const Pair s = to_floats(load_pair(shared_address(pair), dtype), dtype);
     if (p.weight.zeros) {
       // Products are with code - middle: what lacks is middle - zero for each activation.
-      const Pair zero = to_floats(take_pair(pair + Block::kZerosAt - Block::kScalesAt, dtype), dtype);
+      const Pair zero = to_floats(load_pair(shared_address(pair + Block::kZerosAt - Block::kScalesAt), dtype), dtype);
       const float low = s.low * (kMiddle - zero.low), high = s.high * (kMiddle - zero.high);
 #pragma unroll
       for (int tile = 0; tile < kTokenTiles; ++tile) {

@@ -2,44 +2,15 @@
 #pragma once
 
 #include "../cpu/launch.h"
-#include "boxed_call.h"
+#include "arguments.h"
 
 namespace hfq {
-
-inline DType float_dtype(int32_t dtype) {
-  if (dtype == aoti_torch_dtype_float32()) return kFloat32;
-  if (dtype == aoti_torch_dtype_float16()) return kFloat16;
-  if (dtype == aoti_torch_dtype_bfloat16()) return kBFloat16;
-  return kUnsupported;
-}
-
-inline DType expect_float(const Tensor& tensor) {
-  const DType dtype = float_dtype(tensor.dtype());
-  if (dtype == kUnsupported) tensor.refuse("float32, float16 or bfloat16");
-  return dtype;
-}
-
-inline void expect(bool condition, const char* op, const std::string& message) {
-  if (!condition) fail(std::string("hfq::") + op + ": " + message);
-}
 
 constexpr int64_t kLargest = int64_t{1} << 31;  // keeps every product of sizes within 64 bits
 
 inline void expect_sizes(const char* op, int64_t in_features, int64_t out_features) {
   expect(in_features > 0 && in_features < kLargest, op, "in_features must be between 1 and 2^31, got " + std::to_string(in_features));
   expect(out_features > 0 && out_features < kLargest, op, "out_features must be between 1 and 2^31, got " + std::to_string(out_features));
-}
-
-// A new result, and what fills it; freed where that throws.
-template <class Fill>
-StableIValue filled(const char* op, StableIValue y, const Fill& fill) {
-  try {
-    fill();
-  } catch (...) {
-    const Tensor freed(op, "y", y);
-    throw;
-  }
-  return y;
 }
 
 inline const float* float32_data(const Tensor& tensor) {

@@ -1,23 +1,13 @@
 // What the operators for CUDA share in reading their arguments.
 #pragma once
 
-#include "../cuda/dtype.h"
-#include "boxed_call.h"
+#include "../cuda/copy.h"
+#include "../cuda/weight.h"
+#include "arguments.h"
 
 namespace hfq {
 
-inline DType float_dtype(int32_t dtype) {
-  if (dtype == aoti_torch_dtype_float32()) return kFloat32;
-  if (dtype == aoti_torch_dtype_float16()) return kFloat16;
-  if (dtype == aoti_torch_dtype_bfloat16()) return kBFloat16;
-  return kUnsupported;
-}
-
 inline int64_t element_size(DType dtype) { return dtype == kFloat32 ? 4 : 2; }
-
-inline void expect(bool condition, const char* op, const std::string& message) {
-  if (!condition) fail(std::string("hfq::") + op + ": " + message);
-}
 
 class DeviceGuard {
  public:
@@ -45,9 +35,73 @@ inline StableIValue checked(const char* op, StableIValue y, const char* error) {
   return y;
 }
 
+inline bool aligned(const void* p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
+// Thread blocks are numbered with 31 bits.
+inline void expect_blocks(const char* op, int64_t blocks) { expect(blocks < (int64_t{1} << 31), op, "too many rows for one launch"); }
+
+// ---- products and rows of weights ----
+
+// Activations of 16 bits, for a product whose weight has been checked.
+template <class Operands, class Params>
+void set_x(const Operands& operands, const Tensor& x, Params& p) {
+  p.x_dtype = float_dtype(x.dtype());
+  if (p.x_dtype != kFloat16 && p.x_dtype != kBFloat16) x.refuse("float16 or bfloat16");
+  if (x.dim() != 2 || x.size(1) != p.weight.in_features) x.refuse("of shape [M, " + std::to_string(p.weight.in_features) + "]");
+  operands.expect_device(x);
+  p.x = x.data(aoti_torch_device_type_cuda(), 2);
+  p.tokens = x.size(0);
+}
+
+template <class Operands, class Params>
+void set_bias(const Operands& operands, const Tensor& bias, std::initializer_list<int64_t> shape, Params& p) {
+  p.bias_dtype = expect_float(bias);
+  bias.expect_shape(shape);
+  operands.expect_device(bias);
+  p.bias = bias.data(aoti_torch_device_type_cuda(), element_size(p.bias_dtype));
+}
+
+// A part of a larger tensor may begin anywhere: if that is not at a multiple of 16 bytes, a copy, which `p` then reads. To be kept until the
+// launch: memory that is freed then is used again behind the kernels, in order of the stream.
+template <class Params>
+Tensor aligned_x(const char* op, const Tensor& x, int32_t index, cudaStream_t stream, Params& p) {
+  if (aligned(p.x, 16)) return Tensor(op, "x", 0);
+  const int64_t sizes[] = {p.tokens, p.weight.in_features};
+  void* to = nullptr;
+  const StableIValue copy = empty_tensor(sizes, 2, x.dtype(), aoti_torch_device_type_cuda(), index, &to);
+  checked(op, copy, copy_on_device(to, p.x, p.tokens * p.weight.in_features * 2, stream));
+  p.x = to;
+  return Tensor(op, "x", copy);
+}
+
+// The rows `index` of a weight, or all, in `dtype`.
+template <class Params, class Operands>
+StableIValue unpacked(const char* op, const Operands& operands, const Tensor* index, int32_t dtype,
+                      const char* (*launch)(const Params&, cudaStream_t)) {
+  const int32_t cuda = aoti_torch_device_type_cuda();
+  Params p = {};
+  p.weight = operands.weight();
+  p.y_dtype = float_dtype(dtype);
+  expect(p.y_dtype != kUnsupported, op, "dtype must be float32, float16 or bfloat16");
+  p.rows = p.weight.out_features;
+  if (index) {
+    if (index->dtype() != aoti_torch_dtype_int64() || index->dim() != 1) index->refuse("int64 of shape [T]");
+    operands.expect_device(*index);
+    p.index = static_cast<const int64_t*>(index->data(cuda, 8));
+    p.rows = index->size(0);
+  }
+  expect_blocks(op, (p.rows + kTileRows - 1) / kTileRows * ((p.weight.in_features + 255) / 256));
+  const DeviceGuard guard(operands.device_index());
+  const int64_t sizes[] = {p.rows, p.weight.in_features};
+  const StableIValue y = empty_tensor(sizes, 2, dtype, cuda, operands.device_index(), &p.y);
+  return checked(op, y, launch(p, current_stream(operands.device_index())));
+}
+
 // Operators of other files.
+bool register_fp8(TorchLibraryHandle library);
 bool register_fragments(TorchLibraryHandle library);
 bool register_int8(TorchLibraryHandle library);
 bool register_spqr_fragments(TorchLibraryHandle library);
+bool register_decode(TorchLibraryHandle library);
 
 }  // namespace hfq

@@ -6,8 +6,6 @@
 namespace hfq {
 namespace {
 
-bool aligned(const void* p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
-
 // qweight, scales, zeros?, codebook? from stack[first], and bits, group_size, in_features, out_features from stack[sizes].
 class Operands {
  public:
@@ -91,38 +89,6 @@ class Operands {
   } sizes_;
 };
 
-// Thread blocks are numbered with 31 bits.
-void expect_blocks(const char* op, int64_t blocks) { expect(blocks < (int64_t{1} << 31), op, "too many rows for one launch"); }
-
-void set_x(const Operands& operands, const Tensor& x, LinearParams& p) {
-  p.x_dtype = float_dtype(x.dtype());
-  if (p.x_dtype != kFloat16 && p.x_dtype != kBFloat16) x.refuse("float16 or bfloat16");
-  if (x.dim() != 2 || x.size(1) != p.weight.in_features) x.refuse("of shape [M, " + std::to_string(p.weight.in_features) + "]");
-  operands.expect_device(x);
-  p.x = x.data(aoti_torch_device_type_cuda(), 2);
-  p.tokens = x.size(0);
-}
-
-// After its shape was checked.
-void set_bias(const Operands& operands, const Tensor& bias, LinearParams& p) {
-  p.bias_dtype = float_dtype(bias.dtype());
-  if (p.bias_dtype == kUnsupported) bias.refuse("float32, float16 or bfloat16");
-  operands.expect_device(bias);
-  p.bias = bias.data(aoti_torch_device_type_cuda(), element_size(p.bias_dtype));
-}
-
-// A part of a larger tensor may begin anywhere: if that is not at a multiple of 16 bytes, a copy, which `p` then reads.
-StableIValue aligned_x(const char* op, const Tensor& x, int32_t index, cudaStream_t stream, LinearParams& p) {
-  if (aligned(p.x, 16)) return 0;
-  const int64_t sizes[] = {p.tokens, p.weight.in_features};
-  void* to = nullptr;
-  const StableIValue copy = empty_tensor(sizes, 2, x.dtype(), aoti_torch_device_type_cuda(), index, &to);
-  const char* error = copy_on_device(to, p.x, p.tokens * p.weight.in_features * 2, stream);
-  checked(op, copy, error);
-  p.x = to;
-  return copy;
-}
-
 // hfq::cuda_linear(x [M, K], qweight, scales, zeros?, codebook?, bias? [N], bits, group_size, in_features, out_features) -> [M, N]
 void cuda_linear(StableIValue* stack, uint64_t, uint64_t) {
   constexpr const char* op = "cuda_linear";
@@ -134,15 +100,11 @@ void cuda_linear(StableIValue* stack, uint64_t, uint64_t) {
   p.weight = operands.weight();
   set_x(operands, x, p);
   expect_blocks(op, ((p.tokens + 7) / 8) * ((p.weight.out_features + kTileRows - 1) / kTileRows));
-  if (bias.defined()) {
-    bias.expect_shape({p.weight.out_features});
-    set_bias(operands, bias, p);
-  }
+  if (bias.defined()) set_bias(operands, bias, {p.weight.out_features}, p);
 
   const DeviceGuard guard(index);
   const cudaStream_t stream = current_stream(index);
-  // Memory that is freed here is used again behind the kernels, in order of the stream.
-  const Tensor kept(op, "x", aligned_x(op, x, index, stream, p));
+  const Tensor kept = aligned_x(op, x, index, stream, p);
   const int64_t floats = linear_workspace(p);
   void* workspace = nullptr;
   const Tensor sums(op, "workspace", floats ? empty_tensor(&floats, 1, aoti_torch_dtype_float32(), cuda, index, &workspace) : 0);
@@ -161,61 +123,40 @@ void cuda_experts_linear(StableIValue* stack, uint64_t, uint64_t) {
   const int32_t cuda = aoti_torch_device_type_cuda(), index = operands.device_index();
 
   ExpertsParams p = {};
-  p.experts = operands.experts();
-  expect(p.experts > 0 && p.experts <= kMostExperts, op, "takes 1 to " + std::to_string(kMostExperts) + " experts, got " + std::to_string(p.experts));
+  Routing& r = p.routing;
+  r.experts = operands.experts();
+  expect(r.experts > 0 && r.experts <= kMostExperts, op, "takes 1 to " + std::to_string(kMostExperts) + " experts, got " + std::to_string(r.experts));
   LinearParams& linear = p.linear;
-  linear.weight = operands.weight(p.experts);
+  linear.weight = operands.weight(r.experts);
   const Weight& w = linear.weight;
   set_x(operands, x, linear);
   expect(linear.tokens <= kMostExpertTokens, op, "takes up to 2^20 tokens, got " + std::to_string(linear.tokens));
   if (counts.dtype() != aoti_torch_dtype_int64()) counts.refuse("int64");
-  counts.expect_shape({p.experts});
+  counts.expect_shape({r.experts});
   operands.expect_device(counts);
-  p.counts = static_cast<const int64_t*>(counts.data(cuda, 8));
+  r.counts = static_cast<const int64_t*>(counts.data(cuda, 8));
   const int64_t tiles = (w.out_features + kTileRows - 1) / kTileRows, columns = w.bits == 3 ? 128 : 256 / w.bits;
-  p.qweight_bytes = tiles * ((w.in_features + columns - 1) / columns) * (w.bits == 3 ? 768 : 512);
-  p.scale_bytes = tiles * w.groups * kTileRows * element_size(w.scale_dtype);
+  r.qweight_bytes = tiles * ((w.in_features + columns - 1) / columns) * (w.bits == 3 ? 768 : 512);
+  r.scale_bytes = tiles * w.groups * kTileRows * element_size(w.scale_dtype);
   if (bias.defined()) {
-    bias.expect_shape({p.experts, w.out_features});
-    set_bias(operands, bias, linear);
-    p.bias_bytes = w.out_features * element_size(linear.bias_dtype);
+    set_bias(operands, bias, {r.experts, w.out_features}, linear);
+    r.bias_bytes = w.out_features * element_size(linear.bias_dtype);
   }
-  expect_blocks(op, tiles * expert_slots(linear.tokens, p.experts));
+  expect_blocks(op, tiles * expert_slots(linear.tokens, r.experts, 8));
 
   const DeviceGuard guard(index);
   const cudaStream_t stream = current_stream(index);
-  const Tensor kept(op, "x", aligned_x(op, x, index, stream, linear));  // see cuda_linear
+  const Tensor kept = aligned_x(op, x, index, stream, linear);
   const int64_t sizes[] = {linear.tokens, w.out_features};
   const StableIValue y = empty_tensor(sizes, 2, x.dtype(), cuda, index, &linear.y);
   stack[0] = checked(op, y, launch_experts(p, stream));
-}
-
-// The rows `index`, or all, in `dtype`.
-StableIValue unpacked(const char* op, const Operands& operands, const Tensor* index, int32_t dtype) {
-  const int32_t cuda = aoti_torch_device_type_cuda();
-  UnpackParams p = {};
-  p.weight = operands.weight();
-  p.y_dtype = float_dtype(dtype);
-  expect(p.y_dtype != kUnsupported, op, "dtype must be float32, float16 or bfloat16");
-  p.rows = p.weight.out_features;
-  if (index) {
-    if (index->dtype() != aoti_torch_dtype_int64() || index->dim() != 1) index->refuse("int64 of shape [T]");
-    operands.expect_device(*index);
-    p.index = static_cast<const int64_t*>(index->data(cuda, 8));
-    p.rows = index->size(0);
-  }
-  expect_blocks(op, (p.rows + kTileRows - 1) / kTileRows * ((p.weight.in_features + 255) / 256));
-  const DeviceGuard guard(operands.device_index());
-  const int64_t sizes[] = {p.rows, p.weight.in_features};
-  const StableIValue y = empty_tensor(sizes, 2, dtype, cuda, operands.device_index(), &p.y);
-  return checked(op, y, launch_unpack(p, current_stream(operands.device_index())));
 }
 
 // hfq::cuda_dequantize(qweight, scales, zeros?, codebook?, bits, group_size, in_features, out_features, dtype) -> [N, K]
 void cuda_dequantize(StableIValue* stack, uint64_t, uint64_t) {
   constexpr const char* op = "cuda_dequantize";
   const Operands operands(op, stack, 0, 4);
-  stack[0] = unpacked(op, operands, nullptr, as_dtype(stack[8]));
+  stack[0] = unpacked(op, operands, nullptr, as_dtype(stack[8]), launch_unpack);
 }
 
 // hfq::cuda_lookup(index [T], qweight, scales, zeros?, codebook?, bits, group_size, in_features, out_features, dtype) -> [T, K]
@@ -223,7 +164,7 @@ void cuda_lookup(StableIValue* stack, uint64_t, uint64_t) {
   constexpr const char* op = "cuda_lookup";
   const Tensor index(op, "index", stack[0]);
   const Operands operands(op, stack, 1, 5);
-  stack[0] = unpacked(op, operands, &index, as_dtype(stack[9]));
+  stack[0] = unpacked(op, operands, &index, as_dtype(stack[9]), launch_unpack);
 }
 
 }  // namespace

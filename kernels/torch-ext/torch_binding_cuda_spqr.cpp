@@ -8,8 +8,6 @@ namespace {
 constexpr int kOperands = 6, kSizes = 6;
 constexpr int64_t kMostColumns = int64_t{1} << 19, kMostNumbers = int64_t{1} << 31;
 
-bool aligned(const void* p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
-
 // qweight, stat_codes, stats, offsets, columns, values from stack[first]; bits, group_size, stat_bits, stat_group_size, in_features and
 // out_features from stack[sizes].
 class Operands {
@@ -31,7 +29,7 @@ class Operands {
     if (tensor.device_index() != device_index()) tensor.refuse("on the device of qweight");
   }
 
-  // The weight, after all checks.
+  // The weight, after all checks. Asynchronous copies want 16 bytes of codes at once.
   SpqrWeight weight() const {
     const auto [bits, group_size, stat_bits, rows_per_stat, in_features, out_features] = sizes_;
     expect(bits >= 2 && bits <= 4, op_, "bits must be 2, 3 or 4, got " + std::to_string(bits));
@@ -60,7 +58,7 @@ class Operands {
       return static_cast<const uint8_t*>(pointer(tensor, 1, bytes));
     };
     w.qweight = codes(qweight_, (in_features + columns - 1) / columns, bits == 3 ? 48 : 32, 16, 16);
-    w.stat_codes = codes(stat_codes_, w.stat_groups, 8, w.wide_codes ? 4 : 2, 4);
+    w.stat_codes = codes(stat_codes_, w.stat_groups, 8, w.wide_codes ? 4 : 2, 16);
     w.stat_dtype = float_dtype(stats_.dtype());
     if (w.stat_dtype == kUnsupported) stats_.refuse("float32, float16 or bfloat16");
     const int64_t stat_bytes = element_size(w.stat_dtype);
@@ -93,9 +91,6 @@ class Operands {
   int64_t sizes_[kSizes];
 };
 
-// Thread blocks are numbered with 31 bits.
-void expect_blocks(const char* op, int64_t blocks) { expect(blocks < kMostNumbers, op, "too many rows for one launch"); }
-
 // hfq::cuda_spqr_linear(x [M, K], <operands>, bias? [N], <sizes>) -> [M, N]
 void cuda_spqr_linear(StableIValue* stack, uint64_t, uint64_t) {
   constexpr const char* op = "cuda_spqr_linear";
@@ -105,64 +100,23 @@ void cuda_spqr_linear(StableIValue* stack, uint64_t, uint64_t) {
 
   SpqrLinearParams p = {};
   p.weight = operands.weight();
-  p.x_dtype = float_dtype(x.dtype());
-  if (p.x_dtype != kFloat16 && p.x_dtype != kBFloat16) x.refuse("float16 or bfloat16");
-  if (x.dim() != 2 || x.size(1) != p.weight.in_features) x.refuse("of shape [M, " + std::to_string(p.weight.in_features) + "]");
-  operands.expect_device(x);
-  p.x = x.data(cuda, 2);
-  p.tokens = x.size(0);
+  set_x(operands, x, p);
   expect_blocks(op, ((p.tokens + 7) / 8) * ((p.weight.out_features + kTileRows - 1) / kTileRows));
-  if (bias.defined()) {
-    p.bias_dtype = float_dtype(bias.dtype());
-    if (p.bias_dtype == kUnsupported) bias.refuse("float32, float16 or bfloat16");
-    bias.expect_shape({p.weight.out_features});
-    operands.expect_device(bias);
-    p.bias = bias.data(cuda, element_size(p.bias_dtype));
-  }
+  if (bias.defined()) set_bias(operands, bias, {p.weight.out_features}, p);
 
   const DeviceGuard guard(index);
   const cudaStream_t stream = current_stream(index);
-  StableIValue copy = 0;
-  if (!aligned(p.x, 8)) {
-    // A part of a larger tensor may begin anywhere.
-    const int64_t sizes[] = {p.tokens, p.weight.in_features};
-    void* to = nullptr;
-    copy = empty_tensor(sizes, 2, x.dtype(), cuda, index, &to);
-    checked(op, copy, copy_on_device(to, p.x, p.tokens * p.weight.in_features * 2, stream));
-    p.x = to;
-  }
-  const Tensor kept(op, "x", copy);  // memory that is freed here is used again behind the kernel, in order of the stream
+  const Tensor kept = aligned_x(op, x, index, stream, p);
   const int64_t sizes[] = {p.tokens, p.weight.out_features};
   const StableIValue y = empty_tensor(sizes, 2, x.dtype(), cuda, index, &p.y);
   stack[0] = checked(op, y, launch_spqr_linear(p, stream));
-}
-
-// The rows `index`, or all, in `dtype`.
-StableIValue unpacked(const char* op, const Operands& operands, const Tensor* index, int32_t dtype) {
-  const int32_t cuda = aoti_torch_device_type_cuda();
-  SpqrUnpackParams p = {};
-  p.weight = operands.weight();
-  p.y_dtype = float_dtype(dtype);
-  expect(p.y_dtype != kUnsupported, op, "dtype must be float32, float16 or bfloat16");
-  p.rows = p.weight.out_features;
-  if (index) {
-    if (index->dtype() != aoti_torch_dtype_int64() || index->dim() != 1) index->refuse("int64 of shape [T]");
-    operands.expect_device(*index);
-    p.index = static_cast<const int64_t*>(index->data(cuda, 8));
-    p.rows = index->size(0);
-  }
-  expect_blocks(op, (p.rows + kTileRows - 1) / kTileRows * ((p.weight.in_features + 255) / 256));
-  const DeviceGuard guard(operands.device_index());
-  const int64_t sizes[] = {p.rows, p.weight.in_features};
-  const StableIValue y = empty_tensor(sizes, 2, dtype, cuda, operands.device_index(), &p.y);
-  return checked(op, y, launch_spqr_unpack(p, current_stream(operands.device_index())));
 }
 
 // hfq::cuda_spqr_dequantize(<operands>, <sizes>, dtype) -> [N, K]
 void cuda_spqr_dequantize(StableIValue* stack, uint64_t, uint64_t) {
   constexpr const char* op = "cuda_spqr_dequantize";
   const Operands operands(op, stack, 0, kOperands);
-  stack[0] = unpacked(op, operands, nullptr, as_dtype(stack[kOperands + kSizes]));
+  stack[0] = unpacked(op, operands, nullptr, as_dtype(stack[kOperands + kSizes]), launch_spqr_unpack);
 }
 
 // hfq::cuda_spqr_lookup(index [T], <operands>, <sizes>, dtype) -> [T, K]
@@ -170,7 +124,7 @@ void cuda_spqr_lookup(StableIValue* stack, uint64_t, uint64_t) {
   constexpr const char* op = "cuda_spqr_lookup";
   const Tensor index(op, "index", stack[0]);
   const Operands operands(op, stack, 1, 1 + kOperands);
-  stack[0] = unpacked(op, operands, &index, as_dtype(stack[1 + kOperands + kSizes]));
+  stack[0] = unpacked(op, operands, &index, as_dtype(stack[1 + kOperands + kSizes]), launch_spqr_unpack);
 }
 
 }  // namespace

@@ -9,6 +9,21 @@ import pytest
 
 from hfq.kernels import native
 
+# Numbers in a test's parameters from which its matrices are those of models.
+_LARGE = 4096
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what would take a sanitizer of a GPU too long."""
+    for item in items:
+        parameters = getattr(item, "callspec", None)
+        if item.get_closest_marker("gpu") and parameters is not None:
+            values = [
+                v for p in parameters.params.values() for v in (p if type(p) is tuple else (p,))
+            ]
+            if any(type(value) is int and value >= _LARGE for value in values):
+                item.add_marker("large")
+
 
 @pytest.fixture(
     params=["avx512_amx", "avx512_vnni", "avx512", "avx2_vnni", "avx2", "neon", "generic"]

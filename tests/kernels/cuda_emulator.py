@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hfq.core.float8 import E4M3
 from hfq.core.weight import SpqrGrid
 from hfq.kernels.neutral_spqr import operands
 
@@ -60,6 +64,7 @@ class _LinearParams(ctypes.Structure):
         *((name, _INT) for name in ("x_dtype", "bias_dtype")),
         ("workspace", _POINTER),
         *((name, _INT) for name in ("token_tiles", "group_magic")),
+        *((name, _INT) for name in ("flush_mask", "stages", "stage_bytes", "stage_tokens")),
     )
 
 
@@ -97,13 +102,66 @@ class _UnpackParams(ctypes.Structure):
     )
 
 
+class NormParams(ctypes.Structure):
+    """kernels/common/decode.h, like the next three."""
+
+    _fields_ = (
+        ("rows", _SIZE),
+        ("columns", _SIZE),
+        ("dtype", _INT),
+        *((name, _POINTER) for name in ("x", "weight", "y")),
+        *((name, ctypes.c_float) for name in ("eps", "offset")),
+        ("round_first", ctypes.c_bool),
+    )
+
+
+class RotateParams(ctypes.Structure):
+    _fields_ = (
+        *((name, _SIZE) for name in ("tokens", "heads", "size")),
+        ("dtype", _INT),
+        ("x", _POINTER),
+        ("x_stride", _SIZE),
+        ("cos", _POINTER),
+        ("sin", _POINTER),
+        ("shared", ctypes.c_bool),
+        ("y", _POINTER),
+    )
+
+
+class GateParams(ctypes.Structure):
+    _fields_ = (
+        ("rows", _SIZE),
+        ("columns", _SIZE),
+        ("dtype", _INT),
+        ("gate", _POINTER),
+        ("up", _POINTER),
+        ("gate_stride", _SIZE),
+        ("up_stride", _SIZE),
+        ("y", _POINTER),
+        ("tanh_gelu", ctypes.c_bool),
+    )
+
+
+class AttendParams(ctypes.Structure):
+    _fields_ = (
+        *((name, _SIZE) for name in ("batch", "heads", "kv_heads", "size", "length", "room")),
+        ("dtype", _INT),
+        *((name, _POINTER) for name in ("q", "k", "v", "mask")),
+        ("mask_batch", _SIZE),
+        ("mask_heads", _SIZE),
+        ("mask_is_bool", ctypes.c_bool),
+        ("scale", ctypes.c_float),
+        ("y", _POINTER),
+    )
+
+
 class _TokensParams(ctypes.Structure):
     """kernels/cuda/w8a8.h"""
 
     _fields_ = (
         *((name, _POINTER) for name in ("x", "input_scale", "codes", "scales")),
         *((name, _SIZE) for name in ("tokens", "in_features")),
-        ("x_dtype", _INT),
+        *((name, _INT) for name in ("x_dtype", "code_type")),
     )
 
 
@@ -149,7 +207,9 @@ class _SpqrLinearParams(ctypes.Structure):
         *((name, _POINTER) for name in ("x", "bias", "y")),
         ("tokens", _SIZE),
         *((name, _INT) for name in ("x_dtype", "bias_dtype")),
-        *((name, _INT) for name in ("token_tiles", "step_columns", "group_magic")),
+        *((name, _INT) for name in ("token_tiles", "short_groups", "last_group", "group_magic")),
+        *((name, _INT) for name in ("row_bytes", "steps", "last_step", "stages", "stage_bytes")),
+        *((name, _INT) for name in ("tile_stats", "stage_tokens", "ring_bytes")),
     )
 
 
@@ -176,13 +236,19 @@ class Emulator:
             "unpack",
             "quantize_tokens",
             "linear_w8a8",
+            "linear_fp8",
             "scale_sums",
             "spqr_linear",
             "spqr_unpack",
+            "rms_norm",
+            "rotate",
+            "gate",
+            "attend",
             "self_check",
         ):
             getattr(self._library, name).restype = ctypes.c_char_p
         self._library.linear_workspace.restype = ctypes.c_int64
+        self._library.attend_workspace.restype = ctypes.c_int64
 
     def linear(
         self,
@@ -295,8 +361,10 @@ class Emulator:
         self._run(self._library.unpack, params, (index, *operands), y)
         return y
 
-    def quantize_tokens(self, x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Codes `[M, K]` and scales `[M, 1]`."""
+    def quantize_tokens(
+        self, x: Tensor, input_scale: Tensor | None, dtype: torch.dtype = torch.int8
+    ) -> tuple[Tensor, Tensor]:
+        """Codes `[M, K]` of `dtype`, int8 or E4M3, and scales `[M, 1]`."""
         tokens, in_features = x.shape
         # One memory, as results are one tensor here.
         memory = torch.full((tokens, in_features + 4), 85, dtype=torch.int8)
@@ -310,9 +378,10 @@ class Emulator:
             tokens=tokens,
             in_features=in_features,
             x_dtype=_DTYPES[x.dtype],
+            code_type=int(dtype == E4M3),
         )
         self._run(self._library.quantize_tokens, params, (x, input_scale), memory)
-        return codes, scales
+        return codes.view(dtype), scales
 
     def linear_w8a8(
         self,
@@ -322,14 +391,16 @@ class Emulator:
         input_scale: Tensor | None,
         bias: Tensor | None,
         multiprocessors: int = 1 << 20,
+        dtype: torch.dtype = torch.int8,
     ) -> Tensor:
-        """`qweight`: two's complement `[N, K]`. Quantizes apart where the operator does."""
+        """`qweight`: uint8 `[N, K]`, two's complement or, where `dtype` is E4M3, its bytes. Quantizes apart where the operator does."""
         tokens, out_features = len(x), len(qweight)
         in_features = x.shape[1]
-        inside = bool(self._library.quantizes_inside(_SIZE(tokens), _SIZE(in_features)))
+        kind, sizes = _INT(dtype == E4M3), (_SIZE(tokens), _SIZE(in_features))
+        inside = bool(self._library.quantizes_inside(kind, *sizes))
         codes, token_scales = None, None
         if not inside:
-            codes, token_scales = self.quantize_tokens(x, input_scale)
+            codes, token_scales = self.quantize_tokens(x, input_scale, dtype)
         y = torch.full((tokens, out_features), 12345.0, dtype=x.dtype)
         params = _W8A8Params(
             qweight=qweight.data_ptr(),
@@ -349,7 +420,8 @@ class Emulator:
         )
         self._library.set_device(multiprocessors, _SHARED_BYTES)
         read = (x, qweight, scales, input_scale, codes, token_scales, bias)
-        self._run(self._library.linear_w8a8, params, read, y)
+        launcher = self._library.linear_fp8 if dtype == E4M3 else self._library.linear_w8a8
+        self._run(launcher, params, read, y)
         return y
 
     def scale_sums(
@@ -375,8 +447,15 @@ class Emulator:
         )
         self._run(self._library.scale_sums, params, (sums, token_scales, scales, bias), out)
 
-    def spqr_linear(self, x: Tensor, grid: SpqrGrid, bias: Tensor | None) -> Tensor:
-        """`grid`: in the layout of the kernel row."""
+    def spqr_linear(
+        self,
+        x: Tensor,
+        grid: SpqrGrid,
+        bias: Tensor | None,
+        multiprocessors: int = 1 << 20,
+        shared_bytes: int = 227 << 10,
+    ) -> Tensor:
+        """`grid`: in the layout of the kernel row. One multiprocessor takes two tiles at once."""
         y = torch.full((len(x), grid.out_features), 12345.0, dtype=x.dtype)
         params = _SpqrLinearParams(
             weight=_spqr_weight(grid),
@@ -387,6 +466,7 @@ class Emulator:
             x_dtype=_DTYPES[x.dtype],
             bias_dtype=0 if bias is None else _DTYPES[bias.dtype],
         )
+        self._library.set_device(multiprocessors, ctypes.c_size_t(shared_bytes))
         self._run(self._library.spqr_linear, params, (x, *operands(grid), bias), y)
         return y
 
@@ -404,6 +484,97 @@ class Emulator:
         self._run(self._library.spqr_unpack, params, (index, *operands(grid)), y)
         return y
 
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, offset: float, round_first: bool
+    ) -> Tensor:
+        y = torch.full_like(x, 12345.0)
+        params = NormParams(
+            rows=x.numel() // x.shape[-1],
+            columns=x.shape[-1],
+            dtype=_DTYPES[x.dtype],
+            x=x.data_ptr(),
+            weight=weight.data_ptr(),
+            y=y.data_ptr(),
+            eps=eps,
+            offset=offset,
+            round_first=round_first,
+        )
+        self._run(self._library.rms_norm, params, (x, weight), y)
+        return y
+
+    def rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """`q` and `k` may be parts of the columns of a contiguous tensor."""
+        size = cos.shape[-1]
+        both = (RotateParams * 2)()
+        results = []
+        for params, x in zip(both, (q, k), strict=True):
+            heads = x.shape[-1] // size
+            y = torch.full((len(x), heads, 1, size), 12345.0, dtype=x.dtype)
+            results.append(y)
+            params.tokens, params.heads, params.size = len(x), heads, size
+            params.dtype, params.x, params.x_stride = _DTYPES[x.dtype], x.data_ptr(), x.stride(0)
+            params.cos, params.sin, params.shared = cos.data_ptr(), sin.data_ptr(), len(cos) == 1
+            params.y = y.data_ptr()
+        whole = [_around(x) for x in (q, k)]
+        self._run(self._library.rotate, both, (*whole, cos, sin), *results)
+        return results[0], results[1]
+
+    def gate(self, gate: Tensor, up: Tensor, tanh_gelu: bool) -> Tensor:
+        """Both `[rows, columns]`, or parts of the columns of one."""
+        y = torch.full(gate.shape, 12345.0, dtype=gate.dtype)
+        params = GateParams(
+            rows=len(gate),
+            columns=gate.shape[1],
+            dtype=_DTYPES[gate.dtype],
+            gate=gate.data_ptr(),
+            up=up.data_ptr(),
+            gate_stride=gate.stride(0),
+            up_stride=up.stride(0),
+            y=y.data_ptr(),
+            tanh_gelu=tanh_gelu,
+        )
+        self._run(self._library.gate, params, (_around(gate), _around(up)), y)
+        return y
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        length: int,
+        mask: Tensor | None,
+        scale: float,
+        multiprocessors: int = 1,
+    ) -> Tensor:
+        batch, heads, _, size = q.shape
+        y = torch.full((batch, 1, heads * size), 12345.0, dtype=q.dtype)
+        by_head = mask is not None and mask.shape[1] > 1
+        by_batch = mask is not None and mask.shape[0] > 1
+        params = AttendParams(
+            batch=batch,
+            heads=heads,
+            kv_heads=k.shape[1],
+            size=size,
+            length=length,
+            room=k.shape[2],
+            dtype=_DTYPES[q.dtype],
+            q=q.data_ptr(),
+            k=k.data_ptr(),
+            v=v.data_ptr(),
+            mask=_address(mask),
+            mask_batch=length * (heads if by_head else 1) if by_batch else 0,
+            mask_heads=length if by_head else 0,
+            mask_is_bool=mask is not None and mask.dtype == torch.bool,
+            scale=scale,
+            y=y.data_ptr(),
+        )
+        self._library.set_device(multiprocessors, _SHARED_BYTES)
+        floats = self._library.attend_workspace(ctypes.byref(params))
+        workspace = torch.full((floats,), torch.nan)
+        self._allow((q, k, v, mask), y, workspace)
+        _raise(self._library.attend(ctypes.byref(params), ctypes.c_void_p(workspace.data_ptr())))
+        return y
+
     def self_check(self, name: str, x: Tensor) -> Tensor:
         """What a kernel of self_check.cpp makes of int32 `[128]`."""
         y = torch.zeros_like(x)
@@ -415,7 +586,7 @@ class Emulator:
     def _run(
         self,
         launcher: Any,
-        params: ctypes.Structure,
+        params: ctypes.Structure | ctypes.Array[Any],
         read: tuple[Tensor | None, ...],
         *written: Tensor,
     ) -> None:
@@ -430,6 +601,13 @@ class Emulator:
                     assert tensor.is_contiguous()
                     size = ctypes.c_size_t(tensor.numel() * tensor.element_size())
                     self._library.allow(ctypes.c_void_p(tensor.data_ptr()), size, writable)
+
+
+def _around(part: Tensor) -> Tensor:
+    """The contiguous memory from the first to the last number of a part of the columns of a tensor."""
+    rows = part.numel() // part.shape[-1]
+    numbers = (rows - 1) * part.stride(0) + part.shape[-1]
+    return part.as_strided((numbers,), (1,))
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -488,11 +666,30 @@ def build(folder: Path) -> Emulator:
     return Emulator(_library(folder, "libcuda_on_cpu.so", _compiled(folder, sources)))
 
 
-def build_operators(folder: Path) -> Path:
-    """Compile the operators into a library; `folder` is where `build` was."""
+def check_operators(folder: Path, script: str) -> None:
+    """Run a script of cuda_on_cpu: the binding, rows and modules on CPU tensors, in a process whose CPU is the emulated GPU.
+
+    `folder` is where `build` was.
+    """
+    places = filter(None, (str(EMULATOR), os.environ.get("PYTHONPATH")))
+    run = subprocess.run(
+        [sys.executable, str(EMULATOR / script), str(_build_operators(folder))],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(places)},
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "all checks passed" in run.stdout
+
+
+@cache
+def _build_operators(folder: Path) -> Path:
     device = "-Daoti_torch_device_type_cuda=aoti_torch_device_type_cpu"
     sources = [
+        ROOT / "kernels/torch-ext/torch_binding_cuda_decode.cpp",
         ROOT / "kernels/torch-ext/torch_binding_cuda_fragments.cpp",
+        ROOT / "kernels/torch-ext/torch_binding_cuda_fp8.cpp",
         ROOT / "kernels/torch-ext/torch_binding_cuda_int8.cpp",
         ROOT / "kernels/torch-ext/torch_binding_cuda_spqr.cpp",
         EMULATOR / "operators.cpp",

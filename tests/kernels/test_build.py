@@ -103,8 +103,10 @@ def test_instruction_set_files_share_no_inline_code(source: Path) -> None:
     assert all(f'#include "{body}"' in anonymous for body in bodies)
     for inner in (*bodies, *re.findall(r'#include "(lanes_.+)"', anonymous)):
         assert "#include" not in (KERNELS / "cpu" / inner).read_text()
-    for shared in ("rows16.h", "spqr.h", "rounding.h", "moments.h", "decode.h"):
-        text = (KERNELS / "cpu" / shared).read_text()
+    common = ("common/decode.h", "common/dtype.h")
+    names = ("rows16.h", "spqr.h", "rounding.h", "moments.h", "decode.h")
+    for shared in (*common, *(f"cpu/{name}" for name in names)):
+        text = (KERNELS / shared).read_text()
         assert not re.search(r"^(template|inline|static)\b", text, re.MULTILINE)
 
 
@@ -116,7 +118,7 @@ def test_kernel_builder_lists_every_source() -> None:
     }
     on_disk = {
         str(path.relative_to(KERNELS))
-        for folder in ("cpu", "cuda", "torch-ext")
+        for folder in ("common", "cpu", "cuda", "torch-ext")
         for path in (KERNELS / folder).iterdir()
         if path.suffix in {".cpp", ".cu", ".h"}
     }

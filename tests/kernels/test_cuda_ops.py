@@ -245,7 +245,7 @@ def test_experts_whose_counts_nobody_waits_for(
     experts = [stored(random_weight(N, K), "int", spec) for _ in range(3)]
     row, stack = cuda.CudaFragments(), prepared(stacked(experts))
     x = torch.randn(5, K, generator=generator).half()
-    for products, most in ((1, cuda.MAX_EXPERT_TOKENS), (100 * N * K, 100)):
+    for products, most in ((1, cuda.MAX_EXPERT_TOKENS), (300 * N * K, 300)):
         monkeypatch.setattr(cuda, "_EXPERT_PRODUCTS", products)
         assert row.reads_counts_on_device(x, 3 * most, stack)
         assert not row.reads_counts_on_device(x, 3 * most + 1, stack)

@@ -97,6 +97,25 @@ def test_products(
 
 
 @pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group_size", [16, 64])
+def test_a_token_gives_the_same_beside_others(
+    make: Callable[..., Any],
+    generator: torch.Generator,
+    cuda: torch.device,
+    bits: int,
+    group_size: int,
+) -> None:
+    """One token, several, and several with two tiles at once, which takes many rows."""
+    for rows, tokens in ((80, 7), (33000, 2), (33000, 11)):
+        w = make(rows, 520, bits=bits, group_size=group_size)
+        x = torch.randn(tokens, 520, generator=generator).to(torch.bfloat16)
+        y = linear(x.to(cuda), w.ready)
+        w.check(y.cpu(), x)
+        alone = [linear(one, w.ready) for one in x.to(cuda).split(1)]
+        assert torch.equal(y, torch.cat(alone))
+
+
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("shape", SHAPES[:6], ids=str)
 def test_dequantize_and_lookup_are_the_reference(
     make: Callable[..., Any],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -34,23 +33,16 @@ SHAPES = (
 STATS = ((2, 16), (3, 64), (4, 32), (5, 128), (8, 16))
 
 
-def _module(name: str) -> Any:
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+def _weights() -> Any:
+    if "spqr_weights" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("spqr_weights", HERE / "spqr_weights.py")
+        assert spec is not None and spec.loader is not None
+        module = sys.modules["spqr_weights"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules["spqr_weights"]
 
 
-make = _module("spqr_weights").random_weight
-
-
-@pytest.fixture(scope="module")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return _module("cuda_emulator").build(tmp_path_factory.mktemp("cuda_on_cpu"))
+make = _weights().random_weight
 
 
 def _name(value: object) -> str:
@@ -88,14 +80,69 @@ def test_products(
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 19])
-def test_every_number_of_tokens(emulator: Any, generator: torch.Generator, tokens: int) -> None:
-    w = make(generator, 37, 328)
+@pytest.mark.parametrize(("group_size", "bits"), [(16, 3), (32, 3), (48, 2), (0, 4)])
+def test_every_number_of_tokens(
+    emulator: Any, generator: torch.Generator, tokens: int, group_size: int, bits: int
+) -> None:
+    w = make(generator, 37, 328, bits=bits, group_size=group_size)
     x = _x(generator, tokens, 328, torch.bfloat16)
     bias = torch.randn(37, generator=generator)
     y = emulator.spqr_linear(x, w.ready, bias)
     w.check(y, x, bias)
     alone = [emulator.spqr_linear(one, w.ready, bias) for one in x.split(1)]
     assert torch.equal(y, torch.cat(alone)), "a token's result depends on its neighbours"
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group_size", [16, 48, 32, 0])
+def test_two_tiles_give_what_one_gives(
+    emulator: Any, generator: torch.Generator, group_size: int, bits: int
+) -> None:
+    """One multiprocessor has enough tiles; their number is even, or odd and the last one not full."""
+    for rows, tokens, wide, stat_dtype in zip(
+        (64, 69, 80, 145), (2, 5, 8, 11), (3, 5, 3, 5), FLOATS * 2, strict=False
+    ):
+        w = make(
+            generator,
+            rows,
+            1160,
+            bits=bits,
+            group_size=group_size,
+            stat_bits=wide,
+            stat_group_size=16 * tokens,
+            dtype=stat_dtype,
+        )
+        x = _x(generator, tokens, 1160, HALVES[tokens % 2])
+        y = emulator.spqr_linear(x, w.ready, None, multiprocessors=1)
+        w.check(y, x)
+        assert torch.equal(y, emulator.spqr_linear(x, w.ready, None))
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(
+    ("tokens", "multiprocessors", "shared_bytes"),
+    [(1, 1, (28, 40, 54, 99, 163, 227)), (8, 99, (82, 99, 163, 227)), (7, 1, (99, 163, 227))],
+)
+def test_rings_of_any_depth_give_the_same(
+    emulator: Any,
+    generator: torch.Generator,
+    tokens: int,
+    multiprocessors: int,
+    shared_bytes: tuple[int, ...],
+    bits: int,
+) -> None:
+    """Steps of a warp from fewer than its ring's stages to several rounds. KiB; 99, 163 and 227 are those of GPUs."""
+    for columns, group_size, stat_dtype in zip(
+        (1032, 4104, 7240), (16, 48, 64), FLOATS, strict=True
+    ):
+        w = make(generator, 70, columns, bits=bits, group_size=group_size, dtype=stat_dtype)
+        x = _x(generator, tokens, columns, torch.bfloat16)
+        ys = [
+            emulator.spqr_linear(x, w.ready, None, multiprocessors, size << 10)
+            for size in shared_bytes
+        ]
+        w.check(ys[0], x)
+        assert all(torch.equal(y, ys[0]) for y in ys)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -266,15 +313,9 @@ def test_rows_of_a_larger_weight(emulator: Any, generator: torch.Generator) -> N
 # ---- operators
 
 
-def test_operators_and_modules(emulator: Any) -> None:
+def test_operators_and_modules(emulator: Any, emulator_module: Any) -> None:
     """The binding, the row and modules with it: on CPU tensors, in a process whose CPU is the emulated GPU."""
-    library = _module("cuda_emulator").build_operators(emulator.folder)
-    script = HERE / "cuda_on_cpu/check_spqr_operators.py"
-    run = subprocess.run(
-        [sys.executable, str(script), str(library)], capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "all checks passed" in run.stdout
+    emulator_module.check_operators(emulator.folder, "check_spqr_operators.py")
 
 
 # ---- all of them

@@ -1,4 +1,7 @@
-"""Products with 8-bit floats: the definition, the product on tensor cores (its CPU code here), the choice of the kernel."""
+"""Products with 8-bit floats: the definition, PyTorch's product on tensor cores (its CPU code here), the choice of the kernel.
+
+Native CUDA kernels: test_cuda_fp8.py.
+"""
 
 from __future__ import annotations
 
@@ -155,14 +158,15 @@ def test_on_a_gpu(cuda: torch.device, shape: tuple[int, int], generator: torch.G
         out_features=shape[0],
         activation="dynamic",
     )
-    choice = dispatch.select(Problem.of(grid))
-    if choice.row.name != "cuda_fp8":
-        pytest.skip(str(choice.refused))
+    row = cuda_fp8.CudaFp8Library()
+    reason = row.reject(Problem.of(grid))
+    if reason is not None:
+        pytest.skip(reason)
     for tokens in (0, 1, 5, 64, 300):
         for dtype in FLOATS:
             x = torch.randn(tokens, shape[1], generator=generator).to(dtype)
             expected = defined(x, codes, scales, None)
-            y = choice.row.linear(x.to(cuda), grid, None, False).cpu().double()
+            y = row.linear(x.to(cuda), grid, None, False).cpu().double()
             atol = tolerance(fp8.scaled_linear, expected)
             torch.testing.assert_close(y, expected, rtol=0, atol=atol)
 
@@ -181,6 +185,8 @@ def test_opcheck(tokens: int, static: Tensor | None, generator: torch.Generator)
         torch.library.opcheck(ops.fp8_linear.default, (x, codes, scales, static, bias, rounded))
     torch.library.opcheck(ops.fp8_scaled_linear.default, (x, codes, scales, static, bias))
     torch.library.opcheck(ops.fp8_dequantize.default, (codes, scales, torch.bfloat16))
+    torch.library.opcheck(ops.cuda_fp8_linear.default, (x, codes, scales, static, bias))
+    torch.library.opcheck(ops.cuda_fp8_quantize_tokens.default, (x.detach(), static))
 
 
 def test_the_gradient_is_that_of_the_dequantized_weight(generator: torch.Generator) -> None:
@@ -191,6 +197,7 @@ def test_the_gradient_is_that_of_the_dequantized_weight(generator: torch.Generat
         (torch.ops.hfq.fp8_linear, (False,)),
         (torch.ops.hfq.fp8_linear, (True,)),
         (torch.ops.hfq.fp8_scaled_linear, ()),
+        (torch.ops.hfq.cuda_fp8_linear, ()),
     ):
         own = x.clone().requires_grad_()
         bias = torch.randn(32, generator=generator, requires_grad=True)
@@ -201,7 +208,10 @@ def test_the_gradient_is_that_of_the_dequantized_weight(generator: torch.Generat
 
 def test_every_operator_has_a_line_in_the_docstring() -> None:
     assert fp8_ops.__doc__ is not None
-    for name in ("fp8_dequantize", "fp8_linear", "fp8_scaled_linear"):
+    for name in (
+        *("fp8_dequantize", "fp8_linear", "fp8_scaled_linear"),
+        *("cuda_fp8_quantize_tokens", "cuda_fp8_linear"),
+    ):
         assert str(getattr(torch.ops.hfq, name).default._schema).startswith(f"hfq::{name}(")
         assert f"    {name} " in fp8_ops.__doc__
 
@@ -241,7 +251,7 @@ def test_tensor_cores_are_used_where_there_are_some(
     found: tuple[int, int], capability: Callable[..., None]
 ) -> None:
     capability(found)
-    row = cuda_fp8.CudaFp8()
+    row = cuda_fp8.CudaFp8Library()
     assert row.reject(problem()) is None and row.reject(problem(activation="static")) is None
 
 
@@ -258,7 +268,8 @@ def test_other_weights_are_refused_in_words(
     changed: dict[str, object], reason: str, capability: Callable[..., None]
 ) -> None:
     capability((9, 0))
-    assert cuda_fp8.CudaFp8().reject(problem(**changed)) == reason
+    for row in (cuda_fp8.CudaFp8(), cuda_fp8.CudaFp8Library()):
+        assert row.reject(problem(**changed)) == reason
 
 
 @pytest.mark.parametrize("found", [(8, 0), (8, 6), (11, 0), (12, 0)])
@@ -266,15 +277,19 @@ def test_other_gpus_are_refused_in_words(
     found: tuple[int, int], capability: Callable[..., None]
 ) -> None:
     capability((9, 0), found)
-    reason = cuda_fp8.CudaFp8().reject(problem())
-    assert reason is not None and reason.endswith(f"one here has {found[0]}.{found[1]}")
+    for row in (cuda_fp8.CudaFp8(), cuda_fp8.CudaFp8Library()):
+        reason = row.reject(problem())
+        assert reason is not None and reason.endswith(f"one here has {found[0]}.{found[1]}")
 
 
 def test_on_the_cpu_weights_are_dequantized() -> None:
     for activation in (None, "dynamic", "static"):
         choice = dispatch.select(problem(device="cpu", activation=activation))
         assert choice.row.name == "dequantize_fp8"
-        assert dict(choice.refused) == {"cuda_fp8": "runs on cuda, the weight is on cpu"}
+        reasons = dict.fromkeys(
+            ("cuda_fp8", "cuda_fp8_library"), "runs on cuda, the weight is on cpu"
+        )
+        assert dict(choice.refused) == reasons
 
 
 def test_float32_stays_exact_on_tensor_cores(generator: torch.Generator) -> None:
@@ -284,7 +299,7 @@ def test_float32_stays_exact_on_tensor_cores(generator: torch.Generator) -> None
         qweight=codes, scales=scales, in_features=48, out_features=32, activation="dynamic"
     )
     x = torch.randn(3, 48, generator=generator)
-    row = cuda_fp8.CudaFp8()
+    row = cuda_fp8.CudaFp8Library()
     assert torch.equal(row.linear(x, grid, None, False), fp8.linear(x, codes, scales, None, None))
     half = x.bfloat16()
     expected = fp8.scaled_linear(half, codes, scales, None, None)

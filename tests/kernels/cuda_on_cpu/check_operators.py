@@ -1,42 +1,35 @@
 """Run by test_cuda_emulated.py in a process of its own: the operators ``hfq::cuda_*`` on the CPU are those of CUDA, emulated.
 
-Argument: the library that cuda_emulator.build_operators made.
+See operators_on_cpu.py.
 """
 
 from __future__ import annotations
 
-import ctypes
-import re
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from operators_on_cpu import emulated, on_cpu, refused, strided, use_row
 from torch import Tensor, nn
 
-from hfq.core.spec import CodebookSpec, Int8Spec, IntSpec
-from hfq.core.weight import PackedGrid
-from hfq.kernels import cuda, cuda_int8, cuda_int8_ops, cuda_ops, dispatch
+from hfq.core.activations import quantize_tokens
+from hfq.core.float8 import E4M3
+from hfq.core.spec import CodebookSpec, Fp8Spec, Int8Spec, IntSpec
+from hfq.core.weight import Fp8Grid, PackedGrid
+from hfq.kernels import (
+    cuda,
+    cuda_fp8,
+    cuda_int8,
+    cuda_int8_ops,
+    decode,
+    fp8,
+)
 from hfq.kernels.int8 import int8_linear
-from hfq.kernels.row import Problem
 from hfq.nn.embedding import QuantEmbedding
 from hfq.nn.linear import QuantLinear
 
-assert cuda_ops.fragments_weight is not None  # defines the operators
-torch.ops.load_library(sys.argv[1])
-assert ctypes.CDLL(sys.argv[1]).operators_registered()
-
 N, K = 48, 136
-
-
-class OnCpu(cuda.CudaFragments):
-    """The row as if the CPU were a GPU."""
-
-    def reject(self, problem: Problem) -> str | None:
-        return None
-
-
-ROW = OnCpu()
+ROW = on_cpu(cuda.CudaFragments)
 
 
 def linear_module(spec: IntSpec | CodebookSpec, format: str, bias: bool = True) -> QuantLinear:
@@ -52,15 +45,6 @@ def prepared_grid(module: QuantLinear) -> PackedGrid:
     return grid
 
 
-def refused(words: str, call: Callable[[], object]) -> None:
-    try:
-        call()
-    except RuntimeError as error:
-        assert re.search(words, str(error)), error
-        return
-    raise AssertionError(f"not refused: {words}")
-
-
 def check_modules() -> None:
     for format, spec in (
         ("int", IntSpec(bits=2, group_size=32, sym=False)),
@@ -73,8 +57,7 @@ def check_modules() -> None:
         saved = {name: tensor.clone() for name, tensor in module.state_dict().items()}
         weight = module.dequantize().double()
         module.restore()
-        dispatch._ROWS[PackedGrid] = (ROW, *dispatch._ROWS[PackedGrid][-1:])
-        dispatch.select.cache_clear()
+        use_row(PackedGrid, ROW)
         module.prepare()
         assert module.kernel_choice("weight").row is ROW
         assert module.bias is not None
@@ -215,11 +198,6 @@ def check_experts() -> None:
     torch.library.opcheck(torch.ops.hfq.cuda_experts_linear.default, (x, counts, *operands, *sizes))
 
 
-def strided(tensor: Tensor) -> Tensor:
-    """The same numbers, every other one of a larger tensor."""
-    return torch.stack([tensor, tensor], dim=-1)[..., 0]
-
-
 def check_schemas() -> None:
     module = linear_module(IntSpec(group_size=32), "int", bias=False)
     grid = prepared_grid(module)
@@ -231,14 +209,7 @@ def check_schemas() -> None:
     check(hfq.cuda_lookup.default, (torch.tensor([3, 47]), *operands, *sizes, torch.float32))
 
 
-class Int8OnCpu(cuda_int8.CudaInt8):
-    """The row for int8 activations as if the CPU were a GPU."""
-
-    def reject(self, problem: Problem) -> str | None:
-        return None
-
-
-INT8 = Int8OnCpu()
+INT8 = on_cpu(cuda_int8.CudaInt8)
 INT8_K = 144
 
 
@@ -252,8 +223,7 @@ def int8_module(activation: str) -> QuantLinear:
             {**module.neutral_tensors("weight"), "weight_input_scale": torch.tensor([0.02])},
         )
     module.restore()
-    dispatch._ROWS[PackedGrid] = (INT8, *dispatch._ROWS[PackedGrid][-1:])
-    dispatch.select.cache_clear()
+    use_row(PackedGrid, INT8)
     module.prepare()
     assert module.kernel_choice("weight").row is INT8
     return module
@@ -374,13 +344,157 @@ def check_int8_schemas() -> None:
         check(hfq.cuda_scale_sums.default, (out, sums, scales, grid.scales, None))
 
 
+def check_decode() -> None:
+    """What stands between the products: the kernels' own tests call the launchers, this is the way there."""
+    hfq = torch.ops.hfq
+    x, weight = torch.randn(3, 2, 64).bfloat16(), torch.randn(64).bfloat16()
+    normed = hfq.rms_norm(x, weight, 1e-5, 0.0, True)
+    torch.testing.assert_close(normed, decode.rms_norm(x, weight, 1e-5, 0.0, True))
+    refused("weight must be of shape", lambda: hfq.rms_norm(x, weight[1:], 1e-5, 0.0, True))
+    refused("weight must be of the dtype", lambda: hfq.rms_norm(x, weight.half(), 1e-5, 0.0, True))
+
+    together = torch.randn(2, 1, 3 * 64).half()
+    q, k = together.split_with_sizes([128, 64], -1)
+    angle = torch.randn(1, 1, 32)
+    cos, sin = angle.cos().half(), angle.sin().half()
+    for found, expected in zip(
+        hfq.rotate(q, k, cos, sin), decode.rotate(q, k, cos, sin), strict=True
+    ):
+        assert torch.equal(found, expected)
+    refused("of the dtype of q and k", lambda: hfq.rotate(q, k.float(), cos, sin))
+    gated = hfq.gate(q[..., :64], k, False)
+    torch.testing.assert_close(gated, decode.gate(q[..., :64], k, False))
+
+    q = torch.randn(2, 4, 1, 64).bfloat16()
+    k, v = torch.randn(2, 2, 2, 200, 64).bfloat16()
+    seen = torch.randn(2, 1, 1, 190) > 0
+    for count in (1, 100):  # without and with a workspace
+        emulated.set_multiprocessors(count)
+        found = hfq.attend(q, k, v, 190, seen, 0.1)
+        expected = decode.attend(q.double(), k.double(), v.double(), 190, seen, 0.1)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=1e-2)
+    refused("float16 and bfloat16", lambda: hfq.attend(*(t.float() for t in (q, k, v)), 9, None, 1))
+    refused("at most 256", lambda: hfq.attend(*(torch.randn(1, 1, 1, 272),) * 3, 1, None, 1.0))
+    refused("mask must be of shape", lambda: hfq.attend(q, k, v, 189, seen, 0.1))
+
+
+FP8 = on_cpu(cuda_fp8.CudaFp8)
+
+
+def fp8_module(activation: str) -> QuantLinear:
+    linear = nn.Linear(INT8_K, N, dtype=torch.bfloat16)
+    module = QuantLinear.from_linear(linear, format="fp8", spec=Fp8Spec(activation=activation))
+    if activation == "static":
+        module.set_packed(
+            "weight",
+            {**module.neutral_tensors("weight"), "weight_input_scale": torch.tensor([0.006])},
+        )
+    module.restore()
+    use_row(Fp8Grid, FP8)
+    module.prepare()
+    assert module.kernel_choice("weight").row is FP8
+    return module
+
+
+def check_fp8_modules() -> None:
+    for activation in ("dynamic", "static"):
+        module = fp8_module(activation)
+        saved = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+        grid = module.grid("weight")
+        operands = (grid.qweight, grid.scales, grid.input_scale)
+        weight = module.dequantize().double()
+        for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            for tokens in (0, 1, 5, 32, 33, 40):
+                x = torch.randn(2, tokens, INT8_K).to(dtype)[1].requires_grad_()
+                expected = fp8.linear(x.detach(), *operands, module.bias)
+                y = module(x)
+                assert y.dtype == dtype
+                # Bfloat16 on the way where the matrix library multiplies.
+                bound = 2**-7 if dtype.itemsize == 2 else 1e-5
+                torch.testing.assert_close(y, expected, rtol=bound, atol=bound)
+                with torch.no_grad():
+                    assert torch.equal(module(x), y)
+                grad = torch.randn(tokens, N).to(dtype)
+                y.backward(grad)
+                assert x.grad is not None
+                torch.testing.assert_close(
+                    x.grad.double(), grad.double() @ weight, rtol=1e-2, atol=1e-2
+                )
+        for name, tensor in module.state_dict().items():
+            assert torch.equal(tensor, saved[name]), name
+
+
+def check_fp8_arguments() -> None:
+    grid = fp8_module("static").grid("weight")
+    static = grid.input_scale
+    assert static is not None
+    storage = torch.randn(6 * INT8_K + 1).bfloat16()
+    moved = storage[1:].view(6, INT8_K)
+
+    def linear(
+        x: Tensor = moved,
+        qweight: Tensor = grid.qweight,
+        scales: Tensor = grid.scales,
+        input_scale: Tensor | None = static,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        y: Tensor = torch.ops.hfq.cuda_fp8_linear(x, qweight, scales, input_scale, bias)
+        return y
+
+    for tokens in (2, 6):
+        part = moved[:tokens]
+        assert torch.equal(linear(part), linear(part.clone())), "activations that begin anywhere"
+    refused("qweight must be uint8 of shape", lambda: linear(qweight=grid.qweight.char()))
+    refused("qweight must be uint8 of shape", lambda: linear(qweight=grid.qweight[..., 0]))
+    refused("in_features must be a multiple of 16 up", lambda: linear(qweight=grid.qweight[:, 8:]))
+    refused("in_features must be a multiple of 16 up", lambda: linear(qweight=grid.qweight[:, :0]))
+    refused("out_features must be between", lambda: linear(qweight=grid.qweight[:0]))
+    refused("qweight must be contiguous", lambda: linear(qweight=strided(grid.qweight)))
+    shifted = torch.zeros(N * INT8_K + 1, dtype=torch.uint8)[1:].view(grid.qweight.shape)
+    refused("qweight must be aligned to 16", lambda: linear(qweight=shifted))
+    refused("scales must be of shape", lambda: linear(scales=grid.scales[1:]))
+    refused("scales must be float32, float16", lambda: linear(scales=grid.scales.double()))
+    refused("input_scale must be float32", lambda: linear(input_scale=static.double()))
+    refused("input_scale must be of shape", lambda: linear(input_scale=torch.ones(2)))
+    refused("bias must be of shape", lambda: linear(bias=torch.zeros(N + 1)))
+    refused("x must be float32, float16", lambda: linear(moved.double()))
+    refused("x must be of shape", lambda: linear(moved[:, 16:]))
+    refused("x must be contiguous", lambda: linear(strided(moved)))
+    quantize = torch.ops.hfq.cuda_fp8_quantize_tokens
+    for tokens in (0, 1, 6):
+        for scale in (None, static):
+            codes, scales = quantize(moved[:tokens], scale)
+            wanted = quantize_tokens(moved[:tokens], scale, E4M3)
+            assert codes.dtype == E4M3 and codes.shape == wanted[0].shape
+            assert torch.equal(codes.view(torch.uint8), wanted[0].view(torch.uint8))
+            assert torch.equal(scales, wanted[1])
+    refused("x must be of shape", lambda: quantize(moved[0], None))
+    refused("in_features must be a multiple of 16", lambda: quantize(moved[:, 8:].clone(), None))
+    refused("input_scale must be float32", lambda: quantize(moved, static.half()))
+
+
+def check_fp8_schemas() -> None:
+    grid = fp8_module("static").grid("weight")
+    check, hfq = torch.library.opcheck, torch.ops.hfq
+    for tokens in (0, 3, 40):
+        x = torch.randn(tokens, INT8_K).bfloat16().requires_grad_()
+        bias = torch.zeros(N).requires_grad_()
+        arguments = (grid.qweight, grid.scales, grid.input_scale, bias)
+        check(hfq.cuda_fp8_linear.default, (x, *arguments))
+        check(hfq.fp8_scaled_linear.default, (x, *arguments))
+        check(hfq.cuda_fp8_quantize_tokens.default, (x.detach(), None))
+
+
 torch.manual_seed(0)
+check_decode()
 check_modules()
 check_int8_modules()
 check_int8_arguments()
 check_int8_schemas()
-dispatch._ROWS[PackedGrid] = (ROW, *dispatch._ROWS[PackedGrid][-1:])
-dispatch.select.cache_clear()
+check_fp8_modules()
+check_fp8_arguments()
+check_fp8_schemas()
+use_row(PackedGrid, ROW)
 check_arguments()
 check_experts()
 check_schemas()

@@ -1,47 +1,26 @@
 """Run by test_cuda_spqr_emulated.py in a process of its own: the operators ``hfq::cuda_spqr_*`` on the CPU are those of CUDA, emulated.
 
-Argument: the library that cuda_emulator.build_operators made.
+See operators_on_cpu.py.
 """
 
 from __future__ import annotations
 
-import ctypes
-import re
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from operators_on_cpu import on_cpu, refused, strided, use_row
 from torch import Tensor, nn
 
 from hfq.core.spec import SpqrSpec
 from hfq.core.weight import SpqrGrid
-from hfq.kernels import cuda_ops, cuda_spqr, dispatch
+from hfq.kernels import cuda_spqr
 from hfq.kernels.neutral_spqr import operands, sizes
-from hfq.kernels.row import Problem
 from hfq.nn.embedding import QuantEmbedding
 from hfq.nn.linear import QuantLinear
 
-assert cuda_ops.fragments_weight is not None  # defines the operators
-torch.ops.load_library(sys.argv[1])
-assert ctypes.CDLL(sys.argv[1]).operators_registered()
-
 N, K = 40, 136
-
-
-class OnCpu(cuda_spqr.CudaSpqr):
-    """The row as if the CPU were a GPU."""
-
-    def reject(self, problem: Problem) -> str | None:
-        return None
-
-
-ROW = OnCpu()
-
-
-def use_row() -> None:
-    dispatch._ROWS[SpqrGrid] = (ROW, *dispatch._ROWS[SpqrGrid][-1:])
-    dispatch.select.cache_clear()
+ROW = on_cpu(cuda_spqr.CudaSpqr)
 
 
 def linear_module(spec: SpqrSpec) -> QuantLinear:
@@ -60,7 +39,7 @@ def check_modules() -> None:
         saved = {name: tensor.clone() for name, tensor in module.state_dict().items()}
         weight = module.dequantize().double()
         module.restore()
-        use_row()
+        use_row(SpqrGrid, ROW)
         module.prepare()
         assert module.kernel_choice("weight").row is ROW
         assert module.bias is not None
@@ -101,23 +80,11 @@ def prepared_grid() -> SpqrGrid:
     return grid
 
 
-def refused(words: str, call: Callable[[], object]) -> None:
-    try:
-        call()
-    except RuntimeError as error:
-        assert re.search(words, str(error)), error
-        return
-    raise AssertionError(f"not refused: {words}")
-
-
-def strided(tensor: Tensor) -> Tensor:
-    """The same numbers, every other one of a larger tensor."""
-    return torch.stack([tensor, tensor], dim=-1)[..., 0]
-
-
 def check_arguments() -> None:
     grid = prepared_grid()
     moved = torch.randn(2 * K + 1).bfloat16()[1:].view(2, K)
+    shifted = torch.zeros(grid.stat_codes.numel() + 4, dtype=torch.uint8)[4:]
+    shifted = shifted.view(grid.stat_codes.shape)
 
     def linear(x: Tensor = moved, bias: Tensor | None = None, **changes: object) -> Tensor:
         g = replace(grid, **changes)  # type: ignore[arg-type]
@@ -140,6 +107,7 @@ def check_arguments() -> None:
         ("stat_codes must be uint8", {"stat_codes": grid.stat_codes.char()}),
         ("stat_codes must be of shape", {"stat_codes": grid.stat_codes[:, 1:]}),
         ("stat_codes must be of shape", {"stat_bits": 5}),
+        ("stat_codes must be aligned to 16", {"stat_codes": shifted}),
         ("stats must be float32, float16", {"stats": grid.stats.double()}),
         ("stats must be of shape", {"stats": grid.stats[..., 1:]}),
         ("offsets must be int32", {"offsets": grid.offsets.long()}),

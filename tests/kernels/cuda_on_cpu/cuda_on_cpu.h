@@ -60,6 +60,10 @@ V load_streaming(const V* p) {
   return load(p);
 }
 template <class V>
+V load_written(const V* p) {
+  return load(p);
+}
+template <class V>
 void store(V* p, const V& v) {
   cuda_on_cpu::check_global(p, sizeof(V), true);
   *p = v;
@@ -69,26 +73,43 @@ inline uint8_t* shared_memory() { return cuda_on_cpu::shared_memory(); }
 
 inline uint8_t* swizzled_memory() { return cuda_on_cpu::shared_memory(); }
 inline uint32_t shared_address(const void* shared) { return cuda_on_cpu::shared_address(shared); }
+template <class V>
+V load_shared(uint32_t at) {
+  V v;
+  std::memcpy(&v, cuda_on_cpu::at_shared_address(at, sizeof(V)), sizeof(V));
+  return v;
+}
 
-inline void cp_async(void* shared, const void* global) {
-  cuda_on_cpu::check_global(global, 16, false);
-  cuda_on_cpu::copy_later(shared, global, 16);
+template <int kBytes = 16>
+void cp_async(void* shared, const void* global) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+  cuda_on_cpu::check_global(global, kBytes, false);
+  cuda_on_cpu::copy_later(shared, global, kBytes);
 }
-inline void cp_async_or_zero(void* shared, const void* global, bool exists) {
-  if (exists) cuda_on_cpu::check_global(global, 16, false);
-  cuda_on_cpu::copy_later(shared, exists ? global : nullptr, 16);
+template <int kBytes = 16>
+void cp_async(uint32_t shared, const void* global) {
+  cp_async<kBytes>(cuda_on_cpu::at_shared_address(shared, kBytes), global);
 }
-template <int kBytes>
-void cp_async_few(void* shared, const void* global, bool exists = true) {
-  static_assert(kBytes == 4 || kBytes == 8);
+template <int kBytes = 16>
+void cp_async_or_zero(uint32_t shared, const void* global, bool exists) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
   if (exists) cuda_on_cpu::check_global(global, kBytes, false);
-  cuda_on_cpu::copy_later(shared, exists ? global : nullptr, kBytes);
+  cuda_on_cpu::copy_later(cuda_on_cpu::at_shared_address(shared, kBytes), exists ? global : nullptr, kBytes);
 }
 inline void cp_async_commit() { cuda_on_cpu::commit_copies(); }
 template <int kPending>
 void cp_async_wait() {
   cuda_on_cpu::finish_copies(kPending);
 }
+
+inline void prefetch(const void* global, uint32_t bytes) {
+  if (reinterpret_cast<uintptr_t>(global) % 16 || bytes % 16) cuda_on_cpu::fail("misaligned prefetch");
+  cuda_on_cpu::check_range(global, bytes);
+}
+
+// Kernels run one after the other.
+inline void let_next_kernel_start() {}
+inline void wait_for_previous_kernel() {}
 
 // ---- threads ----
 
@@ -170,6 +191,13 @@ inline uint32_t as_bits(float f) {
 inline float add(float a, float b) { return a + b; }
 inline float multiply(float a, float b) { return a * b; }
 inline float divide(float a, float b) { return a / b; }
+inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
+
+inline float reciprocal_root(float a) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(a))); }
+inline float exponential(float a) { return std::exp(a); }
+inline float hyperbolic_tangent(float a) { return std::tanh(a); }
+inline float smaller(float a, float b) { return std::fmin(a, b); }
+inline float larger(float a, float b) { return std::fmax(a, b); }
 
 inline int32_t to_int(float f) {
   if (std::isnan(f)) return 0;
@@ -185,6 +213,14 @@ inline float to_float(Float16, uint16_t v) {
   float f = exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(mantissa + 1024, exponent - 25);
   if (exponent == 31) f = mantissa ? NAN : INFINITY;
   return v & 0x8000 ? -f : f;
+}
+
+// E4M3 of the Open Compute Project: 4 bits of exponent, counted from 7, and 3 of mantissa; no infinities.
+inline float e4m3_to_float(uint8_t v) {
+  const int exponent = v >> 3 & 15, mantissa = v & 7;
+  float f = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -9) : std::ldexp(static_cast<float>(mantissa + 8), exponent - 10);
+  if ((v & 0x7f) == 0x7f) f = NAN;
+  return v & 0x80 ? -f : f;
 }
 
 // To nearest, ties to even; by the grid on which the result lies.
@@ -213,6 +249,14 @@ inline uint16_t from_double(Float16, double f) {
 template <class T>
 uint16_t from_float(T t, float f) {
   return from_double(t, f);
+}
+
+constexpr bool kConvertsE4M3 = true;
+inline uint2 halves_of_e4m3(uint32_t codes) {
+  uint32_t halves[2] = {};
+  for (int i = 0; i < 4; ++i)
+    halves[i / 2] |= static_cast<uint32_t>(from_double(Float16{}, e4m3_to_float(static_cast<uint8_t>(codes >> 8 * i)))) << 16 * (i % 2);
+  return {halves[0], halves[1]};
 }
 
 template <class T>
@@ -454,6 +498,11 @@ int registers_of(void (*)(Params)) {
 template <class Params, void (*kKernel)(Params)>
 int active_clusters(int cluster, unsigned, size_t shared_bytes, int) {
   return shared_bytes > cuda_on_cpu::most_shared_bytes ? 0 : cuda_on_cpu::multiprocessors / cluster;
+}
+
+template <class Params>
+const char* launch_early(void (*kernel)(Params), unsigned blocks, unsigned threads, size_t shared_bytes, cudaStream_t stream, const Params& params) {
+  return launch(kernel, blocks, threads, shared_bytes, stream, params);
 }
 
 inline const char* launch_copy(void* to, const void* from, size_t bytes, cudaStream_t) {

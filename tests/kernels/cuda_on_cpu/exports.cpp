@@ -1,6 +1,7 @@
 // What tests/kernels/test_cuda_emulated.py calls.
-#include "../../../kernels/cuda/gemm.h"
+#include "../../../kernels/cuda/decode.h"
 #include "../../../kernels/cuda/experts.h"
+#include "../../../kernels/cuda/gemm.h"
 #include "../../../kernels/cuda/linear.h"
 #include "../../../kernels/cuda/spqr.h"
 #include "../../../kernels/cuda/unpack.h"
@@ -17,9 +18,15 @@ const char* spqr_unpack(const hfq::SpqrUnpackParams* params) { return hfq::launc
 const char* experts(const hfq::ExpertsParams* params) { return hfq::launch_experts(*params, nullptr); }
 const char* unpack(const hfq::UnpackParams* params) { return hfq::launch_unpack(*params, nullptr); }
 const char* quantize_tokens(const hfq::TokensParams* params) { return hfq::launch_quantize_tokens(*params, nullptr); }
-int quantizes_inside(int64_t tokens, int64_t in_features) { return hfq::quantizes_inside(tokens, in_features); }
+int quantizes_inside(hfq::CodeType type, int64_t tokens, int64_t in_features) { return hfq::quantizes_inside(type, tokens, in_features); }
 const char* linear_w8a8(const hfq::W8A8Params* params) { return hfq::launch_w8a8(*params, nullptr); }
+const char* linear_fp8(const hfq::W8A8Params* params) { return hfq::launch_fp8(*params, nullptr); }
 const char* scale_sums(const hfq::ScaleSumsParams* params) { return hfq::launch_scale_sums(*params, nullptr); }
+const char* rms_norm(const hfq::NormParams* params) { return hfq::launch_rms_norm(*params, nullptr); }
+const char* rotate(const hfq::RotateParams* both) { return hfq::launch_rotate(both[0], both[1], nullptr); }
+const char* gate(const hfq::GateParams* params) { return hfq::launch_gate(*params, nullptr); }
+int64_t attend_workspace(const hfq::AttendParams* params) { return hfq::attend_workspace(*params); }
+const char* attend(const hfq::AttendParams* params, float* workspace) { return hfq::launch_attend(*params, workspace, nullptr); }
 
 void allow(const void* p, size_t bytes, int writable) { cuda_on_cpu::allow(p, bytes, writable != 0); }
 void forget_all() { cuda_on_cpu::forget_all(); }

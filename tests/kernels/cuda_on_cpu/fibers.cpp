@@ -301,8 +301,8 @@ uint32_t shared_address(const void* p) {
   return kSharedBase + static_cast<uint32_t>(static_cast<const uint8_t*>(p) - shared_memory());
 }
 
-const uint8_t* at_shared_address(uint32_t address, size_t bytes) {
-  const uint8_t* p = shared_memory() + (static_cast<int64_t>(address) - kSharedBase);
+uint8_t* at_shared_address(uint32_t address, size_t bytes) {
+  uint8_t* p = shared_memory() + (static_cast<int64_t>(address) - kSharedBase);
   check_shared(p, bytes);
   return p;
 }
@@ -323,6 +323,12 @@ void check_global(const void* p, size_t bytes, bool write) {
   for (const Range& range : ranges)
     if (within(p, bytes, range.begin, range.bytes) && (range.writable || !write)) return;
   fail(write ? "write outside of global memory" : "read outside of global memory");
+}
+
+void check_range(const void* p, size_t bytes) {
+  for (const Range& range : ranges)
+    if (within(p, bytes, range.begin, range.bytes)) return;
+  fail("read outside of global memory");
 }
 
 void copy_later(void* to, const void* from, size_t bytes) {

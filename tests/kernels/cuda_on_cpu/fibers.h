@@ -36,7 +36,7 @@ uint8_t* shared_memory();
 void check_shared(const void* p, size_t bytes);
 // Where `p` is as instructions count, which is where the hardware's swizzle looks; and back.
 uint32_t shared_address(const void* p);
-const uint8_t* at_shared_address(uint32_t address, size_t bytes);
+uint8_t* at_shared_address(uint32_t address, size_t bytes);
 // What block `rank` of the cluster has where `own` is in this one's shared memory.
 const void* of_block(const void* own, unsigned rank, size_t bytes);
 
@@ -44,6 +44,7 @@ const void* of_block(const void* own, unsigned rank, size_t bytes);
 void allow(const void* p, size_t bytes, bool writable);
 void forget_all();
 void check_global(const void* p, size_t bytes, bool write);
+void check_range(const void* p, size_t bytes);  // to be read, of any size and alignment
 
 // cp.async, of zeros where `global` is null: the destination is NaN until the copy is finished, which is as late as the waits of its thread allow.
 void copy_later(void* shared, const void* global, size_t bytes);

@@ -25,9 +25,14 @@ namespace {
 const bool registered = [] {
   TorchLibraryHandle library = nullptr;
   return aoti_torch_library_init_impl("hfq", "CPU", __FILE__, __LINE__, &library) == 0 && hfq::register_fragments(library) &&
-         hfq::register_int8(library) && hfq::register_spqr_fragments(library);
+         hfq::register_int8(library) && hfq::register_fp8(library) && hfq::register_spqr_fragments(library) && hfq::register_decode(library);
 }();
 
 }  // namespace
 
-extern "C" int operators_registered() { return registered; }
+extern "C" {
+
+int operators_registered() { return registered; }
+void set_multiprocessors(int count) { cuda_on_cpu::multiprocessors = count; }
+
+}  // extern "C"

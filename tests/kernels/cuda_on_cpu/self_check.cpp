@@ -1,5 +1,5 @@
 // Small kernels that show that the emulator sees mistakes, and computes what no kernel of ours asks of it yet.
-#include "../../../kernels/cuda/target.h"
+#include "../../../kernels/cuda/e4m3.h"
 
 using namespace hfq;
 
@@ -53,6 +53,14 @@ void product_of_bytes(Params p) {
   for (unsigned i = 0; i < 4; ++i) store(p.to + 4 * threadIdx.x + i, static_cast<uint32_t>(d[i]));
 }
 
+// 256 codes in the first 64 words.
+void e4m3_as_halves(Params p) {
+  for (unsigned i = 2 * threadIdx.x; i < 2 * threadIdx.x + 2; ++i) store(reinterpret_cast<uint2*>(p.to) + i, halves_of_e4m3(load(p.from + i)));
+}
+void e4m3_as_halves_by_shifts(Params p) {
+  for (unsigned i = 2 * threadIdx.x; i < 2 * threadIdx.x + 2; ++i) store(reinterpret_cast<uint2*>(p.to) + i, halves_by_shifts(load(p.from + i)));
+}
+
 void shuffle_from_first(Params p) {
   const uint32_t v = load(p.from + threadIdx.x);
   const int first = first_lane(v % 4 == 3);
@@ -86,7 +94,7 @@ void wgmma_of_columns(Params p) {
   const unsigned thread = threadIdx.x, lane = thread % 32, warp = thread / 32, n = thread / 8, k = thread % 8;
   uint8_t* tile = swizzled_memory();
   if (kMistake == Mistake::kNotAligned) tile += 128;
-  cp_async_few<4>(tile + n * 128 + ((k / 4) ^ n % 8) * 16 + 4 * (k % 4), p.from + thread);
+  cp_async<4>(tile + n * 128 + ((k / 4) ^ n % 8) * 16 + 4 * (k % 4), p.from + thread);
   cp_async_commit();
   cp_async_wait<0>();
   if (kMistake != Mistake::kNoBarrier) sync_block();
@@ -121,7 +129,7 @@ void ring(Params p) {
   if (threadIdx.x < 96) {
     for (uint32_t i = 0; i < kRounds; ++i) {
       if (i >= 2 && kMistake != Mistake::kMemoryChanges) mbarrier_wait(empty + i % 2, (i / 2 - 1) % 2);
-      cp_async_few<4>(stages + 96 * (i % 2) + threadIdx.x, p.from + (threadIdx.x + i) % 128);
+      cp_async<4>(stages + 96 * (i % 2) + threadIdx.x, p.from + (threadIdx.x + i) % 128);
       mbarrier_arrive_after_copies(full + i % 2);
     }
     return;
@@ -174,6 +182,8 @@ constexpr struct {
     {"matrices", matrices},
     {"shuffle", shuffle},
     {"product_of_bytes", product_of_bytes},
+    {"e4m3_as_halves", e4m3_as_halves},
+    {"e4m3_as_halves_by_shifts", e4m3_as_halves_by_shifts},
     {"shuffle_from_first", shuffle_from_first},
     {"neighbour_without_barrier", neighbour_without_barrier},
     {"barrier_for_some", barrier_for_some},
