@@ -60,34 +60,33 @@ const char* launch_early(void (*kernel)(Params), unsigned blocks, unsigned threa
 
 // What a launch with clusters is: `cluster` thread blocks of each run at one time (compute capability 9.0).
 struct ClusterLaunch {
-  cudaLaunchAttribute attribute = {};
+  cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config = {};
 
   ClusterLaunch(unsigned blocks, unsigned cluster, unsigned threads, size_t shared_bytes, cudaStream_t stream) {
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = cluster;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim.x = cluster;
+    attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
     config.gridDim = dim3(blocks);
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
+    config.attrs = attributes;
+    config.numAttrs = kernels_overlap() ? 2 : 1;
   }
   ClusterLaunch(const ClusterLaunch&) = delete;  // it points to itself
   ClusterLaunch& operator=(const ClusterLaunch&) = delete;
 };
 
-// `launch` with clusters.
+// `launch_early` with clusters.
 template <class Params>
 const char* launch_clusters(void (*kernel)(Params), unsigned blocks, unsigned cluster, unsigned threads, size_t shared_bytes, cudaStream_t stream,
                             const Params& params) {
+  if (const cudaError_t error = allow_shared(kernel, shared_bytes); error != cudaSuccess) return described(error);
   const ClusterLaunch how(blocks, cluster, threads, shared_bytes, stream);
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-  if (error == cudaSuccess) error = cudaLaunchKernelEx(&how.config, kernel, params);
-  const cudaError_t last = cudaGetLastError();  // reported here; the next launch is not to find it
-  if (error == cudaSuccess) error = last;
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return described(cudaLaunchKernelEx(&how.config, kernel, params));
 }
 
 // Registers of a thread of `kernel` as it was compiled for the current device; 0 if it was not.
@@ -110,9 +109,9 @@ int active_clusters(int cluster, unsigned threads, size_t shared_bytes, int regi
   std::atomic<int>& answer = known[device][cluster - 1];
   if (answer != kUnknown) return answer - 1;
   const ClusterLaunch how(cluster, cluster, threads, shared_bytes, nullptr);
-  cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  cudaError_t error = allow_shared(kKernel, shared_bytes);
   if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kKernel, &how.config);
-  if (error != cudaSuccess) cudaGetLastError(), count = 0;
+  if (described(error)) count = 0;
   if (registers && registers_of(kKernel) != registers) count = 0;
   answer = count + 1;
   return count;
