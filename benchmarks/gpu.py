@@ -21,6 +21,7 @@ import argparse
 import functools
 import gc
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -446,10 +447,14 @@ def about_gpu() -> dict[str, Any]:
 
 
 def save(part: str, found: Mapping[str, Any], arguments: Sequence[str], plan: Plan) -> None:
-    """A JSON for each part, and its pictures; some formats alone do not replace what was measured of all."""
-    whole = plan.kinds == FULL.kinds
-    name = f"gpu_{part}" if whole else f"gpu_{part}_{'_'.join(plan.kinds).replace(' ', '-')}"
+    """A JSON for each part, and its pictures; some formats alone, or other kernels, do not replace what was measured of all."""
+    wgmma = os.environ.get("HFQ_CUDA_WGMMA") == "1"
+    whole = plan.kinds == FULL.kinds and not wgmma
+    formats = "" if plan.kinds == FULL.kinds else f"_{'_'.join(plan.kinds).replace(' ', '-')}"
+    name = f"gpu_{part}{formats}{'_wgmma' if wgmma else ''}"
     command = shlex.join(["python", "benchmarks/gpu.py", *arguments])
+    if wgmma:
+        command = f"HFQ_CUDA_WGMMA=1 {command}"
     path = machine.write(name, command, {**about_gpu(), part: found})
     print(f"written: {path.name}")
     if whole:

@@ -58,50 +58,61 @@ const char* launch_early(void (*kernel)(Params), unsigned blocks, unsigned threa
   return described(cudaLaunchKernelEx(&config, kernel, params));
 }
 
-// The same with clusters of `cluster` thread blocks, which run at one time (compute capability 9.0).
+// What a launch with clusters is: `cluster` thread blocks of each run at one time (compute capability 9.0).
+struct ClusterLaunch {
+  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchConfig_t config = {};
+
+  ClusterLaunch(unsigned blocks, unsigned cluster, unsigned threads, size_t shared_bytes, cudaStream_t stream) {
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim.x = cluster;
+    attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = kernels_overlap() ? 2 : 1;
+  }
+  ClusterLaunch(const ClusterLaunch&) = delete;  // it points to itself
+  ClusterLaunch& operator=(const ClusterLaunch&) = delete;
+};
+
+// `launch_early` with clusters.
 template <class Params>
 const char* launch_clusters(void (*kernel)(Params), unsigned blocks, unsigned cluster, unsigned threads, size_t shared_bytes, cudaStream_t stream,
                             const Params& params) {
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = cluster;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, params);
-  const cudaError_t last = cudaGetLastError();  // reported here; the next launch is not to find it
-  if (error == cudaSuccess) error = last;
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  if (const cudaError_t error = allow_shared(kernel, shared_bytes); error != cudaSuccess) return described(error);
+  const ClusterLaunch how(blocks, cluster, threads, shared_bytes, stream);
+  return described(cudaLaunchKernelEx(&how.config, kernel, params));
 }
 
-// Clusters of `cluster` (1 to 8) thread blocks of `kKernel` that run on the current device at a time; 0 if none does. Asked for once.
+// Registers of a thread of `kernel` as it was compiled for the current device; 0 if it was not.
+template <class Params>
+int registers_of(void (*kernel)(Params)) {
+  cudaFuncAttributes attributes = {};
+  if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess) return attributes.numRegs;
+  cudaGetLastError();
+  return 0;
+}
+
+// Clusters of `cluster` (1 to 8) thread blocks of `kKernel` that run on the current device at a time. 0 if none does, or if a thread does not
+// begin with `registers`, where that is not 0. Asked for once.
 template <class Params, void (*kKernel)(Params)>
-int active_clusters(int cluster, unsigned threads, size_t shared_bytes) {
+int active_clusters(int cluster, unsigned threads, size_t shared_bytes, int registers) {
   constexpr int kDevices = 64, kUnknown = 0;
   static std::atomic<int> known[kDevices][8] = {};  // one more than the number
   int device = 0, count = 0;
   if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return 0;
   std::atomic<int>& answer = known[device][cluster - 1];
   if (answer != kUnknown) return answer - 1;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = cluster;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(cluster);
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kKernel, &config);
-  if (error != cudaSuccess) cudaGetLastError(), count = 0;
+  const ClusterLaunch how(cluster, cluster, threads, shared_bytes, nullptr);
+  cudaError_t error = allow_shared(kKernel, shared_bytes);
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kKernel, &how.config);
+  if (described(error)) count = 0;
+  if (registers && registers_of(kKernel) != registers) count = 0;
   answer = count + 1;
   return count;
 }

@@ -279,6 +279,10 @@ HFQ_WGMMAS(Float16, "f16")
 __device__ __forceinline__ void sync_cluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
+// The same without the memory: nothing that was written is there for others, and no one waits for what is on the way to global memory.
+__device__ __forceinline__ void sync_cluster_only() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
 // Reads what block `rank` of the cluster has where `own` points to in this one's shared memory.
 __device__ __forceinline__ float4 load_of_block(const float4* own, uint32_t rank) {
   float4 v;

@@ -29,7 +29,7 @@ const char* launch_kind(const WgmmaParams& p, cudaStream_t stream) {
 
 bool takes_wgmma(const LinearParams& p) {
   const char* const wanted = std::getenv("HFQ_CUDA_WGMMA");
-  return p.tokens > 8 && wanted && std::strcmp(wanted, "1") == 0 && compute_capability() == 90;
+  return p.tokens > 8 && wanted && std::strcmp(wanted, "1") == 0 && compute_capability() == 90 && wgmma_was_compiled();
 }
 
 // The number of blocks that share the columns with which the last round of clusters ends first.
@@ -37,7 +37,7 @@ WgmmaPlan plan_wgmma(const LinearParams& p, const WgmmaShape& shape) {
   const int64_t chunks = divided(p.weight.in_features, kWgmmaColumns);
   const int64_t tiles = divided(p.weight.out_features, shape.rows) * divided(p.tokens, shape.tokens);
   const float chunk_clocks = kWgmmaColumns * (shape.rows * p.weight.bits / 8.0f + 2.0f * shape.tokens) / kBytesPerClock;
-  WgmmaPlan best = {1, static_cast<int32_t>(chunks)};
+  WgmmaPlan best = {};
   float least = 0;
   for (int32_t splits = 1; splits <= kMostClusterBlocks && (splits == 1 || chunks >= 2 * splits); ++splits) {
     const int active = shape.active_clusters(splits);

@@ -11,7 +11,7 @@ constexpr int kMostClusterBlocks = 8;  // that any GPU of compute capability 9.0
 constexpr int kMostWgmmaBytes = 195 << 10;
 
 struct WgmmaPlan {
-  int32_t splits;        // thread blocks that share the columns of one tile of the output: a cluster
+  int32_t splits;        // thread blocks that share the columns of one tile of the output: a cluster; 0 if none runs
   int32_t split_chunks;  // kWgmmaColumns columns each, of each of them
 };
 
@@ -29,6 +29,9 @@ WgmmaPlan plan_wgmma(const LinearParams& params, const WgmmaShape& shape);
 
 // Whether launch_linear takes these kernels: they have not been measured yet, so only where HFQ_CUDA_WGMMA=1 is set.
 bool takes_wgmma(const LinearParams& params);
+
+// Whether the kernels are there for the current device: those of a build for sm_90 without the "a" are empty.
+bool wgmma_was_compiled();
 
 // Enqueues the kernel; launch_linear has set what is the launcher's to set in LinearParams.
 const char* launch_wgmma(const LinearParams& params, cudaStream_t stream);

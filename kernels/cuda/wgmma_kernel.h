@@ -19,8 +19,8 @@
 // only. Few rows leave multiprocessors without work: then the columns are cut, the blocks that share rows are a cluster, and each adds up its
 // part of the rows from all blocks' shared memory, in their order.
 //
-// Instructions (counted in code for sm_90a, bfloat16, 4 bits, groups of 128): for a chunk of its tile a warp takes 214 with 16 tokens and 238 with
-// 64, 92 of them for codes; a copying warp 200 and 330. So a scheduler, with four tiles and one of these, issues 1060 (1280) instructions for
+// Instructions (counted in code for sm_90a, bfloat16, 4 bits, groups of 128): for a chunk of its tile a warp takes 211 with 16 tokens and 239 with
+// 64, 90 of them for codes; a copying warp 200 and 340. So a scheduler, with four tiles and one of these, issues 1040 (1300) instructions for
 // 256 rows of 128 columns, whose bytes take 1130 clocks from memory and 730 (1170) from L2 (gemm_plan.cu has the rates).
 #pragma once
 
@@ -136,12 +136,19 @@ struct WgmmaProducer {
     codes_to = Block::kCodesAt + first_tile * Block::kBytes + 16 * lane;
   }
 
-  // The next chunk. What is not copied, of tokens and rows that do not exist, reaches no other one's sums; codes of columns behind K meet zeros.
-  // (Loops stay loops: a producer has few registers, and time.)
-  __device__ __forceinline__ void copy(uint8_t* stage) {
+  // Asks for codes of the first stages: the weight is on its way when the kernel that gives x ends.
+  __device__ __forceinline__ void prefetch_codes() const {
+    constexpr uint32_t kBytes = Block::kStages * Block::kBytes;
+    const uint32_t left = tile_bytes - chunk * Block::kBytes;
+    if (lane < tiles) prefetch(codes_from - 16 * lane + static_cast<int64_t>(lane) * tile_bytes, left < kBytes ? left : kBytes);
+  }
+
+  // The next chunk to the stage at a shared address. What is not copied, of tokens and rows that do not exist, reaches no other one's sums; codes of
+  // columns behind K meet zeros. (Loops stay loops: a producer has few registers, and time.)
+  __device__ __forceinline__ void copy(uint32_t stage) {
     copy_activations(stage + x_to);
     const uint8_t* from = codes_from;
-    uint8_t* to = stage + codes_to;
+    uint32_t to = stage + codes_to;
 #pragma unroll 1
     for (int i = 0; i < tiles; ++i, from += tile_bytes, to += Block::kBytes)
 #pragma unroll
@@ -157,25 +164,25 @@ struct WgmmaProducer {
     ++chunk;
   }
 
-  __device__ __forceinline__ void copy_activations(uint8_t* to) {
+  __device__ __forceinline__ void copy_activations(uint32_t to) {
     const bool exist = chunk * kWgmmaColumns + column < static_cast<uint32_t>(p.weight.in_features);
     const uint8_t* from = x_from;
 #pragma unroll 1
     for (int left = tokens; left > 0; left -= 16, from += 8 * row_bytes, to += 2048) {  // every second eight is the warp's
       if (left >= 8) {
 #pragma unroll
-        for (int i = 0; i < 8; ++i, from += row_bytes) cp_async_or_zero<4>(shared_address(to + x_place[i]), from, exist);
+        for (int i = 0; i < 8; ++i, from += row_bytes) cp_async_or_zero<4>(to + x_place[i], from, exist);
       } else {
 #pragma unroll
         for (int i = 0; i < 7; ++i, from += row_bytes)
-          if (i < left) cp_async_or_zero<4>(shared_address(to + x_place[i]), from, exist);
+          if (i < left) cp_async_or_zero<4>(to + x_place[i], from, exist);
       }
     }
     x_from += 2 * kWgmmaColumns;
   }
 
   // Scales or zero points of the units after which they are applied, 16 bytes to a lane.
-  __device__ __forceinline__ void copy_numbers(uint8_t* to, const void* numbers) const {
+  __device__ __forceinline__ void copy_numbers(uint32_t to, const void* numbers) const {
     const Weight& w = p.weight;
     const int of_pieces = w.scale_dtype == kFloat32 ? 2 : 1, of_units = p.flush_mask == 0 ? 2 : p.flush_mask == 1 ? 1 : 0;  // powers of two
     const uint32_t last = static_cast<uint32_t>(w.groups) - 1;
@@ -186,7 +193,7 @@ struct WgmmaProducer {
       uint32_t group = multiply_high(2 * (chunk * Block::kUnits + unit), p.group_magic);
       group = group < last ? group : last;  // units behind K
       const int64_t from = ((static_cast<int64_t>(tile + of_tile) * w.groups + group) << of_pieces) + piece;
-      uint8_t* const place = to + ((first_tile + of_tile) * Block::kUnits + unit) * Block::kScaleBytes + 16 * piece;
+      const uint32_t place = to + ((first_tile + of_tile) * Block::kUnits + unit) * Block::kScaleBytes + 16 * piece;
       cp_async(place, static_cast<const uint8_t*>(numbers) + 16 * from);
     }
   }
@@ -208,8 +215,8 @@ struct WgmmaConsumer {
   Kind codes;
   uint32_t a[2][2][4];           // of two units, in turns
 
-  __device__ __forceinline__ WgmmaConsumer(const WgmmaParams& params, const Block& b, int w)
-      : p(params), block(b), lane(threadIdx.x % 32), warp(w) {
+  __device__ __forceinline__ WgmmaConsumer(const WgmmaParams& params, const Block& b)
+      : p(params), block(b), lane(threadIdx.x % 32), warp(threadIdx.x / 32) {
     codes_at = kept(static_cast<uint32_t>(Block::kCodesAt + warp * Block::kBytes + 16 * lane));
     scales_at = kept(static_cast<uint32_t>(Block::kScalesAt + warp * kUnits * Block::kScaleBytes + lane / 4 * pair_bytes(p.weight.scale_dtype)));
     if constexpr (Kind::kTable) table = kept(shared_address(block.table) + 4 * lane);
@@ -365,16 +372,20 @@ __global__ void __launch_bounds__(WgmmaBlock<Kind, T, kTokens>::kThreads, 1) wgm
   using Block = WgmmaBlock<Kind, T, kTokens>;
   const Block block(p);
   float* const partial = reinterpret_cast<float*>(block.ring);
+  let_next_kernel_start();
   if (threadIdx.x == 0) block.init_barriers();
   sync_block();
   const int warp = shuffle_from(threadIdx.x / 32, 0);  // the same for all lanes, as the compiler now knows: loops below are not divergent
   if (warp >= Block::kTiles) {
     if constexpr (Block::kOfProducers < Block::kAtFirst) give_registers<Block::kOfProducers>();
     WgmmaProducer<Block> mine(p, block, warp - Block::kTiles);
+    mine.prefetch_codes();
+    wait_for_previous_kernel();
+    const uint32_t ring = shared_address(block.ring);
     Turn<Block::kStages> turn;
     for (uint32_t i = 0; i < block.chunks; ++i, turn.next()) {
       if (turn.round) mbarrier_wait(block.empty + turn.at, (turn.round - 1) % 2);
-      mine.copy(block.ring + turn.at * Block::kStage);
+      mine.copy(ring + turn.at * Block::kStage);
       mbarrier_arrive_after_copies(block.full + turn.at);
     }
     sync_block();
@@ -385,7 +396,8 @@ __global__ void __launch_bounds__(WgmmaBlock<Kind, T, kTokens>::kThreads, 1) wgm
       mbarrier_arrive(block.filled);
       mbarrier_wait(block.filled, 0);
     }
-    WgmmaConsumer<Kind, T, Block> mine(p, block, warp);
+    wait_for_previous_kernel();  // which may read what will be overwritten
+    WgmmaConsumer<Kind, T, Block> mine(p, block);
     mine.run();
     sync_block();  // nobody reads stages any more
     mine.store_sums(partial);
@@ -395,7 +407,7 @@ __global__ void __launch_bounds__(WgmmaBlock<Kind, T, kTokens>::kThreads, 1) wgm
   else
     sync_block();
   store_outputs<T>(p, block, partial);
-  if (p.plan.splits > 1) sync_cluster();  // nobody's shared memory goes before all have read it
+  if (p.plan.splits > 1) sync_cluster_only();  // nobody's shared memory goes before all have read it
 #endif
 }
 
@@ -407,8 +419,13 @@ const char* launch_wgmma_tokens(const WgmmaParams& params, cudaStream_t stream) 
   constexpr auto kKernel = wgmma_kernel<Kind, T, kTokens>;
   WgmmaParams p = params;
   p.token_tiles = static_cast<uint32_t>((p.tokens + kTokens - 1) / kTokens);
-  const auto active = [](int blocks) { return active_clusters<WgmmaParams, kKernel>(blocks, Block::kThreads, Block::kSharedBytes); };
+  const auto active = [](int blocks) {
+    // With fewer registers than they count on, warps would wait for them forever.
+    constexpr int kRegisters = Block::kOfConsumers > Block::kAtFirst ? Block::kAtFirst : 0;
+    return active_clusters<WgmmaParams, kKernel>(blocks, Block::kThreads, Block::kSharedBytes, kRegisters);
+  };
   p.plan = plan_wgmma(p, {Block::kRows, kTokens, active});
+  if (p.plan.splits == 0) return "the kernel with wgmma does not run here: shared memory, or registers that another compiler has chosen";
   const int64_t blocks = (p.weight.out_features + Block::kRows - 1) / Block::kRows * p.token_tiles * p.plan.splits;
   return launch_clusters(kKernel, static_cast<unsigned>(blocks), p.plan.splits, Block::kThreads, Block::kSharedBytes, stream, p);
 }

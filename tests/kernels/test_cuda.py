@@ -161,6 +161,29 @@ def test_products_with_wgmma(
             assert torch.equal(y, weight.linear(x, bias)), "sums are in one order"
 
 
+@pytest.mark.parametrize("wanted", ["0", "1"])
+def test_wgmma_is_taken_where_it_is_wanted(
+    make_weight: MakeWeight,
+    generator: torch.Generator,
+    cuda: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    wanted: str,
+) -> None:
+    if torch.cuda.get_device_capability(cuda) != (9, 0):
+        pytest.skip("wgmma needs compute capability 9.0")
+    monkeypatch.setenv("HFQ_CUDA_WGMMA", wanted)
+    weight = make_weight(1024, 4096, 128)
+    x = torch.randn(40, 4096, generator=generator).to(cuda, torch.bfloat16)
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        weight.linear(x)
+        torch.cuda.synchronize()
+    names = [event.key for event in profile.key_averages()]
+    if not any("hfq" in name for name in names):
+        pytest.skip("the profiler sees no kernels")
+    assert any("wgmma_kernel" in name for name in names) == (wanted == "1"), names
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_dequantize_and_lookup_are_the_reference(
@@ -221,11 +244,17 @@ def test_opcheck(make_weight: MakeWeight, generator: torch.Generator, cuda: torc
         check(hfq.cuda_linear_gradient.default, (grad, *arguments))
 
 
-@pytest.mark.parametrize("tokens", [2, 64])
+@pytest.mark.parametrize(("tokens", "wgmma"), [(2, "0"), (64, "0"), (64, "1")])
 def test_in_a_cuda_graph(
-    make_weight: MakeWeight, generator: torch.Generator, cuda: torch.device, tokens: int
+    make_weight: MakeWeight,
+    generator: torch.Generator,
+    cuda: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    tokens: int,
+    wgmma: str,
 ) -> None:
-    """Of 64 tokens, several thread blocks share the columns: sums meet in memory that PyTorch has lent."""
+    """Of 64 tokens, several thread blocks share the columns: sums meet in memory that PyTorch has lent, or in a cluster."""
+    monkeypatch.setenv("HFQ_CUDA_WGMMA", wgmma)
     weight = make_weight(1024, 4096, 128, kind="int4_zeros")
     x = torch.randn(tokens, 4096, generator=generator).to(cuda, torch.bfloat16)
     stream = torch.cuda.Stream()

@@ -124,6 +124,8 @@ def test_blocks_of_a_cluster_read_each_other(emulator: Any) -> None:
     y = emulator.self_check("sum_of_cluster", x).view(torch.float32)[:32].view(4, 8)
     expected = 15.0 * x[1:33:4] + 0 * 8 + 1 * 4 + 2 * 2 + 3
     assert torch.equal(y, expected.expand(4, 8))
+    with pytest.raises(RuntimeError, match="read from a block that has ended"):
+        emulator.self_check("sum_of_cluster_that_ends", x)
 
 
 # ---- products
@@ -219,7 +221,7 @@ def test_the_choice(
         y = emulator.linear(own, w.operands, None, w.sizes, ALONE, 99 << 10, capability)
         w.check(y, own)
 
-    with pytest.raises(RuntimeError, match="more shared memory than there is"):
+    with pytest.raises(RuntimeError, match="does not run here: shared memory"):
         linear(40, 90)
     linear(8, 90)
     linear(40, 80)
@@ -229,3 +231,23 @@ def test_the_choice(
         linear(40, 90)
     monkeypatch.delenv("HFQ_CUDA_WGMMA")
     linear(40, 90)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS, ids=_name)
+@pytest.mark.parametrize("group_size", [32, 64, 96, 128, 160, 256, 0])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_every_combination(
+    emulator: Any,
+    generator: torch.Generator,
+    kind: tuple[int, str | None],
+    group_size: int,
+    dtype: torch.dtype,
+) -> None:
+    cases = (((40, 1000), ALONE, (11, 70)), ((17, 1608), CLUSTERS, (33, 16)))
+    for (rows, columns), multiprocessors, numbers in cases:
+        w = make(generator, (rows, columns, group_size), kind)
+        for tokens in numbers:
+            x = torch.randn(tokens, columns, generator=generator).to(dtype)
+            bias = torch.randn(rows, generator=generator) if tokens % 2 else None
+            w.check(_linear(emulator, x, w, bias, multiprocessors), x, bias)

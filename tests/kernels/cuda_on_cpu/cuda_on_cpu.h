@@ -473,6 +473,7 @@ void wgmma(T, float (&d)[n], const uint32_t (&a)[4], uint64_t descriptor, bool a
 // ---- clusters ----
 
 inline void sync_cluster() { cuda_on_cpu::sync_cluster(); }
+inline void sync_cluster_only() { cuda_on_cpu::sync_cluster(); }
 inline float4 load_of_block(const float4* own, uint32_t rank) { return *static_cast<const float4*>(cuda_on_cpu::of_block(own, rank, 16)); }
 
 // ---- launch ----
@@ -485,14 +486,18 @@ const char* launch(void (*kernel)(Params), unsigned blocks, unsigned threads, si
 template <class Params>
 const char* launch_clusters(void (*kernel)(Params), unsigned blocks, unsigned cluster, unsigned threads, size_t shared_bytes, cudaStream_t,
                             const Params& params) {
-  if (shared_bytes > cuda_on_cpu::most_shared_bytes) return "more shared memory than there is";
   going_on.clear();
   return cuda_on_cpu::run_blocks(blocks, cluster, threads, shared_bytes, [&] { kernel(params); });
 }
 
+template <class Params>
+int registers_of(void (*)(Params)) {
+  return 255;
+}
+
 template <class Params, void (*kKernel)(Params)>
-int active_clusters(int cluster, unsigned, size_t) {
-  return cuda_on_cpu::multiprocessors / cluster;
+int active_clusters(int cluster, unsigned, size_t shared_bytes, int) {
+  return shared_bytes > cuda_on_cpu::most_shared_bytes ? 0 : cuda_on_cpu::multiprocessors / cluster;
 }
 
 template <class Params>

@@ -67,7 +67,7 @@ struct Mbarrier {
 
 struct Block {
   unsigned index;
-  int in_barrier;
+  int in_barrier, ended;
   std::vector<Warp> warps;
   std::vector<uint8_t> shared;
   uint8_t* shared_begin;
@@ -103,6 +103,7 @@ void leave(State state) {
 void run_fiber() {
   (*body)();
   ++done;
+  ++current->block->ended;
   leave(State::kDone);
 }
 
@@ -130,7 +131,7 @@ Warp& current_warp() { return current->block->warps[current->thread / 32]; }
 
 void clear(Block& block, unsigned index) {
   block.index = index;
-  block.in_barrier = 0;
+  block.in_barrier = block.ended = 0;
   block.warps.assign(threads / 32, Warp{});
   block.shared.assign(shared_size + 128, kPoison);
   block.shared_begin = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(block.shared.data()) + 127) & ~uintptr_t{127});
@@ -309,6 +310,7 @@ uint8_t* at_shared_address(uint32_t address, size_t bytes) {
 const void* of_block(const void* own, unsigned rank, size_t bytes) {
   check_shared(own, bytes);
   if (rank >= cluster.size()) fail("no such block in the cluster");
+  if (cluster[rank].ended == static_cast<int>(threads)) fail("read from a block that has ended");
   return cluster[rank].shared_begin + (static_cast<const uint8_t*>(own) - shared_memory());
 }
 

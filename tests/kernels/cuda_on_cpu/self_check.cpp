@@ -145,16 +145,17 @@ void ring(Params p) {
 }
 
 // Each of four blocks adds up what all have, in their order.
+template <Mistake kMistake>
 void sum_of_cluster(Params p) {
   float* own = reinterpret_cast<float*>(shared_memory());
   own[threadIdx.x] = static_cast<float>(load(p.from + threadIdx.x) + blockIdx.x);
   sync_cluster();
-  if (threadIdx.x >= 8) return sync_cluster();
+  if (threadIdx.x >= 8) return kMistake == Mistake::kNoBarrier ? void() : sync_cluster_only();
   const float* from = own + 4 * threadIdx.x;
   float sum = 0;
   for (uint32_t i = 0; i < 4; ++i) sum = 2 * sum + load_of_block(reinterpret_cast<const float4*>(from), i).y;
   store(p.to + 8 * blockIdx.x + threadIdx.x, as_bits(sum));
-  sync_cluster();
+  if (kMistake != Mistake::kNoBarrier) sync_cluster_only();
 }
 
 constexpr struct {
@@ -175,7 +176,8 @@ constexpr struct {
     {"ring_too_many_expected", ring<Mistake::kNoBarrier>, 128},
     {"ring_no_wait", ring<Mistake::kNoWait>, 128},
     {"ring_filled_too_early", ring<Mistake::kMemoryChanges>, 128},
-    {"sum_of_cluster", sum_of_cluster, 32, 4},
+    {"sum_of_cluster", sum_of_cluster<Mistake::kNone>, 32, 4},
+    {"sum_of_cluster_that_ends", sum_of_cluster<Mistake::kNoBarrier>, 32, 4},
     {"copies", copies},
     {"matrices", matrices},
     {"shuffle", shuffle},
