@@ -59,11 +59,11 @@ struct WgmmaBlock {
   static constexpr int kTableBytes = Kind::kTable ? TableCodes::kTableBytes : 0, kBarrierBytes = 256;
   static constexpr int kRoom = (kMostWgmmaBytes - kTableBytes - kBarrierBytes) / kStage, kStages = kRoom > 8 ? 8 : kRoom;
   static constexpr int kRing = kStages * kStage, kSharedBytes = kRing + kTableBytes + kBarrierBytes;
-  static_assert(kStages >= 3 && kTokens * (kRows + 4) * 4 <= kRing && 8 * (3 * kStages + 1) <= kBarrierBytes);
+  static_assert(kStages >= 3 && kTokens * (kRows + 4) * 4 <= kRing && 8 * (3 * kStages + 2) <= kBarrierBytes);
 
   uint8_t *ring, *table;
   uint64_t *full, *empty, *summed;       // of each stage
-  uint64_t* filled;                      // the table
+  uint64_t *filled, *drained;            // the table; all stages, for good
   uint32_t split, first_token, first_tile;
   uint32_t chunk, chunks;                // the first one, and how many
 
@@ -71,6 +71,7 @@ struct WgmmaBlock {
     ring = swizzled_memory();
     table = ring + kRing;
     full = reinterpret_cast<uint64_t*>(table + kTableBytes), empty = full + kStages, summed = empty + kStages, filled = summed + kStages;
+    drained = filled + 1;
     // Neighbouring clusters read the same weights for other tokens: the second finds them in L2.
     const uint32_t splits = p.plan.splits, all = static_cast<uint32_t>((p.weight.in_features + kWgmmaColumns - 1) / kWgmmaColumns);
     split = blockIdx.x % splits;
@@ -87,6 +88,7 @@ struct WgmmaBlock {
       mbarrier_init(summed + i, kTiles < kTokenTiles ? kTiles : kTokenTiles);
     }
     mbarrier_init(filled, 32 * kTiles);
+    mbarrier_init(drained, kTiles);
   }
 };
 
@@ -324,8 +326,11 @@ struct WgmmaConsumer {
     }
   }
 
-  // To [tokens][kRows + 4] of shared memory: 8 lanes apart are 4 tokens, other banks.
+  // To [tokens][kRows + 4] of shared memory, in place of the stages: 8 lanes apart are 4 tokens, other banks.
   __device__ __forceinline__ void store_sums(float* partial) const {
+    sync_warp();
+    if (lane == 0) mbarrier_arrive(block.drained);
+    mbarrier_wait(block.drained, 0);
 #pragma unroll
     for (int i = 0; i < kSums; ++i) {
       const int token = 8 * (i / 4) + 2 * (lane % 4) + i % 2, row = kTileRows * warp + lane / 4 + i / 2 % 2 * 8;
@@ -388,7 +393,6 @@ __global__ void __launch_bounds__(WgmmaBlock<Kind, T, kTokens>::kThreads, 1) wgm
       mine.copy(ring + turn.at * Block::kStage);
       mbarrier_arrive_after_copies(block.full + turn.at);
     }
-    sync_block();
   } else {
     if constexpr (Block::kOfConsumers > Block::kAtFirst) take_registers<Block::kOfConsumers>();
     if constexpr (Kind::kTable) {  // while the first copies are on the way
@@ -399,7 +403,6 @@ __global__ void __launch_bounds__(WgmmaBlock<Kind, T, kTokens>::kThreads, 1) wgm
     wait_for_previous_kernel();  // which may read what will be overwritten
     WgmmaConsumer<Kind, T, Block> mine(p, block);
     mine.run();
-    sync_block();  // nobody reads stages any more
     mine.store_sums(partial);
   }
   if (p.plan.splits > 1)
