@@ -21,7 +21,7 @@ STEP = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 @pytest.fixture(autouse=True)
-def _loaded() -> None:
+def _loaded(cuda: torch.device) -> None:
     assert native.load().cuda, native.load().cuda_reason
 
 

@@ -39,6 +39,7 @@ def ops(request: pytest.FixtureRequest) -> Iterator[Any]:
     if request.param == "emulated":
         yield request.getfixturevalue("emulator")
     elif request.param == "gpu":
+        request.getfixturevalue("cuda")
         assert native.load().cuda, native.load().cuda_reason
         yield _OnGpu()
     elif request.param is None:
