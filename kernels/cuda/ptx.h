@@ -89,10 +89,6 @@ __device__ __forceinline__ void cp_async(uint32_t shared, const void* global) {
   else
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(global), "n"(kBytes) : "memory");
 }
-template <int kBytes = 16>
-__device__ __forceinline__ void cp_async(void* shared, const void* global) {
-  cp_async<kBytes>(shared_address(shared), global);
-}
 // The same, or as many zeros without reading `global`.
 template <int kBytes = 16>
 __device__ __forceinline__ void cp_async_or_zero(uint32_t shared, const void* global, bool exists) {

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,5 +61,10 @@ def emulator_module() -> Any:
 
 @pytest.fixture(scope="session")
 def emulator(emulator_module: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The CUDA kernels on the CPU."""
-    return emulator_module.build(tmp_path_factory.mktemp("cuda_on_cpu"))
+    """The CUDA kernels on the CPU, compiled once for all processes of a run."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    folder /= "cuda_on_cpu"
+    folder.mkdir(exist_ok=True)
+    return emulator_module.build(folder)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from hfq.core.float8 import E4M3
@@ -661,14 +662,18 @@ def _spqr_weight(grid: SpqrGrid) -> _SpqrWeight:
 
 
 def build(folder: Path) -> Emulator:
-    """Compile kernels and emulator into a library."""
+    """Compile kernels and emulator into a library, if no other process has done it."""
     sources = [
         *SOURCES,
         EMULATOR / "fibers.cpp",
         EMULATOR / "exports.cpp",
         EMULATOR / "self_check.cpp",
     ]
-    return Emulator(_library(folder, "libcuda_on_cpu.so", _compiled(folder, sources)))
+    library = folder / "libcuda_on_cpu.so"
+    with FileLock(folder / "lock"):
+        if not library.exists():
+            _link(library, _compiled(folder, sources))
+    return Emulator(library)
 
 
 def check_operators(folder: Path, script: str) -> None:
@@ -699,10 +704,16 @@ def _build_operators(folder: Path) -> Path:
         ROOT / "kernels/torch-ext/torch_binding_cuda_spqr.cpp",
         EMULATOR / "operators.cpp",
     ]
-    objects = _compiled(folder, sources, device)
-    objects += [folder / f"{source.name}.o" for source in (*SOURCES, EMULATOR / "fibers.cpp")]
-    torch_library = Path(torch.__file__).parent / "lib/libtorch_cpu.so"
-    return _library(folder, "libcuda_operators_on_cpu.so", objects, str(torch_library))
+    library = folder / "libcuda_operators_on_cpu.so"
+    with FileLock(folder / "lock"):
+        if not library.exists():
+            objects = _compiled(folder, sources, device)
+            objects += [
+                folder / f"{source.name}.o" for source in (*SOURCES, EMULATOR / "fibers.cpp")
+            ]
+            torch_library = Path(torch.__file__).parent / "lib/libtorch_cpu.so"
+            _link(library, objects, str(torch_library))
+    return library
 
 
 def _compiled(folder: Path, sources: Sequence[Path], *options: str) -> list[Path]:
@@ -720,8 +731,6 @@ def _compiled(folder: Path, sources: Sequence[Path], *options: str) -> list[Path
         return list(pool.map(compiled, sources))
 
 
-def _library(folder: Path, name: str, objects: Sequence[Path], *options: str) -> Path:
-    library = folder / name
+def _link(library: Path, objects: Sequence[Path], *options: str) -> None:
     words = ["g++", "-shared", *map(str, objects), *options, "-o", str(library)]
     subprocess.run(words, check=True)
-    return library

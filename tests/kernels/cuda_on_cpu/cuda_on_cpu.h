@@ -81,14 +81,10 @@ V load_shared(uint32_t at) {
 }
 
 template <int kBytes = 16>
-void cp_async(void* shared, const void* global) {
+void cp_async(uint32_t shared, const void* global) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
   cuda_on_cpu::check_global(global, kBytes, false);
-  cuda_on_cpu::copy_later(shared, global, kBytes);
-}
-template <int kBytes = 16>
-void cp_async(uint32_t shared, const void* global) {
-  cp_async<kBytes>(cuda_on_cpu::at_shared_address(shared, kBytes), global);
+  cuda_on_cpu::copy_later(cuda_on_cpu::at_shared_address(shared, kBytes), global, kBytes);
 }
 template <int kBytes = 16>
 void cp_async_or_zero(uint32_t shared, const void* global, bool exists) {

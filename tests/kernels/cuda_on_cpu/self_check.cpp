@@ -15,7 +15,7 @@ void copies(Params p) {
   const unsigned lane = threadIdx.x;
   uint32_t* shared = reinterpret_cast<uint32_t*>(shared_memory());
   for (unsigned group = 0; group < 2; ++group) {
-    cp_async(shared + 128 * group + 4 * lane, p.from + 4 * lane);
+    cp_async(shared_address(shared + 128 * group + 4 * lane), p.from + 4 * lane);
     cp_async_commit();
   }
   const uint32_t before = shared[4 * lane];
@@ -94,7 +94,7 @@ void wgmma_of_columns(Params p) {
   const unsigned thread = threadIdx.x, lane = thread % 32, warp = thread / 32, n = thread / 8, k = thread % 8;
   uint8_t* tile = swizzled_memory();
   if (kMistake == Mistake::kNotAligned) tile += 128;
-  cp_async<4>(tile + n * 128 + ((k / 4) ^ n % 8) * 16 + 4 * (k % 4), p.from + thread);
+  cp_async<4>(shared_address(tile + n * 128 + ((k / 4) ^ n % 8) * 16 + 4 * (k % 4)), p.from + thread);
   cp_async_commit();
   cp_async_wait<0>();
   if (kMistake != Mistake::kNoBarrier) sync_block();
@@ -129,7 +129,7 @@ void ring(Params p) {
   if (threadIdx.x < 96) {
     for (uint32_t i = 0; i < kRounds; ++i) {
       if (i >= 2 && kMistake != Mistake::kMemoryChanges) mbarrier_wait(empty + i % 2, (i / 2 - 1) % 2);
-      cp_async<4>(stages + 96 * (i % 2) + threadIdx.x, p.from + (threadIdx.x + i) % 128);
+      cp_async<4>(shared_address(stages + 96 * (i % 2) + threadIdx.x), p.from + (threadIdx.x + i) % 128);
       mbarrier_arrive_after_copies(full + i % 2);
     }
     return;
