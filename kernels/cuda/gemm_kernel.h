@@ -103,7 +103,7 @@ struct GemmWarp {
     x_tokens = static_cast<int>(place.end_token - token < kTokens ? place.end_token - token : kTokens);
 
     const uint32_t tiles = static_cast<uint32_t>((w.out_features + kTileRows - 1) / kTileRows), tile = place.first_tile + place.row_warp * kWarpTiles;
-    const uint32_t tile_pieces = blocks() * (kBlockBytes<kBits> / 16), zeros = w.zeros ? kUnits * kScaleBytes : 0;
+    const uint32_t tile_pieces = blocks() * (kBlockBytes<kBits> / 16), zeros = has_zeros() ? kUnits * kScaleBytes : 0;
     const uint32_t codes = (kTokens * kRowBytes << p.plan.column_shift) + threadIdx.x / 32 * (kWarpTiles * kBytes + kUnits * kScaleBytes + zeros);
     // An odd number of tiles: the last one is computed twice and stored once.
     const auto of_weight = [&](uint32_t t) { return static_cast<int64_t>(t < tiles ? t : tiles - 1); };
@@ -119,10 +119,13 @@ struct GemmWarp {
     scale_to = static_cast<uint32_t>(codes + kWarpTiles * kBytes + i * (kScaleBytes / kWarpTiles) + 16 * (lane % pieces));
 
     const int odd = lane / 4 % 2;
-    x_at = kept(static_cast<uint32_t>((column_warp * kTokens + lane / 4) * kRowBytes + 64 * odd + 16 * (lane % 4)));
+    x_at = static_cast<uint32_t>((column_warp * kTokens + lane / 4) * kRowBytes + 64 * odd + 16 * (lane % 4));
     codes_at = kept(static_cast<uint32_t>(codes + 16 * lane));
     scales_at = static_cast<uint32_t>(codes + kWarpTiles * kBytes + lane / 4 * pair_bytes(w.scale_dtype));
   }
+
+  // A codebook has none, which spares registers.
+  __device__ __forceinline__ bool has_zeros() const { return !Kind::kTable && p.weight.zeros; }
 
   // Of the weight's columns.
   __device__ __forceinline__ uint32_t blocks() const {
@@ -161,7 +164,7 @@ struct GemmWarp {
     group = group < last ? group : last;  // units behind K
     const uint32_t from = scale_from + group * (pair_bytes(w.scale_dtype) / 2);
     cp_async(to, piece(w.scales, from));
-    if (w.zeros) cp_async(to + kUnits * kScaleBytes, piece(w.zeros, from));
+    if (has_zeros()) cp_async(to + kUnits * kScaleBytes, piece(w.zeros, from));
   }
 
   __device__ __forceinline__ void copy_activations(uint32_t to) {
@@ -242,21 +245,14 @@ struct GemmWarp {
   // Adds products, up to unit u, times their scales.
   __device__ __forceinline__ void scale(uint32_t of_lane, const float* x_sums, int u, float (&products)[kWarpTiles][kTokenTiles][4]) {
     const DType dtype = p.weight.scale_dtype;
-    const auto pairs_of = [&](uint32_t of_units, Pair (&pairs)[kWarpTiles]) {
-      RawPair raw[kWarpTiles];
-#pragma unroll
-      for (int i = 0; i < kWarpTiles; ++i) raw[i] = load_pair(of_units + (i * kUnits + u) * (kScaleBytes / kWarpTiles), dtype);
-      to_floats(raw, dtype, pairs);
-    };
-    Pair scales[kWarpTiles], zeros[kWarpTiles];
-    pairs_of(of_lane, scales);
-    if (p.weight.zeros) pairs_of(of_lane + kUnits * kScaleBytes, zeros);
 #pragma unroll
     for (int i = 0; i < kWarpTiles; ++i) {
-      const Pair s = scales[i];
-      if (p.weight.zeros) {
+      const uint32_t pair = of_lane + (i * kUnits + u) * (kScaleBytes / kWarpTiles);
+      const Pair s = to_floats(load_pair(pair, dtype), dtype);
+      if (has_zeros()) {
         // Products are with code - middle: what lacks is middle - zero for each activation.
-        const float low = kMiddle - zeros[i].low, high = kMiddle - zeros[i].high;
+        const Pair zero = to_floats(load_pair(pair + kUnits * kScaleBytes, dtype), dtype);
+        const float low = kMiddle - zero.low, high = kMiddle - zero.high;
 #pragma unroll
         for (int tile = 0; tile < kTokenTiles; ++tile) {
           const float2 of_x = *reinterpret_cast<const float2*>(x_sums + u * kTokens + 8 * tile + 2 * (lane % 4));
@@ -280,7 +276,7 @@ struct GemmWarp {
   __device__ __forceinline__ void add(uint32_t stage, uint32_t chunk, float* all_x_sums) {
     const uint32_t x[2] = {stage + x_at, stage + (x_at ^ 64)};
     float* x_sums = all_x_sums + column_warp * kUnits * kTokens;
-    if (p.weight.zeros) {
+    if (has_zeros()) {
       const Part part(p);
       for (int tile = part.row_warp; tile < kTokenTiles; tile += part.row_warps) {
         float d[4] = {};
