@@ -1,9 +1,10 @@
 """Norms, gates and attention of one token in one call each, where the code of a model takes ten.
 
-A decode step on a CPU multiplies for some 30 ms and spends half as long again in a thousand small operations, each of which is Python and
-a pass over cold caches; on a GPU each is a launch, as long as half of a product. `install` gives modules of three kinds a subclass of their own class, with another `forward` for what it
-can do in native code (`hfq.kernels.decode`) and the old one for all else: gradients, compilers, several tokens at a time, another
-attention implementation. Names, parameters, hooks, adapters and saving are untouched; projections are called as modules.
+A decode step on a CPU multiplies for some 30 ms and spends half as long again in a thousand small operations, each of which is
+Python and a pass over cold caches; on a GPU each is a launch, as long as half of a product. `install` gives modules of three kinds
+a subclass of their own class, with another `forward` for what it can do in native code (`hfq.kernels.decode`) and the old one
+for all else: gradients, compilers, several tokens at a time, another attention implementation. Names, parameters, hooks, adapters
+and saving are untouched; projections are called as modules.
 
 Which modules compute what a kernel does is found by experiment, not by their names: both codes run on a stand-in with random
 projections in float32, with and without masks, at near and far positions, and have to agree.

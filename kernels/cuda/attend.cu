@@ -193,7 +193,8 @@ AttendBlocks blocks_of(const AttendParams& params) {
 template <class T, int kLanes>
 const char* launch_lanes(const AttendBlocks& p, cudaStream_t stream) {
   const size_t shared = static_cast<size_t>(kWarps * (32 / kLanes) * kHeads * (p.size + 2)) * sizeof(float);
-  const char* error = launch_early(attend_kernel<T, kLanes>, static_cast<unsigned>(p.batch * p.kv_heads * p.runs * p.parts), kThreads, shared, stream, p);
+  const unsigned blocks = static_cast<unsigned>(p.batch * p.kv_heads * p.runs * p.parts);
+  const char* error = launch_early(attend_kernel<T, kLanes>, blocks, kThreads, shared, stream, p);
   if (error || p.parts == 1) return error;
   return launch_early(add_parts_kernel<T>, static_cast<unsigned>(p.batch * p.heads), kThreads, 0, stream, p);
 }

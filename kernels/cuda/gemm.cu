@@ -26,17 +26,10 @@ __global__ void __launch_bounds__(kThreads) add_splits_kernel(const GemmParams p
 // ---- launcher
 
 const char* launch_kind(const GemmParams& p, cudaStream_t stream) {
-  if (p.weight.codebook) return launch_gemm_table4(p, stream);
-  if (p.weight.bits == 2) return launch_gemm_int2(p, stream);
-  if (p.weight.bits == 3) return launch_gemm_int3(p, stream);
-  if (p.weight.bits == 4) return launch_gemm_int4(p, stream);
-  return launch_gemm_int8(p, stream);
+  return of_kind(p.weight, launch_gemm_int2, launch_gemm_int3, launch_gemm_int4, launch_gemm_int8, launch_gemm_table4)(p, stream);
 }
 
-void set_scaling(GemmParams& p) {
-  p.group_magic = group_magic(p.weight);
-  p.flush_mask = flush_mask(p.weight, (p.weight.bits == 8 ? kChunkColumns<8> : kChunkColumns<4>) / kUnitColumns);
-}
+uint32_t chunk_flush_mask(const Weight& w) { return flush_mask(w, (w.bits == 8 ? kChunkColumns<8> : kChunkColumns<4>) / kUnitColumns); }
 
 }  // namespace
 
@@ -45,7 +38,7 @@ const char* launch_gemm(const LinearParams& params, cudaStream_t stream) {
   static_cast<LinearParams&>(p) = params;
   p.plan = plan_gemm(params);
   p.token_tiles = static_cast<uint32_t>((p.tokens + p.plan.tokens - 1) / p.plan.tokens);
-  set_scaling(p);
+  p.flush_mask = chunk_flush_mask(p.weight);
 
   const char* error = launch_kind(p, stream);
   if (error || p.plan.splits == 1) return error;
@@ -68,7 +61,8 @@ const char* launch_gemm_experts(const ExpertsParams& params, cudaStream_t stream
   p.routing = params.routing;
   p.plan = plan_gemm_experts(params);
   p.routing.slots = p.token_tiles = static_cast<uint32_t>(expert_slots(p.tokens, p.routing.experts, p.plan.tokens));
-  set_scaling(p);
+  p.group_magic = group_magic(p.weight);
+  p.flush_mask = chunk_flush_mask(p.weight);
   return launch_kind(p, stream);
 }
 

@@ -327,14 +327,6 @@ struct GemmWarp {
   }
 };
 
-// Rows of tokens that belong to no expert.
-__device__ __forceinline__ void store_zeros(const LinearParams& p, uint32_t first_row, uint32_t rows, uint32_t first_token, uint32_t end_token) {
-  const int64_t all = p.weight.out_features;
-  const uint32_t width = static_cast<uint32_t>(all - first_row < rows ? all - first_row : rows);
-  for (uint32_t i = threadIdx.x; i < (end_token - first_token) * width; i += kGemmThreads)
-    store(static_cast<uint16_t*>(p.y) + (first_token + i / width) * all + first_row + i % width, uint16_t{0});
-}
-
 template <class Kind, class T, int kTokens>
 __global__ void __launch_bounds__(kGemmThreads, kTokens < kMostTokens ? 2 : 1) gemm_kernel(const GemmParams p) {
   uint8_t* shared = shared_memory();
@@ -344,8 +336,8 @@ __global__ void __launch_bounds__(kGemmThreads, kTokens < kMostTokens ? 2 : 1) g
   const typename GemmWarp<Kind, T, kTokens>::Place place(p);
   if (place.first_token >= place.end_token) return;  // behind the last run
   if (p.routing.counts && place.expert == p.routing.experts) {
-    store_zeros(p, place.first_tile * kTileRows, place.row_warps * kWarpTiles * kTileRows, place.first_token, place.end_token);
-    return;
+    const Run none = {place.expert, place.first_token, place.end_token};
+    return store_zeros(p, none, static_cast<int64_t>(place.first_tile) * kTileRows, place.row_warps * kWarpTiles * kTileRows, kGemmThreads);
   }
   GemmWarp<Kind, T, kTokens> mine(p, place, shared_address(shared));
   const uint32_t step = 1u << p.plan.column_shift, stages = p.plan.stages;

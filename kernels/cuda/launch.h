@@ -40,53 +40,47 @@ const char* launch(void (*kernel)(Params), unsigned blocks, unsigned threads, si
   return described(cudaGetLastError());
 }
 
-// The same for a kernel that calls wait_for_previous_kernel(): it may start before the one in front of it has ended.
-template <class Params>
-const char* launch_early(void (*kernel)(Params), unsigned blocks, unsigned threads, size_t shared_bytes, cudaStream_t stream, const Params& params) {
-  if (!kernels_overlap()) return launch(kernel, blocks, threads, shared_bytes, stream, params);
-  if (const cudaError_t error = allow_shared(kernel, shared_bytes); error != cudaSuccess) return described(error);
-  cudaLaunchAttribute early = {};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = 1;
-  return described(cudaLaunchKernelEx(&config, kernel, params));
-}
-
-// What a launch with clusters is: `cluster` thread blocks of each run at one time (compute capability 9.0).
-struct ClusterLaunch {
+// A launch that may begin before the kernel in front has ended (`kernels_overlap`), of clusters of thread blocks that run at one time (compute
+// capability 9.0), or of single ones if `cluster` is 0.
+struct ExtendedLaunch {
   cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config = {};
 
-  ClusterLaunch(unsigned blocks, unsigned cluster, unsigned threads, size_t shared_bytes, cudaStream_t stream) {
-    attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim.x = cluster;
-    attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
-    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  ExtendedLaunch(unsigned blocks, unsigned cluster, unsigned threads, size_t shared_bytes, cudaStream_t stream) {
     config.gridDim = dim3(blocks);
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
     config.attrs = attributes;
-    config.numAttrs = kernels_overlap() ? 2 : 1;
+    if (cluster) {
+      cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim.x = cluster;
+      attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    }
+    if (kernels_overlap()) {
+      cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+      attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attribute.val.programmaticStreamSerializationAllowed = 1;
+    }
   }
-  ClusterLaunch(const ClusterLaunch&) = delete;  // it points to itself
-  ClusterLaunch& operator=(const ClusterLaunch&) = delete;
+  ExtendedLaunch(const ExtendedLaunch&) = delete;  // it points to itself
+  ExtendedLaunch& operator=(const ExtendedLaunch&) = delete;
 };
 
-// `launch_early` with clusters.
+// `launch` of a kernel that calls wait_for_previous_kernel(), with clusters.
 template <class Params>
 const char* launch_clusters(void (*kernel)(Params), unsigned blocks, unsigned cluster, unsigned threads, size_t shared_bytes, cudaStream_t stream,
                             const Params& params) {
   if (const cudaError_t error = allow_shared(kernel, shared_bytes); error != cudaSuccess) return described(error);
-  const ClusterLaunch how(blocks, cluster, threads, shared_bytes, stream);
+  const ExtendedLaunch how(blocks, cluster, threads, shared_bytes, stream);
   return described(cudaLaunchKernelEx(&how.config, kernel, params));
+}
+
+// The same without clusters: the kernel may start before the one in front of it has ended.
+template <class Params>
+const char* launch_early(void (*kernel)(Params), unsigned blocks, unsigned threads, size_t shared_bytes, cudaStream_t stream, const Params& params) {
+  return launch_clusters(kernel, blocks, 0, threads, shared_bytes, stream, params);
 }
 
 // Registers of a thread of `kernel` as it was compiled for the current device; 0 if it was not.
@@ -108,7 +102,7 @@ int active_clusters(int cluster, unsigned threads, size_t shared_bytes, int regi
   if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return 0;
   std::atomic<int>& answer = known[device][cluster - 1];
   if (answer != kUnknown) return answer - 1;
-  const ClusterLaunch how(cluster, cluster, threads, shared_bytes, nullptr);
+  const ExtendedLaunch how(cluster, cluster, threads, shared_bytes, nullptr);
   cudaError_t error = allow_shared(kKernel, shared_bytes);
   if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kKernel, &how.config);
   if (described(error)) count = 0;

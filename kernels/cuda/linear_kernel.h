@@ -312,7 +312,8 @@ const char* launch_zeros(const LinearParams& p, cudaStream_t stream) {
   if constexpr (!kZeros || Kind::kUnits < 4) {
     const bool enough_tiles = p.weight.out_features >= int64_t{4} * kTileRows * multiprocessors();
     LinearParams two = p;
-    if ((Kind::kUnits > 1 || p.tokens > 2) && enough_tiles && plan_ring<Kind, kZeros, 2>(two, p.tokens) <= most_shared_bytes()) return launch_tiles<Kind, T, kZeros, 2>(p, stream);
+    if ((Kind::kUnits > 1 || p.tokens > 2) && enough_tiles && plan_ring<Kind, kZeros, 2>(two, p.tokens) <= most_shared_bytes())
+      return launch_tiles<Kind, T, kZeros, 2>(p, stream);
   }
   return launch_tiles<Kind, T, kZeros, 1>(p, stream);
 }

@@ -1,9 +1,31 @@
 // Runs of neighbouring numbers of a float dtype: 16 bytes, or one number where rows do not begin at multiples of 16 bytes.
 #pragma once
 
-#include "tokens.h"
+#include <initializer_list>
+#include <type_traits>
+
+#include "fragments.h"
 
 namespace hfq {
+
+struct Float32 {};
+
+// Numbers in 16 bytes.
+template <class T>
+constexpr int kPerLoad = std::is_same_v<T, Float32> ? 4 : 8;
+
+template <class T>
+__device__ __forceinline__ void to_floats(T, const uint4& v, float (&f)[8]) {
+  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    f[2 * i] = to_float(T{}, static_cast<uint16_t>(words[i]));
+    f[2 * i + 1] = to_float(T{}, static_cast<uint16_t>(words[i] >> 16));
+  }
+}
+__device__ __forceinline__ void to_floats(Float32, const uint4& v, float (&f)[4]) {
+  f[0] = as_float(v.x), f[1] = as_float(v.y), f[2] = as_float(v.z), f[3] = as_float(v.w);
+}
 
 __device__ __forceinline__ float to_float(Float32, uint32_t bits) { return as_float(bits); }
 __device__ __forceinline__ uint32_t from_float(Float32, float f) { return as_bits(f); }

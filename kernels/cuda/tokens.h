@@ -5,12 +5,10 @@
 #include <type_traits>
 
 #include "e4m3.h"
-#include "fragments.h"
+#include "pieces.h"
 #include "w8a8.h"
 
 namespace hfq {
-
-struct Float32 {};
 
 // What an 8-bit code is: of tokens, and of the weights that they meet.
 struct Int8 {
@@ -23,23 +21,6 @@ struct E4M3 {
   static constexpr float kMost = 448.0f;
   static constexpr CodeType kType = kE4M3Codes;
 };
-
-// Numbers in 16 bytes.
-template <class T>
-constexpr int kPerLoad = std::is_same_v<T, Float32> ? 4 : 8;
-
-template <class T>
-__device__ __forceinline__ void to_floats(T, const uint4& v, float (&f)[8]) {
-  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    f[2 * i] = to_float(T{}, static_cast<uint16_t>(words[i]));
-    f[2 * i + 1] = to_float(T{}, static_cast<uint16_t>(words[i] >> 16));
-  }
-}
-__device__ __forceinline__ void to_floats(Float32, const uint4& v, float (&f)[4]) {
-  f[0] = as_float(v.x), f[1] = as_float(v.y), f[2] = as_float(v.z), f[3] = as_float(v.w);
-}
 
 // ---- the largest magnitude ----
 

@@ -27,4 +27,11 @@ constexpr int kBlockColumns = kBits == 3 ? 128 : 256 / kBits;
 template <int kBits>
 constexpr int kBlockBytes = kBits == 3 ? 768 : 512;
 
+// Which of the launchers for each kind of codes takes this weight.
+template <class Launch>
+Launch* of_kind(const Weight& w, Launch* int2, Launch* int3, Launch* int4, Launch* int8, Launch* table4) {
+  if (w.codebook) return table4;
+  return w.bits == 2 ? int2 : w.bits == 3 ? int3 : w.bits == 4 ? int4 : int8;
+}
+
 }  // namespace hfq

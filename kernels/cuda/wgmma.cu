@@ -18,11 +18,7 @@ constexpr float kClusterBytesPerClock = 16;  // from there
 int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 const char* launch_kind(const WgmmaParams& p, cudaStream_t stream) {
-  if (p.weight.codebook) return launch_wgmma_table4(p, stream);
-  if (p.weight.bits == 2) return launch_wgmma_int2(p, stream);
-  if (p.weight.bits == 3) return launch_wgmma_int3(p, stream);
-  if (p.weight.bits == 4) return launch_wgmma_int4(p, stream);
-  return launch_wgmma_int8(p, stream);
+  return of_kind(p.weight, launch_wgmma_int2, launch_wgmma_int3, launch_wgmma_int4, launch_wgmma_int8, launch_wgmma_table4)(p, stream);
 }
 
 }  // namespace
