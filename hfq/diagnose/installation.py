@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -14,11 +16,10 @@ from packaging.version import Version
 
 from .._version import __version__
 from ..core.errors import KernelError
-from ..core.spec import IntSpec
 from ..kernels import huge_pages, native
-from ..nn.linear import QuantLinear
 from ..table import format_bytes, format_table, wrapped
 from . import machine
+from .self_test import self_test
 
 __all__ = ["Check", "Diagnosis", "doctor"]
 
@@ -72,7 +73,7 @@ class Diagnosis:
 
 
 def doctor(*, bandwidth: bool = False) -> Diagnosis:
-    """Look at versions, processor, memory, kernels and GPUs, and multiply with a packed weight on each device.
+    """Look at versions, processor, memory, kernels and GPUs, and multiply with packed weights on each device.
 
     Args:
         bandwidth: also measure how fast memory is read (takes 256 MiB and a second).
@@ -142,7 +143,7 @@ def _memory(bandwidth: bool) -> Iterator[Check]:
 def _native() -> Iterator[Check]:
     status = _native_status()
     if isinstance(status, KernelError):
-        remedy = f"unset {native.ISA_VARIABLE}, or set it to auto"
+        remedy = f"unset {native.ISA_VARIABLE} and {native.CUDA_VARIABLE}, or set them to auto"
         yield Check(name="CPU kernels", status="broken", found=str(status), remedy=remedy)
     elif status.cpu:
         compiler = status.build.get("cpu", {}).get("compiler", "an unknown compiler")
@@ -161,13 +162,19 @@ def _native() -> Iterator[Check]:
 
 
 def _native_status() -> native.NativeStatus | KernelError:
-    with warnings.catch_warnings():
-        # What `load` warns about is said in the table.
-        warnings.simplefilter("ignore")
+    with _quietly():
         try:
             return native.load()
         except KernelError as error:
             return error
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """What kernels warn about is said in the table."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _cuda() -> Iterator[Check]:
@@ -189,6 +196,9 @@ def _cuda() -> Iterator[Check]:
     if status.cuda:
         found = f"built for {', '.join(built.get('archs', ()))} by {built.get('compiler', '?')}"
         yield Check(name="CUDA kernels", status="ok", found=found)
+    elif native.cuda_is_off():
+        remedy = f"unset {native.CUDA_VARIABLE} to use them; the PyTorch reference is slow"
+        yield Check(name="CUDA kernels", status="missing", found=status.cuda_reason, remedy=remedy)
     else:
         remedy = (
             "reinstall hfq for this PyTorch"
@@ -200,32 +210,28 @@ def _cuda() -> Iterator[Check]:
 
 
 def _self_tests() -> Iterator[Check]:
-    """Multiply with a packed weight and compare with the float product."""
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    for device in devices:
-        name = f"self-test, {device}"
-        try:
-            error, kernel = _self_test(device)
-        except RuntimeError as failure:  # KernelError and what a native kernel raises
-            remedy = "report it with this table"
-            yield Check(name=name, status="broken", found=str(failure), remedy=remedy)
-            continue
-        # Float32 sums of 256 products of size 1; a NaN is larger than any bound.
-        good = error < 1e-3
-        found = f"kernel {kernel}, largest difference {error:.1e}"
-        remedy = "" if good else "wrong results: report it with this table"
-        yield Check(name=name, status="ok" if good else "broken", found=found, remedy=remedy)
+    """One line for each device, and one for each weight whose products are wrong there."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for device in ("cpu", *(f"cuda:{index}" for index in range(gpus))):
+        name, start = f"self-test, {device}", time.perf_counter()
+        with _quietly():
+            tested = list(self_test(torch.device(device)))
+        wrong = [weight for weight in tested if weight.faults]
+        for weight in wrong:
+            more = f" (and {len(weight.faults) - 1} more)" if len(weight.faults) > 1 else ""
+            found = f"{weight.kernel}: {weight.faults[0]}{more}"
+            yield Check(name=f"{name}, {weight.weight}", status="broken", found=found)
+        kernels = ", ".join(dict.fromkeys(weight.kernel for weight in tested))
+        found = (
+            f"{len(tested) - len(wrong)} of {len(tested)} kinds of weights right "
+            f"({sum(weight.count for weight in tested)} results in {time.perf_counter() - start:.1f} s; {kernels})"
+        )
+        status, remedy = ("broken", _wrong_results(device)) if wrong else ("ok", "")
+        yield Check(name=name, status=status, found=found, remedy=remedy)
 
 
-@torch.no_grad()
-def _self_test(device: str) -> tuple[float, str]:
-    """(largest difference to the float product, kernel)."""
-    generator = torch.Generator().manual_seed(0)
-    packed = QuantLinear(256, 64, bias=False, format="int", spec=IntSpec())
-    packed.requantize("weight", torch.randn(64, 256, generator=generator))
-    packed.to(device)
-    packed.kernel_mode = "exact"
-    x = torch.randn(3, 256, generator=generator).to(device)
-    expected = x @ packed.dequantize().T
-    error = (packed(x) - expected).abs().amax().item()
-    return error, packed.kernel_choice("weight").row.name
+def _wrong_results(device: str) -> str:
+    variable, value = (
+        (native.ISA_VARIABLE, "generic") if device == "cpu" else (native.CUDA_VARIABLE, "off")
+    )
+    return f"do not use this device for quantized models, or set {variable}={value}; report it with this table"

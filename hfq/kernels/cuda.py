@@ -7,6 +7,7 @@ experts of a layer go through one launch that finds each expert's on the device 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -126,7 +127,19 @@ def _sizes(grid: PackedGrid) -> tuple[int, int, int, int]:
 
 
 def no_native_code() -> str | None:
-    """Why the kernels cannot run at all, or None."""
+    """Why the kernels cannot run at all, or None. That models on GPUs are slow then is said once."""
+    reason = _reason()
+    if reason is not None and not native.cuda_is_off():
+        # `hfq doctor` has the remedy of each reason.
+        warnings.warn(
+            f"hfq runs without its CUDA kernels, on slower PyTorch code: {reason}; see hfq doctor",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return reason
+
+
+def _reason() -> str | None:
     status = native.load()
     if not status.cuda:
         return f"native CUDA kernels are not loaded: {status.cuda_reason}"

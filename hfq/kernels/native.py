@@ -4,6 +4,7 @@
 PyTorch reference; that is said once, with the reason and the remedy.
 
 ``HFQ_CPU_ISA`` forces an instruction set: auto, or one of `NativeStatus.isas` (see `use_isa` for tests).
+``HFQ_CUDA_KERNELS=off`` leaves the CUDA kernels out: models on GPUs then run on the PyTorch reference.
 """
 
 from __future__ import annotations
@@ -24,9 +25,19 @@ import torch
 
 from ..core.errors import KernelError
 
-__all__ = ["ISA_VARIABLE", "NativeStatus", "has_tiles", "isa", "load", "use_isa"]
+__all__ = [
+    "CUDA_VARIABLE",
+    "ISA_VARIABLE",
+    "NativeStatus",
+    "cuda_is_off",
+    "has_tiles",
+    "isa",
+    "load",
+    "use_isa",
+]
 
 ISA_VARIABLE = "HFQ_CPU_ISA"
+CUDA_VARIABLE = "HFQ_CUDA_KERNELS"
 _REMEDY = "install a C++ compiler (Debian: apt install g++) and reinstall hfq, or run scripts/build_native in a checkout"
 
 _lock = threading.Lock()
@@ -65,7 +76,8 @@ def load() -> NativeStatus:
     """Load the native libraries, once per process; thread safe.
 
     Raises:
-        KernelError: ``HFQ_CPU_ISA`` names an instruction set that is unknown or not supported here.
+        KernelError: ``HFQ_CPU_ISA`` names an instruction set that is unknown or not supported here, or ``HFQ_CUDA_KERNELS``
+            is neither auto nor off.
     """
     global _loaded
     if _loaded is None:
@@ -81,6 +93,20 @@ def isa() -> str:
     """The instruction set that the CPU kernels use now, empty without them; see `load`."""
     load()
     return _selected
+
+
+def cuda_is_off() -> bool:
+    """Whether the user leaves the CUDA kernels out.
+
+    Raises:
+        KernelError: ``HFQ_CUDA_KERNELS`` is neither auto nor off.
+    """
+    wanted = os.environ.get(CUDA_VARIABLE) or "auto"
+    if wanted not in ("auto", "off"):
+        raise KernelError(
+            f"the environment variable {CUDA_VARIABLE} has to be auto or off, not {wanted!r}"
+        )
+    return wanted == "off"
 
 
 def has_tiles() -> bool:
@@ -152,6 +178,8 @@ def _load_cpu(folder: Path | None, build: Mapping[str, Any]) -> tuple[ctypes.CDL
 
 def _load_cuda(folder: Path | None, build: Mapping[str, Any]) -> str:
     """Load the CUDA kernels; returns why not, or an empty string."""
+    if cuda_is_off():
+        return f"{CUDA_VARIABLE}=off leaves them out"
     path, reason = _find(folder, build, "cuda")
     if path is None:
         return reason

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 
 import hfq
 from hfq.core.errors import KernelError
-from hfq.kernels import huge_pages, native, ops, rows16
+from hfq.kernels import cuda, huge_pages, native, ops, rows16
 
 assert ops.LIBRARY is not None  # defines torch.ops.hfq
 TORCH_LIBRARIES = Path(torch.__file__).parent / "lib"
@@ -141,6 +142,29 @@ def test_unknown_isa_in_the_environment_is_refused(library: Path, run_code: Run)
         "KernelError: the environment variable HFQ_CPU_ISA asks for the instruction set 'avx1024'"
         in run.stderr
     )
+
+
+def test_cuda_kernels_can_be_left_out(library: Path, run_code: Run) -> None:
+    code = "from hfq.kernels import native; print(native.load().cuda_reason)"
+    run = run_code(code, HFQ_CUDA_KERNELS="off")
+    assert run.stdout.strip() == "HFQ_CUDA_KERNELS=off leaves them out", run.stderr
+    run = run_code(code, HFQ_CUDA_KERNELS="no")
+    assert "HFQ_CUDA_KERNELS has to be auto or off, not 'no'" in run.stderr and run.returncode
+
+
+@pytest.mark.parametrize("wanted", ["auto", "off"])
+def test_a_gpu_without_kernels_is_told_unless_they_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, wanted: str
+) -> None:
+    absent = native.NativeStatus(cpu=True, cuda=False, cuda_reason="no nvcc was found")
+    monkeypatch.setattr(native, "load", lambda: absent)
+    monkeypatch.setenv("HFQ_CUDA_KERNELS", wanted)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert cuda.no_native_code() == "native CUDA kernels are not loaded: no nvcc was found"
+    told = [str(each.message) for each in caught]
+    expected = "hfq runs without its CUDA kernels, on slower PyTorch code: native CUDA kernels are not loaded: no nvcc was found"
+    assert told == ([] if wanted == "off" else [f"{expected}; see hfq doctor"])
 
 
 def test_import_loads_no_library(run_code: Run) -> None:

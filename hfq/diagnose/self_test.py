@@ -1,0 +1,229 @@
+"""The self-test of `hfq.doctor`: the kernels that this machine would use, format by format, against the PyTorch reference.
+
+Whoever has a GPU or a processor that nobody has run hfq on sees here whether its results can be trusted. Sizes are small and
+odd, so that it takes a second; tests/kernels asks far more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..algorithms import ALGORITHMS
+from ..core.spec import CodebookSpec, Fp8Spec, Int8Spec, IntSpec, QuantSpec, SpqrSpec
+from ..core.weight import Grid, QuantizedWeight
+from ..kernels import dispatch
+from ..kernels.row import KernelRow, Problem
+from ..nn.layout import neutral_grid, to_kernel
+from ..nn.packing import pack_weight
+from ..nn.slot import PackedSlot
+
+__all__ = ["WEIGHTS", "Verdict", "self_test"]
+
+# (format, spec): each code path of the kernels once.
+WEIGHTS: tuple[tuple[str, QuantSpec], ...] = (
+    ("int", IntSpec(bits=2)),
+    ("int", IntSpec(bits=3)),
+    ("int", IntSpec(bits=4)),
+    ("int", IntSpec(bits=4, sym=False)),
+    ("int", IntSpec(bits=8)),
+    ("nf4", CodebookSpec()),
+    ("fp4", CodebookSpec(codebook="fp4")),
+    ("spqr", SpqrSpec(bits=2)),
+    ("spqr", SpqrSpec(bits=3)),
+    ("spqr", SpqrSpec(bits=4)),
+    ("int8", Int8Spec()),
+    ("int8", Int8Spec(activation="dynamic")),
+    ("fp8", Fp8Spec()),
+    ("fp8", Fp8Spec(activation="dynamic")),
+)
+
+# Rows: an odd number of tiles of 16. Columns: the last groups of 128 and 64 are shorter.
+_EXPERTS, _ROWS, _COLUMNS = 3, 240, 1040
+# Each takes another way through some kernel: one token, few, tensor cores, several blocks, the matrix library.
+_TOKENS = (1, 5, 16, 50, 300)
+_HALVES = (torch.bfloat16, torch.float16)
+
+# Largest differences in proportion to the largest value that is right: float32 sums of 1040 products; roundings of results, weights and
+# codebooks to 16 bits; activations of 8 bits where the reference has floats.
+_EXACT, _ROUNDED, _INT8 = 1e-5, 1e-2, 3e-2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What came of one weight on one device.
+
+    Attributes:
+        weight: format, bits and what else tells it from the others.
+        kernel: the kernel that was chosen.
+        count: results that were compared.
+        faults: what was wrong, in words; a kernel that raised ends its weight's test.
+    """
+
+    weight: str
+    kernel: str
+    count: int
+    faults: tuple[str, ...]
+
+
+@dataclass
+class _Comparison:
+    count: int = 0
+    faults: list[str] = field(default_factory=list)
+
+    def check(self, what: str, found: Tensor, expected: Tensor, bound: float) -> None:
+        """Both of one shape; NaN is a fault."""
+        self.count += 1
+        found = found.detach().cpu().float()
+        if found.shape != expected.shape:
+            self.faults.append(f"{what}: shape {tuple(found.shape)}, not {tuple(expected.shape)}")
+            return
+        error = ((found - expected).abs().amax() / expected.abs().amax()).item()
+        if not error <= bound:
+            self.faults.append(f"{what}: off by {error:.1e} of the largest value")
+
+
+def self_test(
+    device: torch.device, weights: Iterable[tuple[str, QuantSpec]] = WEIGHTS
+) -> Iterator[Verdict]:
+    """Each of the weights (format, spec) with the kernel that would be chosen on the device, one after the other."""
+    for format_name, spec in weights:
+        with _one_thread():
+            tested = _test(format_name, spec, device)
+        yield tested
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """On a busy machine threads would wait for each other a hundred times longer than they work on sizes like these."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _test(format_name: str, spec: QuantSpec, device: torch.device) -> Verdict:
+    comparison, kernel = _Comparison(), "none"
+    try:
+        weight = _Weight.random(format_name, spec, device)
+        kernel = weight.row.name
+        weight.compare_products(comparison)
+        weight.compare_others(comparison)
+    except RuntimeError as failure:  # KernelError and what native kernels and PyTorch raise
+        comparison.faults.append(" ".join(str(failure).split()))
+    return Verdict(
+        weight=_named(format_name, spec),
+        kernel=kernel,
+        count=comparison.count,
+        faults=tuple(comparison.faults),
+    )
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A stack of random weights: as stored on the CPU, and as a kernel of the device reads it."""
+
+    stored: Grid
+    ready: Any
+    row: KernelRow[Any]
+    device: torch.device
+    generator: torch.Generator
+
+    @classmethod
+    def random(cls, format_name: str, spec: QuantSpec, device: torch.device) -> _Weight:
+        generator = torch.Generator().manual_seed(0)
+        slot = PackedSlot(
+            base="weight",
+            format=format_name,
+            spec=spec,
+            out_features=_ROWS,
+            in_features=_COLUMNS,
+            experts=_EXPERTS,
+        )
+        weight = torch.randn(slot.float_shape, generator=generator) * 0.02
+        method = ALGORITHMS.get("rtn")
+
+        def round_to_nearest(rows: Tensor) -> QuantizedWeight:
+            return method.quantize(rows, spec, method.options)
+
+        stored = pack_weight(weight, slot, round_to_nearest)
+        there = {key: tensor.to(device) for key, tensor in stored.items()}
+        grid = neutral_grid(slot, there)
+        row = dispatch.select(Problem.of(grid)).row
+        ready, _ = to_kernel(grid, there, row)
+        return cls(neutral_grid(slot, stored), ready, row, device, generator)
+
+    @property
+    def reference(self) -> KernelRow[Any]:
+        """Dequantizes in PyTorch and multiplies."""
+        return dispatch.rows(type(self.stored))[-1]
+
+    def expected(self, x: Tensor, expert: int, bias: Tensor | None = None) -> Tensor:
+        return self.reference.linear(x.float(), self.stored.expert(expert), bias, False)
+
+    def draw(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(dtype)
+
+    @torch.no_grad()
+    def compare_products(self, comparison: _Comparison) -> None:
+        """Any number of tokens, in 16 bits; what rounds float activations to 8 bits on its own, as well."""
+        one = self.ready.expert(0)
+        bias = self.draw(_ROWS, dtype=torch.bfloat16).float()
+        modes = [(False, _ROUNDED)]
+        if self.device.type == "cpu":  # kernels elsewhere do not look at it
+            modes.append((True, _INT8))
+        for tokens in _TOKENS:
+            # Numbers that both have.
+            x = self.draw(tokens, _COLUMNS, dtype=torch.bfloat16)
+            expected = self.expected(x, 0, bias)
+            for dtype, (int8, bound) in itertools.product(_HALVES, modes):
+                y = self.row.linear(
+                    x.to(self.device, dtype), one, bias.to(self.device, dtype), int8
+                )
+                how = " in int8" if int8 else ""
+                name = str(dtype).removeprefix("torch.")
+                comparison.check(f"{tokens} tokens of {name}{how}", y, expected, bound)
+
+    def compare_others(self, comparison: _Comparison) -> None:
+        """The weight itself, some of its rows, experts, gradients."""
+        one, dtype = self.ready.expert(1), torch.bfloat16
+        exact = self.reference.dequantize(self.stored.expert(1), torch.float32)
+        with torch.no_grad():
+            found = self.row.dequantize(one, torch.float32)
+            comparison.check("dequantized", found, exact, _EXACT)
+            index = torch.randint(_ROWS, (9,), generator=self.generator)
+            found = self.row.lookup(one, index.to(self.device), torch.float32)
+            comparison.check("rows looked up", found, exact[index], _EXACT)
+
+            counts = torch.tensor((7, 0, 13))
+            x = self.draw(int(counts.sum()), _COLUMNS, dtype=dtype)
+            parts = x.split_with_sizes(counts.tolist())
+            expected = torch.cat([self.expected(part, e) for e, part in enumerate(parts)])
+            there = (x.to(self.device), counts.to(self.device))
+            comparison.check(
+                "experts", self.row.experts(*there, self.ready, None, False), expected, _ROUNDED
+            )
+
+        x = self.draw(6, _COLUMNS, dtype=dtype).to(self.device).requires_grad_()
+        gradient = self.draw(6, _ROWS, dtype=dtype)
+        y = self.row.linear(x, one, None, False)
+        (found,) = torch.autograd.grad(y, x, gradient.to(self.device))
+        comparison.check("gradient", found, gradient.float() @ exact, _ROUNDED)
+
+
+def _named(format_name: str, spec: QuantSpec) -> str:
+    """Such as "int 4 bits asymmetric", "int8 dynamic", "nf4"."""
+    parts = [format_name]
+    if format_name in ("int", "spqr"):
+        parts.append(f"{spec.bits} bits")
+    if format_name == "int" and not spec.sym:
+        parts.append("asymmetric")
+    return " ".join([*parts, *([spec.activation] if spec.activation else [])])
