@@ -40,6 +40,10 @@ MOST_TOKENS = 32
 _PATIENCE = 2
 
 
+# Of modules that see one input so many are remembered; a benchmark may call one with the same tensor a million times.
+_MOST_SEEN = 32
+
+
 class Siblings:
     """What was learnt about one module's operands; mutable.
 
@@ -112,7 +116,8 @@ def _is_capturing(x: Tensor) -> bool:
 def _notice(module: QuantLinear, x: Tensor) -> None:
     version = x._version
     if _LAST.x is not None and _LAST.x() is x and _LAST.version == version:
-        _LAST.modules += (weakref.ref(module),)
+        if len(_LAST.modules) < _MOST_SEEN:
+            _LAST.modules += (weakref.ref(module),)
         return
     seen = [found for reference in _LAST.modules if (found := reference()) is not None]
     _LAST.x, _LAST.version, _LAST.modules = weakref.ref(x), version, (weakref.ref(module),)

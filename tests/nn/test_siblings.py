@@ -272,6 +272,14 @@ def test_a_module_called_twice_belongs_to_no_group(generator: torch.Generator) -
     assert group_of(block.q) is None
 
 
+def test_the_same_tensor_again_and_again_costs_no_memory(generator: torch.Generator) -> None:
+    block, x = Block(generator), tokens(1, generator)
+    for _ in range(100):
+        block.q(x)
+    assert len(siblings._LAST.modules) < 100
+    assert group_of(learnt(block, generator).q) is not None
+
+
 def test_weights_in_a_cuda_graph_do_not_move(
     generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
