@@ -676,14 +676,14 @@ def build(folder: Path) -> Emulator:
     return Emulator(library)
 
 
-def check_operators(folder: Path, script: str) -> None:
-    """Run a script of cuda_on_cpu: the binding, rows and modules on CPU tensors, in a process whose CPU is the emulated GPU.
+def check_operators(folder: Path, script: str, *arguments: str) -> None:
+    """Run a script of cuda_on_cpu with the library of operators and `arguments`: the binding, rows and modules on CPU tensors, in a process whose CPU is the emulated GPU.
 
     `folder` is where `build` was.
     """
     places = filter(None, (str(EMULATOR), os.environ.get("PYTHONPATH")))
     run = subprocess.run(
-        [sys.executable, str(EMULATOR / script), str(_build_operators(folder))],
+        [sys.executable, str(EMULATOR / script), str(_build_operators(folder)), *arguments],
         capture_output=True,
         text=True,
         check=False,
