@@ -47,6 +47,10 @@ LLAMA_8B = {
 }
 
 
+# Environment variables that choose other kernels, and what results measured with them are called.
+SWITCHES = {"HFQ_CUDA_OVERLAP": "overlap", "HFQ_CUDA_WGMMA": "wgmma"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What is measured.
@@ -448,13 +452,12 @@ def about_gpu() -> dict[str, Any]:
 
 def save(part: str, found: Mapping[str, Any], arguments: Sequence[str], plan: Plan) -> None:
     """A JSON for each part, and its pictures; some formats alone, or other kernels, do not replace what was measured of all."""
-    wgmma = os.environ.get("HFQ_CUDA_WGMMA") == "1"
-    whole = plan.kinds == FULL.kinds and not wgmma
-    formats = "" if plan.kinds == FULL.kinds else f"_{'_'.join(plan.kinds).replace(' ', '-')}"
-    name = f"gpu_{part}{formats}{'_wgmma' if wgmma else ''}"
+    switched = [name for name in SWITCHES if os.environ.get(name) == "1"]
+    whole = plan.kinds == FULL.kinds and not switched
+    formats = [] if plan.kinds == FULL.kinds else [kind.replace(" ", "-") for kind in plan.kinds]
+    name = "_".join(["gpu", part, *formats, *(SWITCHES[switch] for switch in switched)])
     command = shlex.join(["python", "benchmarks/gpu.py", *arguments])
-    if wgmma:
-        command = f"HFQ_CUDA_WGMMA=1 {command}"
+    command = " ".join([*(f"{switch}=1" for switch in switched), command])
     path = machine.write(name, command, {**about_gpu(), part: found})
     print(f"written: {path.name}")
     if whole:

@@ -20,4 +20,4 @@ def test_a_model_generates(emulator: Any, emulator_module: Any, tmp_path: Path, 
 
 
 def test_self_test(emulator: Any, emulator_module: Any) -> None:
-    emulator_module.check_operators(emulator.folder, "check_self_test.py")
+    emulator_module.check_operators(emulator.folder, "check_doctor.py")

@@ -1,0 +1,184 @@
+"""All that a GPU has to show, what matters most first: for a machine that is there for minutes at a time.
+
+    python benchmarks/gpu_session.py OUT                      # every step, each once: build, tests, speed, sanitizers
+    python benchmarks/gpu_session.py OUT --minutes 9          # as many as fit; called again, it goes on
+    python benchmarks/gpu_session.py OUT --only doctor tests  # these, done or not
+    python benchmarks/gpu_session.py OUT --table              # runs nothing
+
+OUT gets the log of each step, ``session.json`` and the JSON of all that was measured (benchmarks/results keeps its own). A step whose
+time is up is stopped and counts as cut off; it is not run again unless --only names it. Steps that do not fit into the
+minutes that are left wait for the next call. The exit code is 1 where a step failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import machine
+
+from hfq.table import format_table
+
+ROOT = Path(__file__).parents[1]
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+GPU = (sys.executable, "benchmarks/gpu.py")
+INT4 = ("--kinds", "int4 g128")
+WGMMA, OVERLAP = {"HFQ_CUDA_WGMMA": "1"}, {"HFQ_CUDA_OVERLAP": "1"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command, run from the checkout.
+
+    Attributes:
+        seconds: what it takes, about; it is started where so much is left.
+        makes: a file without which the step was not done here, whatever `Session` says.
+    """
+
+    name: str
+    seconds: int
+    command: Sequence[str]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    makes: Path | None = None
+
+
+def steps() -> list[Step]:
+    return [
+        Step(
+            "build",
+            90,
+            ("scripts/build_native", f"-DCMAKE_CUDA_ARCHITECTURES={architecture()}"),
+            makes=ROOT / "hfq/lib/libhfq_cuda.so",
+        ),
+        Step("doctor", 20, (sys.executable, "-m", "hfq", "doctor")),
+        Step("tests", 180, (*PYTEST, "-m", "gpu", "tests")),
+        Step("int4", 60, (*GPU, "--only", "kernels", *INT4)),
+        Step("int4 overlap", 60, (*GPU, "--only", "kernels", *INT4), OVERLAP),
+        Step("wgmma tests", 90, (*PYTEST, "-m", "gpu", "tests/kernels", "-k", "wgmma")),
+        Step("int4 wgmma", 60, (*GPU, "--only", "kernels", *INT4), WGMMA),
+        Step("model", 90, (*GPU, "--only", "models", *INT4)),
+        Step("model overlap", 90, (*GPU, "--only", "models", *INT4), OVERLAP),
+        Step("kernels", 240, (*GPU, "--only", "kernels")),
+        *sanitizer("memcheck"),
+        *sanitizer("synccheck"),
+        *sanitizer("racecheck"),
+        Step("gradients", 60, (*GPU, "--only", "gradients")),
+        Step("packing", 120, (*GPU, "--only", "packing")),
+        Step("models", 180, (*GPU, "--only", "models")),
+        *sanitizer("initcheck"),
+    ]
+
+
+def sanitizer(tool: str) -> Iterator[Step]:
+    """A step for each file: together they take longer than a machine may be there."""
+    for path in sorted(ROOT.glob("tests/kernels/test_*.py")):
+        if "pytest.mark.gpu" in path.read_text(encoding="utf-8"):
+            run = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *PYTEST)
+            # The first report is the one to read.
+            tests = ("-x", "-m", "gpu and not large", str(path.relative_to(ROOT)))
+            yield Step(f"{tool} {path.stem.removeprefix('test_')}", 60, (*run, *tests))
+
+
+def architecture() -> str:
+    """What nvcc builds for the first GPU here; Hopper has instructions that only its own code may use."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "90a-real"
+    major, minor = torch.cuda.get_device_capability(0)
+    return f"{major}{minor}{'a' if (major, minor) == (9, 0) else ''}-real"
+
+
+# ---- running
+
+
+class Session:
+    """What was done so far, kept in a file so that a later call goes on."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.file = folder / "session.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.done: dict[str, dict[str, Any]] = {}
+        if self.file.exists():
+            self.done = json.loads(self.file.read_text(encoding="utf-8"))
+
+    def has(self, step: Step) -> bool:
+        return step.name in self.done and (step.makes is None or step.makes.exists())
+
+    def run(self, step: Step, seconds: float | None) -> None:
+        """Run a step, at most so long, and write down what came of it."""
+        print(f"{step.name}: {shlex.join(step.command)}", flush=True)
+        log = self.folder / f"{step.name.replace(' ', '_')}.log"
+        start = time.perf_counter()
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                step.command,
+                cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": str(ROOT), **step.environment},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                status = "ok" if process.wait(seconds) == 0 else "FAILED"
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                status = "cut off"
+        self.done[step.name] = {
+            "status": status,
+            "seconds": round(time.perf_counter() - start, 1),
+            "said": last_line(log),
+        }
+        self.file.write_text(json.dumps(self.done, indent=2) + "\n", encoding="utf-8")
+        for path in machine.RESULTS.glob("gpu_*.json"):
+            (self.folder / path.name).write_bytes(path.read_bytes())
+
+    def table(self, names: Sequence[str]) -> str:
+        rows = []
+        for name in names:
+            found = self.done.get(name, {"status": "not run", "seconds": "", "said": ""})
+            rows.append([name, found["status"], str(found["seconds"]), found["said"]])
+        return format_table(["step", "status", "seconds", "said"], rows)
+
+
+def last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    return next((line.strip()[:100] for line in reversed(lines) if line.strip()), "")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--minutes", type=float, help="stop in time")
+    parser.add_argument("--only", nargs="+", metavar="STEP", help="these steps, done or not")
+    parser.add_argument("--table", action="store_true", help="only show what was done")
+    args = parser.parse_args(arguments)
+    known = {step.name: step for step in steps()}
+    unknown = sorted(set(args.only or ()) - set(known))
+    if unknown:
+        parser.error(f"unknown steps {', '.join(unknown)}; there are {', '.join(known)}")
+    session = Session(args.out)
+    end = None if args.minutes is None else time.monotonic() + 60 * args.minutes
+    wanted = args.only or [name for name, step in known.items() if not session.has(step)]
+    for step in (known[name] for name in ([] if args.table else wanted)):
+        left = None if end is None else end - time.monotonic()
+        if left is None or left >= step.seconds:
+            session.run(step, left)
+    print(session.table(list(known)))
+    return 1 if any(found["status"] == "FAILED" for found in session.done.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
