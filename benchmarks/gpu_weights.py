@@ -53,6 +53,7 @@ KINDS: dict[str, Kind] = {
     "int2 g128": _ints(2),
     "int8 g128": _ints(8),
     "nf4 g64": Kind(format="nf4", settings={"group_size": 64}, bound=0.005),
+    "fp8 weights": Kind(format="fp8", settings={}, bound=0.005),
     # Steps of 1/127 of a token's largest value; 3 bits of mantissa.
     "W8A8 dynamic": Kind(format="int8", settings={"activation": "dynamic"}, bound=0.02),
     "fp8 dynamic": Kind(format="fp8", settings={"activation": "dynamic"}, bound=0.04),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["E4M3", "E4M3_MAX", "e4m3_values", "has_nan", "to_e4m3"]
+__all__ = ["E4M3", "E4M3_MAX", "e4m3_table", "e4m3_values", "has_nan", "to_e4m3"]
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
@@ -35,6 +35,11 @@ def e4m3_values(codes: Tensor) -> Tensor:
     # The sign was extended to bits 15 and 14.
     halves = moved.bitwise_and_(~(1 << 14)).view(torch.float16)
     return halves.float().mul_(256)
+
+
+def e4m3_table(device: torch.device | str | None = None) -> Tensor:
+    """The numbers behind all bytes, as a codebook of 8 bits: float32 `[256]`. Those of the two NaN mean nothing."""
+    return e4m3_values(torch.arange(256, dtype=torch.uint8)).to(device)
 
 
 def has_nan(codes: Tensor) -> bool:

@@ -166,6 +166,7 @@ class Fp8Grid:
     Attributes:
         qweight: uint8 `[N, K, 1]`, the bytes of E4M3 (`hfq.core.float8`).
         scales: float32 `[N, 1]`.
+        values: float32 `[256]`, what the bytes stand for (`e4m3_table`).
         activation, input_scale: see `Fp8Spec` and `QuantizedWeight`.
         group_size: K.
     """
@@ -174,6 +175,7 @@ class Fp8Grid:
 
     qweight: Tensor
     scales: Tensor
+    values: Tensor
     in_features: int
     out_features: int
     activation: str | None = None

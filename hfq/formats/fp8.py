@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import CheckpointError, ConfigError
-from ..core.float8 import has_nan
+from ..core.float8 import e4m3_table, has_nan
 from ..core.spec import Fp8Spec, QuantSpec
 from ..core.weight import Fp8Grid, QuantizedWeight
 from . import FORMATS, INPUT_SCALE, TensorLayout, chosen
@@ -76,6 +76,7 @@ class Fp8:
         return Fp8Grid(
             qweight=tensors["weight"],
             scales=tensors["weight_scale"],
+            values=e4m3_table(tensors["weight"].device),
             in_features=in_features,
             out_features=out_features,
             activation=spec.activation,

@@ -51,7 +51,9 @@ class CudaFragments(OneByOne):
         if problem.device != "cuda":
             return f"runs on cuda, the weight is on {problem.device}"
         if problem.activation is not None:
-            return f"takes float activations, this weight asks for int8 ({problem.activation})"
+            return (
+                f"takes float activations, this weight asks for 8-bit ones ({problem.activation})"
+            )
         if problem.bits not in fragments.BITS:
             return f"takes 2, 3, 4 and 8 bits, not {problem.bits}"
         if problem.has_codebook and problem.bits != 4:
@@ -74,7 +76,7 @@ class CudaFragments(OneByOne):
         self, x: Tensor, grid: PackedGrid, bias: Tensor | None, int8_activations: bool
     ) -> Tensor:
         tokens = x.reshape(-1, grid.in_features)
-        arguments = (*_operands(grid), bias, *_sizes(grid))
+        arguments = (*self._operands(grid), bias, *_sizes(grid))
         # Wider activations keep their precision: the kernel would round them to 16 bits.
         if x.dtype.itemsize == 2 and tokens.shape[0] <= MAX_DIRECT_TOKENS:
             y = call(torch.ops.hfq.cuda_linear, tokens.contiguous(), *arguments)
@@ -94,7 +96,7 @@ class CudaFragments(OneByOne):
         if not self.reads_counts_on_device(x, x.shape[0], grid):
             return super().experts(x, counts, grid, bias, int8_activations)
         y: Tensor = torch.ops.hfq.cuda_experts_linear(
-            x.contiguous(), counts.to(x.device), *_operands(grid), bias, *_sizes(grid)
+            x.contiguous(), counts.to(x.device), *self._operands(grid), bias, *_sizes(grid)
         )
         return y
 
@@ -110,16 +112,15 @@ class CudaFragments(OneByOne):
 
     def lookup(self, grid: PackedGrid, index: Tensor, dtype: torch.dtype) -> Tensor:
         rows: Tensor = torch.ops.hfq.cuda_lookup(
-            index.long(), *_operands(grid), *_sizes(grid), native_dtype(dtype)
+            index.long(), *self._operands(grid), *_sizes(grid), native_dtype(dtype)
         )
         return rows.to(dtype)
 
     def dequantize(self, grid: PackedGrid, dtype: torch.dtype) -> Tensor:
-        return fragments_weight(_operands(grid), _sizes(grid), dtype)
+        return fragments_weight(self._operands(grid), _sizes(grid), dtype)
 
-
-def _operands(grid: PackedGrid) -> tuple[Tensor | None, ...]:
-    return (grid.qweight, grid.scales, grid.zeros, grid.codebook)
+    def _operands(self, grid: PackedGrid) -> tuple[Tensor | None, ...]:
+        return (grid.qweight, grid.scales, grid.zeros, grid.codebook)
 
 
 def _sizes(grid: PackedGrid) -> tuple[int, int, int, int]:

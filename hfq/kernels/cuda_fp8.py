@@ -1,22 +1,27 @@
-"""Kernels for 8-bit floats on both sides, on NVIDIA GPUs: native ones for few tokens, PyTorch's scaled product for many.
+"""Kernels for 8-bit floats on NVIDIA GPUs.
 
-Both read the stored layout: rows of E4M3 are operands of tensor cores as they lie (kernels/cuda/linear_w8a8_kernel.h), and what the
-matrix library takes.
+With float activations weights are codes like those of integers, in layout ``fragments``, for any GPU that runs our kernels. With 8-bit floats
+on both sides there are native products for few tokens and PyTorch's scaled product for many. Both read the stored layout: rows of E4M3 are
+operands of tensor cores as they lie (kernels/cuda/linear_w8a8_kernel.h), and what the matrix library takes.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core.weight import Fp8Grid
+from . import fragments
 from .cpu import call
-from .cuda import no_native_code
+from .cuda import CudaFragments, no_native_code
 from .fp8 import TILE
 from .neutral_fp8 import NeutralFp8
-from .row import Problem
+from .row import Problem, stack_tiles
 
-__all__ = ["MAX_DIRECT_TOKENS", "CudaFp8", "CudaFp8Library"]
+__all__ = ["MAX_DIRECT_TOKENS", "CudaFp8", "CudaFp8Library", "CudaFp8Weights"]
 
 # Products of E4M3 came with Ada; from 11 on the matrix library takes no scale per row (pytorch/pytorch#161236).
 _FIRST, _BEYOND = (8, 9), (11, 0)
@@ -28,6 +33,15 @@ MAX_DIRECT_TOKENS = 32
 
 # What the kernels take (kernels/cuda/w8a8.h).
 _MOST_COLUMNS = 1 << 26
+
+
+class CudaFp8Weights(CudaFragments):
+    """Weights only: `CudaFragments` for codes that are E4M3."""
+
+    name = "cuda_fp8_weights"
+
+    def _operands(self, grid: Any) -> tuple[Tensor | None, ...]:
+        return (grid.qweight, grid.scales, None, grid.values)
 
 
 class CudaFp8Library(NeutralFp8):
@@ -56,6 +70,11 @@ class CudaFp8Library(NeutralFp8):
         operands = (grid.qweight, grid.scales, grid.input_scale)
         y: Tensor = torch.ops.hfq.fp8_scaled_linear(x, *operands, bias)
         return y
+
+    def stack(self, grids: Sequence[Fp8Grid]) -> tuple[Fp8Grid, list[Fp8Grid]] | None:
+        if any(grid.input_scale is not None for grid in grids):
+            return None  # each has its own
+        return stack_tiles(grids, TILE, fragments.stack)
 
 
 class CudaFp8(CudaFp8Library):

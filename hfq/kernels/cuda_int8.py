@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..core.weight import PackedGrid
+from . import fragments
 from .cpu import call
 from .cuda import no_native_code
 from .cuda_int8_ops import PIECE, signed_weight, switched
@@ -74,16 +75,10 @@ class CudaInt8(OneByOne):
     def stack(self, grids: Sequence[PackedGrid]) -> tuple[PackedGrid, list[PackedGrid]] | None:
         if any(grid.input_scale is not None for grid in grids):
             return None  # each has its own
-        return stack_tiles(grids, 1, _joined)
+        return stack_tiles(grids, 1, fragments.stack)
 
     def lookup(self, grid: PackedGrid, index: Tensor, dtype: torch.dtype) -> Tensor:
         return signed_weight(grid.qweight[index], grid.scales[index], dtype)
 
     def dequantize(self, grid: PackedGrid, dtype: torch.dtype) -> Tensor:
         return signed_weight(grid.qweight, grid.scales, dtype)
-
-
-def _joined(tensors: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Rows of several weights in one memory, and each weight's part of it."""
-    out = torch.cat([tensor.detach() for tensor in tensors])
-    return out, out.split_with_sizes([len(tensor) for tensor in tensors])

@@ -7,8 +7,9 @@
     cuda_linear_gradient     grad, fragments -> grad W            the same
     cuda_experts_linear      x, counts, stacks of fragments       native on CUDA; elsewhere the reference; no gradient; see below
 
-See `hfq.kernels.ops` for the operands. Native products are of integers in 16 bits, which are exact, summed in float32 and scaled
-there: no weight is rounded to the dtype of x. Entries of a codebook are.
+See `hfq.kernels.ops` for the operands. A codebook of 8 bits has 256 values, those of E4M3 (`hfq.core.float8`), which native code takes
+from the codes themselves. Native products are of integers in 16 bits, which are exact, summed in float32 and scaled
+there: no weight is rounded to the dtype of x. Entries of a codebook of 4 bits are.
 
 ``cuda_experts_linear`` multiplies the first ``counts[0]`` tokens with weight 0, the next ones with weight 1, ... (counts int64 `[E]`,
 every tensor of the weight and bias with E in front); rows behind the sum of counts become zeros. On CUDA the host never learns the

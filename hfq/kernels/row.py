@@ -23,6 +23,8 @@ __all__ = [
 
 # The one class of grids that a kernel reads.
 G = TypeVar("G", PackedGrid, Fp8Grid, SpqrGrid)
+# Those that rows of a weight are neighbours in.
+Tiles = TypeVar("Tiles", PackedGrid, Fp8Grid)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,28 +175,30 @@ class AsStored(OneByOne):
 
 
 def stack_tiles(
-    grids: Sequence[PackedGrid],
+    grids: Sequence[Tiles],
     tile_rows: int,
     join: Callable[[Sequence[Tensor]], tuple[Tensor, Sequence[Tensor]]],
-) -> tuple[PackedGrid, list[PackedGrid]] | None:
+) -> tuple[Tiles, list[Tiles]] | None:
     """`KernelRow.stack` for layouts whose tensors are, in their first dimension, tiles of so many rows.
 
     Args:
         join: tensors in one memory, and each one's part of it.
     """
-    first, table = grids[0], grids[0].codebook
-    for grid in grids:
+    first = grids[0]
+    names = [name for name in first.OPERANDS.values() if getattr(first, name) is not None]
+    tables = [getattr(grid, "codebook", None) for grid in grids]
+    for grid, table in zip(grids, tables, strict=True):
         if grid.out_features % tile_rows or grid.scales.dtype != first.scales.dtype:
             return None
-        if (grid.zeros is None) != (first.zeros is None):
+        if [name for name in grid.OPERANDS.values() if getattr(grid, name) is not None] != names:
             return None
-        if table is not None and (grid.codebook is None or not torch.equal(table, grid.codebook)):
+        if table is not tables[0] and (
+            table is None or tables[0] is None or not torch.equal(table, tables[0])
+        ):
             return None
     whole: dict[str, Any] = {"out_features": sum(grid.out_features for grid in grids)}
     parts: list[dict[str, Any]] = [{} for _ in grids]
-    for name in ("qweight", "scales", "zeros"):
-        if getattr(first, name) is None:
-            continue
+    for name in names:
         whole[name], views = join([getattr(grid, name) for grid in grids])
         for part, view in zip(parts, views, strict=True):
             part[name] = view

@@ -24,14 +24,22 @@ __device__ __forceinline__ uint32_t e4m3_magnitude(float f) {
   return steps + (as_bits(power) >> 20) - (121u << 3);
 }
 
-// ---- as float16
+// ---- as 16-bit floats
 
-// Four codes by moving bits, which no NaN is among: sign, exponent and mantissa in a float16's places are 1/256 of the value, since its exponents
-// are counted from 15 instead of 7; so are subnormals. Codes 0 and 2 share a register, and 1 and 3.
+// The codes in the upper bytes of the halves, which no NaN is among, by moving bits: sign, exponent and mantissa in the places of a wider format
+// are the value over a power of two, since its exponents are counted from 15 or 127 instead of 7; so are subnormals. Both formats hold every
+// E4M3, and the multiplication is exact.
+constexpr uint32_t kSigns = 0x80008000u, kNothing = 0x80008000u;  // -0 leaves signs of zeros
+__device__ __forceinline__ uint32_t e4m3_numbers(Float16, uint32_t codes) {
+  return fma2(Float16{}, and_or<kSigns>(codes, codes >> 1 & 0x3f803f80u), 0x5c005c00u, kNothing);  // 2^8
+}
+__device__ __forceinline__ uint32_t e4m3_numbers(BFloat16, uint32_t codes) {
+  return fma2(BFloat16{}, and_or<kSigns>(codes, codes >> 4 & 0x07f007f0u), 0x7b807b80u, kNothing);  // 2^120
+}
+
+// Four codes as float16s: 0 and 2 share a register, and 1 and 3.
 __device__ __forceinline__ uint2 halves_by_shifts(uint32_t codes) {
-  constexpr uint32_t kSigns = 0x80008000u, kRest = 0x3f803f80u, k256 = 0x5c005c00u, kNothing = 0x80008000u;  // -0 leaves signs of zeros
-  const uint32_t even = and_or<kSigns>(codes << 8, codes << 7 & kRest), odd = and_or<kSigns>(codes, codes >> 1 & kRest);
-  return {fma2(Float16{}, even, k256, kNothing), fma2(Float16{}, odd, k256, kNothing)};
+  return {e4m3_numbers(Float16{}, codes << 8), e4m3_numbers(Float16{}, codes)};
 }
 
 // Four codes as float16s. Which of them share a register depends on the GPU only: the same ones of weights and tokens.

@@ -12,7 +12,7 @@ const char* launch_experts(const ExpertsParams& params, cudaStream_t stream) {
   p.routing.slots = static_cast<uint32_t>(expert_slots(p.linear.tokens, p.routing.experts, 8));
   p.linear.group_magic = group_magic(p.linear.weight);
   return of_kind(p.linear.weight, launch_experts_int2, launch_experts_int3, launch_experts_int4, launch_experts_int8,
-                 launch_experts_table4)(p, stream);
+                 launch_experts_table4, launch_experts_e4m3)(p, stream);
 }
 
 }  // namespace hfq

@@ -41,5 +41,6 @@ const char* launch_experts_int3(const ExpertsParams& params, cudaStream_t stream
 const char* launch_experts_int4(const ExpertsParams& params, cudaStream_t stream);
 const char* launch_experts_int8(const ExpertsParams& params, cudaStream_t stream);
 const char* launch_experts_table4(const ExpertsParams& params, cudaStream_t stream);
+const char* launch_experts_e4m3(const ExpertsParams& params, cudaStream_t stream);
 
 }  // namespace hfq

@@ -42,7 +42,7 @@ const char* launch_expert_tiles(const ExpertsParams& params, cudaStream_t stream
 
 template <class Kind, class T>
 const char* launch_expert_dtype(const ExpertsParams& p, cudaStream_t stream) {
-  if constexpr (!Kind::kTable)
+  if constexpr (Kind::kMayHaveZeros)
     if (p.linear.weight.zeros) return launch_expert_tiles<Kind, T, true, 1>(p, stream);
   // As in linear_kernel.h: two tiles share activations where each expert has several tokens and there are tiles for all multiprocessors.
   const int64_t tiles = (p.linear.weight.out_features + kTileRows - 1) / kTileRows;

@@ -20,10 +20,11 @@
 //   memory  words 0 .. 3 of lane 0, of lane 1, ... (512 bytes); 3 bits: then words 4, 5 of lane 0, of lane 1, ... (256 bytes)
 //
 // A shift, a mask and an addition of an exponent make numbers out of the codes of a register; most need no shift of their own. Numbers are
-// code - 2^(bits-1), which is exact in 16 bits. 3 bits in five fields and a spare bit take 86 instructions for 64 codes of a lane; planes
-// of 2 + 1 bits took more than 110.
+// code - 2^(bits-1), which is exact in 16 bits, or the values of E4M3, which are, too. 3 bits in five fields and a spare bit take 86 instructions
+// for 64 codes of a lane; planes of 2 + 1 bits took more than 110.
 #pragma once
 
+#include "e4m3.h"
 #include "target.h"
 #include "weight.h"
 
@@ -81,8 +82,8 @@ __device__ __forceinline__ uint32_t byte_numbers(Float16, uint32_t bytes) {
   return fma2(Float16{}, bytes | kBoth<Float16, 1024>, kBoth<Float16, 1>, kBoth<Float16, -1152>);
 }
 
-// What a lane holds of a block, as it is loaded.
-template <int kBits>
+// What a lane holds of a block, as it is loaded. `kE4m3`: codes are those of E4M3 and not of integers.
+template <int kBits, bool kE4m3 = false>
 struct Codes {
   static constexpr int kWords = kBits == 3 ? 6 : 4;
   static constexpr int kUnits = kBlockColumns<kBits> / kUnitColumns;
@@ -111,7 +112,9 @@ struct Codes {
   // Register r as two numbers.
   template <class T, int r>
   __device__ __forceinline__ uint32_t numbers() const {
-    if constexpr (kBits == 8) {
+    if constexpr (kE4m3) {
+      return e4m3_numbers(T{}, permute_bytes(words[r / 2], 0, r % 2 ? 0x3424u : 0x1404u));
+    } else if constexpr (kBits == 8) {
       return byte_numbers(T{}, permute_bytes(words[r / 2], 0, r % 2 ? 0x4342u : 0x4140u));
     } else if constexpr (kBits == 3) {
       if constexpr (r < 30) {
@@ -130,10 +133,10 @@ struct Codes {
 
 // ---- from a block to the operands of mma ----
 
-// Integer codes. `a[j]` is the A operand of instruction j of a unit.
-template <int kBits>
-struct IntCodes : Codes<kBits> {
-  static constexpr bool kTable = false;
+// Codes that are numbers by themselves. `a[j]` is the A operand of instruction j of a unit.
+template <int kBits, bool kE4m3 = false>
+struct IntCodes : Codes<kBits, kE4m3> {
+  static constexpr bool kTable = false, kMayHaveZeros = !kE4m3;
 
   template <class T, int kUnit>
   __device__ __forceinline__ void unit(uint32_t, uint32_t (&a)[2][4]) const {
@@ -157,11 +160,13 @@ struct IntCodes : Codes<kBits> {
   }
 };
 
+using E4m3Codes = IntCodes<8, true>;
+
 // 4-bit codes of a codebook, looked up two at a time: a byte of a word has two codes of one row, columns 0 and 2 or 1 and 3 of four, whose
 // values stand side by side in a table of 256 pairs in shared memory. Each lane has a table of its own bank, so that 32 look-ups take
 // one cycle: a byte, its place and the load for two codes, where permutations of bytes in registers would take six.
 struct TableCodes : Codes<4> {
-  static constexpr bool kTable = true;
+  static constexpr bool kTable = true, kMayHaveZeros = false;
   static constexpr int kTableBytes = 256 * 32 * 4;
 
   // `table`: of the lane.

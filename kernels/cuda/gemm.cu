@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreads) add_splits_kernel(const GemmParams p
 // ---- launcher
 
 const char* launch_kind(const GemmParams& p, cudaStream_t stream) {
-  return of_kind(p.weight, launch_gemm_int2, launch_gemm_int3, launch_gemm_int4, launch_gemm_int8, launch_gemm_table4)(p, stream);
+  return of_kind(p.weight, launch_gemm_int2, launch_gemm_int3, launch_gemm_int4, launch_gemm_int8, launch_gemm_table4, launch_gemm_e4m3)(p, stream);
 }
 
 uint32_t chunk_flush_mask(const Weight& w) { return flush_mask(w, (w.bits == 8 ? kChunkColumns<8> : kChunkColumns<4>) / kUnitColumns); }

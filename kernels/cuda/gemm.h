@@ -61,5 +61,6 @@ const char* launch_gemm_int3(const GemmParams& params, cudaStream_t stream);
 const char* launch_gemm_int4(const GemmParams& params, cudaStream_t stream);
 const char* launch_gemm_int8(const GemmParams& params, cudaStream_t stream);
 const char* launch_gemm_table4(const GemmParams& params, cudaStream_t stream);
+const char* launch_gemm_e4m3(const GemmParams& params, cudaStream_t stream);
 
 }  // namespace hfq

@@ -124,8 +124,8 @@ struct GemmWarp {
     scales_at = static_cast<uint32_t>(codes + kWarpTiles * kBytes + lane / 4 * pair_bytes(w.scale_dtype));
   }
 
-  // A codebook has none, which spares registers.
-  __device__ __forceinline__ bool has_zeros() const { return !Kind::kTable && p.weight.zeros; }
+  // Some kinds of codes have none, which spares registers.
+  __device__ __forceinline__ bool has_zeros() const { return Kind::kMayHaveZeros && p.weight.zeros; }
 
   // Of the weight's columns.
   __device__ __forceinline__ uint32_t blocks() const {

@@ -32,7 +32,7 @@ struct Candidate {
 
   int64_t rows() const { return kGemmWarps * kWarpTiles * kTileRows >> plan.column_shift; }
   int64_t blocks() const { return divided(p.weight.out_features, rows()) * (runs ? runs : divided(p.tokens, plan.tokens)) * plan.splits; }
-  int64_t table_bytes() const { return p.weight.codebook ? 256 * 32 * 4 : 0; }
+  int64_t table_bytes() const { return p.weight.codebook && p.weight.bits == 4 ? 256 * 32 * 4 : 0; }
   // Sums of all warps, which take the place of the stages.
   int64_t partial_bytes() const { return (static_cast<int64_t>(plan.tokens) << plan.column_shift) * (rows() + 4) * 4; }
   int64_t fixed_bytes() const { return table_bytes() + plan.sums_bytes; }

@@ -29,7 +29,8 @@ const char* launch_linear(const LinearParams& params, cudaStream_t stream) {
   p.group_magic = group_magic(p.weight);
   if (takes_wgmma(p)) return launch_wgmma(p, stream);
   if (p.tokens > kFewTokens) return launch_gemm(p, stream);
-  return of_kind(p.weight, launch_linear_int2, launch_linear_int3, launch_linear_int4, launch_linear_int8, launch_linear_table4)(p, stream);
+  return of_kind(p.weight, launch_linear_int2, launch_linear_int3, launch_linear_int4, launch_linear_int8, launch_linear_table4,
+                 launch_linear_e4m3)(p, stream);
 }
 
 }  // namespace hfq

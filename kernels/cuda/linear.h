@@ -47,5 +47,6 @@ const char* launch_linear_int3(const LinearParams& params, cudaStream_t stream);
 const char* launch_linear_int4(const LinearParams& params, cudaStream_t stream);
 const char* launch_linear_int8(const LinearParams& params, cudaStream_t stream);
 const char* launch_linear_table4(const LinearParams& params, cudaStream_t stream);
+const char* launch_linear_e4m3(const LinearParams& params, cudaStream_t stream);
 
 }  // namespace hfq

@@ -320,7 +320,7 @@ const char* launch_zeros(const LinearParams& p, cudaStream_t stream) {
 
 template <class Kind, class T>
 const char* launch_dtype(const LinearParams& p, cudaStream_t stream) {
-  if constexpr (!Kind::kTable)
+  if constexpr (Kind::kMayHaveZeros)
     if (p.weight.zeros) return launch_zeros<Kind, T, true>(p, stream);
   return launch_zeros<Kind, T, false>(p, stream);
 }

@@ -52,7 +52,7 @@ __device__ __forceinline__ void store_halves(uint16_t* y, const float (&v)[kColu
 
 // ---- kernel ----
 
-template <int kBits>
+template <int kBits, bool kE4m3>
 __global__ void __launch_bounds__(kThreads) unpack_kernel(const UnpackParams p) {
   const Weight& w = p.weight;
   const uint32_t chunks = static_cast<uint32_t>((w.in_features + kChunk - 1) / kChunk);
@@ -81,8 +81,10 @@ __global__ void __launch_bounds__(kThreads) unpack_kernel(const UnpackParams p) 
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) {
         const uint32_t code = (codes[i / 2] >> (16 * (i % 2))) & 0xffffu;
-        const float value = w.codebook ? load(w.codebook + code) : static_cast<float>(code) - zero;
-        v[i] = value * scale;
+        if constexpr (kE4m3)
+          v[i] = to_float(Float16{}, static_cast<uint16_t>(e4m3_numbers(Float16{}, code << 8))) * scale;
+        else
+          v[i] = (w.codebook ? load(w.codebook + code) : static_cast<float>(code) - zero) * scale;
       }
     }
     const int64_t to = at * w.in_features + column;
@@ -97,10 +99,10 @@ __global__ void __launch_bounds__(kThreads) unpack_kernel(const UnpackParams p) 
 
 // ---- launcher ----
 
-template <int kBits>
+template <int kBits, bool kE4m3 = false>
 const char* launch_bits(const UnpackParams& p, cudaStream_t stream) {
   const int64_t chunks = (p.weight.in_features + kChunk - 1) / kChunk, tiles = (p.rows + kTileRows - 1) / kTileRows;
-  return launch(unpack_kernel<kBits>, static_cast<unsigned>(chunks * tiles), kThreads, 0, stream, p);
+  return launch(unpack_kernel<kBits, kE4m3>, static_cast<unsigned>(chunks * tiles), kThreads, 0, stream, p);
 }
 
 }  // namespace
@@ -110,7 +112,7 @@ const char* launch_unpack(const UnpackParams& p, cudaStream_t stream) {
   if (p.weight.bits == 2) return launch_bits<2>(p, stream);
   if (p.weight.bits == 3) return launch_bits<3>(p, stream);
   if (p.weight.bits == 4) return launch_bits<4>(p, stream);
-  return launch_bits<8>(p, stream);
+  return p.weight.codebook ? launch_bits<8, true>(p, stream) : launch_bits<8>(p, stream);
 }
 
 }  // namespace hfq

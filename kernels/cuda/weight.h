@@ -12,7 +12,7 @@ struct Weight {
   const uint8_t* qweight;  // [N16, C, 32 | 48, 16]  N16 = ceil(N / 16) tiles of rows, C blocks of columns
   const void* scales;      // [N16, G, 8, 2]         rows g and g + 8 side by side
   const void* zeros;       // [N16, G, 8, 2] or null: 2^(bits-1)
-  const float* codebook;   // [16] or null
+  const float* codebook;   // [16], with 8 bits [256]: the values of E4M3; or null: integers
   int64_t out_features;    // N
   int64_t in_features;     // K, a multiple of 8
   int64_t groups;          // G
@@ -29,8 +29,8 @@ constexpr int kBlockBytes = kBits == 3 ? 768 : 512;
 
 // Which of the launchers for each kind of codes takes this weight.
 template <class Launch>
-Launch* of_kind(const Weight& w, Launch* int2, Launch* int3, Launch* int4, Launch* int8, Launch* table4) {
-  if (w.codebook) return table4;
+Launch* of_kind(const Weight& w, Launch* int2, Launch* int3, Launch* int4, Launch* int8, Launch* table4, Launch* e4m3) {
+  if (w.codebook) return w.bits == 4 ? table4 : e4m3;
   return w.bits == 2 ? int2 : w.bits == 3 ? int3 : w.bits == 4 ? int4 : int8;
 }
 

@@ -18,7 +18,8 @@ constexpr float kClusterBytesPerClock = 16;  // from there
 int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 const char* launch_kind(const WgmmaParams& p, cudaStream_t stream) {
-  return of_kind(p.weight, launch_wgmma_int2, launch_wgmma_int3, launch_wgmma_int4, launch_wgmma_int8, launch_wgmma_table4)(p, stream);
+  return of_kind(p.weight, launch_wgmma_int2, launch_wgmma_int3, launch_wgmma_int4, launch_wgmma_int8, launch_wgmma_table4,
+                 launch_wgmma_e4m3)(p, stream);
 }
 
 }  // namespace

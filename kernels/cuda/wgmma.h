@@ -42,5 +42,6 @@ const char* launch_wgmma_int3(const WgmmaParams& params, cudaStream_t stream);
 const char* launch_wgmma_int4(const WgmmaParams& params, cudaStream_t stream);
 const char* launch_wgmma_int8(const WgmmaParams& params, cudaStream_t stream);
 const char* launch_wgmma_table4(const WgmmaParams& params, cudaStream_t stream);
+const char* launch_wgmma_e4m3(const WgmmaParams& params, cudaStream_t stream);
 
 }  // namespace hfq

@@ -66,9 +66,9 @@ class Operands {
       w.zeros = per_group(zeros_);
     }
     if (codebook_.defined()) {
-      expect(bits == 4 && !zeros_.defined(), op_, "a codebook takes 4 bits and no zeros");
+      expect((bits == 4 || bits == 8) && !zeros_.defined(), op_, "a codebook takes 4 bits, or 8 for E4M3, and no zeros");
       if (codebook_.dtype() != aoti_torch_dtype_float32()) codebook_.refuse("float32");
-      codebook_.expect_shape({16});
+      codebook_.expect_shape({int64_t{1} << bits});
       expect_device(codebook_);
       w.codebook = static_cast<const float*>(codebook_.data(cuda, 4));
     }

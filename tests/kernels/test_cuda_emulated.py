@@ -13,12 +13,14 @@ from torch import Tensor
 
 from hfq.core import bits as bit_packing
 from hfq.core.codebooks import codebook
+from hfq.core.float8 import e4m3_table
 from hfq.kernels import fragments, reference
 
 # (bits, codebook or zero points)
 KINDS = (
     *((bits, extra) for bits in (2, 3, 4, 8) for extra in (None, "zeros")),
     *((4, name) for name in ("nf4", "fp4")),
+    (8, "e4m3"),
 )
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
@@ -99,7 +101,9 @@ def make(
         values = codes.double() - middle
         magnitudes = values.abs()
     else:
-        table = codebook(extra)
+        if bits == 8:
+            codes[codes & 0x7F == 0x7F] ^= 1  # NaN, which no weight has
+        table = e4m3_table() if bits == 8 else codebook(extra)
         values = table.double()[codes.long()]
         magnitudes = values.abs()
     neutral = (bit_packing.pack(codes, bits).unsqueeze(-1), scales, zeros, table)

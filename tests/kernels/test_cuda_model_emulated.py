@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 # Each takes ten seconds.
-SLOW = ("nf4", "int8", "fp8", "spqr")
+SLOW = ("nf4", "int8", "fp8", "fp8 both", "spqr")
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ def of_format(*names: str, activation: str | None = None) -> list[tuple[str, Qua
 if __name__ == "__main__":
     check(PackedGrid, cuda.CudaFragments, of_format("int", "nf4", "fp4"))
     check(PackedGrid, cuda_int8.CudaInt8, of_format("int8", activation="dynamic"))
+    check(Fp8Grid, cuda_fp8.CudaFp8Weights, of_format("fp8"))
     check(Fp8Grid, cuda_fp8.CudaFp8, of_format("fp8", activation="dynamic"))
     check(SpqrGrid, cuda_spqr.CudaSpqr, of_format("spqr"))
     sys.stdout.write("all checks passed\n")
