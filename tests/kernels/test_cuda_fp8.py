@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hfq.core.activations import quantize_tokens
-from hfq.core.float8 import E4M3
+from hfq.core.float8 import E4M3, e4m3_table
 from hfq.core.spec import Fp8Spec
 from hfq.core.weight import Fp8Grid
 from hfq.kernels import cuda_fp8, dispatch, fp8, native
@@ -31,6 +31,7 @@ def stored(
     return Fp8Grid(
         qweight=(codes + signs).to(torch.uint8),
         scales=torch.rand(rows, 1, generator=generator) * 0.01,
+        values=e4m3_table(),
         in_features=columns,
         out_features=rows,
         activation="dynamic" if static is None else "static",
@@ -136,7 +137,7 @@ def test_reasons_to_refuse(monkeypatch: pytest.MonkeyPatch, generator: torch.Gen
     assert row.reject(wide) == "takes up to 67108864 columns, not 67108880"
     assert library.reject(wide) is None
     names = [each.name for each in dispatch.rows(Fp8Grid)]
-    assert names == ["cuda_fp8", "cuda_fp8_library", "dequantize_fp8"]
+    assert names == ["cuda_fp8", "cuda_fp8_library", "cuda_fp8_weights", "dequantize_fp8"]
 
 
 # ---- on a GPU
@@ -162,6 +163,7 @@ def there(cuda: torch.device) -> Callable[[Fp8Grid], Fp8Grid]:
             grid,
             qweight=grid.qweight.to(cuda),
             scales=grid.scales.to(cuda),
+            values=grid.values.to(cuda),
             input_scale=None if grid.input_scale is None else grid.input_scale.to(cuda),
         )
         reason = cuda_fp8.CudaFp8().reject(replace(Problem.of(moved), out_features=16))

@@ -291,7 +291,7 @@ def test_reasons_to_refuse(
         ({"in_features": 100}, "multiples of 8"),
         ({"in_features": 1 << 20}, "below 1048576"),
         ({"group_size": 48}, "multiples of 32, not 48"),
-        ({"activation": "dynamic"}, "int8 (dynamic)"),
+        ({"activation": "dynamic"}, "8-bit ones (dynamic)"),
     ):
         reason = row.reject(replace(problem, **changes))  # type: ignore[arg-type]
         assert reason is not None and words in reason, changes

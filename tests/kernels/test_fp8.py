@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hfq.core.activations import quantize_tokens
-from hfq.core.float8 import E4M3
+from hfq.core.float8 import E4M3, e4m3_table
 from hfq.core.weight import Fp8Grid
 from hfq.kernels import cuda_fp8, dispatch, fp8, fp8_ops
 from hfq.kernels.row import Problem
@@ -154,6 +154,7 @@ def test_on_a_gpu(cuda: torch.device, shape: tuple[int, int], generator: torch.G
     grid = Fp8Grid(
         qweight=codes.to(cuda),
         scales=scales.to(cuda),
+        values=e4m3_table(cuda),
         in_features=shape[1],
         out_features=shape[0],
         activation="dynamic",
@@ -287,7 +288,8 @@ def test_on_the_cpu_weights_are_dequantized() -> None:
         choice = dispatch.select(problem(device="cpu", activation=activation))
         assert choice.row.name == "dequantize_fp8"
         reasons = dict.fromkeys(
-            ("cuda_fp8", "cuda_fp8_library"), "runs on cuda, the weight is on cpu"
+            ("cuda_fp8", "cuda_fp8_library", "cuda_fp8_weights"),
+            "runs on cuda, the weight is on cpu",
         )
         assert dict(choice.refused) == reasons
 
@@ -296,7 +298,12 @@ def test_float32_stays_exact_on_tensor_cores(generator: torch.Generator) -> None
     """The row's own code, on tensors of the CPU: its product rounds to bfloat16, so float32 goes another way."""
     codes, scales = operands(32, 48, generator)
     grid = Fp8Grid(
-        qweight=codes, scales=scales, in_features=48, out_features=32, activation="dynamic"
+        qweight=codes,
+        scales=scales,
+        values=e4m3_table(),
+        in_features=48,
+        out_features=32,
+        activation="dynamic",
     )
     x = torch.randn(3, 48, generator=generator)
     row = cuda_fp8.CudaFp8Library()
