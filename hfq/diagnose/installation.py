@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import platform
+import re
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -182,6 +183,7 @@ def _cuda() -> Iterator[Check]:
         why = "no CUDA device" if torch.version.cuda else f"PyTorch {torch.__version__} has no CUDA"
         yield Check(name="CUDA", status="missing", found=f"{why}; models run on the CPU")
         return
+    capabilities = set()
     for index in range(torch.cuda.device_count()):
         name, (major, minor) = (
             torch.cuda.get_device_name(index),
@@ -189,13 +191,17 @@ def _cuda() -> Iterator[Check]:
         )
         found = f"{name}, sm_{major}{minor}, CUDA {torch.version.cuda}"
         yield Check(name=f"CUDA device {index}", status="ok", found=found)
+        capabilities.add((major, minor))
     status = _native_status()
     if isinstance(status, KernelError):
         return
     built = status.build.get("cuda", {})
     if status.cuda:
-        found = f"built for {', '.join(built.get('archs', ()))} by {built.get('compiler', '?')}"
-        yield Check(name="CUDA kernels", status="ok", found=found)
+        archs = built.get("archs", ())
+        found = f"built for {', '.join(archs)} by {built.get('compiler', '?')}"
+        yield Check(
+            name="CUDA kernels", status="ok", found=found, remedy=_late(archs, capabilities)
+        )
     elif native.cuda_is_off():
         remedy = f"unset {native.CUDA_VARIABLE} to use them; the PyTorch reference is slow"
         yield Check(name="CUDA kernels", status="missing", found=status.cuda_reason, remedy=remedy)
@@ -207,6 +213,34 @@ def _cuda() -> Iterator[Check]:
         )
         state = "broken" if built.get("built") else "missing"
         yield Check(name="CUDA kernels", status=state, found=status.cuda_reason, remedy=remedy)
+
+
+def _late(archs: Iterable[str], capabilities: Iterable[tuple[int, int]]) -> str:
+    """What to know where the driver has to compile the kernels for a GPU; empty if it does not."""
+    late = [
+        f"{major}{minor}"
+        for major, minor in sorted(capabilities)
+        if not _has_code(archs, major, minor)
+    ]
+    if not late:
+        return ""
+    return (
+        f"the driver compiles them for sm_{', sm_'.join(late)} when they are first used, which takes minutes once; "
+        f"to spare that, build with -DCMAKE_CUDA_ARCHITECTURES={late[0]}-real"
+    )
+
+
+def _has_code(archs: Iterable[str], major: int, minor: int) -> bool:
+    """Whether a library that was built for these names of CMake has machine code for GPUs of a compute capability."""
+    for arch in archs:
+        found = re.fullmatch(r"(\d+)(\d)(a?)(-real)?", arch)
+        if found is None:
+            continue  # -virtual: PTX
+        same = int(found[1]) == major and int(found[2]) <= minor
+        # Code with "a" runs on this one capability.
+        if same and (not found[3] or int(found[2]) == minor):
+            return True
+    return False
 
 
 def _self_tests() -> Iterator[Check]:

@@ -81,6 +81,49 @@ def test_huge_pages_that_are_off(monkeypatch):
     assert (found.status, found.found) == ("missing", "set to never")
 
 
+@pytest.mark.parametrize(
+    ("capability", "code"),
+    [((8, 0), 1), ((8, 6), 1), ((8, 9), 1), ((9, 0), 1), ((9, 1), 0), ((10, 0), 0), ((7, 5), 0)],
+)
+def test_machine_code_for_a_gpu(capability, code):
+    archs = ["80-real", "89-real", "90a-real", "90-virtual"]
+    assert installation._has_code(archs, *capability) == bool(code)
+    assert installation._has_code(["120"], 12, 0) and not installation._has_code(["120"], 10, 0)
+
+
+def test_a_gpu_that_is_newer_than_the_build(monkeypatch):
+    """Devices and library as on a machine with one; the self-test there is another test's."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8 + 4 * index, 0))
+    monkeypatch.setattr(installation, "self_test", lambda device: iter(()))
+    status = native.NativeStatus(
+        cpu=True, cuda=True, build={"cuda": {"built": True, "archs": ["80-real", "90-virtual"]}}
+    )
+    monkeypatch.setattr(native, "load", lambda: status)
+    diagnosis = doctor()
+    found = check(diagnosis, "CUDA kernels")
+    assert found.status == "ok" and "sm_120 when" in found.remedy
+    assert check(diagnosis, "CUDA device 1").status == "ok"
+    assert {"self-test, cpu", "self-test, cuda:0", "self-test, cuda:1"} <= {
+        each.name for each in diagnosis.checks
+    }
+
+
+def test_cuda_kernels_that_are_left_out(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    reason = "HFQ_CUDA_KERNELS=off leaves them out"
+    status = native.NativeStatus(
+        cpu=True, cuda=False, cuda_reason=reason, build={"cuda": {"built": True}}
+    )
+    monkeypatch.setattr(native, "load", lambda: status)
+    monkeypatch.setenv("HFQ_CUDA_KERNELS", "off")
+    found = check(doctor(), "CUDA kernels")
+    assert (found.status, found.found) == ("missing", reason) and "unset" in found.remedy
+
+
 def test_machine():
     total, available = machine.memory() or (2, 1)
     assert total > available > 0
