@@ -13,14 +13,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..core.weight import PackedGrid
+from ..core.weight import Fp8Grid, PackedGrid
 from . import fragments, native
 from .cpu import call
 from .cuda_ops import fragments_weight
 from .ops import native_dtype
 from .row import OneByOne, Problem, stack_tiles
 
-__all__ = ["MAX_DIRECT_TOKENS", "MAX_EXPERT_TOKENS", "CudaFragments", "no_native_code"]
+__all__ = [
+    "MAX_DIRECT_TOKENS",
+    "MAX_EXPERT_TOKENS",
+    "CudaFragments",
+    "no_native_code",
+    "takes_all_experts",
+]
 
 # Measured on an H100, 4096 x 14336, 128 and 256 tokens, in microseconds: int4 66 and 130 directly, 105 and 109 with dequantizing and the matrix
 # library; with zero points 86 and 171 beside 112 and 116, nf4 87 and 173 beside 110 and 114 (benchmarks/results/gpu_kernels.json).
@@ -101,11 +107,7 @@ class CudaFragments(OneByOne):
         return y
 
     def reads_counts_on_device(self, x: Tensor, tokens: int, grid: PackedGrid) -> bool:
-        experts = grid.qweight.shape[0]
-        learns = torch.is_grad_enabled() and x.requires_grad
-        each = max(MAX_EXPERT_TOKENS, _EXPERT_PRODUCTS // (grid.in_features * grid.out_features))
-        few = tokens <= min(each * experts, _MOST_EXPERT_TOKENS)
-        return x.dtype.itemsize == 2 and not learns and few and experts <= _MOST_EXPERTS
+        return x.dtype.itemsize == 2 and takes_all_experts(x, tokens, grid)
 
     def stack(self, grids: Sequence[PackedGrid]) -> tuple[PackedGrid, list[PackedGrid]] | None:
         return stack_tiles(grids, fragments.ROWS, fragments.stack)
@@ -121,6 +123,20 @@ class CudaFragments(OneByOne):
 
     def _operands(self, grid: PackedGrid) -> tuple[Tensor | None, ...]:
         return (grid.qweight, grid.scales, grid.zeros, grid.codebook)
+
+
+def takes_all_experts(x: Tensor, tokens: int, grid: PackedGrid | Fp8Grid) -> bool:
+    """Whether one launch for all experts is there, and faster than one for each.
+
+    Args:
+        x: whose device, dtype and gradient are those of the tokens.
+        grid: with E in front of each tensor.
+    """
+    experts = grid.qweight.shape[0]
+    learns = torch.is_grad_enabled() and x.requires_grad
+    each = max(MAX_EXPERT_TOKENS, _EXPERT_PRODUCTS // (grid.in_features * grid.out_features))
+    few = tokens <= min(each * experts, _MOST_EXPERT_TOKENS)
+    return not learns and few and experts <= _MOST_EXPERTS
 
 
 def _sizes(grid: PackedGrid) -> tuple[int, int, int, int]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core.weight import Fp8Grid
 from . import fragments
 from .cpu import call
-from .cuda import CudaFragments, no_native_code
+from .cuda import CudaFragments, no_native_code, takes_all_experts
 from .fp8 import TILE
 from .neutral_fp8 import NeutralFp8
 from .row import Problem, stack_tiles
@@ -100,6 +100,26 @@ class CudaFp8(CudaFp8Library):
         y = call(torch.ops.hfq.cuda_fp8_linear, tokens.contiguous(), *operands, bias)
         out: Tensor = y.view(*x.shape[:-1], grid.out_features)
         return out
+
+    def experts(
+        self,
+        x: Tensor,
+        counts: Tensor,
+        grid: Fp8Grid,
+        bias: Tensor | None,
+        int8_activations: bool,
+    ) -> Tensor:
+        if not self.reads_counts_on_device(x, x.shape[0], grid):
+            return super().experts(x, counts, grid, bias, int8_activations)
+        y: Tensor = torch.ops.hfq.cuda_fp8_experts_linear(
+            x.contiguous(), counts.to(x.device), grid.qweight, grid.scales, bias
+        )
+        return y
+
+    def reads_counts_on_device(self, x: Tensor, tokens: int, grid: Fp8Grid) -> bool:
+        # A static scale is that of an expert; tokens are rounded before anybody knows whose they are.
+        known = grid.input_scale is None and x.dtype != torch.float64
+        return known and takes_all_experts(x, tokens, grid)
 
 
 def _machine_reason() -> str | None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..core.weight import PackedGrid
 from . import fragments
 from .cpu import call
-from .cuda import no_native_code
+from .cuda import no_native_code, takes_all_experts
 from .cuda_int8_ops import PIECE, signed_weight, switched
 from .int8 import MAX_COLUMNS
 from .row import OneByOne, Problem, stack_tiles
@@ -71,6 +71,29 @@ class CudaInt8(OneByOne):
             y = torch.ops.hfq.cuda_int8_linear_cublas(tokens, *arguments)
         out: Tensor = y.view(*x.shape[:-1], grid.out_features).to(x.dtype)
         return out
+
+    def experts(
+        self,
+        x: Tensor,
+        counts: Tensor,
+        grid: PackedGrid,
+        bias: Tensor | None,
+        int8_activations: bool,
+    ) -> Tensor:
+        if not self.reads_counts_on_device(x, x.shape[0], grid):
+            return super().experts(x, counts, grid, bias, int8_activations)
+        y: Tensor = torch.ops.hfq.cuda_int8_experts_linear(
+            x.contiguous(),
+            counts.to(x.device),
+            *(grid.qweight, grid.scales, bias),
+            *(grid.in_features, grid.out_features),
+        )
+        return y
+
+    def reads_counts_on_device(self, x: Tensor, tokens: int, grid: PackedGrid) -> bool:
+        # A static scale is that of an expert; tokens are rounded before anybody knows whose they are.
+        known = grid.input_scale is None and x.dtype != torch.float64
+        return known and takes_all_experts(x, tokens, grid)
 
     def stack(self, grids: Sequence[PackedGrid]) -> tuple[PackedGrid, list[PackedGrid]] | None:
         if any(grid.input_scale is not None for grid in grids):

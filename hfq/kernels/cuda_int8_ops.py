@@ -4,6 +4,7 @@
     cuda_scale_sums          out [M, N], int32 [M, N]                   native on CUDA; sums times scales, plus bias, into out
     cuda_int8_linear         x, signed -> x W^T + bias                  the same; x quantized to int8, for few tokens
     cuda_int8_linear_cublas  x, signed -> x W^T + bias                  cuda_quantize_tokens, `torch._int_mm`, cuda_scale_sums
+    cuda_int8_experts_linear x, counts, stacks of signed                native on CUDA; no gradient; see `hfq.kernels.cuda_ops`
 
 K is a multiple of 16 on CUDA. All give the numbers of `hfq.kernels.int8` to the bit. The rounding of x counts as the identity for
 gradients.
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..core.activations import quantize_tokens
+from .cuda_products import experts_by_parts, fake_linear
 from .int8 import int8_linear, integer_product, scaled_sums
 from .ops import LIBRARY, define_product, dequantized, native_dtype, register_gradient
 
@@ -38,6 +40,8 @@ for _schema in (
     "cuda_quantize_tokens(Tensor x, Tensor? input_scale) -> (Tensor, Tensor)",
     f"cuda_scale_sums(Tensor(a!) out, {_SUM_OPERANDS}) -> ()",
     f"cuda_int8_linear_cublas({_LINEAR}) -> Tensor",
+    "cuda_int8_experts_linear(Tensor x, Tensor counts, Tensor qweight, Tensor scales, Tensor? bias, int in_features, "
+    "int out_features) -> Tensor",
 ):
     LIBRARY.define(_schema, tags=(torch.Tag.needs_fixed_stride_order,))
 
@@ -102,12 +106,31 @@ def _linear_cublas(
     return y
 
 
+def _experts_linear(
+    x: Tensor,
+    counts: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    out_features: int,
+) -> Tensor:
+    def linear(tokens: Tensor, expert: int) -> Tensor:
+        own = None if bias is None else bias[expert]
+        return _linear(
+            tokens, qweight[expert], scales[expert], None, own, in_features, out_features
+        )
+
+    return experts_by_parts(x, counts, out_features, linear)
+
+
 for _name, _implementation in (
     ("cuda_quantize_tokens", quantize_tokens),
     ("cuda_scale_sums", _scale_sums),
     ("cuda_int8_linear", _linear),
     ("cuda_int8_linear.inference", _linear),
     ("cuda_int8_linear_cublas", _linear_cublas),
+    ("cuda_int8_experts_linear", _experts_linear),
 ):
     LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
 
@@ -124,16 +147,13 @@ def _fake_scale_sums(out: Tensor, *rest: Any) -> None:
     return None
 
 
-def _fake_linear(x: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], rest[-1]))
-
-
 _FAKES: dict[str, Callable[..., Any]] = {
     "cuda_quantize_tokens": _fake_quantize_tokens,
     "cuda_scale_sums": _fake_scale_sums,
-    "cuda_int8_linear": _fake_linear,
-    "cuda_int8_linear.inference": _fake_linear,
-    "cuda_int8_linear_cublas": _fake_linear,
+    "cuda_int8_linear": fake_linear,
+    "cuda_int8_linear.inference": fake_linear,
+    "cuda_int8_linear_cublas": fake_linear,
+    "cuda_int8_experts_linear": fake_linear,
 }
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"hfq::{_name}", _fake, lib=LIBRARY)

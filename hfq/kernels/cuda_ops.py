@@ -27,6 +27,7 @@ from torch import Tensor
 from . import fragments, reference
 from .cuda_products import (
     CHUNK,
+    experts_by_parts,
     fake_linear,
     gradient_by_parts,
     linear_by_parts,
@@ -115,15 +116,12 @@ def _experts_linear(
     bias: Tensor | None,
     *sizes: int,
 ) -> Tensor:
-    y = x.new_zeros((x.shape[0], sizes[3]))
-    first = 0
-    for expert, count in enumerate(counts.tolist()):
-        tokens = slice(first, first + count)
-        first += count
+    def linear(tokens: Tensor, expert: int) -> Tensor:
         operands = [None if stack is None else stack[expert] for stack in (qweight, scales, zeros)]
         own = None if bias is None else bias[expert]
-        y[tokens] = _linear(x[tokens], *operands, codebook, own, *sizes)  # type: ignore[arg-type]  # the first two are there
-    return y
+        return _linear(tokens, *operands, codebook, own, *sizes)  # type: ignore[arg-type]  # the first two are there
+
+    return experts_by_parts(x, counts, sizes[3], linear)
 
 
 def _linear_dequantized(

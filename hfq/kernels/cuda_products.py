@@ -17,6 +17,7 @@ from .ops import LIBRARY, matmul, register_gradient, register_second_gradient
 
 __all__ = [
     "CHUNK",
+    "experts_by_parts",
     "fake_linear",
     "gradient_by_parts",
     "linear_by_parts",
@@ -54,6 +55,19 @@ def gradient_by_parts(grad: Tensor, parts: _Parts, in_features: int, out_feature
     if total is None:
         return grad.new_zeros((*grad.shape[:-1], in_features))
     return total.to(grad.dtype)
+
+
+def experts_by_parts(
+    x: Tensor, counts: Tensor, out_features: int, linear: Callable[[Tensor, int], Tensor]
+) -> Tensor:
+    """``linear(tokens, expert)`` of the first ``counts[0]`` rows of x, the next ones, ...; zeros behind them: `[M, N]`."""
+    y = x.new_zeros((x.shape[0], out_features))
+    first = 0
+    for expert, count in enumerate(counts.tolist()):
+        tokens = slice(first, first + count)
+        first += count
+        y[tokens] = linear(x[tokens], expert)
+    return y
 
 
 def _fake_dequantize(qweight: Tensor, *rest: Any) -> Tensor:

@@ -7,6 +7,7 @@ M tokens, N out_features, K in_features; qweight uint8 [N, K, 1], scales float32
     fp8_scaled_linear         x -> x W^T + bias                 cuda_fp8_quantize_tokens, `torch._scaled_mm`
     cuda_fp8_quantize_tokens  x [M, K] -> E4M3, float32 [M, 1]  native on CUDA; elsewhere hfq.core.activations, the same to the bit
     cuda_fp8_linear           x [M, K] -> x W^T + bias          native on CUDA; x rounded to E4M3, for few tokens
+    cuda_fp8_experts_linear   x, counts, stacks -> [M, N]       native on CUDA; no gradient; see hfq.kernels.cuda_ops
 
 On CUDA, K of the native ones is a multiple of 16; the product is that of `hfq.kernels.fp8.linear` up to the order of float32 sums.
 
@@ -25,6 +26,7 @@ from torch import Tensor
 from ..core.activations import quantize_tokens
 from ..core.float8 import E4M3
 from . import fp8
+from .cuda_products import experts_by_parts
 from .ops import LIBRARY, define_product, dequantized, register_gradient, widened
 
 __all__: list[str] = []
@@ -36,6 +38,7 @@ for _schema in (
     f"fp8_linear(Tensor x, {_OPERANDS}, Tensor? bias, bool fp8_activations) -> Tensor",
     f"fp8_scaled_linear(Tensor x, {_OPERANDS}, Tensor? bias) -> Tensor",
     "cuda_fp8_quantize_tokens(Tensor x, Tensor? input_scale) -> (Tensor, Tensor)",
+    "cuda_fp8_experts_linear(Tensor x, Tensor counts, Tensor qweight, Tensor scales, Tensor? bias) -> Tensor",
 ):
     LIBRARY.define(_schema, tags=(torch.Tag.needs_fixed_stride_order,))
 
@@ -63,6 +66,20 @@ def _quantize_tokens(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Ten
     return quantize_tokens(x, input_scale, E4M3)
 
 
+def _experts_linear(
+    x: Tensor, counts: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None
+) -> Tensor:
+    def linear(tokens: Tensor, expert: int) -> Tensor:
+        own = None if bias is None else bias[expert]
+        return fp8.linear(tokens, qweight[expert], scales[expert], None, own)
+
+    return experts_by_parts(x, counts, qweight.shape[1], linear)
+
+
+def _fake_experts_linear(x: Tensor, counts: Tensor, qweight: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty((x.shape[0], qweight.shape[1]))
+
+
 for _name, _implementation in (
     ("fp8_dequantize", fp8.dequantize),
     ("fp8_linear", _linear),
@@ -70,6 +87,7 @@ for _name, _implementation in (
     ("cuda_fp8_quantize_tokens", _quantize_tokens),
     ("cuda_fp8_linear", fp8.linear),
     ("cuda_fp8_linear.inference", fp8.linear),
+    ("cuda_fp8_experts_linear", _experts_linear),
 ):
     LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
 
@@ -93,6 +111,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "cuda_fp8_quantize_tokens": _fake_quantize_tokens,
     "cuda_fp8_linear": _fake_linear,
     "cuda_fp8_linear.inference": _fake_linear,
+    "cuda_fp8_experts_linear": _fake_experts_linear,
 }
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"hfq::{_name}", _fake, lib=LIBRARY)

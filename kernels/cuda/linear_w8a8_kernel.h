@@ -12,6 +12,7 @@
 // time has room for 200: memory is the only limit.
 #pragma once
 
+#include "runs.h"
 #include "tokens.h"
 
 namespace hfq {
@@ -201,18 +202,14 @@ __device__ __forceinline__ void quantize_inside(const W8A8Params& p, Inside* ins
 __device__ __forceinline__ uint32_t word_of(int32_t sum) { return static_cast<uint32_t>(sum); }
 __device__ __forceinline__ uint32_t word_of(float sum) { return as_bits(sum); }
 
-// T: of x where the kernel quantizes; void where it reads codes.
+// What a thread block computes: kTiles tiles of rows for 8 kTokenTiles tokens. T: of x where it quantizes; void where it reads codes.
 template <class Code, class T, int kTiles, int kTokenTiles>
-__global__ void __launch_bounds__(kThreads, kTokenTiles == 1 ? 3 : 2) w8a8_kernel(const W8A8Params p) {
+__device__ __forceinline__ void w8a8_block(const W8A8Params& p, int64_t first_row, int64_t first_token) {
   constexpr bool kInside = !std::is_void_v<T>;
   constexpr int kTileSums = kTiles * kTokenTiles * 128;
   using Sum = typename Code::Sum;
   Sum* partial = reinterpret_cast<Sum*>(shared_memory());  // [kWarps][kTiles][kTokenTiles][32][4]
   Inside* inside = reinterpret_cast<Inside*>(shared_memory() + kWarps * kTileSums * sizeof(Sum));
-  // Neighbouring thread blocks read the same weights for other tokens: the second finds them in L2.
-  const uint32_t token_blocks = kInside ? 1 : p.token_blocks;
-  const int64_t first_row = static_cast<int64_t>(blockIdx.x / token_blocks) * (16 * kTiles);
-  const int64_t first_token = static_cast<int64_t>(blockIdx.x % token_blocks) * (8 * kTokenTiles);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
   W8A8Warp<Code, kTiles, kTokenTiles, kInside> mine(p, first_row, first_token);
@@ -248,7 +245,37 @@ __global__ void __launch_bounds__(kThreads, kTokenTiles == 1 ? 3 : 2) w8a8_kerne
   }
 }
 
-// ---- launcher ----
+template <class Code, class T, int kTiles, int kTokenTiles>
+__global__ void __launch_bounds__(kThreads, kTokenTiles == 1 ? 3 : 2) w8a8_kernel(const W8A8Params p) {
+  // Neighbouring thread blocks read the same weights for other tokens: the second finds them in L2.
+  const uint32_t token_blocks = std::is_void_v<T> ? p.token_blocks : 1;
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x / token_blocks) * (16 * kTiles);
+  w8a8_block<Code, T, kTiles, kTokenTiles>(p, first_row, static_cast<int64_t>(blockIdx.x % token_blocks) * (8 * kTokenTiles));
+}
+
+// The same for tokens that are sorted by expert: what a thread block of experts_kernel.h is to one of linear_kernel.h.
+template <class Code, int kTokenTiles>
+__global__ void __launch_bounds__(kThreads, kTokenTiles == 1 ? 3 : 2) w8a8_experts_kernel(const W8A8ExpertsParams p) {
+  const Routing& r = p.routing;
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x / r.slots) * 16;
+  const Run run = find_run<8 * kTokenTiles>(r, static_cast<uint32_t>(p.product.tokens), blockIdx.x % r.slots);
+  if (run.first >= run.end) return;
+  W8A8Params own = p.product;
+  if (run.expert == r.experts) {  // tokens of none
+    const int64_t all = own.out_features;
+    const uint32_t width = static_cast<uint32_t>(all - first_row < 16 ? all - first_row : 16);
+    for (uint32_t i = threadIdx.x; i < (run.end - run.first) * width; i += kThreads)
+      store_float(own.y, (run.first + i / width) * all + first_row + i % width, own.x_dtype, 0.0f);
+    return;
+  }
+  own.qweight += run.expert * r.qweight_bytes;
+  own.scales = static_cast<const uint8_t*>(own.scales) + run.expert * r.scale_bytes;
+  if (own.bias) own.bias = static_cast<const uint8_t*>(own.bias) + run.expert * r.bias_bytes;
+  own.tokens = run.end;
+  w8a8_block<Code, void, 1, kTokenTiles>(own, first_row, run.first);
+}
+
+// ---- launchers ----
 
 template <class Code, class T, int kTiles, int kTokenTiles>
 const char* launch_kind(const W8A8Params& params, cudaStream_t stream) {
@@ -277,6 +304,22 @@ const char* launch_w8a8_of(const W8A8Params& p, cudaStream_t stream) {
   }
   if (p.tokens <= 8) return launch_codes<Code, 1>(p, stream);
   return p.tokens <= 16 ? launch_codes<Code, 2>(p, stream) : launch_codes<Code, 4>(p, stream);
+}
+
+template <class Code, int kTokenTiles>
+const char* launch_experts_kind(const W8A8ExpertsParams& params, cudaStream_t stream) {
+  W8A8ExpertsParams p = params;
+  p.routing.slots = static_cast<uint32_t>(expert_slots(p.product.tokens, p.routing.experts, 8 * kTokenTiles));
+  const int64_t row_blocks = (p.product.out_features + 15) / 16;
+  constexpr size_t kShared = kWarps * kTokenTiles * 128 * sizeof(typename Code::Sum);
+  return launch(w8a8_experts_kernel<Code, kTokenTiles>, static_cast<unsigned>(row_blocks * p.routing.slots), kThreads, kShared, stream, p);
+}
+
+template <class Code>
+const char* launch_w8a8_experts_of(const W8A8ExpertsParams& p, cudaStream_t stream) {
+  if (p.product.tokens == 0 || p.product.out_features == 0) return nullptr;
+  // Longer runs where experts have more than 8 tokens each.
+  return p.product.tokens > 8 * p.routing.experts ? launch_experts_kind<Code, 4>(p, stream) : launch_experts_kind<Code, 1>(p, stream);
 }
 
 }  // namespace

@@ -8,7 +8,7 @@
 // integers, whose order does not matter, and that of fp8.py up to the order of float32 sums.
 #pragma once
 
-#include "dtype.h"
+#include "experts.h"
 
 namespace hfq {
 
@@ -68,6 +68,17 @@ inline bool quantizes_inside(CodeType type, int64_t tokens, int64_t in_features)
 
 const char* launch_w8a8(const W8A8Params& params, cudaStream_t stream);
 const char* launch_fp8(const W8A8Params& params, cudaStream_t stream);
+
+// ---- hfq::cuda_int8_experts_linear, cuda_fp8_experts_linear ----
+
+struct W8A8ExpertsParams {
+  W8A8Params product;  // of expert 0; codes, token_scales and y of all tokens, which are not quantized inside
+  Routing routing;
+};
+
+// As launch_experts, with the same limits.
+const char* launch_w8a8_experts(const W8A8ExpertsParams& params, cudaStream_t stream);
+const char* launch_fp8_experts(const W8A8ExpertsParams& params, cudaStream_t stream);
 
 // ---- hfq::cuda_scale_sums ----
 

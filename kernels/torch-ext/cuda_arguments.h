@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../cuda/copy.h"
+#include "../cuda/experts.h"
 #include "../cuda/weight.h"
 #include "arguments.h"
 
@@ -95,6 +96,21 @@ StableIValue unpacked(const char* op, const Operands& operands, const Tensor* in
   const int64_t sizes[] = {p.rows, p.weight.in_features};
   const StableIValue y = empty_tensor(sizes, 2, dtype, cuda, operands.device_index(), &p.y);
   return checked(op, y, launch(p, current_stream(operands.device_index())));
+}
+
+// ---- experts ----
+
+// How many tokens each of `experts` weights meets, for `tokens` tokens in all, on device `index`.
+inline Routing routing_of(const char* op, const Tensor& counts, int64_t experts, int64_t tokens, int32_t index) {
+  Routing r = {};
+  r.experts = experts;
+  expect(experts > 0 && experts <= kMostExperts, op, "takes 1 to " + std::to_string(kMostExperts) + " experts, got " + std::to_string(experts));
+  expect(tokens <= kMostExpertTokens, op, "takes up to 2^20 tokens, got " + std::to_string(tokens));
+  if (counts.dtype() != aoti_torch_dtype_int64()) counts.refuse("int64");
+  counts.expect_shape({experts});
+  if (counts.device_index() != index) counts.refuse("on the device of qweight");
+  r.counts = static_cast<const int64_t*>(counts.data(aoti_torch_device_type_cuda(), 8));
+  return r;
 }
 
 // Operators of other files.

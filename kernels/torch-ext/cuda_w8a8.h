@@ -21,6 +21,15 @@ inline void expect_columns(const char* op, CodeType type, int64_t in_features) {
          "in_features must be a multiple of 16 up to " + std::to_string(most) + ", got " + std::to_string(in_features));
 }
 
+inline W8A8Params sizes_of(const char* op, CodeType type, int64_t in_features, int64_t out_features) {
+  W8A8Params p = {};
+  p.in_features = in_features;
+  p.out_features = out_features;
+  expect_columns(op, type, in_features);
+  expect(out_features > 0 && out_features < kMostBlocks, op, "out_features must be between 1 and 2^31, got " + std::to_string(out_features));
+  return p;
+}
+
 // A tensor of floats of any dtype with this shape, on device `index`.
 inline const void* floats(const Tensor& tensor, std::initializer_list<int64_t> shape, int32_t index, DType& dtype) {
   dtype = float_dtype(tensor.dtype());
@@ -111,15 +120,36 @@ inline void quantize_tokens(const char* op, CodeType type, int32_t dtype, Stable
   stack[1] = scales;
 }
 
-// The product of few tokens with the weight `[N, K]` of uint8 in `qweight`, whose sizes are in `p` and whose shape has been checked.
+// The weight and its scales (and bias) in `p`, whose sizes and shape of qweight have been checked. `experts`: how many of them, 0 for one weight
+// without a dimension of its own.
+inline void set_weight(W8A8Params& p, int64_t experts, const Tensor& qweight, const Tensor& scales, const Tensor& bias) {
+  const int32_t index = qweight.device_index();
+  if (qweight.dtype() != aoti_torch_dtype_uint8()) qweight.refuse("uint8");
+  p.qweight = static_cast<const uint8_t*>(qweight.data(aoti_torch_device_type_cuda(), 1));
+  if (!aligned(p.qweight, 16)) qweight.refuse("aligned to 16 bytes");
+  const int64_t n = p.out_features;
+  p.scales = experts ? floats(scales, {experts, n, 1}, index, p.scale_dtype) : floats(scales, {n, 1}, index, p.scale_dtype);
+  if (bias.defined()) p.bias = experts ? floats(bias, {experts, n}, index, p.bias_dtype) : floats(bias, {n}, index, p.bias_dtype);
+}
+
+// Rounds the tokens that `p` has into memory of their own: codes, and behind them scales, at a multiple of 16 bytes. To be kept until the launch.
+inline StableIValue round_tokens(const char* op, CodeType type, const Tokens& tokens, int32_t index, cudaStream_t stream, W8A8Params& p) {
+  const int64_t bytes = p.tokens * p.in_features, sizes[] = {bytes + 4 * p.tokens};
+  void* memory = nullptr;
+  const StableIValue codes = empty_tensor(sizes, 1, aoti_torch_dtype_uint8(), aoti_torch_device_type_cuda(), index, &memory);
+  TokensParams t = tokens_params(tokens, type, p.in_features, p.input_scale);
+  t.x = p.x;
+  p.codes = t.codes = static_cast<uint8_t*>(memory);
+  p.token_scales = t.scales = reinterpret_cast<float*>(t.codes + bytes);
+  return checked(op, codes, launch_quantize_tokens(t, stream));
+}
+
+// The product of few tokens with one weight.
 inline StableIValue product_of_codes(const char* op, CodeType type, W8A8Params p, const Tensor& x, const Tensor& qweight, const Tensor& scales,
                                      const Tensor& input_scale, const Tensor& bias) {
-  const int32_t cuda = aoti_torch_device_type_cuda(), index = qweight.device_index();
-  p.qweight = static_cast<const uint8_t*>(qweight.data(cuda, 1));
-  if (!aligned(p.qweight, 16)) qweight.refuse("aligned to 16 bytes");
-  p.scales = floats(scales, {p.out_features, 1}, index, p.scale_dtype);
+  const int32_t index = qweight.device_index();
+  set_weight(p, 0, qweight, scales, bias);
   if (input_scale.defined()) p.input_scale = float32s(input_scale, {1}, index);
-  if (bias.defined()) p.bias = floats(bias, {p.out_features}, index, p.bias_dtype);
   Tokens tokens(op, x, p.in_features);
   expect_device(x, index, "qweight");
   p.x_dtype = tokens.dtype();
@@ -129,22 +159,39 @@ inline StableIValue product_of_codes(const char* op, CodeType type, W8A8Params p
   const DeviceGuard guard(index);
   const cudaStream_t stream = current_stream(index);
   p.x = tokens.data(stream);
-  StableIValue codes = 0;
-  if (!quantizes_inside(type, p.tokens, p.in_features)) {
-    // The scales stand behind the codes, at a multiple of 16 bytes.
-    const int64_t bytes = p.tokens * p.in_features, sizes[] = {bytes + 4 * p.tokens};
-    void* memory = nullptr;
-    codes = empty_tensor(sizes, 1, aoti_torch_dtype_uint8(), cuda, index, &memory);
-    TokensParams t = tokens_params(tokens, type, p.in_features, p.input_scale);
-    t.x = p.x;
-    p.codes = t.codes = static_cast<uint8_t*>(memory);
-    p.token_scales = t.scales = reinterpret_cast<float*>(t.codes + bytes);
-    checked(op, codes, launch_quantize_tokens(t, stream));
-  }
-  const Tensor kept(op, "codes", codes);
+  const bool inside = quantizes_inside(type, p.tokens, p.in_features);
+  const Tensor kept(op, "codes", inside ? 0 : round_tokens(op, type, tokens, index, stream, p));
   const int64_t sizes[] = {p.tokens, p.out_features};
-  const StableIValue y = empty_tensor(sizes, 2, x.dtype(), cuda, index, &p.y);
+  const StableIValue y = empty_tensor(sizes, 2, x.dtype(), aoti_torch_device_type_cuda(), index, &p.y);
   return checked(op, y, type == kInt8Codes ? launch_w8a8(p, stream) : launch_fp8(p, stream));
+}
+
+// The products of tokens that are sorted by expert.
+inline StableIValue products_of_experts(const char* op, CodeType type, const W8A8Params& sizes_of_one, const Tensor& x, const Tensor& counts,
+                                        const Tensor& qweight, const Tensor& scales, const Tensor& bias) {
+  const int32_t index = qweight.device_index();
+  const int64_t experts = qweight.size(0);
+  W8A8ExpertsParams p = {};
+  W8A8Params& product = p.product;
+  product = sizes_of_one;
+  Tokens tokens(op, x, product.in_features);
+  expect_device(x, index, "qweight");
+  p.routing = routing_of(op, counts, experts, tokens.count(), index);
+  set_weight(product, experts, qweight, scales, bias);
+  p.routing.qweight_bytes = product.out_features * product.in_features;
+  p.routing.scale_bytes = product.out_features * element_size(product.scale_dtype);
+  if (bias.defined()) p.routing.bias_bytes = product.out_features * element_size(product.bias_dtype);
+  product.x_dtype = tokens.dtype();
+  product.tokens = tokens.count();
+  expect_blocks(op, (product.out_features + 15) / 16 * expert_slots(product.tokens, experts, 8));
+
+  const DeviceGuard guard(index);
+  const cudaStream_t stream = current_stream(index);
+  product.x = tokens.data(stream);
+  const Tensor kept(op, "codes", round_tokens(op, type, tokens, index, stream, product));
+  const int64_t sizes[] = {product.tokens, product.out_features};
+  const StableIValue y = empty_tensor(sizes, 2, x.dtype(), aoti_torch_device_type_cuda(), index, &product.y);
+  return checked(op, y, type == kInt8Codes ? launch_w8a8_experts(p, stream) : launch_fp8_experts(p, stream));
 }
 
 }  // namespace hfq

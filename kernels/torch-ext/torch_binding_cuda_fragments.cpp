@@ -124,17 +124,11 @@ void cuda_experts_linear(StableIValue* stack, uint64_t, uint64_t) {
 
   ExpertsParams p = {};
   Routing& r = p.routing;
-  r.experts = operands.experts();
-  expect(r.experts > 0 && r.experts <= kMostExperts, op, "takes 1 to " + std::to_string(kMostExperts) + " experts, got " + std::to_string(r.experts));
+  r = routing_of(op, counts, operands.experts(), x.dim() ? x.size(0) : 0, index);
   LinearParams& linear = p.linear;
   linear.weight = operands.weight(r.experts);
   const Weight& w = linear.weight;
   set_x(operands, x, linear);
-  expect(linear.tokens <= kMostExpertTokens, op, "takes up to 2^20 tokens, got " + std::to_string(linear.tokens));
-  if (counts.dtype() != aoti_torch_dtype_int64()) counts.refuse("int64");
-  counts.expect_shape({r.experts});
-  operands.expect_device(counts);
-  r.counts = static_cast<const int64_t*>(counts.data(cuda, 8));
   const int64_t tiles = (w.out_features + kTileRows - 1) / kTileRows, columns = w.bits == 3 ? 128 : 256 / w.bits;
   r.qweight_bytes = tiles * ((w.in_features + columns - 1) / columns) * (w.bits == 3 ? 768 : 512);
   r.scale_bytes = tiles * w.groups * kTileRows * element_size(w.scale_dtype);

@@ -37,21 +37,28 @@ void cuda_int8_linear(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor x(op, "x", stack[0]), qweight(op, "qweight", stack[1]), scales(op, "scales", stack[2]);
   const Tensor input_scale(op, "input_scale", Tensor::unwrap(stack[3])), bias(op, "bias", Tensor::unwrap(stack[4]));
 
-  W8A8Params p = {};
-  p.in_features = as_int(stack[5]);
-  p.out_features = as_int(stack[6]);
-  expect_columns(op, kInt8Codes, p.in_features);
-  expect(p.out_features > 0 && p.out_features < kMostBlocks, op, "out_features must be between 1 and 2^31, got " + std::to_string(p.out_features));
-  if (qweight.dtype() != aoti_torch_dtype_uint8()) qweight.refuse("uint8");
+  const W8A8Params p = sizes_of(op, kInt8Codes, as_int(stack[5]), as_int(stack[6]));
   qweight.expect_shape({p.out_features, p.in_features / kPiece, kPiece, 1});
   stack[0] = product_of_codes(op, kInt8Codes, p, x, qweight, scales, input_scale, bias);
+}
+
+// hfq::cuda_int8_experts_linear(x [M, K], counts int64 [E], qweight [E, N, K / 16, 16, 1], scales [E, N, 1], bias? [E, N], in_features,
+//   out_features) -> [M, N]
+void cuda_int8_experts_linear(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "cuda_int8_experts_linear";
+  const Tensor x(op, "x", stack[0]), counts(op, "counts", stack[1]), qweight(op, "qweight", stack[2]), scales(op, "scales", stack[3]);
+  const Tensor bias(op, "bias", Tensor::unwrap(stack[4]));
+  const W8A8Params p = sizes_of(op, kInt8Codes, as_int(stack[5]), as_int(stack[6]));
+  qweight.expect_shape({qweight.dim() ? qweight.size(0) : 0, p.out_features, p.in_features / kPiece, kPiece, 1});
+  stack[0] = products_of_experts(op, kInt8Codes, p, x, counts, qweight, scales, bias);
 }
 
 }  // namespace
 
 bool register_int8(TorchLibraryHandle library) {
   return register_impl(library, "cuda_quantize_tokens", cuda_quantize_tokens) && register_impl(library, "cuda_scale_sums", cuda_scale_sums) &&
-         register_product(library, "cuda_int8_linear", cuda_int8_linear);
+         register_product(library, "cuda_int8_linear", cuda_int8_linear) &&
+         register_impl(library, "cuda_int8_experts_linear", cuda_int8_experts_linear);
 }
 
 }  // namespace hfq
