@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..core.weight import Fp8Grid, PackedGrid
+from ..core.weight import Grid, PackedGrid
 from . import fragments, native
 from .cpu import call
 from .cuda_ops import fragments_weight
@@ -24,6 +24,7 @@ __all__ = [
     "MAX_DIRECT_TOKENS",
     "MAX_EXPERT_TOKENS",
     "CudaFragments",
+    "most_expert_tokens",
     "no_native_code",
     "takes_all_experts",
 ]
@@ -107,7 +108,9 @@ class CudaFragments(OneByOne):
         return y
 
     def reads_counts_on_device(self, x: Tensor, tokens: int, grid: PackedGrid) -> bool:
-        return x.dtype.itemsize == 2 and takes_all_experts(x, tokens, grid)
+        return x.dtype.itemsize == 2 and takes_all_experts(
+            x, tokens, grid, most_expert_tokens(grid)
+        )
 
     def stack(self, grids: Sequence[PackedGrid]) -> tuple[PackedGrid, list[PackedGrid]] | None:
         return stack_tiles(grids, fragments.ROWS, fragments.stack)
@@ -125,18 +128,23 @@ class CudaFragments(OneByOne):
         return (grid.qweight, grid.scales, grid.zeros, grid.codebook)
 
 
-def takes_all_experts(x: Tensor, tokens: int, grid: PackedGrid | Fp8Grid) -> bool:
-    """Whether one launch for all experts is there, and faster than one for each.
+def takes_all_experts(x: Tensor, tokens: int, grid: Grid, each: int) -> bool:
+    """Whether there is one launch for all experts.
 
     Args:
         x: whose device, dtype and gradient are those of the tokens.
         grid: with E in front of each tensor.
+        each: tokens of an expert, on average, up to which that is faster than one expert after the other.
     """
     experts = grid.qweight.shape[0]
     learns = torch.is_grad_enabled() and x.requires_grad
-    each = max(MAX_EXPERT_TOKENS, _EXPERT_PRODUCTS // (grid.in_features * grid.out_features))
     few = tokens <= min(each * experts, _MOST_EXPERT_TOKENS)
     return not learns and few and experts <= _MOST_EXPERTS
+
+
+def most_expert_tokens(grid: Grid) -> int:
+    """For kernels on tensor cores; see `MAX_EXPERT_TOKENS`."""
+    return max(MAX_EXPERT_TOKENS, _EXPERT_PRODUCTS // (grid.in_features * grid.out_features))
 
 
 def _sizes(grid: PackedGrid) -> tuple[int, int, int, int]:

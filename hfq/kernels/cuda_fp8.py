@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core.weight import Fp8Grid
 from . import fragments
 from .cpu import call
-from .cuda import CudaFragments, no_native_code, takes_all_experts
+from .cuda import CudaFragments, most_expert_tokens, no_native_code, takes_all_experts
 from .fp8 import TILE
 from .neutral_fp8 import NeutralFp8
 from .row import Problem, stack_tiles
@@ -119,7 +119,7 @@ class CudaFp8(CudaFp8Library):
     def reads_counts_on_device(self, x: Tensor, tokens: int, grid: Fp8Grid) -> bool:
         # A static scale is that of an expert; tokens are rounded before anybody knows whose they are.
         known = grid.input_scale is None and x.dtype != torch.float64
-        return known and takes_all_experts(x, tokens, grid)
+        return known and takes_all_experts(x, tokens, grid, most_expert_tokens(grid))
 
 
 def _machine_reason() -> str | None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..core.weight import PackedGrid
 from . import fragments
 from .cpu import call
-from .cuda import no_native_code, takes_all_experts
+from .cuda import most_expert_tokens, no_native_code, takes_all_experts
 from .cuda_int8_ops import PIECE, signed_weight, switched
 from .int8 import MAX_COLUMNS
 from .row import OneByOne, Problem, stack_tiles
@@ -93,7 +93,7 @@ class CudaInt8(OneByOne):
     def reads_counts_on_device(self, x: Tensor, tokens: int, grid: PackedGrid) -> bool:
         # A static scale is that of an expert; tokens are rounded before anybody knows whose they are.
         known = grid.input_scale is None and x.dtype != torch.float64
-        return known and takes_all_experts(x, tokens, grid)
+        return known and takes_all_experts(x, tokens, grid, most_expert_tokens(grid))
 
     def stack(self, grids: Sequence[PackedGrid]) -> tuple[PackedGrid, list[PackedGrid]] | None:
         if any(grid.input_scale is not None for grid in grids):

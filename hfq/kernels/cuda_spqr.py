@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.weight import SpqrGrid
 from . import fragments, spqr_fragments
 from .cpu import call
-from .cuda import no_native_code
+from .cuda import no_native_code, takes_all_experts
 from .cuda_spqr_ops import spqr_fragments_weight
 from .neutral_spqr import operands, sizes
 from .ops import native_dtype
@@ -25,6 +25,10 @@ __all__ = ["MAX_DIRECT_TOKENS", "CudaSpqr"]
 # reads 0.5 bytes, writes 2 and reads 2 again: the time of 7 passes. 4 of them leave room for all that a GPU does
 # worse than reasoned. Not measured.
 MAX_DIRECT_TOKENS = 32
+
+# Of experts, in one launch: one after the other costs some 20 us more for each. Meanwhile a pass multiplies so often, if 8 tokens and
+# 4096 x 14336 weights take 13 us. Not measured either.
+_EXPERT_PRODUCTS = 3 << 28
 
 _MOST_COLUMNS = 1 << 19
 # Columns of one matrix instruction: groups end with them.
@@ -76,6 +80,30 @@ class CudaSpqr(OneByOne):
             y = torch.ops.hfq.cuda_spqr_linear_dequantized(tokens, *arguments)
         out: Tensor = y.view(*x.shape[:-1], grid.out_features)
         return out
+
+    def experts(
+        self,
+        x: Tensor,
+        counts: Tensor,
+        grid: SpqrGrid,
+        bias: Tensor | None,
+        int8_activations: bool,
+    ) -> Tensor:
+        if not self.reads_counts_on_device(x, x.shape[0], grid):
+            return super().experts(x, counts, grid, bias, int8_activations)
+        y: Tensor = torch.ops.hfq.cuda_spqr_experts_linear(
+            x.contiguous(),
+            counts.to(x.device),
+            *operands(grid),
+            bias,
+            *sizes(grid),
+            grid.out_features,
+        )
+        return y
+
+    def reads_counts_on_device(self, x: Tensor, tokens: int, grid: SpqrGrid) -> bool:
+        each = MAX_DIRECT_TOKENS + _EXPERT_PRODUCTS // (grid.in_features * grid.out_features)
+        return x.dtype.itemsize == 2 and takes_all_experts(x, tokens, grid, each)
 
     def lookup(self, grid: SpqrGrid, index: Tensor, dtype: torch.dtype) -> Tensor:
         rows: Tensor = torch.ops.hfq.cuda_spqr_lookup(

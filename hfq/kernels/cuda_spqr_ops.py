@@ -5,6 +5,7 @@
     cuda_spqr_linear              x, tiles -> x W^T + bias      the same; x [M, K] in float16 or bfloat16, for few tokens
     cuda_spqr_linear_dequantized  x, tiles -> x W^T + bias      cuda_spqr_dequantize, then a matrix product; some rows of W at a time
     cuda_spqr_linear_gradient     grad, tiles -> grad W         the same
+    cuda_spqr_experts_linear      x, counts, stacks of tiles    native on CUDA; no gradient; see `hfq.kernels.cuda_ops`
 
 Tiles: qweight in layout fragments with ``halves=True``, stat_codes as in `hfq.kernels.spqr_fragments`, all else as in
 `hfq.kernels.spqr_ops`; K is a multiple of 8, groups of 16 columns, stat_group_size of 16 rows. Offsets may be those of some
@@ -24,6 +25,8 @@ from ..core.spec import group_count
 from . import fragments, reference, spqr_fragments
 from .cuda_products import (
     CHUNK,
+    experts_by_parts,
+    fake_linear,
     gradient_by_parts,
     linear_by_parts,
     register_shapes_and_gradients,
@@ -40,6 +43,7 @@ for _schema in (
     f"cuda_spqr_lookup(Tensor index, {GRID}, {SIZES}, int out_features, ScalarType dtype) -> Tensor",
     f"cuda_spqr_linear_dequantized({_LINEAR}) -> Tensor",
     f"cuda_spqr_linear_gradient(Tensor grad, {GRID}, {SIZES}, int out_features) -> Tensor",
+    f"cuda_spqr_experts_linear(Tensor x, Tensor counts, {GRID}, Tensor? bias, {SIZES}, int out_features) -> Tensor",
 ):
     LIBRARY.define(_schema, tags=(torch.Tag.needs_fixed_stride_order,))
 
@@ -97,6 +101,16 @@ def _linear(x: Tensor, *arguments: Any) -> Tensor:
     return matmul(x, spqr_fragments_weight(operands, sizes, x.dtype), bias)
 
 
+def _experts_linear(x: Tensor, counts: Tensor, *arguments: Any) -> Tensor:
+    operands, bias, sizes = arguments[:OPERANDS], arguments[OPERANDS], arguments[OPERANDS + 1 :]
+
+    def linear(tokens: Tensor, expert: int) -> Tensor:
+        own = None if bias is None else bias[expert]
+        return _linear(tokens, *(stack[expert] for stack in operands), own, *sizes)
+
+    return experts_by_parts(x, counts, sizes[-1], linear)
+
+
 def _linear_dequantized(x: Tensor, *arguments: Any) -> Tensor:
     operands, bias, sizes = arguments[:OPERANDS], arguments[OPERANDS], arguments[OPERANDS + 1 :]
     return linear_by_parts(x, _parts(operands, sizes, x.dtype), bias, sizes[-1])
@@ -131,8 +145,10 @@ for _name, _implementation in (
     ("cuda_spqr_linear.inference", _linear),
     ("cuda_spqr_linear_dequantized", _linear_dequantized),
     ("cuda_spqr_linear_gradient", _linear_gradient),
+    ("cuda_spqr_experts_linear", _experts_linear),
 ):
     LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
 
 
 register_shapes_and_gradients("cuda_spqr", OPERANDS)
+torch.library.register_fake("hfq::cuda_spqr_experts_linear", fake_linear, lib=LIBRARY)

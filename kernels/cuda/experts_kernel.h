@@ -19,7 +19,10 @@ __global__ void __launch_bounds__(kThreads, 2) experts_kernel(const ExpertsParam
   wait_for_previous_kernel();  // counts
   const Run run = find_run<8>(r, static_cast<uint32_t>(p.linear.tokens), blockIdx.x % r.slots);
   if (run.first >= run.end) return;
-  if (run.expert == r.experts) return store_zeros(p.linear, run, first_tile * kTileRows, kTiles * kTileRows, kThreads);
+  if (run.expert == r.experts) {
+    const int64_t all = p.linear.weight.out_features;
+    return store_zeros(static_cast<uint16_t*>(p.linear.y), all, run, first_tile * kTileRows, kTiles * kTileRows, kThreads);
+  }
   LinearParams own = p.linear;
   own.weight.qweight += run.expert * r.qweight_bytes;
   own.weight.scales = static_cast<const uint8_t*>(own.weight.scales) + run.expert * r.scale_bytes;

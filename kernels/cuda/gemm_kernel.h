@@ -337,7 +337,8 @@ __global__ void __launch_bounds__(kGemmThreads, kTokens < kMostTokens ? 2 : 1) g
   if (place.first_token >= place.end_token) return;  // behind the last run
   if (p.routing.counts && place.expert == p.routing.experts) {
     const Run none = {place.expert, place.first_token, place.end_token};
-    return store_zeros(p, none, static_cast<int64_t>(place.first_tile) * kTileRows, place.row_warps * kWarpTiles * kTileRows, kGemmThreads);
+    return store_zeros(static_cast<uint16_t*>(p.y), p.weight.out_features, none, static_cast<int64_t>(place.first_tile) * kTileRows,
+                       place.row_warps * kWarpTiles * kTileRows, kGemmThreads);
   }
   GemmWarp<Kind, T, kTokens> mine(p, place, shared_address(shared));
   const uint32_t step = 1u << p.plan.column_shift, stages = p.plan.stages;

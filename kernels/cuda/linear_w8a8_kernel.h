@@ -261,12 +261,9 @@ __global__ void __launch_bounds__(kThreads, kTokenTiles == 1 ? 3 : 2) w8a8_exper
   const Run run = find_run<8 * kTokenTiles>(r, static_cast<uint32_t>(p.product.tokens), blockIdx.x % r.slots);
   if (run.first >= run.end) return;
   W8A8Params own = p.product;
-  if (run.expert == r.experts) {  // tokens of none
-    const int64_t all = own.out_features;
-    const uint32_t width = static_cast<uint32_t>(all - first_row < 16 ? all - first_row : 16);
-    for (uint32_t i = threadIdx.x; i < (run.end - run.first) * width; i += kThreads)
-      store_float(own.y, (run.first + i / width) * all + first_row + i % width, own.x_dtype, 0.0f);
-    return;
+  if (run.expert == r.experts) {
+    if (own.x_dtype == kFloat32) return store_zeros(static_cast<float*>(own.y), own.out_features, run, first_row, 16, kThreads);
+    return store_zeros(static_cast<uint16_t*>(own.y), own.out_features, run, first_row, 16, kThreads);
   }
   own.qweight += run.expert * r.qweight_bytes;
   own.scales = static_cast<const uint8_t*>(own.scales) + run.expert * r.scale_bytes;

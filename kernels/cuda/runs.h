@@ -61,12 +61,13 @@ __device__ __forceinline__ Run find_run(const Routing& p, uint32_t tokens, uint3
   return found;
 }
 
-// Rows `first_row` on, at most `rows` of them, of the run's tokens: zeros, for they belong to no expert. By `threads` threads.
-__device__ __forceinline__ void store_zeros(const LinearParams& p, const Run& run, int64_t first_row, uint32_t rows, uint32_t threads) {
-  const int64_t all = p.weight.out_features;
-  const uint32_t width = static_cast<uint32_t>(all - first_row < rows ? all - first_row : rows);
+// Columns `first_row` on, at most `rows` of them, of the run's tokens in y `[M, out_features]`: zeros, for they belong to no expert. By `threads`
+// threads.
+template <class Number>
+__device__ __forceinline__ void store_zeros(Number* y, int64_t out_features, const Run& run, int64_t first_row, uint32_t rows, uint32_t threads) {
+  const uint32_t width = static_cast<uint32_t>(out_features - first_row < rows ? out_features - first_row : rows);
   for (uint32_t i = threadIdx.x; i < (run.end - run.first) * width; i += threads)
-    store(static_cast<uint16_t*>(p.y) + (run.first + i / width) * all + first_row + i % width, uint16_t{0});
+    store(y + (run.first + i / width) * out_features + first_row + i % width, Number{0});
 }
 
 }  // namespace hfq

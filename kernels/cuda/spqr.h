@@ -2,7 +2,7 @@
 // codes: hfq/kernels/spqr_fragments.py; what the tensors mean: hfq/formats/spqr.py.
 #pragma once
 
-#include "weight.h"
+#include "experts.h"
 
 namespace hfq {
 
@@ -52,6 +52,12 @@ struct SpqrLinearParams {
   uint32_t ring_bytes;    // stages that the columns have no use for are left out
 };
 
+struct SpqrExpertsParams {
+  SpqrLinearParams linear;  // weight: that of expert 0; bias [E, N] or null; x and y of all tokens
+  Routing routing;          // scale_bytes: of stat_codes
+  int64_t stat_bytes;       // from one expert's stats to the next
+};
+
 struct SpqrUnpackParams {
   SpqrWeight weight;
   const int64_t* index;  // [rows] which rows, or null: all, in order
@@ -64,9 +70,15 @@ struct SpqrUnpackParams {
 const char* launch_spqr_linear(const SpqrLinearParams& params, cudaStream_t stream);
 const char* launch_spqr_unpack(const SpqrUnpackParams& params, cudaStream_t stream);
 
-// One for each number of bits, so that they are compiled side by side; called by launch_spqr_linear.
+// As launch_experts, with the same limits.
+const char* launch_spqr_experts(const SpqrExpertsParams& params, cudaStream_t stream);
+
+// One for each number of bits, so that they are compiled side by side; called by launch_spqr_linear and launch_spqr_experts.
 const char* launch_spqr_linear2(const SpqrLinearParams& params, cudaStream_t stream);
 const char* launch_spqr_linear3(const SpqrLinearParams& params, cudaStream_t stream);
 const char* launch_spqr_linear4(const SpqrLinearParams& params, cudaStream_t stream);
+const char* launch_spqr_experts2(const SpqrExpertsParams& params, cudaStream_t stream);
+const char* launch_spqr_experts3(const SpqrExpertsParams& params, cudaStream_t stream);
+const char* launch_spqr_experts4(const SpqrExpertsParams& params, cudaStream_t stream);
 
 }  // namespace hfq

@@ -4,18 +4,36 @@
 
 namespace hfq {
 
-const char* launch_spqr_linear(const SpqrLinearParams& params, cudaStream_t stream) {
-  if (params.tokens == 0 || params.weight.out_features == 0) return nullptr;
-  SpqrLinearParams p = params;
+namespace {
+
+void set_groups(SpqrLinearParams& p) {
   const SpqrWeight& w = p.weight;
-  p.token_tiles = static_cast<uint32_t>((p.tokens + 7) / 8);
   p.short_groups = w.groups > 1 && w.group_size % kUnitColumns != 0;
   const int64_t columns = p.short_groups ? kHalfColumns : kUnitColumns;
   const int64_t parts = w.groups > 1 ? w.group_size / columns : (w.in_features + columns - 1) / columns;
   p.group_magic = static_cast<uint32_t>(((int64_t{1} << 31) + parts - 1) / parts);
-  if (w.bits == 2) return launch_spqr_linear2(p, stream);
-  if (w.bits == 3) return launch_spqr_linear3(p, stream);
+}
+
+}  // namespace
+
+const char* launch_spqr_linear(const SpqrLinearParams& params, cudaStream_t stream) {
+  if (params.tokens == 0 || params.weight.out_features == 0) return nullptr;
+  SpqrLinearParams p = params;
+  p.token_tiles = static_cast<uint32_t>((p.tokens + 7) / 8);
+  set_groups(p);
+  if (p.weight.bits == 2) return launch_spqr_linear2(p, stream);
+  if (p.weight.bits == 3) return launch_spqr_linear3(p, stream);
   return launch_spqr_linear4(p, stream);
+}
+
+const char* launch_spqr_experts(const SpqrExpertsParams& params, cudaStream_t stream) {
+  if (params.linear.tokens == 0 || params.linear.weight.out_features == 0) return nullptr;
+  SpqrExpertsParams p = params;
+  p.routing.slots = static_cast<uint32_t>(expert_slots(p.linear.tokens, p.routing.experts, 8));
+  set_groups(p.linear);
+  if (p.linear.weight.bits == 2) return launch_spqr_experts2(p, stream);
+  if (p.linear.weight.bits == 3) return launch_spqr_experts3(p, stream);
+  return launch_spqr_experts4(p, stream);
 }
 
 }  // namespace hfq

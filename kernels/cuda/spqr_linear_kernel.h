@@ -31,6 +31,7 @@
 // of them to add up: there instructions are the limit, at some four fifths of the memory's rate.
 #pragma once
 
+#include "runs.h"
 #include "spqr_outliers.h"
 #include "spqr_ring.h"
 #include "spqr_scales.h"
@@ -234,19 +235,14 @@ struct SeveralTokens {
 template <class Warp>
 constexpr size_t kBesideRings = kWarps * Warp::kNumberBytes + Warp::kTiles * kTileRows * Warp::kTokens * 4;
 
-// Warp: OneToken or SeveralTokens.
+// What a thread block computes. Warp: OneToken or SeveralTokens.
 template <class T, class Warp>
-__global__ void __launch_bounds__(kThreads, kResident<Warp::kTokens>) spqr_linear_kernel(const SpqrLinearParams p) {
+__device__ __forceinline__ void spqr_block(const SpqrLinearParams& p, int64_t first_tile, int64_t first_token) {
   constexpr int kTiles = Warp::kTiles, kTokens = Warp::kTokens;
   uint8_t* shared = shared_memory();
   float* sparse = reinterpret_cast<float*>(shared + kWarps * Warp::kNumberBytes);  // [tiles][16][tokens]
   uint8_t* rings = shared + kBesideRings<Warp>;
   const uint32_t warp = threadIdx.x / 32;
-  // Neighbouring thread blocks read the same weights for other tokens: the second finds them in L2.
-  const uint32_t tile_block = kTokens == 1 ? blockIdx.x : blockIdx.x / p.token_tiles;
-  const int64_t first_tile = static_cast<int64_t>(tile_block) * kTiles;
-  const int64_t first_token = static_cast<int64_t>(blockIdx.x - tile_block * p.token_tiles) * kTokens;
-
   RawSpan spans[kTiles] = {};
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
@@ -282,7 +278,38 @@ __global__ void __launch_bounds__(kThreads, kResident<Warp::kTokens>) spqr_linea
   }
 }
 
-// ---- launcher ----
+template <class T, class Warp>
+__global__ void __launch_bounds__(kThreads, kResident<Warp::kTokens>) spqr_linear_kernel(const SpqrLinearParams p) {
+  // Neighbouring thread blocks read the same weights for other tokens: the second finds them in L2.
+  const uint32_t tile_block = Warp::kTokens == 1 ? blockIdx.x : blockIdx.x / p.token_tiles;
+  const int64_t first_token = static_cast<int64_t>(blockIdx.x - tile_block * p.token_tiles) * Warp::kTokens;
+  spqr_block<T, Warp>(p, static_cast<int64_t>(tile_block) * Warp::kTiles, first_token);
+}
+
+// The same for tokens that are sorted by expert: what a thread block of experts_kernel.h is to one of linear_kernel.h.
+template <class T, class Warp>
+__global__ void __launch_bounds__(kThreads, kResident<Warp::kTokens>) spqr_experts_kernel(const SpqrExpertsParams p) {
+  const Routing& r = p.routing;
+  const int64_t tile = blockIdx.x / r.slots, all = p.linear.weight.out_features;
+  wait_for_previous_kernel();  // counts
+  const Run run = find_run<Warp::kTokens>(r, static_cast<uint32_t>(p.linear.tokens), blockIdx.x % r.slots);
+  if (run.first >= run.end) return;
+  if (run.expert == r.experts) return store_zeros(static_cast<uint16_t*>(p.linear.y), all, run, tile * kTileRows, kTileRows, kThreads);
+  SpqrLinearParams own = p.linear;
+  SpqrWeight& w = own.weight;
+  const int64_t expert = run.expert, outlier = expert * w.outliers;
+  w.qweight += expert * r.qweight_bytes;
+  w.stat_codes += expert * r.scale_bytes;
+  w.stats = static_cast<const uint8_t*>(w.stats) + expert * p.stat_bytes;
+  w.offsets += expert * (all + 1);
+  w.columns = static_cast<const uint8_t*>(w.columns) + outlier * (w.wide_columns ? 4 : 2);
+  w.values = static_cast<const uint8_t*>(w.values) + outlier * (w.stat_dtype == kFloat32 ? 4 : 2);
+  if (own.bias) own.bias = static_cast<const uint8_t*>(own.bias) + expert * r.bias_bytes;
+  own.tokens = run.end;
+  spqr_block<T, Warp>(own, tile, run.first);
+}
+
+// ---- launchers ----
 
 template <class T, class Warp>
 const char* launch_warps(const SpqrLinearParams& params, cudaStream_t stream) {
@@ -309,6 +336,22 @@ const char* launch_groups(const SpqrLinearParams& p, cudaStream_t stream) {
 template <int kBits, class T>
 const char* launch_dtype(const SpqrLinearParams& p, cudaStream_t stream) {
   return p.short_groups ? launch_groups<kBits, T, true>(p, stream) : launch_groups<kBits, T, false>(p, stream);
+}
+
+template <int kBits, class T, bool kShort>
+const char* launch_experts(const SpqrExpertsParams& params, cudaStream_t stream) {
+  using Warp = SeveralTokens<kBits, T, kShort, 1>;
+  SpqrExpertsParams p = params;
+  const int64_t tiles = (p.linear.weight.out_features + kTileRows - 1) / kTileRows, tokens = p.linear.tokens < 8 ? p.linear.tokens : 8;
+  const size_t shared = plan_rings<typename Warp::Ring>(p.linear, tokens, kBesideRings<Warp>, kResident<Warp::kTokens>);
+  return launch_early(spqr_experts_kernel<T, Warp>, static_cast<unsigned>(tiles * p.routing.slots), kThreads, shared, stream, p);
+}
+
+template <int kBits>
+const char* launch_spqr_experts_of(const SpqrExpertsParams& p, cudaStream_t stream) {
+  if (p.linear.x_dtype == kBFloat16)
+    return p.linear.short_groups ? launch_experts<kBits, BFloat16, true>(p, stream) : launch_experts<kBits, BFloat16, false>(p, stream);
+  return p.linear.short_groups ? launch_experts<kBits, Float16, true>(p, stream) : launch_experts<kBits, Float16, false>(p, stream);
 }
 
 template <int kBits>

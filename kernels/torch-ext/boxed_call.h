@@ -64,15 +64,17 @@ class Tensor {
     fail(std::string("hfq::") + op_ + ": " + name_ + " must be " + expected + "; got shape " + shape_text());
   }
 
-  void expect_shape(std::initializer_list<int64_t> sizes) const {
-    bool same = static_cast<int64_t>(sizes.size()) == dim_;
-    int64_t i = 0;
+  void expect_shape(std::initializer_list<int64_t> sizes) const { expect_stack(0, sizes); }
+
+  // The same with `count` in front, if that is not 0.
+  void expect_stack(int64_t count, std::initializer_list<int64_t> sizes) const {
+    int64_t i = count ? 1 : 0;
+    bool same = static_cast<int64_t>(sizes.size()) + i == dim_ && (!count || sizes_[0] == count);
     for (const int64_t size : sizes) same = same && sizes_[i++] == size;
     if (same) return;
-    std::string text = "of shape [";
-    i = 0;
-    for (const int64_t size : sizes) text += (i++ ? ", " : "") + std::to_string(size);
-    refuse(text + "]");
+    std::string text = count ? std::to_string(count) : "";
+    for (const int64_t size : sizes) text += (text.empty() ? "" : ", ") + std::to_string(size);
+    refuse("of shape [" + text + "]");
   }
 
   int64_t numel() const {

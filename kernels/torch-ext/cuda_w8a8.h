@@ -30,11 +30,11 @@ inline W8A8Params sizes_of(const char* op, CodeType type, int64_t in_features, i
   return p;
 }
 
-// A tensor of floats of any dtype with this shape, on device `index`.
-inline const void* floats(const Tensor& tensor, std::initializer_list<int64_t> shape, int32_t index, DType& dtype) {
+// A tensor of floats of any dtype with this shape, behind `count` if that is not 0, on device `index`.
+inline const void* floats(const Tensor& tensor, std::initializer_list<int64_t> shape, int32_t index, DType& dtype, int64_t count = 0) {
   dtype = float_dtype(tensor.dtype());
   if (dtype == kUnsupported) tensor.refuse("float32, float16 or bfloat16");
-  tensor.expect_shape(shape);
+  tensor.expect_stack(count, shape);
   expect_device(tensor, index, "the other tensors");
   return tensor.data(aoti_torch_device_type_cuda(), element_size(dtype));
 }
@@ -127,9 +127,8 @@ inline void set_weight(W8A8Params& p, int64_t experts, const Tensor& qweight, co
   if (qweight.dtype() != aoti_torch_dtype_uint8()) qweight.refuse("uint8");
   p.qweight = static_cast<const uint8_t*>(qweight.data(aoti_torch_device_type_cuda(), 1));
   if (!aligned(p.qweight, 16)) qweight.refuse("aligned to 16 bytes");
-  const int64_t n = p.out_features;
-  p.scales = experts ? floats(scales, {experts, n, 1}, index, p.scale_dtype) : floats(scales, {n, 1}, index, p.scale_dtype);
-  if (bias.defined()) p.bias = experts ? floats(bias, {experts, n}, index, p.bias_dtype) : floats(bias, {n}, index, p.bias_dtype);
+  p.scales = floats(scales, {p.out_features, 1}, index, p.scale_dtype, experts);
+  if (bias.defined()) p.bias = floats(bias, {p.out_features}, index, p.bias_dtype, experts);
 }
 
 // Rounds the tokens that `p` has into memory of their own: codes, and behind them scales, at a multiple of 16 bytes. To be kept until the launch.

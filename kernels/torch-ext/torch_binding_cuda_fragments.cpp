@@ -47,14 +47,14 @@ class Operands {
     w.group_size = group_size;
     w.groups = groups;
     if (qweight_.dtype() != aoti_torch_dtype_uint8()) qweight_.refuse("uint8");
-    expect_sizes(qweight_, experts, tiles, (in_features + columns - 1) / columns, bits == 3 ? 48 : 32, 16);
+    qweight_.expect_stack(experts, {tiles, (in_features + columns - 1) / columns, bits == 3 ? 48 : 32, 16});
     w.qweight = static_cast<const uint8_t*>(qweight_.data(cuda, 1));
     expect(qweight_.numel() / 16 < kMostPieces && scales_.numel() / 4 < kMostPieces, op_, "the weight must be below 64 GiB");
     if (!aligned(w.qweight, 16)) qweight_.refuse("aligned to 16 bytes");
     w.scale_dtype = float_dtype(scales_.dtype());
     if (w.scale_dtype == kUnsupported) scales_.refuse("float32, float16 or bfloat16");
     const auto per_group = [&](const Tensor& tensor) {
-      expect_sizes(tensor, experts, tiles, groups, 8, 2);
+      tensor.expect_stack(experts, {tiles, groups, 8, 2});
       expect_device(tensor);
       const void* data = tensor.data(cuda, element_size(w.scale_dtype));
       if (!aligned(data, 16)) tensor.refuse("aligned to 16 bytes");
@@ -77,10 +77,6 @@ class Operands {
 
  private:
   static constexpr int64_t kMostColumns = int64_t{1} << 20, kMostPieces = int64_t{1} << 32;  // pieces of 16 bytes
-
-  static void expect_sizes(const Tensor& tensor, int64_t experts, int64_t a, int64_t b, int64_t c, int64_t d) {
-    experts ? tensor.expect_shape({experts, a, b, c, d}) : tensor.expect_shape({a, b, c, d});
-  }
 
   const Tensor qweight_, scales_, zeros_, codebook_;
   const char* op_;

@@ -29,8 +29,11 @@ class Operands {
     if (tensor.device_index() != device_index()) tensor.refuse("on the device of qweight");
   }
 
-  // The weight, after all checks. Asynchronous copies want 16 bytes of codes at once.
-  SpqrWeight weight() const {
+  // The first size of a stack of weights.
+  int64_t experts() const { return qweight_.dim() ? qweight_.size(0) : 0; }
+
+  // The weight, after all checks; of a stack of `experts` weights the first one. Asynchronous copies want 16 bytes of codes at once.
+  SpqrWeight weight(int64_t experts = 0) const {
     const auto [bits, group_size, stat_bits, rows_per_stat, in_features, out_features] = sizes_;
     expect(bits >= 2 && bits <= 4, op_, "bits must be 2, 3 or 4, got " + std::to_string(bits));
     expect(stat_bits >= 2 && stat_bits <= 8, op_, "stat_bits must be 2 to 8, got " + std::to_string(stat_bits));
@@ -54,7 +57,7 @@ class Operands {
     w.wide_codes = stat_bits > 4;
     const auto codes = [&](const Tensor& tensor, int64_t blocks, int64_t size, int64_t last, uintptr_t bytes) {
       if (tensor.dtype() != aoti_torch_dtype_uint8()) tensor.refuse("uint8");
-      tensor.expect_shape({tiles, blocks, size, last});
+      tensor.expect_stack(experts, {tiles, blocks, size, last});
       return static_cast<const uint8_t*>(pointer(tensor, 1, bytes));
     };
     w.qweight = codes(qweight_, (in_features + columns - 1) / columns, bits == 3 ? 48 : 32, 16, 16);
@@ -62,18 +65,20 @@ class Operands {
     w.stat_dtype = float_dtype(stats_.dtype());
     if (w.stat_dtype == kUnsupported) stats_.refuse("float32, float16 or bfloat16");
     const int64_t stat_bytes = element_size(w.stat_dtype);
-    stats_.expect_shape({(out_features + rows_per_stat - 1) / rows_per_stat, w.groups, 4});
+    stats_.expect_stack(experts, {(out_features + rows_per_stat - 1) / rows_per_stat, w.groups, 4});
     w.stats = pointer(stats_, stat_bytes, 4 * stat_bytes);
     if (offsets_.dtype() != aoti_torch_dtype_int32()) offsets_.refuse("int32");
-    offsets_.expect_shape({out_features + 1});
+    offsets_.expect_stack(experts, {out_features + 1});
     w.offsets = static_cast<const int32_t*>(pointer(offsets_, 4, 4));
-    if (columns_.dim() != 1 || columns_.size(0) >= kMostNumbers) columns_.refuse("of shape [Z], Z below 2^31");
-    w.outliers = columns_.size(0);
+    const int64_t last = columns_.dim() - 1;
+    if (last != (experts ? 1 : 0) || columns_.size(last) >= kMostNumbers) columns_.refuse("of shape [Z], Z below 2^31, or [E, Z]");
+    w.outliers = columns_.size(last);
+    columns_.expect_stack(experts, {w.outliers});
     w.wide_columns = columns_.dtype() == aoti_torch_dtype_int32();
     if (!w.wide_columns && columns_.dtype() != aoti_torch_dtype_int16()) columns_.refuse("int16 or int32");
     w.columns = pointer(columns_, w.wide_columns ? 4 : 2, w.wide_columns ? 4 : 2);
     if (values_.dtype() != stats_.dtype()) values_.refuse("of the same dtype as stats");
-    values_.expect_shape({w.outliers});
+    values_.expect_stack(experts, {w.outliers});
     w.values = pointer(values_, stat_bytes, stat_bytes);
     return w;
   }
@@ -112,6 +117,37 @@ void cuda_spqr_linear(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = checked(op, y, launch_spqr_linear(p, stream));
 }
 
+// hfq::cuda_spqr_experts_linear(x [M, K], counts int64 [E], <operands, with E in front>, bias? [E, N], <sizes>) -> [M, N]
+void cuda_spqr_experts_linear(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "cuda_spqr_experts_linear";
+  const Tensor x(op, "x", stack[0]), counts(op, "counts", stack[1]), bias(op, "bias", Tensor::unwrap(stack[2 + kOperands]));
+  const Operands operands(op, stack, 2, 3 + kOperands);
+  const int32_t cuda = aoti_torch_device_type_cuda(), index = operands.device_index();
+
+  SpqrExpertsParams p = {};
+  p.routing = routing_of(op, counts, operands.experts(), x.dim() ? x.size(0) : 0, index);
+  const int64_t experts = p.routing.experts;
+  SpqrLinearParams& linear = p.linear;
+  const SpqrWeight& w = linear.weight = operands.weight(experts);
+  set_x(operands, x, linear);
+  const int64_t tiles = (w.out_features + kTileRows - 1) / kTileRows, columns = w.bits == 4 ? 64 : 128;
+  p.routing.qweight_bytes = tiles * ((w.in_features + columns - 1) / columns) * (w.bits == 3 ? 768 : 512);
+  p.routing.scale_bytes = tiles * w.stat_groups * (w.wide_codes ? 32 : 16);
+  p.stat_bytes = (w.out_features + w.rows_per_stat - 1) / w.rows_per_stat * w.groups * 4 * element_size(w.stat_dtype);
+  if (bias.defined()) {
+    set_bias(operands, bias, {experts, w.out_features}, linear);
+    p.routing.bias_bytes = w.out_features * element_size(linear.bias_dtype);
+  }
+  expect_blocks(op, tiles * expert_slots(linear.tokens, experts, 8));
+
+  const DeviceGuard guard(index);
+  const cudaStream_t stream = current_stream(index);
+  const Tensor kept = aligned_x(op, x, index, stream, linear);
+  const int64_t sizes[] = {linear.tokens, w.out_features};
+  const StableIValue y = empty_tensor(sizes, 2, x.dtype(), cuda, index, &linear.y);
+  stack[0] = checked(op, y, launch_spqr_experts(p, stream));
+}
+
 // hfq::cuda_spqr_dequantize(<operands>, <sizes>, dtype) -> [N, K]
 void cuda_spqr_dequantize(StableIValue* stack, uint64_t, uint64_t) {
   constexpr const char* op = "cuda_spqr_dequantize";
@@ -131,6 +167,7 @@ void cuda_spqr_lookup(StableIValue* stack, uint64_t, uint64_t) {
 
 bool register_spqr_fragments(TorchLibraryHandle library) {
   return register_product(library, "cuda_spqr_linear", cuda_spqr_linear) &&
+         register_impl(library, "cuda_spqr_experts_linear", cuda_spqr_experts_linear) &&
          register_impl(library, "cuda_spqr_dequantize", cuda_spqr_dequantize) &&
          register_impl(library, "cuda_spqr_lookup", cuda_spqr_lookup);
 }

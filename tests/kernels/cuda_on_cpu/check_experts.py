@@ -1,23 +1,34 @@
-"""Experts with activations of 8 bits: the operators of one launch against one expert after the other; see operators_on_cpu.py."""
+"""Experts of formats int8, fp8 and spqr: the operators of one launch against one expert after the other; see operators_on_cpu.py."""
 
 from __future__ import annotations
 
 import itertools
 import sys
+from dataclasses import replace
 
 import torch
-from operators_on_cpu import emulated, refused, strided
-from torch import Tensor
+from operators_on_cpu import emulated, on_cpu, refused, strided
+from torch import Tensor, nn
 
-from hfq.kernels import cuda_int8_ops, fp8, fp8_ops
+from hfq.core import affine
+from hfq.core.spec import SpqrSpec
+from hfq.core.weight import QuantizedWeight, SpqrGrid
+from hfq.kernels import cuda_int8_ops, cuda_spqr, fp8, fp8_ops
+from hfq.kernels.neutral_spqr import operands, sizes
+from hfq.nn.layout import neutral_grid, to_kernel
+from hfq.nn.packing import pack_weight
+from hfq.nn.slot import PackedSlot
 
+SPQR = on_cpu(cuda_spqr.CudaSpqr)
 assert cuda_int8_ops.PIECE and fp8_ops.__all__ is not None  # define the operators
 HFQ = torch.ops.hfq
 
 
 def stacks(experts: int, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes of any kind `[E, N, K]` that are no NaN of E4M3, scales, bias."""
-    codes = torch.randint(0, 127, (experts, rows, columns)) + 128 * torch.randint(0, 2, (experts, rows, columns))
+    codes = torch.randint(0, 127, (experts, rows, columns)) + 128 * torch.randint(
+        0, 2, (experts, rows, columns)
+    )
     return codes.to(torch.uint8), torch.rand(experts, rows, 1) * 0.01, torch.randn(experts, rows)
 
 
@@ -73,13 +84,63 @@ def check_products(name: str) -> None:
                 torch.testing.assert_close(y, wanted, rtol=bound, atol=bound)
 
 
+def spqr_stack(spec: SpqrSpec, experts: int, rows: int, columns: int) -> SpqrGrid:
+    """In the layout of the CUDA kernels."""
+    slot = PackedSlot(
+        base="weight",
+        format="spqr",
+        spec=spec,
+        out_features=rows,
+        in_features=columns,
+        experts=experts,
+    )
+
+    def encode(weight: Tensor) -> QuantizedWeight:
+        return affine.encode(weight, *affine.range_grid(weight, spec), spec)
+
+    tensors = pack_weight(torch.randn(slot.float_shape), slot, encode)
+    grid, _ = to_kernel(neutral_grid(slot, tensors), tensors, SPQR)
+    assert isinstance(grid, SpqrGrid)
+    return grid
+
+
+def check_spqr() -> None:
+    specs = (
+        SpqrSpec(bits=2, group_size=32, outliers=0.02),
+        SpqrSpec(bits=3),
+        SpqrSpec(bits=3, group_size=-1, stat_bits=8, scale_dtype="float32"),
+        SpqrSpec(bits=4, group_size=48, stat_bits=6, stat_group_size=16, scale_dtype="bfloat16"),
+        SpqrSpec(bits=4, group_size=64, outliers=0.0),
+    )
+    shapes = ((1, 1, 16), (3, 40, 144), (20, 17, 272), (3, 90, 1032))
+    for spec, (experts, rows, columns), dtype in itertools.product(
+        specs, shapes, (torch.bfloat16, torch.float16)
+    ):
+        grid = spqr_stack(spec, experts, rows, columns)
+        bias = torch.randn(experts, rows) if rows % 2 else None
+        counts = torch.randint(0, 20, (experts,)) * (torch.rand(experts) < 0.5)
+        behind = 5 if dtype == torch.float16 else 0
+        x = torch.randn(int(counts.sum()) + behind, columns).to(dtype)
+        assert SPQR.reads_counts_on_device(x, len(x), grid)
+        y = SPQR.experts(x, counts, grid, bias, False)
+        wanted = torch.zeros(len(x), rows, dtype=dtype)
+        for expert, part in enumerate(torch.arange(len(x) - behind).split(counts.tolist())):
+            weight = SPQR.dequantize(grid.expert(expert), torch.float32)
+            own = None if bias is None else bias[expert]
+            wanted[part] = nn.functional.linear(x[part].float(), weight, own).to(dtype)
+        bound = 2**-7 if dtype == torch.bfloat16 else 2**-9
+        torch.testing.assert_close(y, wanted, rtol=bound, atol=bound)
+
+
 def check_counts_that_are_wrong() -> None:
     """Whatever they are, nothing is read or written beside x and y."""
     codes, scales, _ = stacks(4, 20, 32)
+    grid = spqr_stack(SpqrSpec(), 4, 20, 32)
     x = torch.randn(30, 32).bfloat16()
     for counts in ((-5, 3, 1, 1), (100, 100, 0, 7), (1 << 40, -(1 << 50), 1 << 62, 0)):
         for product in (int8, e4m3):
             assert product(x, torch.tensor(counts), codes, scales, None).shape == (30, 20)
+        assert SPQR.experts(x, torch.tensor(counts), grid, None, False).shape == (30, 20)
 
 
 def check_arguments() -> None:
@@ -99,6 +160,19 @@ def check_arguments() -> None:
             ("1 to 1024 experts", (x, counts[:0], codes[:0], scales[:0], bias[:0])),
         ):
             refused(words, lambda p=product, c=changed: p(*c))
+    grid = spqr_stack(SpqrSpec(), 3, 20, 32)
+    for words, tokens, count, changes in (
+        ("counts must be int64", x, counts.int(), {}),
+        ("counts must be of shape", x, counts[:2], {}),
+        ("x must be float16 or", x.float(), counts, {}),
+        ("offsets must be of shape", x, counts, {"offsets": grid.offsets[:, 1:].contiguous()}),
+        ("columns must be of shape", x, counts, {"columns": grid.columns[0]}),
+        ("values must be of shape", x, counts, {"values": grid.values[:2]}),
+        ("stats must be of shape", x, counts, {"stats": grid.stats[1:]}),
+    ):
+        given = replace(grid, **changes)
+        arguments = (tokens, count, *operands(given), None, *sizes(given), 20)
+        refused(words, lambda a=arguments: HFQ.cuda_spqr_experts_linear(*a))
     refused("in_features must be", lambda: int8(x, counts, codes[..., :0], scales, None))
     refused("of shape", lambda: HFQ.cuda_fp8_experts_linear(x, counts, codes, scales, None))
 
@@ -110,11 +184,15 @@ def check_schemas() -> None:
     check = torch.library.opcheck
     check(HFQ.cuda_int8_experts_linear.default, (x, counts, qweight, scales, bias, 32, 20))
     check(HFQ.cuda_fp8_experts_linear.default, (x, counts, codes.unsqueeze(-1), scales, bias))
+    grid = spqr_stack(SpqrSpec(), 3, 20, 32)
+    arguments = (x, counts, *operands(grid), bias, *sizes(grid), 20)
+    check(HFQ.cuda_spqr_experts_linear.default, arguments)
 
 
 torch.manual_seed(int(sys.argv[2]))
 check_products("int8")
 check_products("fp8")
+check_spqr()
 check_counts_that_are_wrong()
 check_arguments()
 check_schemas()
