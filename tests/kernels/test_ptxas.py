@@ -13,7 +13,15 @@ CUDA = Path(__file__).parents[2] / "kernels/cuda"
 # Run once or more for each weight of a model: a spill costs memory traffic where memory is the limit.
 PATTERNS = (
     *("linear_*.cu", "gemm_int*.cu", "gemm_table*.cu", "spqr_linear?.cu", "spqr_experts?.cu"),
-    *("experts_*.cu", "wgmma_*.cu", "*unpack.cu", "quantize_tokens.cu", "scale_sums.cu", "attend.cu", "decode.cu"),
+    *(
+        "experts_*.cu",
+        "wgmma_*.cu",
+        "*unpack.cu",
+        "quantize_tokens.cu",
+        "scale_sums.cu",
+        "attend.cu",
+        "decode.cu",
+    ),
 )
 HOT = sorted(path.name for pattern in PATTERNS for path in CUDA.glob(pattern))
 # Of each family the one with the fewest registers to spare, for every run.
