@@ -49,8 +49,11 @@ const char* launch_expert_dtype(const ExpertsParams& p, cudaStream_t stream) {
     if (p.linear.weight.zeros) return launch_expert_tiles<Kind, T, true, 1>(p, stream);
   // As in linear_kernel.h: two tiles share activations where each expert has several tokens and there are tiles for all multiprocessors.
   const int64_t tiles = (p.linear.weight.out_features + kTileRows - 1) / kTileRows;
-  if (p.linear.tokens > 2 * p.routing.experts && tiles * p.routing.slots >= int64_t{4} * multiprocessors())
-    return launch_expert_tiles<Kind, T, false, 2>(p, stream);
+  if (p.linear.tokens > 2 * p.routing.experts && tiles * p.routing.slots >= int64_t{4} * multiprocessors()) {
+    LinearParams two = p.linear;
+    const size_t shared = plan_ring<Kind, false, 2>(two, two.tokens < 8 ? two.tokens : 8);
+    if (shared <= most_shared_bytes()) return launch_expert_tiles<Kind, T, false, 2>(p, stream);
+  }
   return launch_expert_tiles<Kind, T, false, 1>(p, stream);
 }
 

@@ -8,21 +8,32 @@
 
 namespace hfq {
 
-// Whether kernels may start before those in front of them have ended: on GPUs that can, if HFQ_CUDA_OVERLAP is 1. Not measured yet.
-inline bool kernels_overlap() {
-  const char* wanted = std::getenv("HFQ_CUDA_OVERLAP");
-  if (!wanted || wanted[0] != '1') return false;
-  int device = 0, generation = 0;
-  if (cudaGetDevice(&device) == cudaSuccess) cudaDeviceGetAttribute(&generation, cudaDevAttrComputeCapabilityMajor, device);
-  return generation >= 9;
+// Shared memory that a thread block of the current device may have.
+inline size_t most_shared_bytes() {
+  int device = 0, bytes = 48 << 10;
+  if (cudaGetDevice(&device) == cudaSuccess) cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return static_cast<size_t>(bytes);
 }
 
-// For dynamic shared memory of a thread block above what needs not be asked for; once for each kernel and device would do.
+// For dynamic shared memory of a thread block above what needs not be asked for. Always for all there is: other threads and graphs may launch
+// the kernel with more than this call. (No kernel has shared memory that is not dynamic.)
 template <class Params>
 cudaError_t allow_shared(void (*kernel)(Params), size_t shared_bytes) {
   constexpr size_t kUnasked = 48 << 10;
   if (shared_bytes <= kUnasked) return cudaSuccess;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most_shared_bytes()));
+}
+
+// Whether `kernel` may start before the one in front of it has ended: on GPUs that can, if HFQ_CUDA_OVERLAP is 1. Not measured yet. It has to have
+// been compiled for them: code for older ones does not wait (wait_for_previous_kernel).
+template <class Params>
+bool may_start_early(void (*kernel)(Params)) {
+  const char* wanted = std::getenv("HFQ_CUDA_OVERLAP");
+  if (!wanted || wanted[0] != '1') return false;
+  cudaFuncAttributes attributes = {};
+  if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess) return attributes.ptxVersion >= 90;
+  cudaGetLastError();
+  return false;
 }
 
 // Null, or CUDA's description of the error, which the next launch is not to find.
@@ -40,13 +51,13 @@ const char* launch(void (*kernel)(Params), unsigned blocks, unsigned threads, si
   return described(cudaGetLastError());
 }
 
-// A launch that may begin before the kernel in front has ended (`kernels_overlap`), of clusters of thread blocks that run at one time (compute
+// A launch that may begin before the kernel in front has ended if it is `early`, of clusters of thread blocks that run at one time (compute
 // capability 9.0), or of single ones if `cluster` is 0.
 struct ExtendedLaunch {
   cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config = {};
 
-  ExtendedLaunch(unsigned blocks, unsigned cluster, unsigned threads, size_t shared_bytes, cudaStream_t stream) {
+  ExtendedLaunch(unsigned blocks, unsigned cluster, unsigned threads, size_t shared_bytes, cudaStream_t stream, bool early) {
     config.gridDim = dim3(blocks);
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = shared_bytes;
@@ -58,7 +69,7 @@ struct ExtendedLaunch {
       attribute.val.clusterDim.x = cluster;
       attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
     }
-    if (kernels_overlap()) {
+    if (early) {
       cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
       attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
       attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -73,7 +84,7 @@ template <class Params>
 const char* launch_clusters(void (*kernel)(Params), unsigned blocks, unsigned cluster, unsigned threads, size_t shared_bytes, cudaStream_t stream,
                             const Params& params) {
   if (const cudaError_t error = allow_shared(kernel, shared_bytes); error != cudaSuccess) return described(error);
-  const ExtendedLaunch how(blocks, cluster, threads, shared_bytes, stream);
+  const ExtendedLaunch how(blocks, cluster, threads, shared_bytes, stream, may_start_early(kernel));
   return described(cudaLaunchKernelEx(&how.config, kernel, params));
 }
 
@@ -102,7 +113,7 @@ int active_clusters(int cluster, unsigned threads, size_t shared_bytes, int regi
   if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return 0;
   std::atomic<int>& answer = known[device][cluster - 1];
   if (answer != kUnknown) return answer - 1;
-  const ExtendedLaunch how(cluster, cluster, threads, shared_bytes, nullptr);
+  const ExtendedLaunch how(cluster, cluster, threads, shared_bytes, nullptr, false);
   cudaError_t error = allow_shared(kKernel, shared_bytes);
   if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kKernel, &how.config);
   if (described(error)) count = 0;
@@ -131,13 +142,6 @@ inline int compute_capability() {
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   return 10 * major + minor;
-}
-
-// Shared memory that a thread block of the current device may have.
-inline size_t most_shared_bytes() {
-  int device = 0, bytes = 48 << 10;
-  if (cudaGetDevice(&device) == cudaSuccess) cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return static_cast<size_t>(bytes);
 }
 
 }  // namespace hfq

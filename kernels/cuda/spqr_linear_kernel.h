@@ -243,17 +243,18 @@ __device__ __forceinline__ void spqr_block(const SpqrLinearParams& p, int64_t fi
   float* sparse = reinterpret_cast<float*>(shared + kWarps * Warp::kNumberBytes);  // [tiles][16][tokens]
   uint8_t* rings = shared + kBesideRings<Warp>;
   const uint32_t warp = threadIdx.x / 32;
-  RawSpan spans[kTiles] = {};
-#pragma unroll
-  for (int i = 0; i < kTiles; ++i) {
-    const int64_t row = (first_tile + i) * kTileRows + threadIdx.x / kOutlierShare;
-    if (p.weight.outliers && row < p.weight.out_features) spans[i] = {load(p.weight.offsets + row), load(p.weight.offsets + row + 1)};
-  }
   const typename Warp::Ring ring(p, first_tile, first_token);
   Warp mine(ring, shared + warp * Warp::kNumberBytes);
   let_next_kernel_start();
   if (threadIdx.x == 0) ring.ask_for_weight();
-  wait_for_previous_kernel();  // for x
+  wait_for_previous_kernel();  // for x, and whoever made the weight
+  RawSpan spans[kTiles] = {};
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) {
+    const int64_t row = (first_tile + i) * kTileRows + threadIdx.x / kOutlierShare;
+    if (p.weight.outliers && row < p.weight.out_features)
+      spans[i] = {load_written(p.weight.offsets + row), load_written(p.weight.offsets + row + 1)};
+  }
   const auto fill = [&] {
     if (!p.weight.outliers) return;
 #pragma unroll

@@ -1,8 +1,8 @@
 // The sparse part of cuda_spqr_linear.
 //
 // 16 threads share a row, strided, so that neighbours read neighbours; their sums are added by shuffles, in one order. Three loads depend on
-// each other: offsets of rows, columns and values, activations. The first is issued before all else, and nothing waits for it until the ring
-// is filled; of the others a thread has several outliers on the way at once, so that a row of 64 takes no more latencies than one of 16.
+// each other: offsets of rows, columns and values, activations. The first is issued before the ring is filled, and nothing waits for it until
+// then; of the others a thread has several outliers on the way at once, so that a row of 64 takes no more latencies than one of 16.
 // Values are converted when all are there: a branch for their dtype at each load would wait for each.
 #pragma once
 

@@ -264,11 +264,12 @@ struct WgmmaConsumer {
   __device__ __forceinline__ void multiply(uint64_t x, const Turn<Block::kStages>& turn, bool more) {
     constexpr int kFrom = (u / 2 * Block::kHalf + u % 2 * 64) / 16;
     uint8_t* const stage = block.ring + turn.at * Block::kStage;
+    // Nothing is on the way yet: no kernel that we know of has other matrix instructions between a group and its wait.
+    if (u == 0 && p.weight.zeros) add_activations(stage, block.summed + turn.at);
     wgmma_fence();
     wgmma(T{}, products, a[u % 2][0], x + kFrom, (u & p.flush_mask) != 0);
     wgmma(T{}, products, a[u % 2][1], x + kFrom + 2, true);
     wgmma_commit();
-    if (u == 0 && p.weight.zeros) add_activations(stage, block.summed + turn.at);
     wgmma_wait<1>();
     if constexpr (u + 1 < kUnits) {
       unpack<u + 1>(stage);

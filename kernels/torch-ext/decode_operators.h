@@ -78,6 +78,7 @@ struct DecodeOperators {
     const Tensor q(op, "q", stack[0]), k(op, "k", stack[1]), cos(op, "cos", stack[2]), sin(op, "sin", stack[3]);
     RotateParams of_q = rotation(op, q, cos, sin), of_k = rotation(op, k, cos, sin);
     expect_like(k, q, "q");
+    if (of_k.tokens != of_q.tokens) k.refuse("of as many tokens as q");
     const StableIValue first = heads_of(of_q, q, &of_q.y);
     stack[0] = filled(op, first, [&] {
       const StableIValue second = heads_of(of_k, k, &of_k.y);

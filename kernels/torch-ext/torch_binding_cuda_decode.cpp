@@ -30,6 +30,7 @@ class OnCuda {
   }
   void attend(const AttendParams& p) const {
     expect(p.batch * p.heads * 64 < kMostNumbers, op_, "too many heads for one launch");
+    for (const void* data : {p.q, p.k, p.v}) expect(aligned(data, 16), op_, "q, k and v must be aligned to 16 bytes");
     const int64_t floats[] = {attend_workspace(p)};
     void* workspace = nullptr;
     // Freed here, it is used again behind the kernels, in order of the stream.

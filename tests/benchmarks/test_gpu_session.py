@@ -82,9 +82,10 @@ def test_what_takes_too_long_is_cut_off_with_all_that_it_started(
 ) -> None:
     sleeping = "import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
     use_steps(("slow", 0, sleeping))
-    assert session.main([str(tmp_path), "--minutes", "0.05"]) == 0
-    kept = json.loads((tmp_path / "session.json").read_text())["slow"]
-    assert kept["status"] == "cut off" and kept["said"] == "begun" and kept["seconds"] < 30
+    for time in (["--minutes", "0.05"], ["--only", "slow"]):
+        assert session.main([str(tmp_path), *time]) == 0
+        kept = json.loads((tmp_path / "session.json").read_text())["slow"]
+        assert kept["status"] == "cut off" and kept["said"] == "begun" and kept["seconds"] < 30
 
 
 def test_environment_and_what_a_step_makes(

@@ -240,6 +240,7 @@ const char* run_blocks(unsigned blocks, unsigned cluster_blocks, unsigned block_
   threads = block_threads;
   if (threads == 0 || threads % 32 || threads > 1024) return "a block has 32 to 1024 threads, a multiple of 32";
   if (cluster_blocks == 0 || cluster_blocks > 8 || blocks % cluster_blocks) return "clusters have 1 to 8 blocks, and all as many";
+  if (shared_bytes > most_shared_bytes) return "more shared memory than a block may have";
   body = &kernel;
   shared_size = shared_bytes;
   fibers.resize(cluster_blocks * threads);
