@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
+from cuda_emulator import Emulator, build
 
 from hfq.kernels import native
 
@@ -48,23 +46,11 @@ def isa_or_reference(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def emulator_module() -> Any:
-    """cuda_emulator.py, which is no package's."""
-    spec = importlib.util.spec_from_file_location(
-        "cuda_emulator", Path(__file__).with_name("cuda_emulator.py")
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="session")
-def emulator(emulator_module: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
     """The CUDA kernels on the CPU, compiled once for all processes of a run."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
     folder /= "cuda_on_cpu"
     folder.mkdir(exist_ok=True)
-    return emulator_module.build(folder)
+    return build(folder)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_emulator import check_operators
 from torch import Tensor
 
 from hfq.core import bits as bit_packing
@@ -606,9 +607,9 @@ def test_lookup_gives_rows_of_the_dequantized_weight(
 # ---- operators
 
 
-def test_operators_and_modules(emulator: Any, emulator_module: Any) -> None:
+def test_operators_and_modules(emulator: Any) -> None:
     """The binding, the row and modules with it: on CPU tensors, in a process whose CPU is the emulated GPU."""
-    emulator_module.check_operators(emulator.folder, "check_operators.py")
+    check_operators(emulator.folder, "check_operators.py")
 
 
 # ---- all of them

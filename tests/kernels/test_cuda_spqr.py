@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from spqr_weights import random_weight
 from torch import Tensor
 
 from hfq.core.spec import SpqrSpec
@@ -37,16 +35,6 @@ SHAPES = (
 )
 
 
-def _weights() -> Any:
-    if "spqr_weights" not in sys.modules:
-        path = Path(__file__).with_name("spqr_weights.py")
-        spec = importlib.util.spec_from_file_location("spqr_weights", path)
-        assert spec is not None and spec.loader is not None
-        module = sys.modules["spqr_weights"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules["spqr_weights"]
-
-
 @pytest.fixture
 def make(cuda: torch.device, generator: torch.Generator) -> Callable[..., Any]:
     """`random_weight` of spqr_weights.py, what kernels read on the GPU."""
@@ -60,7 +48,7 @@ def make(cuda: torch.device, generator: torch.Generator) -> Callable[..., Any]:
         )
 
     def make(*shape: int, **options: Any) -> Any:
-        weight = _weights().random_weight(generator, *shape, **options)
+        weight = random_weight(generator, *shape, **options)
         return replace(weight, ready=there(weight.ready))
 
     return make

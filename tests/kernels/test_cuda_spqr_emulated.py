@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cuda_emulator import check_operators
+from spqr_weights import random_weight as make
 from torch import Tensor
 
-HERE = Path(__file__).parent
 BITS = (2, 3, 4)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
@@ -31,18 +29,6 @@ SHAPES = (
 )
 # Bits of codes of scales, rows that share lines.
 STATS = ((2, 16), (3, 64), (4, 32), (5, 128), (8, 16))
-
-
-def _weights() -> Any:
-    if "spqr_weights" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("spqr_weights", HERE / "spqr_weights.py")
-        assert spec is not None and spec.loader is not None
-        module = sys.modules["spqr_weights"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules["spqr_weights"]
-
-
-make = _weights().random_weight
 
 
 def _name(value: object) -> str:
@@ -313,9 +299,9 @@ def test_rows_of_a_larger_weight(emulator: Any, generator: torch.Generator) -> N
 # ---- operators
 
 
-def test_operators_and_modules(emulator: Any, emulator_module: Any) -> None:
+def test_operators_and_modules(emulator: Any) -> None:
     """The binding, the row and modules with it: on CPU tensors, in a process whose CPU is the emulated GPU."""
-    emulator_module.check_operators(emulator.folder, "check_spqr_operators.py")
+    check_operators(emulator.folder, "check_spqr_operators.py")
 
 
 # ---- all of them

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from spqr_weights import prepared
 from torch import Tensor
 
 from hfq.core import affine
@@ -31,18 +28,6 @@ SPECS = (
     SpqrSpec(bits=4, group_size=64, stat_bits=5, stat_group_size=32, scale_dtype="float32"),
     SpqrSpec(bits=4, group_size=-1, stat_bits=8, stat_group_size=256, outliers=0),
 )
-
-
-def _prepared(grid: SpqrGrid) -> SpqrGrid:
-    module: Any = sys.modules.get("spqr_weights")
-    if module is None:
-        path = Path(__file__).with_name("spqr_weights.py")
-        spec = importlib.util.spec_from_file_location("spqr_weights", path)
-        assert spec is not None and spec.loader is not None
-        module = sys.modules["spqr_weights"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    ready: SpqrGrid = module.prepared(grid)
-    return ready
 
 
 def stored(weight: Tensor, spec: SpqrSpec) -> SpqrGrid:
@@ -126,7 +111,7 @@ def test_codes_of_scales_round_trip(
 
 def test_dequantize_is_that_of_the_stored_weight(grid: SpqrGrid) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        weight = torch.ops.hfq.cuda_spqr_dequantize(*arguments(_prepared(grid)), dtype)
+        weight = torch.ops.hfq.cuda_spqr_dequantize(*arguments(prepared(grid)), dtype)
         assert torch.equal(weight, dense(grid, dtype))
 
 
@@ -140,7 +125,7 @@ def test_products_and_their_gradients(
     chunk: int,
 ) -> None:
     monkeypatch.setattr(cuda_spqr_ops, "CHUNK", chunk)
-    ready, weight = _prepared(grid), dense(grid)
+    ready, weight = prepared(grid), dense(grid)
     for shape in ((5,), (2, 3), (0,)):
         x = torch.randn(*shape, K, generator=generator, requires_grad=True)
         bias = torch.randn(N, generator=generator, requires_grad=True) if with_bias else None
@@ -158,7 +143,7 @@ def test_products_and_their_gradients(
 
 
 def test_gradients_of_gradients(generator: torch.Generator, grid: SpqrGrid) -> None:
-    ready = _prepared(grid)
+    ready = prepared(grid)
     grad = torch.randn(1, N, generator=generator, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
         lambda grad: torch.ops.hfq.cuda_spqr_linear_gradient(grad, *arguments(ready)), grad
@@ -166,7 +151,7 @@ def test_gradients_of_gradients(generator: torch.Generator, grid: SpqrGrid) -> N
 
 
 def test_opcheck(generator: torch.Generator, grid: SpqrGrid) -> None:
-    ready = _prepared(grid)
+    ready = prepared(grid)
     x = torch.randn(3, K, generator=generator, requires_grad=True)
     bias = torch.randn(N, generator=generator, requires_grad=True)
     check, hfq = torch.library.opcheck, torch.ops.hfq
@@ -191,7 +176,7 @@ def test_every_operator_has_a_schema_and_a_line_in_the_docstring() -> None:
 
 
 def test_row(generator: torch.Generator, grid: SpqrGrid) -> None:
-    ready = _prepared(grid)
+    ready = prepared(grid)
     assert torch.equal(ROW.dequantize(ready, torch.float64), dense(grid, torch.float64))
     index = torch.randint(N, (5,), generator=generator)
     assert torch.equal(ROW.lookup(ready, index, torch.bfloat16), dense(grid, torch.bfloat16)[index])
@@ -204,8 +189,8 @@ def test_row(generator: torch.Generator, grid: SpqrGrid) -> None:
             torch.testing.assert_close(y, expected)
 
 
-def test_row_restores_what_it_prepared(grid: SpqrGrid) -> None:
-    ready = _prepared(grid)
+def test_row_restores_what_itprepared(grid: SpqrGrid) -> None:
+    ready = prepared(grid)
     codes = ROW.restore(ready.qweight, tuple(grid.qweight.shape), grid.bits)
     assert ready.qweight.dim() != grid.qweight.dim() and torch.equal(codes, grid.qweight)
     shape = tuple(grid.stat_codes.shape)
@@ -218,7 +203,7 @@ def test_experts(generator: torch.Generator, random_weight: Callable[..., Tensor
     experts = [stored(random_weight(N, K), SPECS[0]) for _ in range(3)]
     names = ("qweight", "stat_codes", "stats", "offsets", "columns", "values")
     stack = {name: torch.stack([getattr(one, name) for one in experts]) for name in names}
-    ready = _prepared(replace(experts[0], **stack))  # type: ignore[arg-type]
+    ready = prepared(replace(experts[0], **stack))  # type: ignore[arg-type]
     x = torch.randn(5, K, generator=generator)
     y = ROW.experts(x, torch.tensor([3, 0, 2]), ready, None, False)
     parts = [x[:3] @ dense(experts[0]).T, x[3:] @ dense(experts[2]).T]
