@@ -58,20 +58,6 @@ def check(
     return y
 
 
-# ---- the emulator itself
-
-
-def test_products_of_bytes(emulator: Any, generator: torch.Generator) -> None:
-    """mma.m16n8k32: register r of lane 4g + t has row g + 8 (r % 2) of A from k = 16 (r // 2) + 4t on; B has columns g."""
-    x = torch.randint(-(1 << 31), (1 << 31) - 1, (128,), generator=generator, dtype=torch.int32)
-    lanes = x.view(torch.int8).view(8, 4, 2, 2, 4)  # g, t, k / 16, row / 8, byte
-    a = lanes.permute(3, 0, 2, 1, 4).reshape(16, 32)
-    registers = x.view(torch.int8).view(8, 4, 4, 4)[:, :, 1:3]  # g, t, k / 16, byte
-    b = registers.permute(2, 1, 3, 0).reshape(32, 8)
-    d = (a.int() @ b.int()).view(2, 8, 4, 2).permute(1, 2, 0, 3)  # g, t, row / 8, column % 2
-    assert torch.equal(emulator.self_check("product_of_bytes", x), d.flatten())
-
-
 # ---- tokens
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_emulator import check_operators
+from fragments_weights import name_of
 from spqr_weights import random_weight as make
 from torch import Tensor
 
@@ -31,10 +32,6 @@ SHAPES = (
 STATS = ((2, 16), (3, 64), (4, 32), (5, 128), (8, 16))
 
 
-def _name(value: object) -> str:
-    return "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
 def _x(generator: torch.Generator, tokens: int, columns: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(tokens, columns, generator=generator).to(dtype)
 
@@ -43,7 +40,7 @@ def _x(generator: torch.Generator, tokens: int, columns: int, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("shape", SHAPES, ids=_name)
+@pytest.mark.parametrize("shape", SHAPES, ids=name_of)
 def test_products(
     emulator: Any, generator: torch.Generator, shape: tuple[int, int, int], bits: int
 ) -> None:
@@ -226,7 +223,7 @@ def test_large_and_tiny_activations(emulator: Any, generator: torch.Generator) -
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("shape", SHAPES, ids=_name)
+@pytest.mark.parametrize("shape", SHAPES, ids=name_of)
 def test_dequantize_is_the_reference(
     emulator: Any, generator: torch.Generator, shape: tuple[int, int, int], bits: int
 ) -> None:

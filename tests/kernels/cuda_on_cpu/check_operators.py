@@ -1,4 +1,4 @@
-"""Run by test_cuda_emulated.py in a process of its own: the operators ``hfq::cuda_*`` on the CPU are those of CUDA, emulated.
+"""Run by test_cuda_linear_emulated.py in a process of its own: the operators ``hfq::cuda_*`` on the CPU are those of CUDA, emulated.
 
 See operators_on_cpu.py.
 """
