@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 from cuda_emulator import Emulator, build
 
 from hfq.kernels import native
@@ -54,3 +55,18 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
     folder /= "cuda_on_cpu"
     folder.mkdir(exist_ok=True)
     return build(folder)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Pretends that there are GPUs of these compute capabilities, with native kernels or without."""
+
+    def pretend(*found: tuple[int, int], kernels: bool = True) -> None:
+        status = native.NativeStatus(
+            cpu=True, cuda=kernels, cuda_reason=None if kernels else "no nvcc"
+        )
+        monkeypatch.setattr(native, "load", lambda: status)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: found[index])
+
+    return pretend

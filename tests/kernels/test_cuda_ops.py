@@ -13,7 +13,7 @@ from hfq.core import affine
 from hfq.core.spec import QuantSpec
 from hfq.core.weight import PackedGrid
 from hfq.formats import FORMATS
-from hfq.kernels import cuda, cuda_ops, dispatch, fragments, native
+from hfq.kernels import cuda, cuda_ops, dispatch, fragments
 from hfq.kernels.row import Problem
 
 N, K = 40, 136
@@ -277,7 +277,7 @@ def test_stack(generator: torch.Generator, random_weight: Callable[..., Tensor])
 
 
 def test_reasons_to_refuse(
-    monkeypatch: pytest.MonkeyPatch, random_weight: Callable[..., Tensor]
+    machine: Callable[..., None], random_weight: Callable[..., Tensor]
 ) -> None:
     row = cuda.CudaFragments()
     spec = FORMATS.get("int").spec({"group_size": 32})
@@ -295,16 +295,10 @@ def test_reasons_to_refuse(
     ):
         reason = row.reject(replace(problem, **changes))  # type: ignore[arg-type]
         assert reason is not None and words in reason, changes
-
-    def without() -> native.NativeStatus:
-        return native.NativeStatus(cpu=True, cuda=False, cuda_reason="no nvcc")
-
-    monkeypatch.setattr(native, "load", without)
+    machine((8, 0), kernels=False)
     assert row.reject(problem) == "native CUDA kernels are not loaded: no nvcc"
-    monkeypatch.setattr(native, "load", lambda: native.NativeStatus(cpu=True, cuda=True))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9 - 2 * index, 5))
+    machine((9, 5), (7, 5))
     assert row.reject(problem) == "needs GPUs of compute capability 8.0 or later, found 7.5"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
+    machine((8, 0), (8, 0))
     assert row.reject(problem) is None
     assert row.reject(replace(problem, in_features=40, group_size=40)) is None

@@ -15,7 +15,7 @@ from hfq.core import bits as bit_packing
 from hfq.core.spec import SpqrSpec
 from hfq.core.weight import SpqrGrid
 from hfq.formats import FORMATS
-from hfq.kernels import cuda_spqr_ops, fragments, native, spqr_fragments
+from hfq.kernels import cuda_spqr_ops, fragments, spqr_fragments
 from hfq.kernels.cuda_spqr import CudaSpqr
 from hfq.kernels.neutral_spqr import NeutralSpqr, operands, sizes
 from hfq.kernels.row import Problem
@@ -211,7 +211,7 @@ def test_experts(generator: torch.Generator, random_weight: Callable[..., Tensor
 
 
 def test_reasons_to_refuse(
-    monkeypatch: pytest.MonkeyPatch, random_weight: Callable[..., Tensor]
+    machine: Callable[..., None], random_weight: Callable[..., Tensor]
 ) -> None:
     problem = Problem.of(stored(random_weight(N, K), SPECS[0]))
     assert ROW.reject(problem) == "runs on cuda, the weight is on cpu"
@@ -225,9 +225,6 @@ def test_reasons_to_refuse(
     ):
         reason = ROW.reject(replace(problem, **changes))  # type: ignore[arg-type]
         assert reason is not None and words in reason, changes
-
-    monkeypatch.setattr(native, "load", lambda: native.NativeStatus(cpu=True, cuda=True))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
+    machine((8, 0))
     assert ROW.reject(problem) is None
     assert ROW.reject(replace(problem, in_features=40, group_size=40)) is None
