@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hfq.core import bits as bit_packing
+from hfq.core.spec import SpqrSpec
 from hfq.core.weight import SpqrGrid, index_dtype
 from hfq.kernels import reference
 from hfq.kernels.cuda_spqr import CudaSpqr
@@ -16,6 +17,13 @@ from hfq.kernels.neutral_spqr import operands, sizes
 # Largest relative error of rounding to nearest.
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 ROW = CudaSpqr()
+# All numbers of bits and dtypes of scales, groups and none, outliers and none.
+SPECS = (
+    SpqrSpec(outliers=0.03),
+    SpqrSpec(bits=2, group_size=32, stat_group_size=16, outliers=0.1, scale_dtype="bfloat16"),
+    SpqrSpec(bits=4, group_size=64, stat_bits=5, stat_group_size=32, scale_dtype="float32"),
+    SpqrSpec(bits=4, group_size=-1, stat_bits=8, stat_group_size=256, outliers=0),
+)
 
 
 @dataclass(frozen=True)

@@ -90,14 +90,6 @@ def test_opcheck(kind: Kind, generator: torch.Generator, tokens: int) -> None:
             check(scale_sums, (out, sums, scales, grid.scales, None))
 
 
-def test_every_operator_has_a_schema_and_a_line_in_the_docstring() -> None:
-    assert cuda_int8_ops.__doc__ is not None
-    for name in ("quantize_tokens", "scale_sums", "int8_linear", "int8_linear_cublas"):
-        schema = getattr(torch.ops.hfq, f"cuda_{name}").default._schema
-        assert str(schema).startswith(f"hfq::cuda_{name}(")
-        assert f"    cuda_{name} " in cuda_int8_ops.__doc__
-
-
 def test_what_fits_the_matrix_library_is_not_copied(
     monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
 ) -> None:

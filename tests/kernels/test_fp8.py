@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from w8a8_weights import FP8, problem_of
 
 from hfq.core.activations import quantize_tokens
 from hfq.core.float8 import E4M3
@@ -203,33 +204,11 @@ def test_the_gradient_is_that_of_the_dequantized_weight(generator: torch.Generat
         torch.testing.assert_close(bias.grad, grad.sum(0))
 
 
-def test_every_operator_has_a_line_in_the_docstring() -> None:
-    assert fp8_ops.__doc__ is not None
-    for name in (
-        *("fp8_dequantize", "fp8_linear", "fp8_scaled_linear"),
-        *("cuda_fp8_quantize_tokens", "cuda_fp8_linear"),
-    ):
-        assert str(getattr(torch.ops.hfq, name).default._schema).startswith(f"hfq::{name}(")
-        assert f"    {name} " in fp8_ops.__doc__
-
-
 # ---- the choice of the kernel
 
 
 def problem(**changed: object) -> Problem:
-    known = {
-        "kind": Fp8Grid,
-        "device": "cuda",
-        "bits": 8,
-        "group_size": 64,
-        "in_features": 64,
-        "out_features": 32,
-        "has_codebook": False,
-        "has_g_idx": False,
-        "stat_group_size": 0,
-        "activation": "dynamic",
-    }
-    return Problem(**{**known, **changed})  # type: ignore[arg-type]
+    return problem_of(FP8, **{"device": "cuda", **changed})
 
 
 @pytest.mark.parametrize("found", [(8, 9), (9, 0), (10, 0), (10, 3)])

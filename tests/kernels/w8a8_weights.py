@@ -14,6 +14,7 @@ from hfq.core.spec import Fp8Spec, Int8Spec
 from hfq.core.weight import Fp8Grid, PackedGrid
 from hfq.kernels import cuda_fp8, cuda_int8, cuda_int8_ops, dispatch, fp8
 from hfq.kernels.int8 import int8_linear
+from hfq.kernels.row import Problem
 
 assert cuda_int8_ops.__doc__ is not None  # defines torch.ops.hfq.cuda_*
 
@@ -153,6 +154,11 @@ def prepared(kind: Kind, grid: Any) -> Any:
 
 def dense(grid: Any, dtype: torch.dtype = torch.float32) -> Tensor:
     return dispatch.rows(type(grid))[-1].dequantize(grid, dtype)
+
+
+def problem_of(kind: Kind, **changed: Any) -> Problem:
+    """What a kernel row is asked of a weight 32 x 64 on the CPU."""
+    return replace(Problem.of(kind.stored(torch.Generator(), 32, 64)), **changed)
 
 
 def equal(found: Tensor, expected: Tensor) -> bool:
