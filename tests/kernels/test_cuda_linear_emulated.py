@@ -144,7 +144,7 @@ def test_lookup_gives_rows_of_the_dequantized_weight(
 
 def test_operators_and_modules(emulator: Any) -> None:
     """The binding, the row and modules with it: on CPU tensors, in a process whose CPU is the emulated GPU."""
-    check_operators(emulator.folder, "check_operators.py")
+    check_operators(emulator.folder, "check_linear.py")
 
 
 # ---- all of them

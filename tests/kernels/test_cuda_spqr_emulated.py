@@ -298,7 +298,7 @@ def test_rows_of_a_larger_weight(emulator: Any, generator: torch.Generator) -> N
 
 def test_operators_and_modules(emulator: Any) -> None:
     """The binding, the row and modules with it: on CPU tensors, in a process whose CPU is the emulated GPU."""
-    check_operators(emulator.folder, "check_spqr_operators.py")
+    check_operators(emulator.folder, "check_spqr.py")
 
 
 # ---- all of them

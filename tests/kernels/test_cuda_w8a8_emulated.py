@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_emulator import check_operators
 from torch import Tensor
 from w8a8_weights import FLOATS, FP8, INT8, KINDS, Kind, equal, prepared
 
@@ -330,6 +331,14 @@ def test_scale_sums(
             out = storage[first : first + tokens * columns].view(tokens, columns)
             emulator.scale_sums(out, sums, token_scales, scales, bias)
             assert equal(out, expected)
+
+
+# ---- operators
+
+
+def test_operators_and_modules(emulator: Any) -> None:
+    """The binding, the rows and modules with them: on CPU tensors, in a process whose CPU is the emulated GPU."""
+    check_operators(emulator.folder, "check_w8a8.py")
 
 
 # ---- all of them

@@ -9,7 +9,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from w8a8_weights import FLOATS, FP8, INT8, KINDS, K, Kind, N, dense, prepared
+from w8a8_weights import (
+    FLOATS,
+    FP8,
+    INT8,
+    KINDS,
+    K,
+    Kind,
+    N,
+    check_schemas,
+    check_sums_schema,
+    dense,
+    prepared,
+)
 
 from hfq.core.weight import Fp8Grid
 from hfq.kernels import cuda_fp8, cuda_int8_ops, dispatch
@@ -75,19 +87,12 @@ def test_gradients(kind: Kind, generator: torch.Generator) -> None:
 
 @pytest.mark.parametrize("tokens", [0, 3, 40])
 def test_opcheck(kind: Kind, generator: torch.Generator, tokens: int) -> None:
-    check = torch.library.opcheck
     for static in (None, 0.02):
-        grid = prepared(kind, kind.stored(generator, static=static))
+        ready = prepared(kind, kind.stored(generator, static=static))
         x = torch.randn(tokens, K, generator=generator, requires_grad=True)
-        bias = torch.randn(N, generator=generator, requires_grad=True)
-        for product in kind.products:
-            check(product.default, (x, *kind.arguments(grid, bias)))
-        check(kind.quantize_tokens.default, (x.detach(), grid.input_scale))
-        if kind is INT8:
-            sums, scales = torch.zeros(tokens, N, dtype=torch.int32), torch.ones(tokens, 1)
-            out = torch.zeros(tokens, N)
-            scale_sums = torch.ops.hfq.cuda_scale_sums.default
-            check(scale_sums, (out, sums, scales, grid.scales, None))
+        check_schemas(kind, ready, x)
+    if kind is INT8:
+        check_sums_schema(tokens, ready.scales)
 
 
 def test_what_fits_the_matrix_library_is_not_copied(

@@ -156,6 +156,22 @@ def dense(grid: Any, dtype: torch.dtype = torch.float32) -> Tensor:
     return dispatch.rows(type(grid))[-1].dequantize(grid, dtype)
 
 
+def check_schemas(kind: Kind, ready: Any, x: Tensor) -> None:
+    """Operators as PyTorch wants them, for tokens x and a weight `[N, K]` of the kernel row's layout."""
+    check = torch.library.opcheck
+    bias = torch.ones(N, device=x.device).requires_grad_()
+    for product in kind.products:
+        check(product.default, (x, *kind.arguments(ready, bias)))
+    check(kind.quantize_tokens.default, (x.detach(), ready.input_scale))
+
+
+def check_sums_schema(tokens: int, scales: Tensor) -> None:
+    sums, token_scales = torch.zeros(tokens, N, dtype=torch.int32), torch.ones(tokens, 1)
+    out = torch.zeros(tokens, N)
+    scale_sums = torch.ops.hfq.cuda_scale_sums.default
+    torch.library.opcheck(scale_sums, (out, sums, token_scales, scales, None))
+
+
 def problem_of(kind: Kind, **changed: Any) -> Problem:
     """What a kernel row is asked of a weight 32 x 64 on the CPU."""
     return replace(Problem.of(kind.stored(torch.Generator(), 32, 64)), **changed)

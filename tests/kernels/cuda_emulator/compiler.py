@@ -42,7 +42,7 @@ def check_operators(folder: Path, script: str) -> None:
 
     `folder` is where the kernels were compiled.
     """
-    places = filter(None, (str(EMULATOR), os.environ.get("PYTHONPATH")))
+    places = filter(None, (str(EMULATOR), str(TESTS), os.environ.get("PYTHONPATH")))
     run = subprocess.run(
         [sys.executable, str(EMULATOR / script), str(_compiled_operators(folder))],
         capture_output=True,
