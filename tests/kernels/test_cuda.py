@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from on_gpu import captured, check_module, quantized
 from torch import Tensor
 
 from hfq.core import bits as bit_packing
 from hfq.core.codebooks import codebook
 from hfq.core.spec import IntSpec
 from hfq.kernels import cuda_ops, fragments, native, reference
-from hfq.nn.linear import QuantLinear
 
 assert cuda_ops.fragments_weight is not None  # defines torch.ops.hfq.cuda_*
 pytestmark = pytest.mark.gpu
@@ -257,13 +257,7 @@ def test_in_a_cuda_graph(
     monkeypatch.setenv("HFQ_CUDA_WGMMA", wgmma)
     weight = make_weight(1024, 4096, 128, kind="int4_zeros")
     x = torch.randn(tokens, 4096, generator=generator).to(cuda, torch.bfloat16)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        weight.linear(x)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = weight.linear(x)
+    graph, y = captured(lambda: weight.linear(x))
     for _ in range(2):
         x.copy_(torch.randn(tokens, 4096, generator=generator))
         graph.replay()
@@ -297,29 +291,7 @@ def test_bad_arguments_are_refused(make_weight: MakeWeight, cuda: torch.device) 
 
 @pytest.mark.parametrize("bits", fragments.BITS)
 def test_modules(generator: torch.Generator, cuda: torch.device, bits: int) -> None:
-    """Few and many tokens, gradients, and the way to the CPU and back."""
     if not native.load().cuda:
         pytest.skip(f"no native CUDA kernels: {native.load().cuda_reason}")
-    linear = torch.nn.Linear(264, 72, dtype=torch.bfloat16)
-    with torch.no_grad():
-        for parameter in linear.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    packed = QuantLinear.from_linear(
-        linear, format="int", spec=IntSpec(bits=bits, group_size=32, sym=False)
-    )
-    saved = {name: tensor.clone() for name, tensor in packed.state_dict().items()}
-    packed.to(cuda)
-    assert packed.kernel_choice("weight").row.name == "cuda_fragments"
-    dense = packed.dequantize().double()
-    assert packed.bias is not None
-    for tokens in (1, 8, 40):
-        x = torch.randn(tokens, 264, generator=generator).to(cuda, torch.bfloat16).requires_grad_()
-        expected = x.detach().double() @ dense.T + packed.bias.double()
-        torch.testing.assert_close(packed(x).double(), expected, rtol=1e-2, atol=2e-2)
-        grad = torch.randn(tokens, 72, generator=generator).to(cuda, torch.bfloat16)
-        packed(x).backward(grad)
-        assert x.grad is not None
-        torch.testing.assert_close(x.grad.double(), grad.double() @ dense, rtol=1e-2, atol=2e-2)
-    packed.to("cpu")
-    for name, tensor in packed.state_dict().items():
-        assert torch.equal(tensor, saved[name]), name
+    spec = IntSpec(bits=bits, group_size=32, sym=False)
+    check_module(quantized(264, 72, "int", spec, generator), "cuda_fragments", cuda, generator)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from on_gpu import captured
 from torch import Tensor, nn
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
@@ -198,14 +199,7 @@ def test_a_module_in_a_cuda_graph(gpu: torch.device, generator: torch.Generator)
     packed, reference = module(SPECS[0], generator, gpu)
     held = routing(3, generator, gpu)
     with torch.no_grad():
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            packed(*held)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = packed(*held)
+        graph, y = captured(lambda: packed(*held))
         for _ in range(3):
             for mine, new in zip(held, routing(3, generator, gpu), strict=True):
                 mine.copy_(new)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from on_gpu import captured, check_module, quantized
 from spqr_weights import random_weight
 from torch import Tensor
 
@@ -15,7 +16,6 @@ from hfq.core.spec import SpqrSpec
 from hfq.core.weight import SpqrGrid
 from hfq.kernels import native
 from hfq.kernels.neutral_spqr import operands, sizes
-from hfq.nn.linear import QuantLinear
 
 pytestmark = pytest.mark.gpu
 
@@ -177,13 +177,7 @@ def test_in_a_cuda_graph(
 ) -> None:
     grid = make(1024, 4096).ready
     x = torch.randn(2, 4096, generator=generator).to(cuda, torch.bfloat16)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        linear(x, grid)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = linear(x, grid)
+    graph, y = captured(lambda: linear(x, grid))
     for _ in range(2):
         x.copy_(torch.randn(2, 4096, generator=generator))
         graph.replay()
@@ -192,29 +186,7 @@ def test_in_a_cuda_graph(
 
 @pytest.mark.parametrize("bits", BITS)
 def test_modules(generator: torch.Generator, cuda: torch.device, bits: int) -> None:
-    """Few and many tokens, gradients, and the way to the CPU and back."""
     if not native.load().cuda:
         pytest.skip(f"no native CUDA kernels: {native.load().cuda_reason}")
-    module = torch.nn.Linear(264, 72, dtype=torch.bfloat16)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    packed = QuantLinear.from_linear(
-        module, format="spqr", spec=SpqrSpec(bits=bits, stat_bits=bits + 1, outliers=0.02)
-    )
-    saved = {name: tensor.clone() for name, tensor in packed.state_dict().items()}
-    packed.to(cuda)
-    assert packed.kernel_choice("weight").row.name == "cuda_spqr"
-    dense = packed.dequantize().double()
-    assert packed.bias is not None
-    for tokens in (1, 8, 40):
-        x = torch.randn(tokens, 264, generator=generator).to(cuda, torch.bfloat16).requires_grad_()
-        expected = x.detach().double() @ dense.T + packed.bias.double()
-        torch.testing.assert_close(packed(x).double(), expected, rtol=1e-2, atol=2e-2)
-        grad = torch.randn(tokens, 72, generator=generator).to(cuda, torch.bfloat16)
-        packed(x).backward(grad)
-        assert x.grad is not None
-        torch.testing.assert_close(x.grad.double(), grad.double() @ dense, rtol=1e-2, atol=2e-2)
-    packed.to("cpu")
-    for name, tensor in packed.state_dict().items():
-        assert torch.equal(tensor, saved[name]), name
+    spec = SpqrSpec(bits=bits, stat_bits=bits + 1, outliers=0.02)
+    check_module(quantized(264, 72, "spqr", spec, generator), "cuda_spqr", cuda, generator)

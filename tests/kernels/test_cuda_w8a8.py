@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from on_gpu import captured, quantized
 from w8a8_weights import FLOATS, FP8, INT8, KINDS, K, Kind, check_schemas, equal, prepared
 
 from hfq.core.activations import quantize_tokens
 from hfq.kernels.cuda_fp8 import MAX_DIRECT_TOKENS
 from hfq.kernels.row import Problem
-from hfq.nn.linear import QuantLinear
 
 pytestmark = pytest.mark.gpu
 
@@ -117,13 +116,8 @@ def test_in_a_cuda_graph(
     row, ready = kind.row, prepared(kind, grid)
     for tokens in (1, 8, 64):
         x = torch.randn(tokens, 4096, generator=generator).to(cuda, torch.bfloat16)
-        stream = torch.cuda.Stream()
-        with torch.no_grad(), torch.cuda.stream(stream):
-            row.linear(x, ready, None, False)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(graph):
-            y = row.linear(x, ready, None, False)
+        with torch.no_grad():
+            graph, y = captured(lambda x=x: row.linear(x, ready, None, False))  # type: ignore[misc]
         for _ in range(2):
             x.copy_(torch.randn(tokens, 4096, generator=generator))
             graph.replay()
@@ -146,11 +140,7 @@ def test_opcheck(kind: Kind, there: Move, cuda: torch.device, generator: torch.G
 def test_modules(kind: Kind, cuda: torch.device, generator: torch.Generator) -> None:
     """Few and many tokens, gradients, and the way to the CPU and back."""
     # The matrix library takes E4M3 in multiples of 16 rows.
-    linear = nn.Linear(K, 72 if kind is INT8 else 80, dtype=torch.bfloat16)
-    with torch.no_grad():
-        for parameter in linear.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    packed = QuantLinear.from_linear(linear, format=kind.format, spec=kind.spec)
+    packed = quantized(K, 72 if kind is INT8 else 80, kind.format, kind.spec, generator)
     saved = {name: tensor.clone() for name, tensor in packed.state_dict().items()}
     xs = [torch.randn(tokens, K, generator=generator).bfloat16() for tokens in (1, 8, 40)]
     on_cpu = [packed(x) for x in xs]
