@@ -118,30 +118,35 @@ def _check(y: Tensor, x: Tensor, weight: Weight, bias: Tensor | None = None) -> 
     assert (error <= bound).all(), (error / bound).max()
 
 
+@pytest.fixture
+def check_products(
+    make_weight: MakeWeight, generator: torch.Generator, cuda: torch.device
+) -> Callable[..., None]:
+    def check(numbers: tuple[int, ...], shape: tuple[int, int, int], kind: str) -> None:
+        for dtype, scale_dtype in zip(HALVES, (torch.float16, torch.float32), strict=True):
+            weight = make_weight(*shape, kind=kind, scale_dtype=scale_dtype)
+            for tokens in numbers:
+                x = torch.randn(tokens, shape[1], generator=generator).to(cuda, dtype)
+                bias = torch.randn(shape[0], generator=generator).to(cuda) if tokens % 2 else None
+                y = weight.linear(x, bias)
+                _check(y, x, weight, bias)
+                assert torch.equal(y, weight.linear(x, bias)), "sums are in one order"
+
+    return check
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_products(
-    make_weight: MakeWeight,
-    generator: torch.Generator,
-    cuda: torch.device,
-    shape: tuple[int, int, int],
-    kind: str,
+    check_products: Callable[..., None], shape: tuple[int, int, int], kind: str
 ) -> None:
-    for dtype, scale_dtype in zip(HALVES, (torch.float16, torch.float32), strict=True):
-        weight = make_weight(*shape, kind=kind, scale_dtype=scale_dtype)
-        for tokens in (0, 1, 3, 8, 9, 19, 40, 130):
-            x = torch.randn(tokens, shape[1], generator=generator).to(cuda, dtype)
-            bias = torch.randn(shape[0], generator=generator).to(cuda) if tokens % 2 else None
-            y = weight.linear(x, bias)
-            _check(y, x, weight, bias)
-            assert torch.equal(y, weight.linear(x, bias)), "sums are in one order"
+    check_products((0, 1, 3, 8, 9, 19, 40, 130), shape, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_products_with_wgmma(
-    make_weight: MakeWeight,
-    generator: torch.Generator,
+    check_products: Callable[..., None],
     cuda: torch.device,
     monkeypatch: pytest.MonkeyPatch,
     shape: tuple[int, int, int],
@@ -151,14 +156,7 @@ def test_products_with_wgmma(
     if torch.cuda.get_device_capability(cuda) != (9, 0):
         pytest.skip("wgmma needs compute capability 9.0")
     monkeypatch.setenv("HFQ_CUDA_WGMMA", "1")
-    for dtype, scale_dtype in zip(HALVES, (torch.float16, torch.float32), strict=True):
-        weight = make_weight(*shape, kind=kind, scale_dtype=scale_dtype)
-        for tokens in (9, 16, 27, 32, 40, 64, 100, 128, 130):
-            x = torch.randn(tokens, shape[1], generator=generator).to(cuda, dtype)
-            bias = torch.randn(shape[0], generator=generator).to(cuda) if tokens % 2 else None
-            y = weight.linear(x, bias)
-            _check(y, x, weight, bias)
-            assert torch.equal(y, weight.linear(x, bias)), "sums are in one order"
+    check_products((9, 16, 27, 32, 40, 64, 100, 128, 130), shape, kind)
 
 
 @pytest.mark.parametrize("wanted", ["0", "1"])
