@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-import importlib.util
 import os
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import pytest
+import torch
+from cuda_emulator import Emulator, build
 
 from hfq.kernels import native
 
@@ -48,23 +47,26 @@ def isa_or_reference(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def emulator_module() -> Any:
-    """cuda_emulator.py, which is no package's."""
-    spec = importlib.util.spec_from_file_location(
-        "cuda_emulator", Path(__file__).with_name("cuda_emulator.py")
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="session")
-def emulator(emulator_module: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
     """The CUDA kernels on the CPU, compiled once for all processes of a run."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
     folder /= "cuda_on_cpu"
     folder.mkdir(exist_ok=True)
-    return emulator_module.build(folder)
+    return build(folder)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Pretends that there are GPUs of these compute capabilities, with native kernels or without."""
+
+    def pretend(*found: tuple[int, int], kernels: bool = True) -> None:
+        status = native.NativeStatus(
+            cpu=True, cuda=kernels, cuda_reason=None if kernels else "no nvcc"
+        )
+        monkeypatch.setattr(native, "load", lambda: status)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: found[index])
+
+    return pretend

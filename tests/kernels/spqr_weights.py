@@ -5,17 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from fragments_weights import ROUNDING, Shape
 from torch import Tensor
 
 from hfq.core import bits as bit_packing
+from hfq.core.spec import SpqrSpec
 from hfq.core.weight import SpqrGrid, index_dtype
 from hfq.kernels import reference
 from hfq.kernels.cuda_spqr import CudaSpqr
 from hfq.kernels.neutral_spqr import operands, sizes
 
-# Largest relative error of rounding to nearest.
-ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 ROW = CudaSpqr()
+# All numbers of bits and dtypes of scales, groups and none, outliers and none.
+SPECS = (
+    SpqrSpec(outliers=0.03),
+    SpqrSpec(bits=2, group_size=32, stat_group_size=16, outliers=0.1, scale_dtype="bfloat16"),
+    SpqrSpec(bits=4, group_size=64, stat_bits=5, stat_group_size=32, scale_dtype="float32"),
+    SpqrSpec(bits=4, group_size=-1, stat_bits=8, stat_group_size=256, outliers=0),
+)
 
 
 @dataclass(frozen=True)
@@ -53,18 +60,16 @@ class Weight:
 
 def random_weight(
     generator: torch.Generator,
-    rows: int,
-    columns: int,
+    shape: Shape,
     *,
     bits: int = 3,
-    group_size: int = 16,
-    stat_bits: int = 3,
-    stat_group_size: int = 64,
+    stats: tuple[int, int] = (3, 64),
     outliers: float = 0.02,
     dtype: torch.dtype = torch.float16,
     wide: bool = False,
 ) -> Weight:
-    """`group_size` 0: one group per row; `outliers`: the share of them; `wide`: columns in int32."""
+    """`stats`: bits of codes of scales, rows that share lines; `outliers`: the share of them; `wide`: columns in int32."""
+    (rows, columns, group_size), (stat_bits, stat_group_size) = shape, stats
     group_size = group_size or columns
     groups, blocks = -(-columns // group_size), -(-rows // stat_group_size)
 
@@ -76,20 +81,20 @@ def random_weight(
     stat_codes = torch.randint(
         1 << stat_bits, (rows, groups, 2), generator=generator, dtype=torch.uint8
     )
-    lines = [
+    parts = [
         random(blocks, groups) * 0.02 / (1 << stat_bits),
         random(blocks, groups) * 0.01 + 1e-3,
         random(blocks, groups) * 2 ** (bits - stat_bits),
         random(blocks, groups) * 2 ** (bits - 1),
     ]
-    stats = torch.stack(lines, -1).to(dtype)
+    lines = torch.stack(parts, -1).to(dtype)
     chosen = random(rows, columns) < outliers
     values = (torch.randn(int(chosen.sum()), generator=generator) * 0.1).to(dtype)
     ends = chosen.sum(1).cumsum(0)
     neutral = SpqrGrid(
         qweight=bit_packing.pack(codes, bits).unsqueeze(-1),
         stat_codes=bit_packing.pack(stat_codes.flatten(1), stat_bits).unsqueeze(-1),
-        stats=stats,
+        stats=lines,
         offsets=torch.nn.functional.pad(ends, (1, 0)).int(),
         columns=chosen.nonzero()[:, 1].to(torch.int32 if wide else index_dtype(columns)),
         values=values,
@@ -100,7 +105,7 @@ def random_weight(
         in_features=columns,
         out_features=rows,
     )
-    of_rows = stats.double().repeat_interleave(stat_group_size, 0)[:rows]
+    of_rows = lines.double().repeat_interleave(stat_group_size, 0)[:rows]
     step, offset, zero_step, zero_offset = of_rows.unbind(-1)
     scaled, zero_scaled = stat_codes[..., 0] * step, stat_codes[..., 1] * zero_step
     by_column, middle = torch.arange(columns) // group_size, float(1 << (bits - 1))

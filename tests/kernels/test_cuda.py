@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from on_gpu import captured, check_module, quantized
 from torch import Tensor
 
 from hfq.core import bits as bit_packing
 from hfq.core.codebooks import codebook
+from hfq.core.float8 import e4m3_table
 from hfq.core.spec import IntSpec
 from hfq.kernels import cuda_ops, fragments, native, reference
-from hfq.nn.linear import QuantLinear
 
 assert cuda_ops.fragments_weight is not None  # defines torch.ops.hfq.cuda_*
 pytestmark = pytest.mark.gpu
@@ -30,6 +31,7 @@ KINDS = (
     "int8_zeros",
     "nf4",
     "fp4",
+    "e4m3",
 )
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
@@ -78,7 +80,7 @@ def make_weight(cuda: torch.device, generator: torch.Generator) -> MakeWeight:
         kind: str = "int4",
         scale_dtype: torch.dtype = torch.float16,
     ) -> Weight:
-        bits = int(kind.removesuffix("_zeros")[-1])
+        bits = 8 if kind == "e4m3" else int(kind.removesuffix("_zeros")[-1])
         group_size = group_size or columns
         groups = -(-columns // group_size)
         codes = torch.randint(0, 1 << bits, (rows, columns), generator=generator, dtype=torch.uint8)
@@ -87,7 +89,10 @@ def make_weight(cuda: torch.device, generator: torch.Generator) -> MakeWeight:
         if kind.endswith("zeros"):
             zeros = torch.rand(rows, groups, generator=generator) * ((1 << bits) - 1)
             zeros = zeros.to(scale_dtype)
-        if not kind.startswith("int"):
+        if kind == "e4m3":
+            codes[codes & 0x7F == 0x7F] ^= 1  # NaN, which no weight has
+            table = e4m3_table()
+        elif not kind.startswith("int"):
             table = codebook(kind)
         neutral = (bit_packing.pack(codes, bits).unsqueeze(-1), scales, zeros, table)
         neutral_there = [None if tensor is None else tensor.to(cuda) for tensor in neutral]
@@ -118,30 +123,35 @@ def _check(y: Tensor, x: Tensor, weight: Weight, bias: Tensor | None = None) -> 
     assert (error <= bound).all(), (error / bound).max()
 
 
+@pytest.fixture
+def check_products(
+    make_weight: MakeWeight, generator: torch.Generator, cuda: torch.device
+) -> Callable[..., None]:
+    def check(numbers: tuple[int, ...], shape: tuple[int, int, int], kind: str) -> None:
+        for dtype, scale_dtype in zip(HALVES, (torch.float16, torch.float32), strict=True):
+            weight = make_weight(*shape, kind=kind, scale_dtype=scale_dtype)
+            for tokens in numbers:
+                x = torch.randn(tokens, shape[1], generator=generator).to(cuda, dtype)
+                bias = torch.randn(shape[0], generator=generator).to(cuda) if tokens % 2 else None
+                y = weight.linear(x, bias)
+                _check(y, x, weight, bias)
+                assert torch.equal(y, weight.linear(x, bias)), "sums are in one order"
+
+    return check
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_products(
-    make_weight: MakeWeight,
-    generator: torch.Generator,
-    cuda: torch.device,
-    shape: tuple[int, int, int],
-    kind: str,
+    check_products: Callable[..., None], shape: tuple[int, int, int], kind: str
 ) -> None:
-    for dtype, scale_dtype in zip(HALVES, (torch.float16, torch.float32), strict=True):
-        weight = make_weight(*shape, kind=kind, scale_dtype=scale_dtype)
-        for tokens in (0, 1, 3, 8, 9, 19, 40, 130):
-            x = torch.randn(tokens, shape[1], generator=generator).to(cuda, dtype)
-            bias = torch.randn(shape[0], generator=generator).to(cuda) if tokens % 2 else None
-            y = weight.linear(x, bias)
-            _check(y, x, weight, bias)
-            assert torch.equal(y, weight.linear(x, bias)), "sums are in one order"
+    check_products((0, 1, 3, 8, 9, 19, 40, 130), shape, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_products_with_wgmma(
-    make_weight: MakeWeight,
-    generator: torch.Generator,
+    check_products: Callable[..., None],
     cuda: torch.device,
     monkeypatch: pytest.MonkeyPatch,
     shape: tuple[int, int, int],
@@ -151,14 +161,7 @@ def test_products_with_wgmma(
     if torch.cuda.get_device_capability(cuda) != (9, 0):
         pytest.skip("wgmma needs compute capability 9.0")
     monkeypatch.setenv("HFQ_CUDA_WGMMA", "1")
-    for dtype, scale_dtype in zip(HALVES, (torch.float16, torch.float32), strict=True):
-        weight = make_weight(*shape, kind=kind, scale_dtype=scale_dtype)
-        for tokens in (9, 16, 27, 32, 40, 64, 100, 128, 130):
-            x = torch.randn(tokens, shape[1], generator=generator).to(cuda, dtype)
-            bias = torch.randn(shape[0], generator=generator).to(cuda) if tokens % 2 else None
-            y = weight.linear(x, bias)
-            _check(y, x, weight, bias)
-            assert torch.equal(y, weight.linear(x, bias)), "sums are in one order"
+    check_products((9, 16, 27, 32, 40, 64, 100, 128, 130), shape, kind)
 
 
 @pytest.mark.parametrize("wanted", ["0", "1"])
@@ -229,7 +232,7 @@ def test_activations_that_begin_anywhere(
 
 def test_opcheck(make_weight: MakeWeight, generator: torch.Generator, cuda: torch.device) -> None:
     check, hfq = torch.library.opcheck, torch.ops.hfq
-    for kind in ("int3", "int4_zeros", "nf4"):
+    for kind in ("int3", "int4_zeros", "nf4", "e4m3"):
         w = make_weight(40, 136, 64, kind=kind)
         arguments = (*w.operands, *w.sizes)
         x = torch.randn(3, 136, generator=generator).to(cuda, torch.bfloat16).requires_grad_()
@@ -244,7 +247,9 @@ def test_opcheck(make_weight: MakeWeight, generator: torch.Generator, cuda: torc
         check(hfq.cuda_linear_gradient.default, (grad, *arguments))
 
 
-@pytest.mark.parametrize(("tokens", "wgmma"), [(2, "0"), (64, "0"), (64, "1")])
+@pytest.mark.parametrize(
+    ("tokens", "wgmma"), [(2, "0"), (64, "0"), pytest.param(64, "1", id="64-wgmma")]
+)
 def test_in_a_cuda_graph(
     make_weight: MakeWeight,
     generator: torch.Generator,
@@ -257,13 +262,7 @@ def test_in_a_cuda_graph(
     monkeypatch.setenv("HFQ_CUDA_WGMMA", wgmma)
     weight = make_weight(1024, 4096, 128, kind="int4_zeros")
     x = torch.randn(tokens, 4096, generator=generator).to(cuda, torch.bfloat16)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        weight.linear(x)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = weight.linear(x)
+    graph, y = captured(lambda: weight.linear(x))
     for _ in range(2):
         x.copy_(torch.randn(tokens, 4096, generator=generator))
         graph.replay()
@@ -297,29 +296,7 @@ def test_bad_arguments_are_refused(make_weight: MakeWeight, cuda: torch.device) 
 
 @pytest.mark.parametrize("bits", fragments.BITS)
 def test_modules(generator: torch.Generator, cuda: torch.device, bits: int) -> None:
-    """Few and many tokens, gradients, and the way to the CPU and back."""
     if not native.load().cuda:
         pytest.skip(f"no native CUDA kernels: {native.load().cuda_reason}")
-    linear = torch.nn.Linear(264, 72, dtype=torch.bfloat16)
-    with torch.no_grad():
-        for parameter in linear.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    packed = QuantLinear.from_linear(
-        linear, format="int", spec=IntSpec(bits=bits, group_size=32, sym=False)
-    )
-    saved = {name: tensor.clone() for name, tensor in packed.state_dict().items()}
-    packed.to(cuda)
-    assert packed.kernel_choice("weight").row.name == "cuda_fragments"
-    dense = packed.dequantize().double()
-    assert packed.bias is not None
-    for tokens in (1, 8, 40):
-        x = torch.randn(tokens, 264, generator=generator).to(cuda, torch.bfloat16).requires_grad_()
-        expected = x.detach().double() @ dense.T + packed.bias.double()
-        torch.testing.assert_close(packed(x).double(), expected, rtol=1e-2, atol=2e-2)
-        grad = torch.randn(tokens, 72, generator=generator).to(cuda, torch.bfloat16)
-        packed(x).backward(grad)
-        assert x.grad is not None
-        torch.testing.assert_close(x.grad.double(), grad.double() @ dense, rtol=1e-2, atol=2e-2)
-    packed.to("cpu")
-    for name, tensor in packed.state_dict().items():
-        assert torch.equal(tensor, saved[name]), name
+    spec = IntSpec(bits=bits, group_size=32, sym=False)
+    check_module(quantized(264, 72, "int", spec, generator), "cuda_fragments", cuda, generator)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from on_gpu import captured
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
@@ -139,13 +140,6 @@ def test_a_step_in_a_graph() -> None:
         ).logits
         return logits
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        logits = step()
+    graph, logits = captured(step)
     graph.replay()
     assert torch.isfinite(logits).all()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_emulator import check_operators
 
 from hfq.kernels import decode
 
@@ -52,3 +53,8 @@ def test_what_a_mask_hides_is_not_read(
         wide = [each.double().nan_to_num() for each in (q, k, v)]
         exact = decode.attend(*wide, length, seen, 0.1)
         torch.testing.assert_close(found[1].double(), exact[1], rtol=1e-2, atol=1e-2)
+
+
+def test_operators(emulator: Any) -> None:
+    """The binding: on CPU tensors, in a process whose CPU is the emulated GPU."""
+    check_operators(emulator.folder, "check_decode.py")

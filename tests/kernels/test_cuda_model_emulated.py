@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cuda_emulator import check_operators
 
 # Each takes ten seconds.
 SLOW = ("nf4", "int8", "fp8", "fp8 both", "spqr")
@@ -15,9 +16,9 @@ SLOW = ("nf4", "int8", "fp8", "fp8 both", "spqr")
     "case",
     ["int", "experts", *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)],
 )
-def test_a_model_generates(emulator: Any, emulator_module: Any, tmp_path: Path, case: str) -> None:
-    emulator_module.check_operators(emulator.folder, "check_model.py", case, str(tmp_path))
+def test_a_model_generates(emulator: Any, tmp_path: Path, case: str) -> None:
+    check_operators(emulator.folder, "check_model.py", case, str(tmp_path))
 
 
-def test_self_test(emulator: Any, emulator_module: Any) -> None:
-    emulator_module.check_operators(emulator.folder, "check_doctor.py")
+def test_self_test(emulator: Any) -> None:
+    check_operators(emulator.folder, "check_doctor.py")

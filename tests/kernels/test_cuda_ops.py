@@ -1,123 +1,121 @@
-"""Layout fragments, the operators on it and their kernel row, on the CPU: what a GPU computes is in test_cuda.py."""
+"""Operators on CUDA's layouts and their kernel rows, on the CPU: what a GPU computes is in test_cuda.py and test_cuda_spqr.py."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
+from types import ModuleType
+from typing import Any
 
 import pytest
+import spqr_weights
 import torch
 from torch import Tensor
 
 from hfq.core import affine
-from hfq.core.spec import QuantSpec
-from hfq.core.weight import PackedGrid
+from hfq.core.spec import CodebookSpec, Int8Spec, IntSpec, QuantSpec
+from hfq.core.weight import PackedGrid, SpqrGrid
 from hfq.formats import FORMATS
-from hfq.kernels import cuda, cuda_ops, dispatch, fragments, native
+from hfq.kernels import cuda, cuda_int8_ops, cuda_ops, cuda_spqr, cuda_spqr_ops, dispatch, fp8_ops
+from hfq.kernels.neutral_spqr import operands, sizes
 from hfq.kernels.row import Problem
 
 N, K = 40, 136
 
-SETTINGS: dict[str, tuple[str, dict[str, object]]] = {
-    "2 bits, zeros": ("int", {"bits": 2, "group_size": 32, "sym": False}),
-    "3 bits": ("int", {"bits": 3, "group_size": 64}),
+WEIGHTS: dict[str, tuple[str, QuantSpec]] = {
+    "2 bits, zeros": ("int", IntSpec(bits=2, group_size=32, sym=False)),
+    "3 bits": ("int", IntSpec(bits=3, group_size=64)),
     "4 bits, zeros, bfloat16 scales": (
         "int",
-        {"bits": 4, "group_size": 32, "sym": False, "scale_dtype": "bfloat16"},
+        IntSpec(bits=4, group_size=32, sym=False, scale_dtype="bfloat16"),
     ),
-    "8 bits, one group": ("int8", {}),
-    "nf4, double quantization": ("nf4", {"group_size": 64, "double_quant": True}),
+    "8 bits, one group": ("int8", Int8Spec()),
+    "nf4, double quantization": ("nf4", CodebookSpec(group_size=64, double_quant=True)),
+    **{str(spec): ("spqr", spec) for spec in spqr_weights.SPECS},
 }
+ONE_OF_EACH = [("int", IntSpec(group_size=32)), ("spqr", spqr_weights.SPECS[0])]
 
 
-@pytest.fixture(params=SETTINGS.values(), ids=SETTINGS.keys())
-def grid(request: pytest.FixtureRequest, random_weight: Callable[..., Tensor]) -> PackedGrid:
-    """A weight `[N, K]` as it is stored."""
-    format_name, settings = request.param
-    return stored(random_weight(N, K), format_name, FORMATS.get(format_name).spec(settings))
+class Fragments:
+    """Layout fragments, operators ``hfq::cuda_*``."""
+
+    prefix, module, row = "cuda", cuda_ops, cuda.CudaFragments()
+
+    def prepared(self, grid: PackedGrid) -> PackedGrid:
+        return replace(
+            grid,
+            qweight=self.row.prepare(grid.qweight, grid.bits),
+            scales=self.row.prepare(grid.scales, grid.bits),
+            zeros=None if grid.zeros is None else self.row.prepare(grid.zeros, grid.bits),
+        )
+
+    def restored(self, ready: PackedGrid, grid: PackedGrid) -> dict[str, Tensor]:
+        """What `prepared` changed, as it is in `grid` again."""
+        names = [name for name in ("qweight", "scales", "zeros") if getattr(grid, name) is not None]
+        return {
+            name: self.row.restore(getattr(ready, name), getattr(grid, name).shape, grid.bits)
+            for name in names
+        }
+
+    def arguments(self, grid: PackedGrid, *between: object) -> tuple[object, ...]:
+        ready = (grid.qweight, grid.scales, grid.zeros, grid.codebook)
+        return (*ready, *between, grid.bits, grid.group_size, grid.in_features, grid.out_features)
 
 
-def stored(weight: Tensor, format_name: str, spec: QuantSpec) -> PackedGrid:
+class Spqr:
+    """Layouts of format spqr, operators ``hfq::cuda_spqr_*``."""
+
+    prefix, module, row = "cuda_spqr", cuda_spqr_ops, cuda_spqr.CudaSpqr()
+
+    def prepared(self, grid: SpqrGrid) -> SpqrGrid:
+        return spqr_weights.prepared(grid)
+
+    def restored(self, ready: SpqrGrid, grid: SpqrGrid) -> dict[str, Tensor]:
+        assert self.row.prepare(grid.stats, grid.bits) is grid.stats
+        codes = self.row.restore(ready.qweight, tuple(grid.qweight.shape), grid.bits)
+        shape = tuple(grid.stat_codes.shape)
+        stats = self.row.restore_stats(ready.stat_codes, shape, grid.stat_bits)
+        return {"qweight": codes, "stat_codes": stats}
+
+    def arguments(self, grid: SpqrGrid, *between: object) -> tuple[object, ...]:
+        return (*operands(grid), *between, *sizes(grid), grid.out_features)
+
+
+LAYOUTS: dict[type, Any] = {PackedGrid: Fragments(), SpqrGrid: Spqr()}
+
+
+def stored(weight: Tensor, format_name: str, spec: QuantSpec) -> Any:
+    """A weight in the neutral layout."""
     quantized = affine.encode(weight, *affine.range_grid(weight, spec), spec)
     packed_format = FORMATS.get(format_name)
     return packed_format.grid(packed_format.pack(quantized), spec, *weight.shape)
 
 
-def prepared(grid: PackedGrid) -> PackedGrid:
-    row = cuda.CudaFragments()
-    return replace(
-        grid,
-        qweight=row.prepare(grid.qweight, grid.bits),
-        scales=row.prepare(grid.scales, grid.bits),
-        zeros=None if grid.zeros is None else row.prepare(grid.zeros, grid.bits),
-    )
+@pytest.fixture(params=WEIGHTS.values(), ids=WEIGHTS.keys())
+def grid(request: pytest.FixtureRequest, random_weight: Callable[..., Tensor]) -> Any:
+    return stored(random_weight(N, K), *request.param)
 
 
-def arguments(grid: PackedGrid, *between: object) -> tuple[object, ...]:
-    operands = (grid.qweight, grid.scales, grid.zeros, grid.codebook)
-    return (*operands, *between, grid.bits, grid.group_size, grid.in_features, grid.out_features)
+@pytest.fixture
+def layout(grid: Any) -> Any:
+    return LAYOUTS[type(grid)]
 
 
-def dense(grid: PackedGrid, dtype: torch.dtype = torch.float32) -> Tensor:
-    return dispatch.rows()[-1].dequantize(grid, dtype)
+@pytest.fixture
+def op(layout: Any) -> Callable[[str], Any]:
+    return lambda name: getattr(torch.ops.hfq, f"{layout.prefix}_{name}")
 
 
-# ---- layout
-
-
-@pytest.mark.parametrize("bits", fragments.BITS)
-@pytest.mark.parametrize("lead", [(), (3,), (2, 3)], ids=str)
-@pytest.mark.parametrize(("rows", "columns"), [(1, 8), (16, 128), (17, 136), (33, 264)])
-def test_round_trip(
-    generator: torch.Generator, bits: int, lead: tuple[int, ...], rows: int, columns: int
-) -> None:
-    shape = (*lead, rows, columns * bits // 8, 1)
-    codes = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-    tiles = fragments.to_fragments(codes, bits)
-    width = 128 if bits == 3 else 256 // bits
-    blocks = -(-columns // width)
-    assert tiles.shape == (*lead, -(-rows // 16), blocks, 48 if bits == 3 else 32, 16)
-    assert tiles.is_contiguous()
-    assert torch.equal(fragments.from_fragments(tiles, shape, bits), codes)
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        scales = torch.randn(*lead, rows, 5, generator=generator).to(dtype)
-        pairs = fragments.to_fragments(scales, bits)
-        assert pairs.shape == (*lead, -(-rows // 16), 5, 8, 2)
-        assert pairs.is_contiguous()
-        n = rows - 1
-        assert torch.equal(pairs[..., n // 16, :, n % 8, n // 8 % 2], scales[..., n, :])
-        assert torch.equal(fragments.from_fragments(pairs, scales.shape, bits), scales)
-
-
-@pytest.mark.parametrize("bits", fragments.BITS)
-def test_conversion_in_pieces(
-    monkeypatch: pytest.MonkeyPatch, generator: torch.Generator, bits: int
-) -> None:
-    codes = torch.randint(0, 256, (100, 17 * bits, 1), generator=generator, dtype=torch.uint8)
-    whole = fragments.to_fragments(codes, bits)
-    monkeypatch.setattr(fragments, "_CHUNK", 32 * 136)
-    assert torch.equal(fragments.to_fragments(codes, bits), whole)
-    assert torch.equal(fragments.from_fragments(whole, codes.shape, bits), codes)
-
-
-def test_8_bit_codes_are_an_operand_of_integer_products(generator: torch.Generator) -> None:
-    """mma.m16n8k32: register 0 has row g, 1 row g + 8, of the first four columns of a lane, 2 and 3 of the others."""
-    codes = torch.randint(0, 256, (16, 32, 1), generator=generator, dtype=torch.uint8)
-    lanes = fragments.to_fragments(codes, 8)[0, 0].view(8, 4, 2, 2, 4)
-    for (g, t), lane in zip(
-        torch.cartesian_prod(torch.arange(8), torch.arange(4)), lanes.flatten(0, 1), strict=True
-    ):
-        for register, row in ((0, g), (1, g + 8)):
-            columns = codes[row, 8 * t : 8 * t + 8, 0]
-            assert torch.equal(lane[:, register].flatten(), columns)
+def dense(grid: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+    return dispatch.rows(type(grid))[-1].dequantize(grid, dtype)
 
 
 # ---- operators
 
 
-def test_dequantize_is_that_of_the_stored_weight(grid: PackedGrid) -> None:
+def test_dequantize_is_that_of_the_stored_weight(grid: Any, layout: Any, op: Any) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        weight = torch.ops.hfq.cuda_dequantize(*arguments(prepared(grid)), dtype)
+        weight = op("dequantize")(*layout.arguments(layout.prepared(grid)), dtype)
         assert torch.equal(weight, dense(grid, dtype))
 
 
@@ -126,12 +124,14 @@ def test_dequantize_is_that_of_the_stored_weight(grid: PackedGrid) -> None:
 def test_products_and_their_gradients(
     monkeypatch: pytest.MonkeyPatch,
     generator: torch.Generator,
-    grid: PackedGrid,
+    grid: Any,
+    layout: Any,
+    op: Any,
     with_bias: bool,
     chunk: int,
 ) -> None:
-    monkeypatch.setattr(cuda_ops, "CHUNK", chunk)
-    ready, weight = prepared(grid), dense(grid)
+    monkeypatch.setattr(layout.module, "CHUNK", chunk)
+    ready, weight = layout.prepared(grid), dense(grid)
     for shape in ((5,), (2, 3), (0,)):
         x = torch.randn(*shape, K, generator=generator, requires_grad=True)
         bias = torch.randn(N, generator=generator, requires_grad=True) if with_bias else None
@@ -139,8 +139,8 @@ def test_products_and_their_gradients(
         grad = torch.randn(*shape, N, generator=generator)
         expected = torch.nn.functional.linear(x, weight, bias)
         expected_grads = torch.autograd.grad(expected, leaves, grad)
-        for name in ("cuda_linear", "cuda_linear_dequantized"):
-            y = getattr(torch.ops.hfq, name)(x, *arguments(ready, bias))
+        for name in ("linear", "linear_dequantized"):
+            y = op(name)(x, *layout.arguments(ready, bias))
             torch.testing.assert_close(y, expected)
             for one, other in zip(
                 torch.autograd.grad(y, leaves, grad), expected_grads, strict=True
@@ -148,44 +148,61 @@ def test_products_and_their_gradients(
                 torch.testing.assert_close(one, other)
 
 
-def test_gradients_of_gradients(generator: torch.Generator, grid: PackedGrid) -> None:
-    ready = prepared(grid)
+def test_gradients_of_gradients(
+    generator: torch.Generator, grid: Any, layout: Any, op: Any
+) -> None:
+    arguments = layout.arguments(layout.prepared(grid))
     grad = torch.randn(1, N, generator=generator, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(
-        lambda grad: torch.ops.hfq.cuda_linear_gradient(grad, *arguments(ready)), grad
-    )
+    assert torch.autograd.gradcheck(lambda grad: op("linear_gradient")(grad, *arguments), grad)
 
 
-def test_opcheck(generator: torch.Generator, grid: PackedGrid) -> None:
-    ready = prepared(grid)
+def test_opcheck(generator: torch.Generator, grid: Any, layout: Any, op: Any) -> None:
+    ready = layout.prepared(grid)
+    arguments = layout.arguments(ready)
     x = torch.randn(3, K, generator=generator, requires_grad=True)
     bias = torch.randn(N, generator=generator, requires_grad=True)
-    check, hfq = torch.library.opcheck, torch.ops.hfq
-    check(hfq.cuda_dequantize.default, (*arguments(ready), torch.bfloat16))
-    index = torch.randint(N, (5,), generator=generator)
-    check(hfq.cuda_lookup.default, (index, *arguments(ready), torch.float16))
-    check(hfq.cuda_linear.default, (x, *arguments(ready, bias)))
-    check(hfq.cuda_linear_dequantized.default, (x, *arguments(ready, None)))
     grad = torch.randn(3, N, generator=generator, requires_grad=True)
-    check(hfq.cuda_linear_gradient.default, (grad, *arguments(ready)))
-
-
-def test_every_operator_has_a_schema_and_a_line_in_the_docstring() -> None:
-    assert cuda_ops.__doc__ is not None
-    for name in (
-        *("dequantize", "lookup", "linear", "linear_dequantized", "linear_gradient"),
-        "experts_linear",
+    index = torch.randint(N, (5,), generator=generator)
+    for name, inputs in (
+        ("dequantize", (*arguments, torch.bfloat16)),
+        ("lookup", (index, *arguments, torch.float16)),
+        ("linear", (x, *layout.arguments(ready, bias))),
+        ("linear_dequantized", (x, *layout.arguments(ready, None))),
+        ("linear_gradient", (grad, *arguments)),
     ):
-        schema = getattr(torch.ops.hfq, f"cuda_{name}").default._schema
-        assert str(schema).startswith(f"hfq::cuda_{name}(")
-        assert f"    cuda_{name} " in cuda_ops.__doc__
+        torch.library.opcheck(op(name).default, inputs)
 
 
-# ---- the kernel row
+PRODUCTS = ("dequantize", "lookup", "linear", "linear_dequantized", "linear_gradient")
 
 
-def test_row(generator: torch.Generator, grid: PackedGrid) -> None:
-    row, ready = cuda.CudaFragments(), prepared(grid)
+@pytest.mark.parametrize(
+    ("module", "prefix", "names"),
+    [
+        (cuda_ops, "cuda_", (*PRODUCTS, "experts_linear")),
+        (cuda_spqr_ops, "cuda_spqr_", PRODUCTS),
+        (cuda_int8_ops, "cuda_", ("quantize_tokens", "scale_sums")),
+        (cuda_int8_ops, "cuda_int8_", ("linear", "linear_cublas")),
+        (fp8_ops, "fp8_", ("dequantize", "linear", "scaled_linear")),
+        (fp8_ops, "cuda_fp8_", ("quantize_tokens", "linear")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_every_operator_has_a_schema_and_a_line_in_the_docstring(
+    module: ModuleType, prefix: str, names: tuple[str, ...]
+) -> None:
+    assert module.__doc__ is not None
+    for name in names:
+        schema = getattr(torch.ops.hfq, prefix + name).default._schema
+        assert str(schema).startswith(f"hfq::{prefix}{name}(")
+        assert f"    {prefix}{name} " in module.__doc__
+
+
+# ---- kernel rows
+
+
+def test_row(generator: torch.Generator, grid: Any, layout: Any) -> None:
+    row, ready = layout.row, layout.prepared(grid)
     assert torch.equal(row.dequantize(ready, torch.float64), dense(grid, torch.float64))
     index = torch.randint(N, (5,), generator=generator)
     assert torch.equal(row.lookup(ready, index, torch.bfloat16), dense(grid, torch.bfloat16)[index])
@@ -198,42 +215,47 @@ def test_row(generator: torch.Generator, grid: PackedGrid) -> None:
             torch.testing.assert_close(y, expected)
 
 
-def test_row_restores_what_it_prepared(grid: PackedGrid) -> None:
-    row, ready = cuda.CudaFragments(), prepared(grid)
-    for name in ("qweight", "scales", "zeros"):
-        neutral, changed = getattr(grid, name), getattr(ready, name)
-        if neutral is not None:
-            assert changed.dim() != neutral.dim()
-            assert torch.equal(row.restore(changed, tuple(neutral.shape), grid.bits), neutral)
+def test_row_restores_what_it_prepared(grid: Any, layout: Any) -> None:
+    ready = layout.prepared(grid)
+    for name, tensor in layout.restored(ready, grid).items():
+        neutral = getattr(grid, name)
+        assert getattr(ready, name).dim() != neutral.dim()
+        assert torch.equal(tensor, neutral)
 
 
-def stacked(experts: list[PackedGrid]) -> PackedGrid:
-    return replace(
-        experts[0],
-        qweight=torch.stack([one.qweight for one in experts]),
-        scales=torch.stack([one.scales for one in experts]),
-    )
+def experts_of(format_name: str, spec: QuantSpec, random_weight: Any) -> tuple[list[Any], Any]:
+    """Three weights as they are stored, and their stack in the kernel's layout."""
+    experts = [stored(random_weight(N, K), format_name, spec) for _ in range(3)]
+    first = experts[0]
+    names = [each.name for each in fields(first) if isinstance(getattr(first, each.name), Tensor)]
+    stack = {name: torch.stack([getattr(one, name) for one in experts]) for name in names}
+    return experts, LAYOUTS[type(first)].prepared(replace(first, **stack))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("format_name", "spec"), ONE_OF_EACH)
 def test_experts(
-    generator: torch.Generator, random_weight: Callable[..., Tensor], dtype: torch.dtype
+    generator: torch.Generator,
+    random_weight: Callable[..., Tensor],
+    format_name: str,
+    spec: QuantSpec,
+    dtype: torch.dtype,
 ) -> None:
-    spec = FORMATS.get("int").spec({"group_size": 32})
-    experts = [stored(random_weight(N, K), "int", spec) for _ in range(3)]
-    row, stack = cuda.CudaFragments(), prepared(stacked(experts))
+    experts, stack = experts_of(format_name, spec, random_weight)
+    row = LAYOUTS[type(stack)].row
     x = torch.randn(5, K, generator=generator).to(dtype)
-    bias = torch.randn(3, N, generator=generator).to(dtype)
     linear = torch.nn.functional.linear
-    parts = [
-        linear(x[:3], dense(experts[0], dtype), bias[0]),
-        linear(x[3:], dense(experts[2], dtype), bias[2]),
-    ]
-    y = row.experts(x, torch.tensor([3, 0, 2]), stack, bias, False)
-    assert y.dtype == dtype
-    torch.testing.assert_close(y, torch.cat(parts))
-    few = row.experts(x[:3], torch.tensor([3, 0, 0]), stack, bias, False)
-    torch.testing.assert_close(few, parts[0])
+    for bias in (None, torch.randn(3, N, generator=generator).to(dtype)):
+        of = [None] * 3 if bias is None else bias
+        parts = [
+            linear(x[:3], dense(experts[0], dtype), of[0]),
+            linear(x[3:], dense(experts[2], dtype), of[2]),
+        ]
+        y = row.experts(x, torch.tensor([3, 0, 2]), stack, bias, False)
+        assert y.dtype == dtype
+        torch.testing.assert_close(y, torch.cat(parts))
+        few = row.experts(x[:3], torch.tensor([3, 0, 0]), stack, bias, False)
+        torch.testing.assert_close(few, parts[0])
 
 
 def test_experts_whose_counts_nobody_waits_for(
@@ -241,9 +263,8 @@ def test_experts_whose_counts_nobody_waits_for(
     generator: torch.Generator,
     random_weight: Callable[..., Tensor],
 ) -> None:
-    spec = FORMATS.get("int").spec({"group_size": 32})
-    experts = [stored(random_weight(N, K), "int", spec) for _ in range(3)]
-    row, stack = cuda.CudaFragments(), prepared(stacked(experts))
+    experts, stack = experts_of("int", IntSpec(group_size=32), random_weight)
+    row = cuda.CudaFragments()
     x = torch.randn(5, K, generator=generator).half()
     for products, most in ((1, cuda.MAX_EXPERT_TOKENS), (300 * N * K, 300)):
         monkeypatch.setattr(cuda, "_EXPERT_PRODUCTS", products)
@@ -254,37 +275,31 @@ def test_experts_whose_counts_nobody_waits_for(
     assert not row.reads_counts_on_device(learning, 5, stack)
     with torch.no_grad():
         assert row.reads_counts_on_device(learning, 5, stack)
-    y = row.experts(x, torch.tensor([0, 2, 1]), stack, None, False)
+    counts = torch.tensor([0, 2, 1])
+    y = row.experts(x, counts, stack, None, False)
     torch.testing.assert_close(y[:2], x[:2] @ dense(experts[1], torch.float16).T)
     assert not y[3:].any()
-    check = torch.library.opcheck
-    counts = torch.tensor([0, 2, 1])
-    check(torch.ops.hfq.cuda_experts_linear.default, (x, counts, *arguments(stack, None)))
+    arguments = (x, counts, *LAYOUTS[PackedGrid].arguments(stack, None))
+    torch.library.opcheck(torch.ops.hfq.cuda_experts_linear.default, arguments)
 
 
-def test_stack(generator: torch.Generator, random_weight: Callable[..., Tensor]) -> None:
-    spec = FORMATS.get("int").spec({"group_size": 32, "sym": False})
+def test_stack(random_weight: Callable[..., Tensor]) -> None:
+    spec, layout = IntSpec(group_size=32, sym=False), LAYOUTS[PackedGrid]
     grids = [stored(random_weight(rows, K), "int", spec) for rows in (32, 16)]
-    row = cuda.CudaFragments()
-    stacked = row.stack([prepared(grid) for grid in grids])
+    row = layout.row
+    stacked = row.stack([layout.prepared(grid) for grid in grids])
     assert stacked is not None
     whole, parts = stacked
     weights = [row.dequantize(part, torch.float32) for part in parts]
     assert torch.equal(row.dequantize(whole, torch.float32), torch.cat(weights))
     assert all(torch.equal(w, dense(grid)) for w, grid in zip(weights, grids, strict=True))
     assert parts[0].qweight.data_ptr() == whole.qweight.data_ptr()
-    assert row.stack([prepared(stored(random_weight(N, K), "int", spec))] * 2) is None
+    assert row.stack([layout.prepared(stored(random_weight(N, K), "int", spec))] * 2) is None
 
 
-def test_reasons_to_refuse(
-    monkeypatch: pytest.MonkeyPatch, random_weight: Callable[..., Tensor]
-) -> None:
-    row = cuda.CudaFragments()
-    spec = FORMATS.get("int").spec({"group_size": 32})
-    problem = Problem.of(stored(random_weight(N, K), "int", spec))
-    assert row.reject(problem) == "runs on cuda, the weight is on cpu"
-    problem = replace(problem, device="cuda")
-    for changes, words in (
+# Changes of a problem, and words of the reason.
+REFUSED: dict[str, tuple[tuple[dict[str, Any], str], ...]] = {
+    "int": (
         ({"bits": 5}, "not 5"),
         ({"bits": 3, "has_codebook": True}, "codebooks of 4 bits"),
         ({"has_g_idx": True}, "g_idx"),
@@ -292,19 +307,35 @@ def test_reasons_to_refuse(
         ({"in_features": 1 << 20}, "below 1048576"),
         ({"group_size": 48}, "multiples of 32, not 48"),
         ({"activation": "dynamic"}, "8-bit ones (dynamic)"),
-    ):
-        reason = row.reject(replace(problem, **changes))  # type: ignore[arg-type]
+    ),
+    "spqr": (
+        ({"bits": 5}, "takes 2, 3 and 4 bits, not 5"),
+        ({"in_features": 100}, "multiples of 8"),
+        ({"in_features": 1 << 19}, "below 524288"),
+        ({"group_size": 8}, "multiples of 16 columns, those of one matrix instruction, not 8"),
+        ({"stat_group_size": 8}, "stat_group_size in multiples of 16, not 8"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("format_name", "spec"), ONE_OF_EACH)
+def test_reasons_to_refuse(
+    machine: Callable[..., None],
+    random_weight: Callable[..., Tensor],
+    format_name: str,
+    spec: QuantSpec,
+) -> None:
+    grid = stored(random_weight(N, K), format_name, spec)
+    row, problem = LAYOUTS[type(grid)].row, Problem.of(grid)
+    assert row.reject(problem) == "runs on cuda, the weight is on cpu"
+    problem = replace(problem, device="cuda")
+    for changes, words in REFUSED[format_name]:
+        reason = row.reject(replace(problem, **changes))
         assert reason is not None and words in reason, changes
-
-    def without() -> native.NativeStatus:
-        return native.NativeStatus(cpu=True, cuda=False, cuda_reason="no nvcc")
-
-    monkeypatch.setattr(native, "load", without)
+    machine((8, 0), kernels=False)
     assert row.reject(problem) == "native CUDA kernels are not loaded: no nvcc"
-    monkeypatch.setattr(native, "load", lambda: native.NativeStatus(cpu=True, cuda=True))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9 - 2 * index, 5))
+    machine((9, 5), (7, 5))
     assert row.reject(problem) == "needs GPUs of compute capability 8.0 or later, found 7.5"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
+    machine((8, 0), (8, 0))
     assert row.reject(problem) is None
     assert row.reject(replace(problem, in_features=40, group_size=40)) is None

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fragments_weights import FLOATS, HALVES, Shape
+from on_gpu import captured, check_module, quantized
+from spqr_weights import random_weight
 from torch import Tensor
 
 from hfq.core.spec import SpqrSpec
 from hfq.core.weight import SpqrGrid
 from hfq.kernels import native
 from hfq.kernels.neutral_spqr import operands, sizes
-from hfq.nn.linear import QuantLinear
 
 pytestmark = pytest.mark.gpu
 
 BITS = (2, 3, 4)
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-HALVES = (torch.bfloat16, torch.float16)
 # (N, K, group_size; 0: one group per row): odd shapes, and those of models.
 SHAPES = (
     (1, 8, 0),
@@ -35,16 +32,6 @@ SHAPES = (
     (4096, 14336, 16),
     (4096, 4096, 128),
 )
-
-
-def _weights() -> Any:
-    if "spqr_weights" not in sys.modules:
-        path = Path(__file__).with_name("spqr_weights.py")
-        spec = importlib.util.spec_from_file_location("spqr_weights", path)
-        assert spec is not None and spec.loader is not None
-        module = sys.modules["spqr_weights"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules["spqr_weights"]
 
 
 @pytest.fixture
@@ -59,8 +46,8 @@ def make(cuda: torch.device, generator: torch.Generator) -> Callable[..., Any]:
             grid, **{name: t.to(cuda) for name, t in tensors.items() if isinstance(t, Tensor)}
         )
 
-    def make(*shape: int, **options: Any) -> Any:
-        weight = _weights().random_weight(generator, *shape, **options)
+    def make(shape: Shape, **options: Any) -> Any:
+        weight = random_weight(generator, shape, **options)
         return replace(weight, ready=there(weight.ready))
 
     return make
@@ -79,14 +66,12 @@ def test_products(
     make: Callable[..., Any],
     generator: torch.Generator,
     cuda: torch.device,
-    shape: tuple[int, int, int],
+    shape: Shape,
     bits: int,
 ) -> None:
-    rows, columns, group_size = shape
+    rows, columns, _ = shape
     for dtype, stat_dtype, stat_bits in zip(HALVES, FLOATS, (3, 6), strict=False):
-        w = make(
-            rows, columns, bits=bits, group_size=group_size, stat_bits=stat_bits, dtype=stat_dtype
-        )
+        w = make(shape, bits=bits, stats=(stat_bits, 64), dtype=stat_dtype)
         for tokens in (0, 1, 3, 8, 19):
             x = torch.randn(tokens, columns, generator=generator).to(dtype)
             bias = torch.randn(rows, generator=generator) if tokens % 2 else None
@@ -107,7 +92,7 @@ def test_a_token_gives_the_same_beside_others(
 ) -> None:
     """One token, several, and several with two tiles at once, which takes many rows."""
     for rows, tokens in ((80, 7), (33000, 2), (33000, 11)):
-        w = make(rows, 520, bits=bits, group_size=group_size)
+        w = make((rows, 520, group_size), bits=bits)
         x = torch.randn(tokens, 520, generator=generator).to(torch.bfloat16)
         y = linear(x.to(cuda), w.ready)
         w.check(y.cpu(), x)
@@ -121,14 +106,12 @@ def test_dequantize_and_lookup_are_the_reference(
     make: Callable[..., Any],
     generator: torch.Generator,
     cuda: torch.device,
-    shape: tuple[int, int, int],
+    shape: Shape,
     bits: int,
 ) -> None:
-    rows, columns, group_size = shape
+    rows = shape[0]
     for stat_dtype, stat_bits in zip(FLOATS, (3, 4, 8), strict=True):
-        w = make(
-            rows, columns, bits=bits, group_size=group_size, stat_bits=stat_bits, dtype=stat_dtype
-        )
+        w = make(shape, bits=bits, stats=(stat_bits, 64), dtype=stat_dtype)
         arguments = (*operands(w.ready), *sizes(w.ready), rows)
         for dtype in FLOATS:
             expected = w.reference(dtype)
@@ -144,7 +127,7 @@ def test_dequantize_and_lookup_are_the_reference(
 def test_not_a_number_reaches_the_outputs_of_its_token(
     make: Callable[..., Any], generator: torch.Generator, cuda: torch.device, bits: int, bad: float
 ) -> None:
-    w = make(20, 136, bits=bits)
+    w = make((20, 136, 16), bits=bits)
     for dtype in HALVES:
         x = torch.randn(7, 136, generator=generator).to(cuda, dtype)
         x[4, 135] = bad
@@ -156,7 +139,7 @@ def test_not_a_number_reaches_the_outputs_of_its_token(
 def test_wrong_indices_do_not_leave_the_buffers(
     make: Callable[..., Any], cuda: torch.device
 ) -> None:
-    grid = make(40, 104).ready
+    grid = make((40, 104, 16)).ready
     wild = torch.tensor([-5, 32767, 104, -32768], dtype=torch.int16, device=cuda)
     for changed in (
         {"columns": wild.repeat(len(grid.columns))[: len(grid.columns)]},
@@ -171,7 +154,7 @@ def test_wrong_indices_do_not_leave_the_buffers(
 def test_opcheck(make: Callable[..., Any], generator: torch.Generator, cuda: torch.device) -> None:
     check, hfq = torch.library.opcheck, torch.ops.hfq
     for bits in BITS:
-        grid = make(40, 136, bits=bits).ready
+        grid = make((40, 136, 16), bits=bits).ready
         ready, numbers = operands(grid), (*sizes(grid), 40)
         x = torch.randn(3, 136, generator=generator).to(cuda, torch.bfloat16).requires_grad_()
         bias = torch.randn(40, generator=generator).to(cuda).requires_grad_()
@@ -187,15 +170,9 @@ def test_opcheck(make: Callable[..., Any], generator: torch.Generator, cuda: tor
 def test_in_a_cuda_graph(
     make: Callable[..., Any], generator: torch.Generator, cuda: torch.device
 ) -> None:
-    grid = make(1024, 4096).ready
+    grid = make((1024, 4096, 16)).ready
     x = torch.randn(2, 4096, generator=generator).to(cuda, torch.bfloat16)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        linear(x, grid)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = linear(x, grid)
+    graph, y = captured(lambda: linear(x, grid))
     for _ in range(2):
         x.copy_(torch.randn(2, 4096, generator=generator))
         graph.replay()
@@ -204,29 +181,7 @@ def test_in_a_cuda_graph(
 
 @pytest.mark.parametrize("bits", BITS)
 def test_modules(generator: torch.Generator, cuda: torch.device, bits: int) -> None:
-    """Few and many tokens, gradients, and the way to the CPU and back."""
     if not native.load().cuda:
         pytest.skip(f"no native CUDA kernels: {native.load().cuda_reason}")
-    module = torch.nn.Linear(264, 72, dtype=torch.bfloat16)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    packed = QuantLinear.from_linear(
-        module, format="spqr", spec=SpqrSpec(bits=bits, stat_bits=bits + 1, outliers=0.02)
-    )
-    saved = {name: tensor.clone() for name, tensor in packed.state_dict().items()}
-    packed.to(cuda)
-    assert packed.kernel_choice("weight").row.name == "cuda_spqr"
-    dense = packed.dequantize().double()
-    assert packed.bias is not None
-    for tokens in (1, 8, 40):
-        x = torch.randn(tokens, 264, generator=generator).to(cuda, torch.bfloat16).requires_grad_()
-        expected = x.detach().double() @ dense.T + packed.bias.double()
-        torch.testing.assert_close(packed(x).double(), expected, rtol=1e-2, atol=2e-2)
-        grad = torch.randn(tokens, 72, generator=generator).to(cuda, torch.bfloat16)
-        packed(x).backward(grad)
-        assert x.grad is not None
-        torch.testing.assert_close(x.grad.double(), grad.double() @ dense, rtol=1e-2, atol=2e-2)
-    packed.to("cpu")
-    for name, tensor in packed.state_dict().items():
-        assert torch.equal(tensor, saved[name]), name
+    spec = SpqrSpec(bits=bits, stat_bits=bits + 1, outliers=0.02)
+    check_module(quantized(264, 72, "spqr", spec, generator), "cuda_spqr", cuda, generator)

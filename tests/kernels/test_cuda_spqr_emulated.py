@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cuda_emulator import check_operators
+from fragments_weights import FLOATS, HALVES, Shape, name_of
+from spqr_weights import random_weight as make
 from torch import Tensor
 
-HERE = Path(__file__).parent
 BITS = (2, 3, 4)
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-HALVES = (torch.bfloat16, torch.float16)
 # (N, K, group_size; 0: one group per row): odd numbers of rows, blocks and groups that are not full, K of one lane and of many rounds.
 SHAPES = (
     (1, 8, 0),
@@ -33,22 +30,6 @@ SHAPES = (
 STATS = ((2, 16), (3, 64), (4, 32), (5, 128), (8, 16))
 
 
-def _weights() -> Any:
-    if "spqr_weights" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("spqr_weights", HERE / "spqr_weights.py")
-        assert spec is not None and spec.loader is not None
-        module = sys.modules["spqr_weights"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules["spqr_weights"]
-
-
-make = _weights().random_weight
-
-
-def _name(value: object) -> str:
-    return "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
 def _x(generator: torch.Generator, tokens: int, columns: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(tokens, columns, generator=generator).to(dtype)
 
@@ -57,25 +38,13 @@ def _x(generator: torch.Generator, tokens: int, columns: int, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("shape", SHAPES, ids=_name)
-def test_products(
-    emulator: Any, generator: torch.Generator, shape: tuple[int, int, int], bits: int
-) -> None:
-    rows, columns, group_size = shape
-    for (stat_bits, stat_group_size), tokens, dtype, stat_dtype in zip(
+@pytest.mark.parametrize("shape", SHAPES, ids=name_of)
+def test_products(emulator: Any, generator: torch.Generator, shape: Shape, bits: int) -> None:
+    for stats, tokens, dtype, stat_dtype in zip(
         STATS, (1, 5, 2, 8, 1), HALVES * 3, FLOATS * 2, strict=False
     ):
-        w = make(
-            generator,
-            rows,
-            columns,
-            bits=bits,
-            group_size=group_size,
-            stat_bits=stat_bits,
-            stat_group_size=stat_group_size,
-            dtype=stat_dtype,
-        )
-        x = _x(generator, tokens, columns, dtype)
+        w = make(generator, shape, bits=bits, stats=stats, dtype=stat_dtype)
+        x = _x(generator, tokens, shape[1], dtype)
         w.check(emulator.spqr_linear(x, w.ready, None), x)
 
 
@@ -84,7 +53,7 @@ def test_products(
 def test_every_number_of_tokens(
     emulator: Any, generator: torch.Generator, tokens: int, group_size: int, bits: int
 ) -> None:
-    w = make(generator, 37, 328, bits=bits, group_size=group_size)
+    w = make(generator, (37, 328, group_size), bits=bits)
     x = _x(generator, tokens, 328, torch.bfloat16)
     bias = torch.randn(37, generator=generator)
     y = emulator.spqr_linear(x, w.ready, bias)
@@ -104,12 +73,9 @@ def test_two_tiles_give_what_one_gives(
     ):
         w = make(
             generator,
-            rows,
-            1160,
+            (rows, 1160, group_size),
             bits=bits,
-            group_size=group_size,
-            stat_bits=wide,
-            stat_group_size=16 * tokens,
+            stats=(wide, 16 * tokens),
             dtype=stat_dtype,
         )
         x = _x(generator, tokens, 1160, HALVES[tokens % 2])
@@ -135,7 +101,7 @@ def test_rings_of_any_depth_give_the_same(
     for columns, group_size, stat_dtype in zip(
         (1032, 4104, 7240), (16, 48, 64), FLOATS, strict=True
     ):
-        w = make(generator, 70, columns, bits=bits, group_size=group_size, dtype=stat_dtype)
+        w = make(generator, (70, columns, group_size), bits=bits, dtype=stat_dtype)
         x = _x(generator, tokens, columns, torch.bfloat16)
         ys = [
             emulator.spqr_linear(x, w.ready, None, multiprocessors, size << 10)
@@ -148,7 +114,7 @@ def test_rings_of_any_depth_give_the_same(
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("group_size", [16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 256, 384, 0])
 def test_group_sizes(emulator: Any, generator: torch.Generator, group_size: int, bits: int) -> None:
-    w = make(generator, 24, 1000, bits=bits, group_size=group_size)
+    w = make(generator, (24, 1000, group_size), bits=bits)
     x = _x(generator, 3, 1000, torch.float16)
     w.check(emulator.spqr_linear(x, w.ready, None), x)
 
@@ -162,7 +128,7 @@ def test_dtypes(
     bias_dtype: torch.dtype | None,
 ) -> None:
     for dtype, wide in itertools.product(HALVES, (False, True)):
-        w = make(generator, 20, 104, dtype=stat_dtype, wide=wide)
+        w = make(generator, (20, 104, 16), dtype=stat_dtype, wide=wide)
         x = _x(generator, 2, 104, dtype)
         bias = None if bias_dtype is None else torch.randn(20, generator=generator).to(bias_dtype)
         w.check(emulator.spqr_linear(x, w.ready, bias), x, bias)
@@ -174,7 +140,7 @@ def test_shares_of_outliers(
     emulator: Any, generator: torch.Generator, share: float, bits: int
 ) -> None:
     """None, rows without any, and rows that are nothing else."""
-    w = make(generator, 35, 200, bits=bits, outliers=share)
+    w = make(generator, (35, 200, 16), bits=bits, outliers=share)
     x = _x(generator, 8, 200, torch.bfloat16)
     y = emulator.spqr_linear(x, w.ready, None)
     w.check(y, x)
@@ -186,7 +152,7 @@ def test_shares_of_outliers(
 def test_not_a_number_reaches_the_outputs_of_its_token(
     emulator: Any, generator: torch.Generator, bits: int, bad: float
 ) -> None:
-    w = make(generator, 20, 136, bits=bits)
+    w = make(generator, (20, 136, 16), bits=bits)
     for dtype, column in zip(HALVES, (135, 3), strict=True):
         x = _x(generator, 7, 136, dtype)
         x[4, column] = bad
@@ -200,7 +166,7 @@ def test_not_a_number_reaches_the_outputs_of_its_token(
 def test_lines_that_are_no_number_reach_the_outputs_of_their_rows(
     emulator: Any, generator: torch.Generator, bits: int, line: int
 ) -> None:
-    w = make(generator, 40, 200, bits=bits, stat_group_size=16)
+    w = make(generator, (40, 200, 16), bits=bits, stats=(3, 16))
     stats = w.ready.stats.clone()
     stats[1, -1, line] = torch.nan
     x = _x(generator, 3, 200, torch.bfloat16)
@@ -212,7 +178,7 @@ def test_lines_that_are_no_number_reach_the_outputs_of_their_rows(
 def test_outliers_that_are_no_number_reach_the_outputs_of_their_row(
     emulator: Any, generator: torch.Generator
 ) -> None:
-    w = make(generator, 40, 200)
+    w = make(generator, (40, 200, 16))
     values = w.ready.values.clone()
     values[-1] = torch.nan
     row = int((w.ready.offsets < len(values)).sum()) - 1
@@ -224,7 +190,7 @@ def test_outliers_that_are_no_number_reach_the_outputs_of_their_row(
 
 def test_large_and_tiny_activations(emulator: Any, generator: torch.Generator) -> None:
     for bits in BITS:
-        w = make(generator, 16, 64, bits=bits)
+        w = make(generator, (16, 64, 16), bits=bits)
         zero = torch.zeros(1, 64, dtype=torch.bfloat16)
         assert torch.equal(emulator.spqr_linear(zero, w.ready, None), zero[:, :16])
         for dtype, size in ((torch.bfloat16, 1e30), (torch.float16, 1e4), (torch.float16, 6e-8)):
@@ -240,25 +206,14 @@ def test_large_and_tiny_activations(emulator: Any, generator: torch.Generator) -
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("shape", SHAPES, ids=_name)
+@pytest.mark.parametrize("shape", SHAPES, ids=name_of)
 def test_dequantize_is_the_reference(
-    emulator: Any, generator: torch.Generator, shape: tuple[int, int, int], bits: int
+    emulator: Any, generator: torch.Generator, shape: Shape, bits: int
 ) -> None:
-    rows, columns, group_size = shape
-    for (stat_bits, stat_group_size), (stat_dtype, dtype) in zip(
+    for stats, (stat_dtype, dtype) in zip(
         STATS * 2, itertools.product(FLOATS, FLOATS), strict=False
     ):
-        w = make(
-            generator,
-            rows,
-            columns,
-            bits=bits,
-            group_size=group_size,
-            stat_bits=stat_bits,
-            stat_group_size=stat_group_size,
-            outliers=0.05,
-            dtype=stat_dtype,
-        )
+        w = make(generator, shape, bits=bits, stats=stats, outliers=0.05, dtype=stat_dtype)
         assert torch.equal(emulator.spqr_unpack(None, w.ready, dtype), w.reference(dtype))
 
 
@@ -266,7 +221,7 @@ def test_dequantize_is_the_reference(
 def test_lookup_gives_rows_of_the_dequantized_weight(
     emulator: Any, generator: torch.Generator, bits: int
 ) -> None:
-    w = make(generator, 45, 264, bits=bits)
+    w = make(generator, (45, 264, 16), bits=bits)
     for dtype, count in zip(FLOATS, (1, 16, 33), strict=True):
         index = torch.randint(45, (count,), generator=generator)
         rows = emulator.spqr_unpack(index, w.ready, dtype)
@@ -279,7 +234,7 @@ def test_lookup_gives_rows_of_the_dequantized_weight(
 def test_wrong_indices_do_not_leave_the_buffers(emulator: Any, generator: torch.Generator) -> None:
     """Checkpoints are checked before; the emulator stops at the first access that leaves what the kernel was given."""
     for wide in (False, True):
-        grid = make(generator, 40, 104, wide=wide).ready
+        grid = make(generator, (40, 104, 16), wide=wide).ready
         wild = torch.tensor([-5, 32767, 104, -32768]) * (70000 if wide else 1)
         wild = wild.clamp(-(2**31), 2**31 - 1).to(grid.columns.dtype).repeat(len(grid.columns))
         for changed in (
@@ -297,7 +252,7 @@ def test_wrong_indices_do_not_leave_the_buffers(emulator: Any, generator: torch.
 
 def test_rows_of_a_larger_weight(emulator: Any, generator: torch.Generator) -> None:
     """Offsets of some rows, columns and values of all: how a large weight is dequantized in parts."""
-    w = make(generator, 96, 136, stat_group_size=32)
+    w = make(generator, (96, 136, 16), stats=(3, 32))
     part = replace(
         w.ready,
         qweight=w.ready.qweight[2:],
@@ -313,9 +268,9 @@ def test_rows_of_a_larger_weight(emulator: Any, generator: torch.Generator) -> N
 # ---- operators
 
 
-def test_operators_and_modules(emulator: Any, emulator_module: Any) -> None:
+def test_operators_and_modules(emulator: Any) -> None:
     """The binding, the row and modules with it: on CPU tensors, in a process whose CPU is the emulated GPU."""
-    emulator_module.check_operators(emulator.folder, "check_spqr_operators.py")
+    check_operators(emulator.folder, "check_spqr.py")
 
 
 # ---- all of them
@@ -347,11 +302,9 @@ def test_every_combination(
     ):
         w = make(
             generator,
-            rows,
-            columns,
+            (rows, columns, group_size),
             bits=bits,
-            group_size=group_size,
-            stat_bits=stat_bits,
+            stats=(stat_bits, 64),
             outliers=share,
             dtype=FLOATS[rows % 3],
         )

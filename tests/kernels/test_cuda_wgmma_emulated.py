@@ -2,37 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fragments_weights import FLOATS, HALVES, KINDS, Kind, Shape, name_of
+from fragments_weights import random_weight as make
 from torch import Tensor
 
-from hfq.kernels import fragments
-
-
-def _module(name: str) -> Any:
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-_WEIGHTS = _module("test_cuda_emulated")
-make, KINDS, HALVES, FLOATS = (
-    _WEIGHTS.make,
-    _WEIGHTS.KINDS,
-    _WEIGHTS.HALVES,
-    _WEIGHTS.FLOATS,
-)
 # (N, K, group_size; 0: one group per row): rows that fill no tile, warpgroup or block; columns that end in a chunk; groups of all kinds.
 SHAPES = (
     (1, 8, 0),
@@ -45,10 +23,6 @@ SHAPES = (
 )
 # One block for all columns, clusters of up to eight.
 ALONE, CLUSTERS = 1, 1 << 20
-
-
-def _name(value: object) -> str:
-    return "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 @pytest.fixture(autouse=True)
@@ -65,80 +39,9 @@ def _linear(
     return y
 
 
-# ---- the emulator itself
-
-
-def test_wgmma_is_what_is_documented(emulator: Any, generator: torch.Generator) -> None:
-    columns = torch.randn(16, 16, generator=generator).bfloat16()
-    y = emulator.self_check("wgmma", columns.view(torch.int32).view(-1)).view(torch.float32)
-    for warp, lane in itertools.product(range(4), range(32)):
-        row, column = lane // 4 + warp % 2 * 8, warp // 2 * 8 + 2 * (lane % 4)
-        assert y[32 * warp + lane] == columns[column, row], (warp, lane)
-    early = emulator.self_check("wgmma_no_wait", columns.view(torch.int32).view(-1))
-    assert early.view(torch.float32).isnan().all()
-
-
-@pytest.mark.parametrize(
-    ("mistake", "words"),
-    [
-        ("no_proxy_fence", "no fence.proxy.async covers"),
-        ("no_fence", "without wgmma.fence"),
-        ("memory_changes", "shared memory changes while wgmma reads it"),
-        ("registers_change", "registers change while wgmma reads them"),
-        ("other_descriptor", "warps of a group start different instructions"),
-        ("not_aligned", "does not begin with its pattern"),
-    ],
-)
-def test_mistakes_are_seen(emulator: Any, mistake: str, words: str) -> None:
-    with pytest.raises(RuntimeError, match=words):
-        emulator.self_check(f"wgmma_{mistake}", torch.zeros(128, dtype=torch.int32))
-
-
-def _wrong(emulator: Any, kernel: str, x: Tensor, y: Tensor) -> bool:
-    """Whether the kernel fails, or gives anything but `y`."""
-    try:
-        return not torch.equal(emulator.self_check(kernel, x)[: len(y)], y)
-    except RuntimeError:
-        return True
-
-
-def test_a_missing_barrier_is_seen(emulator: Any, generator: torch.Generator) -> None:
-    x = torch.randn(256, generator=generator).bfloat16().view(torch.int32)
-    assert _wrong(emulator, "wgmma_no_barrier", x, emulator.self_check("wgmma", x))
-
-
-def test_barriers_in_shared_memory(emulator: Any, generator: torch.Generator) -> None:
-    x = torch.randint(1 << 10, (128,), generator=generator, dtype=torch.int32)
-    expected = torch.zeros(32, dtype=torch.int32)
-    for i, j in itertools.product(range(7), range(3)):
-        expected = 3 * expected + x[(torch.arange(32) + 32 * j + i) % 128]
-    assert torch.equal(emulator.self_check("ring", x)[:32], expected)
-    assert _wrong(emulator, "ring_no_wait", x, expected)
-    assert _wrong(emulator, "ring_filled_too_early", x, expected)
-    with pytest.raises(RuntimeError, match="threads wait for others"):
-        emulator.self_check("ring_too_many_expected", x)
-
-
-def test_blocks_of_a_cluster_read_each_other(emulator: Any) -> None:
-    x = torch.arange(128, dtype=torch.int32)
-    y = emulator.self_check("sum_of_cluster", x).view(torch.float32)[:32].view(4, 8)
-    expected = 15.0 * x[1:33:4] + 0 * 8 + 1 * 4 + 2 * 2 + 3
-    assert torch.equal(y, expected.expand(4, 8))
-    with pytest.raises(RuntimeError, match="read from a block that has ended"):
-        emulator.self_check("sum_of_cluster_that_ends", x)
-
-
-# ---- products
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=_name)
-@pytest.mark.parametrize("shape", SHAPES, ids=_name)
-def test_products(
-    emulator: Any,
-    generator: torch.Generator,
-    shape: tuple[int, int, int],
-    kind: tuple[int, str | None],
-) -> None:
+@pytest.mark.parametrize("kind", KINDS, ids=name_of)
+@pytest.mark.parametrize("shape", SHAPES, ids=name_of)
+def test_products(emulator: Any, generator: torch.Generator, shape: Shape, kind: Kind) -> None:
     for dtype, tokens, scale_dtype, multiprocessors in zip(
         (*HALVES, *HALVES),
         (9, 20, 64, 130),
@@ -188,10 +91,10 @@ def test_dtypes(
         w.check(_linear(emulator, x, w, bias), x, bias)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=_name)
+@pytest.mark.parametrize("kind", KINDS, ids=name_of)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_not_a_number_reaches_its_own_outputs(
-    emulator: Any, generator: torch.Generator, kind: tuple[int, str | None], bad: float
+    emulator: Any, generator: torch.Generator, kind: Kind, bad: float
 ) -> None:
     w = make(generator, (20, 136, 64), kind)
     for dtype, column in zip(HALVES, (135, 3), strict=True):
@@ -200,11 +103,8 @@ def test_not_a_number_reaches_its_own_outputs(
         finite = _linear(emulator, x, w).isfinite()
         assert not finite[11].any()
         assert finite[torch.arange(19) != 11].all()
-    scales = w.neutral[1]
-    scales[13, 1] = torch.nan
-    operands = (w.operands[0], fragments.to_fragments(scales, w.sizes[0]), *w.operands[2:])
     x = torch.randn(9, 136, generator=generator).bfloat16()
-    finite = emulator.linear(x, operands, None, w.sizes, capability=90).isfinite()
+    finite = _linear(emulator, x, w.with_bad_scale(13, 1), multiprocessors=CLUSTERS).isfinite()
     assert not finite[:, 13].any()
     assert finite[:, torch.arange(20) != 13].all()
 
@@ -234,15 +134,11 @@ def test_the_choice(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS, ids=_name)
+@pytest.mark.parametrize("kind", KINDS, ids=name_of)
 @pytest.mark.parametrize("group_size", [32, 64, 96, 128, 160, 256, 0])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_every_combination(
-    emulator: Any,
-    generator: torch.Generator,
-    kind: tuple[int, str | None],
-    group_size: int,
-    dtype: torch.dtype,
+    emulator: Any, generator: torch.Generator, kind: Kind, group_size: int, dtype: torch.dtype
 ) -> None:
     cases = (((40, 1000), ALONE, (11, 70)), ((17, 1608), CLUSTERS, (33, 16)))
     for (rows, columns), multiprocessors, numbers in cases:

@@ -1,6 +1,6 @@
 """Products with 8-bit floats: the definition, PyTorch's product on tensor cores (its CPU code here), the choice of the kernel.
 
-Native CUDA kernels: test_cuda_fp8.py.
+Native CUDA kernels: test_cuda_w8a8.py.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from w8a8_weights import FP8, problem_of
 
 from hfq.core.activations import quantize_tokens
 from hfq.core.float8 import E4M3, e4m3_table
@@ -186,8 +187,6 @@ def test_opcheck(tokens: int, static: Tensor | None, generator: torch.Generator)
         torch.library.opcheck(ops.fp8_linear.default, (x, codes, scales, static, bias, rounded))
     torch.library.opcheck(ops.fp8_scaled_linear.default, (x, codes, scales, static, bias))
     torch.library.opcheck(ops.fp8_dequantize.default, (codes, scales, torch.bfloat16))
-    torch.library.opcheck(ops.cuda_fp8_linear.default, (x, codes, scales, static, bias))
-    torch.library.opcheck(ops.cuda_fp8_quantize_tokens.default, (x.detach(), static))
 
 
 def test_the_gradient_is_that_of_the_dequantized_weight(generator: torch.Generator) -> None:
@@ -198,7 +197,6 @@ def test_the_gradient_is_that_of_the_dequantized_weight(generator: torch.Generat
         (torch.ops.hfq.fp8_linear, (False,)),
         (torch.ops.hfq.fp8_linear, (True,)),
         (torch.ops.hfq.fp8_scaled_linear, ()),
-        (torch.ops.hfq.cuda_fp8_linear, ()),
     ):
         own = x.clone().requires_grad_()
         bias = torch.randn(32, generator=generator, requires_grad=True)
@@ -207,51 +205,18 @@ def test_the_gradient_is_that_of_the_dequantized_weight(generator: torch.Generat
         torch.testing.assert_close(bias.grad, grad.sum(0))
 
 
-def test_every_operator_has_a_line_in_the_docstring() -> None:
-    assert fp8_ops.__doc__ is not None
-    for name in (
-        *("fp8_dequantize", "fp8_linear", "fp8_scaled_linear"),
-        *("cuda_fp8_quantize_tokens", "cuda_fp8_linear"),
-    ):
-        assert str(getattr(torch.ops.hfq, name).default._schema).startswith(f"hfq::{name}(")
-        assert f"    {name} " in fp8_ops.__doc__
-
-
 # ---- the choice of the kernel
 
 
 def problem(**changed: object) -> Problem:
-    known = {
-        "kind": Fp8Grid,
-        "device": "cuda",
-        "bits": 8,
-        "group_size": 64,
-        "in_features": 64,
-        "out_features": 32,
-        "has_codebook": False,
-        "has_g_idx": False,
-        "stat_group_size": 0,
-        "activation": "dynamic",
-    }
-    return Problem(**{**known, **changed})  # type: ignore[arg-type]
-
-
-@pytest.fixture
-def capability(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Pretends that the machine has GPUs of these capabilities."""
-
-    def pretend(*found: tuple[int, int]) -> None:
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found))
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: found[index])
-
-    return pretend
+    return problem_of(FP8, **{"device": "cuda", **changed})
 
 
 @pytest.mark.parametrize("found", [(8, 9), (9, 0), (10, 0), (10, 3)])
 def test_tensor_cores_are_used_where_there_are_some(
-    found: tuple[int, int], capability: Callable[..., None]
+    found: tuple[int, int], machine: Callable[..., None]
 ) -> None:
-    capability(found)
+    machine(found, kernels=False)
     row = cuda_fp8.CudaFp8Library()
     assert row.reject(problem()) is None and row.reject(problem(activation="static")) is None
 
@@ -266,18 +231,18 @@ def test_tensor_cores_are_used_where_there_are_some(
     ],
 )
 def test_other_weights_are_refused_in_words(
-    changed: dict[str, object], reason: str, capability: Callable[..., None]
+    changed: dict[str, object], reason: str, machine: Callable[..., None]
 ) -> None:
-    capability((9, 0))
+    machine((9, 0), kernels=False)
     for row in (cuda_fp8.CudaFp8(), cuda_fp8.CudaFp8Library()):
         assert row.reject(problem(**changed)) == reason
 
 
 @pytest.mark.parametrize("found", [(8, 0), (8, 6), (11, 0), (12, 0)])
 def test_other_gpus_are_refused_in_words(
-    found: tuple[int, int], capability: Callable[..., None]
+    found: tuple[int, int], machine: Callable[..., None]
 ) -> None:
-    capability((9, 0), found)
+    machine((9, 0), found, kernels=False)
     for row in (cuda_fp8.CudaFp8(), cuda_fp8.CudaFp8Library()):
         reason = row.reject(problem())
         assert reason is not None and reason.endswith(f"one here has {found[0]}.{found[1]}")

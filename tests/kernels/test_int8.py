@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor
+from w8a8_weights import INT8, problem_of
 
-from hfq.core.weight import PackedGrid
 from hfq.kernels import dispatch, native, ops, rows16
 from hfq.kernels.int8 import MAX_COLUMNS, _cuda_product, int8_linear, integer_product
 from hfq.kernels.row import Problem
@@ -269,19 +269,7 @@ def test_the_operator_checks_its_arguments(generator: torch.Generator) -> None:
 
 
 def problem(**changed: object) -> Problem:
-    known = {
-        "kind": PackedGrid,
-        "device": "cpu",
-        "bits": 8,
-        "group_size": 64,
-        "in_features": 64,
-        "out_features": 32,
-        "has_codebook": False,
-        "has_g_idx": False,
-        "stat_group_size": 0,
-        "activation": "dynamic",
-    }
-    return Problem(**{**known, **changed})  # type: ignore[arg-type]
+    return problem_of(INT8, **changed)
 
 
 def test_int8_activations_have_a_kernel_of_their_own() -> None:

@@ -1,4 +1,4 @@
-// What tests/kernels/test_cuda_emulated.py calls.
+// What tests/kernels/cuda_emulator calls.
 #include "../../../kernels/cuda/decode.h"
 #include "../../../kernels/cuda/experts.h"
 #include "../../../kernels/cuda/gemm.h"

@@ -1,0 +1,174 @@
+"""Products on layout fragments: few tokens, more, experts; dequantizing and look-ups."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from .launch import H100, INT, MANY, POINTER, SIZE, Launchers, Params, fields, output
+
+# qweight, scales, zeros, codebook
+Operands = tuple[Tensor | None, ...]
+# bits, group_size, in_features, out_features
+Sizes = tuple[int, int, int, int]
+
+
+class Weight(Params):
+    """kernels/cuda/weight.h"""
+
+    _fields_ = (
+        *fields(POINTER, "qweight", "scales", "zeros", "codebook"),
+        *fields(SIZE, "out_features", "in_features", "groups", "group_size"),
+        *fields(INT, "bits", "scale_dtype"),
+    )
+
+
+class LinearParams(Params):
+    """kernels/cuda/linear.h"""
+
+    _fields_ = (
+        ("weight", Weight),
+        *fields(POINTER, "x", "bias", "y"),
+        ("tokens", SIZE),
+        *fields(INT, "x_dtype", "bias_dtype"),
+        ("workspace", POINTER),
+        *fields(INT, "token_tiles", "group_magic"),
+        *fields(INT, "flush_mask", "stages", "stage_bytes", "stage_tokens"),
+    )
+
+
+class GemmPlan(Params):
+    """kernels/cuda/gemm.h"""
+
+    _fields_ = (
+        *fields(INT, "tokens", "column_shift", "splits", "split_chunks"),
+        *fields(INT, "stages", "stage_bytes", "sums_bytes", "shared_bytes"),
+    )
+
+
+class ExpertsParams(Params):
+    """kernels/cuda/experts.h"""
+
+    _fields_ = (
+        ("linear", LinearParams),
+        ("counts", POINTER),
+        *fields(SIZE, "experts", "qweight_bytes", "scale_bytes", "bias_bytes"),
+        ("slots", INT),
+    )
+
+
+class UnpackParams(Params):
+    """kernels/cuda/unpack.h"""
+
+    _fields_ = (
+        ("weight", Weight),
+        *fields(POINTER, "index", "y"),
+        ("rows", SIZE),
+        ("y_dtype", INT),
+    )
+
+
+def _weight(operands: Operands, sizes: Sizes) -> Weight:
+    qweight, scales, zeros, codebook = operands
+    bits, group_size, in_features, out_features = sizes
+    assert qweight is not None and scales is not None
+    return Weight(
+        qweight=qweight,
+        scales=scales,
+        zeros=zeros,
+        codebook=codebook,
+        out_features=out_features,
+        in_features=in_features,
+        groups=scales.shape[-3],
+        group_size=group_size,
+        bits=bits,
+        scale_dtype=scales.dtype,
+    )
+
+
+def _product(
+    x: Tensor, operands: Operands, bias: Tensor | None, sizes: Sizes
+) -> tuple[LinearParams, Tensor]:
+    """Parameters, and the output that they point to."""
+    y = output(len(x), sizes[3], dtype=x.dtype)
+    weight = _weight(operands, sizes)
+    return LinearParams(weight=weight, x=x, bias=bias, y=y, tokens=len(x)), y
+
+
+class Linear(Launchers):
+    def linear(
+        self,
+        x: Tensor,
+        operands: Operands,
+        bias: Tensor | None,
+        sizes: Sizes,
+        multiprocessors: int = MANY,
+        shared_bytes: int = H100,
+        capability: int = 80,
+    ) -> Tensor:
+        """`capability`: 80 for 8.0."""
+        params, y = _product(x, operands, bias, sizes)
+        self.set_device(multiprocessors, shared_bytes)
+        self._library.set_compute_capability(capability)
+        workspace = torch.full((self.ask("linear_workspace", params),), torch.nan)
+        params.workspace = workspace.data_ptr()
+        self.launch("linear", params, y, workspace)
+        return y
+
+    def gemm_plan(
+        self, tokens: int, sizes: Sizes, kind: str | None, multiprocessors: int, shared_bytes: int
+    ) -> GemmPlan:
+        """How a product is cut; `kind`: "zeros", a codebook's name, or None."""
+        bits, group_size, in_features, out_features = sizes
+        weight = Weight(
+            zeros=int(kind == "zeros"),
+            codebook=int(kind not in (None, "zeros")),
+            out_features=out_features,
+            in_features=in_features,
+            groups=-(-in_features // group_size),
+            group_size=group_size,
+            bits=bits,
+        )
+        plan = GemmPlan()
+        self.set_device(multiprocessors, shared_bytes)
+        params = LinearParams(weight=weight, tokens=tokens)
+        self._library.gemm_plan(ctypes.byref(params), ctypes.byref(plan))
+        return plan
+
+    def experts_linear(
+        self,
+        x: Tensor,
+        counts: Tensor,
+        operands: Operands,
+        bias: Tensor | None,
+        sizes: Sizes,
+        multiprocessors: int = MANY,
+        shared_bytes: int = H100,
+    ) -> Tensor:
+        """`linear` with stacks: `operands` and `bias` have E in front, like counts int64 `[E]`."""
+        qweight, scales = operands[:2]
+        assert qweight is not None and scales is not None
+        linear, y = _product(x, operands, bias, sizes)
+        params = ExpertsParams(
+            linear=linear,
+            counts=counts,
+            experts=len(counts),
+            qweight_bytes=qweight[0].nbytes,
+            scale_bytes=scales[0].nbytes,
+            bias_bytes=0 if bias is None else bias[0].nbytes,
+        )
+        self.set_device(multiprocessors, shared_bytes)
+        self.launch("experts", params, y)
+        return y
+
+    def unpack(
+        self, index: Tensor | None, operands: Operands, sizes: Sizes, dtype: torch.dtype
+    ) -> Tensor:
+        """The rows `index`, or all of them."""
+        rows = sizes[3] if index is None else len(index)
+        y = output(rows, sizes[2], dtype=dtype)
+        params = UnpackParams(weight=_weight(operands, sizes), index=index, y=y, rows=rows)
+        self.launch("unpack", params, y)
+        return y

@@ -1,0 +1,116 @@
+"""The emulated GPU itself: instructions as they are documented, and mistakes of kernels that it has to see. See cuda_on_cpu/cuda_on_cpu.h."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+
+@pytest.mark.parametrize(
+    ("kernel", "words"),
+    [
+        ("barrier_for_some", "threads wait for others"),
+        ("reads_too_far", "read outside of global memory"),
+        ("writes_what_is_read_only", "write outside of global memory"),
+        ("misaligned", "misaligned access to global memory"),
+        ("writes_behind_shared_memory", "write behind the end of shared memory"),
+        ("wgmma_no_proxy_fence", "no fence.proxy.async covers"),
+        ("wgmma_no_fence", "without wgmma.fence"),
+        ("wgmma_memory_changes", "shared memory changes while wgmma reads it"),
+        ("wgmma_registers_change", "registers change while wgmma reads them"),
+        ("wgmma_other_descriptor", "warps of a group start different instructions"),
+        ("wgmma_not_aligned", "does not begin with its pattern"),
+    ],
+)
+def test_mistakes_are_seen(emulator: Any, kernel: str, words: str) -> None:
+    with pytest.raises(RuntimeError, match=words):
+        emulator.self_check(kernel, torch.zeros(128, dtype=torch.int32))
+
+
+def test_missing_barriers_are_seen(emulator: Any) -> None:
+    x = torch.arange(128, dtype=torch.int32)
+    y = emulator.self_check("neighbour_without_barrier", x)
+    assert not torch.equal(y[:32], x[:32].roll(-1))
+
+
+def test_copies_are_there_when_they_were_waited_for(emulator: Any) -> None:
+    x = torch.arange(128, dtype=torch.int32)
+    before, first, second, after = emulator.self_check("copies", x).view(32, 4).unbind(1)
+    assert (before == -1).all() and (second == -1).all()
+    assert torch.equal(first, x[::4]) and torch.equal(after, x[::4])
+
+
+def test_matrices_and_shuffles(emulator: Any, generator: torch.Generator) -> None:
+    x = torch.randint(1 << 30, (128,), generator=generator, dtype=torch.int32)
+    lanes = emulator.self_check("matrices", x).view(8, 4, 4)  # g, t, matrix
+    assert torch.equal(lanes, x.view(4, 8, 4).permute(1, 2, 0))
+    shuffled = emulator.self_check("shuffle", x).view(32, 4)[:, 0]
+    assert torch.equal(shuffled, x[torch.arange(32) ^ 5])
+    x[:32] = torch.arange(32) * 4
+    x[11], x[19] = 1003, 7
+    first, value = emulator.self_check("shuffle_from_first", x).view(32, 4)[:, :2].unbind(1)
+    assert (first == 11).all() and (value == 1003).all()
+    with pytest.raises(RuntimeError, match="no lane is the first one"):
+        emulator.self_check("shuffle_from_first", torch.zeros_like(x))
+
+
+def test_products_of_bytes(emulator: Any, generator: torch.Generator) -> None:
+    """mma.m16n8k32: register r of lane 4g + t has row g + 8 (r % 2) of A from k = 16 (r // 2) + 4t on; B has columns g."""
+    x = torch.randint(-(1 << 31), (1 << 31) - 1, (128,), generator=generator, dtype=torch.int32)
+    lanes = x.view(torch.int8).view(8, 4, 2, 2, 4)  # g, t, k / 16, row / 8, byte
+    a = lanes.permute(3, 0, 2, 1, 4).reshape(16, 32)
+    registers = x.view(torch.int8).view(8, 4, 4, 4)[:, :, 1:3]  # g, t, k / 16, byte
+    b = registers.permute(2, 1, 3, 0).reshape(32, 8)
+    d = (a.int() @ b.int()).view(2, 8, 4, 2).permute(1, 2, 0, 3)  # g, t, row / 8, column % 2
+    assert torch.equal(emulator.self_check("product_of_bytes", x), d.flatten())
+
+
+# ---- wgmma, barriers in shared memory, clusters
+
+
+def test_wgmma_is_what_is_documented(emulator: Any, generator: torch.Generator) -> None:
+    columns = torch.randn(16, 16, generator=generator).bfloat16()
+    y = emulator.self_check("wgmma", columns.view(torch.int32).view(-1)).view(torch.float32)
+    for warp, lane in itertools.product(range(4), range(32)):
+        row, column = lane // 4 + warp % 2 * 8, warp // 2 * 8 + 2 * (lane % 4)
+        assert y[32 * warp + lane] == columns[column, row], (warp, lane)
+    early = emulator.self_check("wgmma_no_wait", columns.view(torch.int32).view(-1))
+    assert early.view(torch.float32).isnan().all()
+
+
+def _wrong(emulator: Any, kernel: str, x: Tensor, y: Tensor) -> bool:
+    """Whether the kernel fails, or gives anything but `y`."""
+    try:
+        return not torch.equal(emulator.self_check(kernel, x)[: len(y)], y)
+    except RuntimeError:
+        return True
+
+
+def test_a_missing_barrier_is_seen(emulator: Any, generator: torch.Generator) -> None:
+    x = torch.randn(256, generator=generator).bfloat16().view(torch.int32)
+    assert _wrong(emulator, "wgmma_no_barrier", x, emulator.self_check("wgmma", x))
+
+
+def test_barriers_in_shared_memory(emulator: Any, generator: torch.Generator) -> None:
+    x = torch.randint(1 << 10, (128,), generator=generator, dtype=torch.int32)
+    expected = torch.zeros(32, dtype=torch.int32)
+    for i, j in itertools.product(range(7), range(3)):
+        expected = 3 * expected + x[(torch.arange(32) + 32 * j + i) % 128]
+    assert torch.equal(emulator.self_check("ring", x)[:32], expected)
+    assert _wrong(emulator, "ring_no_wait", x, expected)
+    assert _wrong(emulator, "ring_filled_too_early", x, expected)
+    with pytest.raises(RuntimeError, match="threads wait for others"):
+        emulator.self_check("ring_too_many_expected", x)
+
+
+def test_blocks_of_a_cluster_read_each_other(emulator: Any) -> None:
+    x = torch.arange(128, dtype=torch.int32)
+    y = emulator.self_check("sum_of_cluster", x).view(torch.float32)[:32].view(4, 8)
+    expected = 15.0 * x[1:33:4] + 0 * 8 + 1 * 4 + 2 * 2 + 3
+    assert torch.equal(y, expected.expand(4, 8))
+    with pytest.raises(RuntimeError, match="read from a block that has ended"):
+        emulator.self_check("sum_of_cluster_that_ends", x)

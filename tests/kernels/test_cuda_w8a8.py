@@ -1,0 +1,165 @@
+"""Activations of 8 bits on a GPU, int8 and E4M3: operators, kernel row and modules against the PyTorch reference; CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from on_gpu import captured, quantized
+from w8a8_weights import FLOATS, FP8, INT8, KINDS, K, Kind, check_schemas, equal, prepared
+
+from hfq.core.activations import quantize_tokens
+from hfq.kernels.cuda_fp8 import MAX_DIRECT_TOKENS
+from hfq.kernels.row import Problem
+
+pytestmark = pytest.mark.gpu
+
+MODELS = (
+    (1, 16),
+    (33, 144),
+    (1024, 4096),
+    (4096, 4096),
+    (14336, 4096),
+    (4096, 14336),
+    (151, 28672),
+    (160, 28672),
+)
+
+Move = Callable[[Any], Any]
+
+
+@pytest.fixture(params=KINDS, ids=str)
+def kind(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.fixture
+def there(kind: Kind, cuda: torch.device, generator: torch.Generator) -> Move:
+    """Moves a grid to the GPU."""
+    reason = kind.row.reject(replace(Problem.of(kind.stored(generator)), device="cuda"))
+    if reason is not None:
+        pytest.skip(reason)
+
+    def move(grid: Any) -> Any:
+        static = None if grid.input_scale is None else grid.input_scale.to(cuda)
+        moved = {name: getattr(grid, name).to(cuda) for name in ("qweight", "scales")}
+        if hasattr(grid, "values"):
+            moved["values"] = grid.values.to(cuda)
+        return replace(grid, **moved, input_scale=static)
+
+    return move
+
+
+@pytest.mark.parametrize("shape", MODELS, ids=str)
+@pytest.mark.parametrize("static", [None, 0.02])
+def test_products(
+    kind: Kind,
+    there: Move,
+    generator: torch.Generator,
+    shape: tuple[int, int],
+    static: float | None,
+) -> None:
+    """E4M3: an error of 2^-24 of all that has been added for each of K / 128 steps of a warp (the tensor cores cut off), twice."""
+    grid = there(kind.stored(generator, *shape, static=static))
+    ready, device = prepared(kind, grid), grid.qweight.device
+    for dtype in FLOATS:
+        for tokens in (0, 1, 2, 4, 5, 8, 13, 32, 33, 100):
+            x = torch.randn(tokens, shape[1], generator=generator)
+            x[1:2] = 0
+            x[2:3, ::5] *= 100
+            x[3:4, -1] = torch.nan
+            bias = torch.randn(shape[0], generator=generator) if tokens % 2 else None
+            x, bias = x.to(device, dtype), None if bias is None else bias.to(device, dtype)
+            for product in kind.products:
+                y = product(x, *kind.arguments(ready, bias))
+                kind.check(y, x, grid, bias, roundings=16 + shape[1] / 64)
+                assert equal(y, product(x, *kind.arguments(ready, bias))), "sums are in one order"
+
+
+@pytest.mark.parametrize("columns", [16, 4096, 14336, 16384, 28672, 131072])
+def test_tokens_are_those_of_the_cpu(
+    kind: Kind, there: Move, cuda: torch.device, generator: torch.Generator, columns: int
+) -> None:
+    for dtype in FLOATS:
+        sizes = torch.tensor([1e-6, 1e-4, 1e-2, 1, 1e2, 1e4, 1])
+        x = torch.randn(7, columns, generator=generator) * sizes[:, None]
+        x[6, :8] = torch.tensor([0.0, -0.0, 1e-9, -1e-9, torch.nan, -torch.nan, 1e30, -1e30])
+        x[5, -1] = torch.inf
+        x = x.to(dtype)
+        for static in (None, torch.tensor([0.02]), torch.tensor([0.0])):
+            wanted = quantize_tokens(x, static, kind.dtype)
+            on_gpu = None if static is None else static.to(cuda)
+            found = [kind.quantize_tokens(x.to(cuda), on_gpu)]
+            if kind is INT8:
+                found.append(quantize_tokens(x.to(cuda), on_gpu))
+            for codes, scales in found:
+                assert torch.equal(codes.view(torch.uint8).cpu(), wanted[0].view(torch.uint8))
+                torch.testing.assert_close(scales.cpu(), wanted[1], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", [FP8], ids=str)
+def test_many_tokens(kind: Kind, there: Move, generator: torch.Generator) -> None:
+    grid = there(kind.stored(generator, 1024, 4096))
+    for dtype in (torch.bfloat16, torch.float16):
+        x = torch.randn(100, 4096, generator=generator).to(grid.qweight.device, dtype)
+        y = kind.row.linear(x, grid, None, False).double()
+        parts = [kind.row.linear(part, grid, None, False) for part in x.split(25)]
+        few = torch.cat(parts).double()
+        torch.testing.assert_close(y, few, rtol=0, atol=few.abs().max().item() * 2**-8)
+
+
+def test_in_a_cuda_graph(
+    kind: Kind, there: Move, cuda: torch.device, generator: torch.Generator
+) -> None:
+    grid = there(kind.stored(generator, 1024, 4096))
+    row, ready = kind.row, prepared(kind, grid)
+    for tokens in (1, 8, 64):
+        x = torch.randn(tokens, 4096, generator=generator).to(cuda, torch.bfloat16)
+        with torch.no_grad():
+            graph, y = captured(lambda x=x: row.linear(x, ready, None, False))  # type: ignore[misc]
+        for _ in range(2):
+            x.copy_(torch.randn(tokens, 4096, generator=generator))
+            graph.replay()
+            if kind is INT8:
+                assert torch.equal(y, kind.expected(x, grid))
+                continue
+            # The matrix library may choose another algorithm in a graph.
+            close = 0 if tokens <= MAX_DIRECT_TOKENS else y.abs().max().item() * 2**-7
+            torch.testing.assert_close(y, row.linear(x, ready, None, False), rtol=0, atol=close)
+
+
+def test_opcheck(kind: Kind, there: Move, cuda: torch.device, generator: torch.Generator) -> None:
+    ready = prepared(kind, there(kind.stored(generator)))
+    for tokens in (0, 3, 40):
+        x = torch.randn(tokens, K, generator=generator).to(cuda, torch.bfloat16).requires_grad_()
+        check_schemas(kind, ready, x)
+
+
+@pytest.mark.usefixtures("there")
+def test_modules(kind: Kind, cuda: torch.device, generator: torch.Generator) -> None:
+    """Few and many tokens, gradients, and the way to the CPU and back."""
+    # The matrix library takes E4M3 in multiples of 16 rows.
+    packed = quantized(K, 72 if kind is INT8 else 80, kind.format, kind.spec, generator)
+    saved = {name: tensor.clone() for name, tensor in packed.state_dict().items()}
+    xs = [torch.randn(tokens, K, generator=generator).bfloat16() for tokens in (1, 8, 40)]
+    on_cpu = [packed(x) for x in xs]
+    packed.to(cuda)
+    assert packed.kernel_choice("weight").row.name == kind.row.name
+    weight = packed.dequantize().double()
+    for x, wanted in zip(xs, on_cpu, strict=True):
+        there_x = x.to(cuda).requires_grad_()
+        y = packed(there_x)
+        # The CPU's kernel may add the bias in one step with the product.
+        torch.testing.assert_close(y.cpu(), wanted, rtol=1e-2, atol=1e-2)
+        grad = torch.randn(y.shape, generator=generator).to(cuda, torch.bfloat16)
+        y.backward(grad)
+        assert there_x.grad is not None
+        torch.testing.assert_close(
+            there_x.grad.double(), grad.double() @ weight, rtol=1e-2, atol=2e-2
+        )
+    packed.to("cpu")
+    for name, tensor in packed.state_dict().items():
+        assert torch.equal(tensor.view(torch.uint8), saved[name].view(torch.uint8)), name

@@ -1,0 +1,229 @@
+"""Activations of 8 bits on CUDA, int8 and E4M3: layout, operators and kernel rows, on the CPU: what a GPU computes is in test_cuda_w8a8.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from w8a8_weights import (
+    FLOATS,
+    FP8,
+    INT8,
+    KINDS,
+    K,
+    Kind,
+    N,
+    check_schemas,
+    check_sums_schema,
+    dense,
+    prepared,
+)
+
+from hfq.core.weight import Fp8Grid
+from hfq.kernels import cuda_fp8, cuda_int8_ops, dispatch
+from hfq.kernels.int8 import MAX_COLUMNS, _cuda_product
+from hfq.kernels.row import Problem
+
+
+@pytest.fixture(params=KINDS, ids=str)
+def kind(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+# ---- layout signed
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3)], ids=str)
+def test_round_trip(generator: torch.Generator, lead: tuple[int, ...]) -> None:
+    row, shape = INT8.row, (*lead, 5, 48, 1)
+    codes = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    before = codes.clone()
+    pieces = row.prepare(codes, 8)
+    assert pieces.shape == (*lead, 5, 3, 16, 1) and pieces.is_contiguous()
+    assert torch.equal(pieces.view(torch.int8).view(shape).int(), codes.int() - 128)
+    assert torch.equal(row.restore(pieces, shape, 8), codes)
+    assert torch.equal(codes, before), "others may hold the stored tensor"
+    scales = torch.randn(*lead, 5, 1, generator=generator)
+    assert row.prepare(scales, 8) is scales
+
+
+# ---- operators
+
+
+@pytest.mark.parametrize("sums", [1, 1 << 20])
+@pytest.mark.parametrize("static", [None, 0.02])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_products(
+    monkeypatch: pytest.MonkeyPatch,
+    generator: torch.Generator,
+    dtype: torch.dtype,
+    static: float | None,
+    sums: int,
+) -> None:
+    monkeypatch.setattr(cuda_int8_ops, "_SUMS", sums)
+    grid = INT8.stored(generator, static=static)
+    for tokens in (0, 1, 5, 40):
+        x = torch.randn(tokens, K, generator=generator).to(dtype)
+        for bias in (None, torch.randn(N, generator=generator).to(dtype)):
+            for product in INT8.products:
+                y = product(x, *INT8.arguments(prepared(INT8, grid), bias))
+                assert y.dtype == dtype and torch.equal(y, INT8.expected(x, grid, bias))
+
+
+def test_gradients(kind: Kind, generator: torch.Generator) -> None:
+    grid = kind.stored(generator)
+    for product in kind.products:
+        x = torch.randn(5, K, generator=generator, requires_grad=True)
+        bias = torch.randn(N, generator=generator, requires_grad=True)
+        grad = torch.randn(5, N, generator=generator)
+        product(x, *kind.arguments(prepared(kind, grid), bias)).backward(grad)
+        torch.testing.assert_close(x.grad, grad @ dense(grid))
+        torch.testing.assert_close(bias.grad, grad.sum(0))
+
+
+@pytest.mark.parametrize("tokens", [0, 3, 40])
+def test_opcheck(kind: Kind, generator: torch.Generator, tokens: int) -> None:
+    for static in (None, 0.02):
+        ready = prepared(kind, kind.stored(generator, static=static))
+        x = torch.randn(tokens, K, generator=generator, requires_grad=True)
+        check_schemas(kind, ready, x)
+    if kind is INT8:
+        check_sums_schema(tokens, ready.scales)
+
+
+def test_what_fits_the_matrix_library_is_not_copied(
+    monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    """The weight is read once for a product, not three times."""
+    a, b = (
+        torch.randint(-128, 128, (rows, 64), generator=generator, dtype=torch.int8)
+        for rows in (17, 24)
+    )
+    seen = []
+    product = torch._int_mm
+
+    def watched(a: Tensor, b: Tensor) -> Tensor:
+        seen.extend([a.data_ptr(), b.data_ptr()])
+        return product(a, b)
+
+    monkeypatch.setattr(torch, "_int_mm", watched)
+    assert torch.equal(_cuda_product(a, b).long(), a.long() @ b.long().T)
+    assert seen == [a.data_ptr(), b.data_ptr()]
+
+
+# ---- the kernel rows
+
+
+@pytest.mark.parametrize("static", [None, 0.02])
+def test_row(kind: Kind, generator: torch.Generator, static: float | None) -> None:
+    row, grid = kind.row, kind.stored(generator, static=static)
+    ready = prepared(kind, grid)
+    assert torch.equal(row.dequantize(ready, torch.float64), dense(grid, torch.float64))
+    index = torch.randint(N, (5,), generator=generator)
+    assert torch.equal(row.lookup(ready, index, torch.bfloat16), dense(grid, torch.bfloat16)[index])
+    for dtype in (*FLOATS, torch.float64):
+        for shape in ((), (1,), (2, 16), (2, 17), (2, 0)):
+            x = torch.randn(*shape, K, generator=generator).to(dtype)
+            for bias in (None, torch.randn(N, generator=generator)):
+                wanted = kind.expected_of_row(x, grid, bias)
+                for each in (x, x.transpose(0, -1).contiguous().transpose(0, -1)):
+                    y = row.linear(each, ready, bias, False)
+                    assert y.dtype == dtype and torch.equal(y, wanted)
+
+
+def test_few_and_many_tokens_take_their_own_ways(
+    monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    called: list[str] = []
+
+    def watched(op: Any, x: Tensor, *rest: Any) -> Tensor:
+        called.append("few")
+        y: Tensor = op.default(x, *rest)
+        return y
+
+    scaled = torch._scaled_mm
+
+    def product(*arguments: Any, **more: Any) -> Tensor:
+        called.append("many")
+        return scaled(*arguments, **more)
+
+    monkeypatch.setattr(cuda_fp8, "call", watched)
+    monkeypatch.setattr(torch, "_scaled_mm", product)
+    grid = FP8.stored(generator)
+    for tokens, way in ((1, ["few"]), (32, ["few"]), (33, ["many"])):
+        called.clear()
+        x = torch.randn(tokens, K, generator=generator).bfloat16()
+        FP8.row.linear(x, grid, None, False)
+        assert called == way
+
+
+def test_experts(kind: Kind, generator: torch.Generator) -> None:
+    experts = [kind.stored(generator) for _ in range(3)]
+    stack = replace(
+        experts[0],
+        qweight=torch.stack([one.qweight for one in experts]),
+        scales=torch.stack([one.scales for one in experts]),
+    )
+    x = torch.randn(5, K, generator=generator)
+    y = kind.row.experts(x, torch.tensor([3, 0, 2]), prepared(kind, stack), None, False)
+    parts = [kind.expected(x[:3], experts[0]), kind.expected(x[3:], experts[2])]
+    assert torch.equal(y, torch.cat(parts))
+
+
+def test_stack(kind: Kind, generator: torch.Generator) -> None:
+    row = kind.row
+    # The matrix library takes rows of E4M3 in multiples of 16.
+    grids = [kind.stored(generator, rows=rows) for rows in (33 if kind is INT8 else 48, 16)]
+    stacked = row.stack([prepared(kind, grid) for grid in grids])
+    assert stacked is not None
+    whole, parts = stacked
+    x = torch.randn(3, K, generator=generator)
+    each = [kind.expected(x, grid) for grid in grids]
+    assert torch.equal(row.linear(x, whole, None, False), torch.cat(each, dim=-1))
+    for part, wanted in zip(parts, each, strict=True):
+        assert torch.equal(row.linear(x, part, None, False), wanted)
+    assert parts[0].qweight.data_ptr() == whole.qweight.data_ptr()
+    static = [prepared(kind, kind.stored(generator, static=scale)) for scale in (0.02, 0.03)]
+    assert row.stack(static) is None
+
+
+def test_int8_reasons_to_refuse(machine: Callable[..., None], generator: torch.Generator) -> None:
+    row, problem = INT8.row, Problem.of(INT8.stored(generator))
+    assert row.reject(problem) == "runs on cuda, the weight is on cpu"
+    problem = replace(problem, device="cuda")
+    for changes, words in (
+        ({"activation": None}, "this weight does not ask for them"),
+        ({"in_features": 136}, "multiples of 16 up to 131072, not 136"),
+        ({"in_features": 0}, "not 0"),
+        ({"in_features": MAX_COLUMNS + 16}, "not 131088"),
+    ):
+        reason = row.reject(replace(problem, **changes))  # type: ignore[arg-type]
+        assert reason is not None and words in reason, changes
+    machine((8, 0), kernels=False)
+    assert row.reject(problem) == "native CUDA kernels are not loaded: no nvcc"
+    machine((8, 0))
+    assert row.reject(problem) is None
+    assert row.reject(replace(problem, in_features=MAX_COLUMNS)) is None
+    # Names alone say where a kernel stands.
+    names = [each.name for each in dispatch.rows()]
+    assert names.index("cuda_int8") < names.index("dequantize")
+
+
+def test_fp8_reasons_to_refuse(machine: Callable[..., None], generator: torch.Generator) -> None:
+    """What both rows refuse is in test_fp8.py."""
+    row, library = FP8.row, cuda_fp8.CudaFp8Library()
+    problem = replace(Problem.of(FP8.stored(generator)), device="cuda")
+    machine((8, 9), kernels=False)
+    assert row.reject(problem) == "native CUDA kernels are not loaded: no nvcc"
+    assert library.reject(problem) is None
+    machine((8, 9))
+    assert row.reject(problem) is None
+    wide = replace(problem, in_features=(1 << 26) + 16)
+    assert row.reject(wide) == "takes up to 67108864 columns, not 67108880"
+    assert library.reject(wide) is None
+    names = [each.name for each in dispatch.rows(Fp8Grid)]
+    assert names == ["cuda_fp8", "cuda_fp8_library", "cuda_fp8_weights", "dequantize_fp8"]
