@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
 from typing import Any
 
 import pytest
 import torch
+import wgmma_ladder
 from fragments_weights import FLOATS, HALVES, KINDS, Kind, Shape, name_of
 from fragments_weights import random_weight as make
 from torch import Tensor
@@ -147,3 +149,35 @@ def test_every_combination(
             x = torch.randn(tokens, columns, generator=generator).to(dtype)
             bias = torch.randn(rows, generator=generator) if tokens % 2 else None
             w.check(_linear(emulator, x, w, bias, multiprocessors), x, bias)
+
+
+# ---- the ladder for a GPU that runs these kernels for the first time
+
+
+def test_ladder(emulator: Any, capfd: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    arguments = ["--emulated", str(emulator.folder), "identity_rows", "ring"]
+    monkeypatch.setattr("sys.argv", ["wgmma_ladder.py", *arguments])
+    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))  # to be set back
+    assert wgmma_ladder.main() == 0
+    assert capfd.readouterr().out.splitlines()[-1] == "all right"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda y: torch.zeros_like(y), "x was not there"),
+        (lambda y: torch.full_like(y, torch.nan), "no column"),
+        (lambda y: y.roll(1, 1), "the rows in another order"),
+        (lambda y: y.roll(1, 0), "what token 1 should have"),
+    ],
+)
+def test_ladder_names_what_is_wrong(
+    emulator: Any, capfd: pytest.CaptureFixture[str], change: Any, words: str
+) -> None:
+    rung = wgmma_ladder.RUNGS["identity_rows"]
+    weight = make(torch.Generator().manual_seed(0), rung.shape, rung.kind)
+    product, device = wgmma_ladder.product_of(weight, emulator.folder)
+    wrong = [lambda x: change(product(x)), device]
+    assert not wgmma_ladder.check_identity(rung, weight, *wrong)
+    assert words in capfd.readouterr().out
+    assert not wgmma_ladder.check_products(rung, weight, *wrong)
