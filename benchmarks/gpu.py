@@ -47,8 +47,8 @@ LLAMA_8B = {
 }
 
 
-# Environment variables that choose other kernels, and what results measured with them are called.
-SWITCHES = {"HFQ_CUDA_OVERLAP": "overlap", "HFQ_CUDA_WGMMA": "wgmma"}
+# Environment variables that leave out a way to be fast if they are 0, and what results are called that were measured so.
+SWITCHES = {"HFQ_CUDA_OVERLAP": "no-overlap", "HFQ_CUDA_WGMMA": "no-wgmma"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -452,12 +452,12 @@ def about_gpu() -> dict[str, Any]:
 
 def save(part: str, found: Mapping[str, Any], arguments: Sequence[str], plan: Plan) -> None:
     """A JSON for each part, and its pictures; some formats alone, or other kernels, do not replace what was measured of all."""
-    switched = [name for name in SWITCHES if os.environ.get(name) == "1"]
+    switched = [name for name in SWITCHES if os.environ.get(name) == "0"]
     whole = plan.kinds == FULL.kinds and not switched
     formats = [] if plan.kinds == FULL.kinds else [kind.replace(" ", "-") for kind in plan.kinds]
     name = "_".join(["gpu", part, *formats, *(SWITCHES[switch] for switch in switched)])
     command = shlex.join(["python", "benchmarks/gpu.py", *arguments])
-    command = " ".join([*(f"{switch}=1" for switch in switched), command])
+    command = " ".join([*(f"{switch}=0" for switch in switched), command])
     path = machine.write(name, command, {**about_gpu(), part: found})
     print(f"written: {path.name}")
     if whole:

@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 GPU = (sys.executable, "benchmarks/gpu.py")
 INT4 = ("--kinds", "int4 g128")
-WGMMA, OVERLAP = {"HFQ_CUDA_WGMMA": "1"}, {"HFQ_CUDA_OVERLAP": "1"}
+NO_WGMMA, NO_OVERLAP = {"HFQ_CUDA_WGMMA": "0"}, {"HFQ_CUDA_OVERLAP": "0"}
 
 
 @dataclass(frozen=True)
@@ -61,23 +61,21 @@ def steps() -> list[Step]:
             makes=ROOT / "hfq/lib/libhfq_cuda.so",
         ),
         Step("doctor", 20, (sys.executable, "-m", "hfq", "doctor")),
-        Step("tests", 180, (*PYTEST, "-m", "gpu", "-k", "not wgmma", "tests")),
-        Step("int4", 60, (*GPU, "--only", "kernels", *INT4)),
-        Step("overlap tests", 60, (*PYTEST, "-m", "gpu", "tests/kernels", "-k", "graph or decode"), OVERLAP),
-        Step("int4 overlap", 60, (*GPU, "--only", "kernels", *INT4), OVERLAP),
-        # Processes of their own: kernels with barriers that nobody has run yet may hang, and a fault would fail every later test.
-        Step("wgmma ladder", 180, (sys.executable, "tests/kernels/wgmma_ladder.py")),
-        Step("wgmma tests", 90, (*PYTEST, "-m", "gpu", "tests/kernels", "-k", "wgmma")),
-        Step("int4 wgmma", 60, (*GPU, "--only", "kernels", *INT4), WGMMA),
-        Step("model", 90, (*GPU, "--only", "models", *INT4)),
-        Step("model overlap", 90, (*GPU, "--only", "models", *INT4), OVERLAP),
-        Step("kernels", 240, (*GPU, "--only", "kernels")),
+        # Processes of their own: kernels whose barriers are wrong hang, and a fault would fail every later test.
+        Step("wgmma ladder", 90, (sys.executable, "tests/kernels/wgmma_ladder.py")),
+        Step("tests", 180, (*PYTEST, "-m", "gpu", "tests")),
+        Step("int4", 20, (*GPU, "--only", "kernels", *INT4)),
+        Step("model", 30, (*GPU, "--only", "models", *INT4)),
+        Step("kernels", 90, (*GPU, "--only", "kernels")),
+        Step("models", 120, (*GPU, "--only", "models")),
+        Step("int4 no overlap", 20, (*GPU, "--only", "kernels", *INT4), NO_OVERLAP),
+        Step("int4 no wgmma", 20, (*GPU, "--only", "kernels", *INT4), NO_WGMMA),
+        Step("model no overlap", 30, (*GPU, "--only", "models", *INT4), NO_OVERLAP),
         *sanitizer("memcheck"),
         *sanitizer("synccheck"),
         *sanitizer("racecheck"),
         Step("gradients", 60, (*GPU, "--only", "gradients")),
         Step("packing", 120, (*GPU, "--only", "packing")),
-        Step("models", 180, (*GPU, "--only", "models")),
         *sanitizer("initcheck"),
     ]
 
@@ -88,8 +86,7 @@ def sanitizer(tool: str) -> Iterator[Step]:
         if "pytest.mark.gpu" in path.read_text(encoding="utf-8"):
             run = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *PYTEST)
             # The first report is the one to read.
-            tests = ("-x", "-m", "gpu and not large", "-k", "not wgmma")
-            command = (*run, *tests, str(path.relative_to(ROOT)))
+            command = (*run, "-x", "-m", "gpu and not large", str(path.relative_to(ROOT)))
             yield Step(f"{tool} {path.stem.removeprefix('test_')}", 60, command)
 
 

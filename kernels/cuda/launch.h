@@ -24,12 +24,12 @@ cudaError_t allow_shared(void (*kernel)(Params), size_t shared_bytes) {
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most_shared_bytes()));
 }
 
-// Whether `kernel` may start before the one in front of it has ended: on GPUs that can, if HFQ_CUDA_OVERLAP is 1. Not measured yet. It has to have
-// been compiled for them: code for older ones does not wait (wait_for_previous_kernel).
+// Whether `kernel` may start before the one in front of it has ended: on GPUs that can, unless HFQ_CUDA_OVERLAP is 0. It has to have been compiled
+// for them: code for older ones does not wait (wait_for_previous_kernel).
 template <class Params>
 bool may_start_early(void (*kernel)(Params)) {
   const char* wanted = std::getenv("HFQ_CUDA_OVERLAP");
-  if (!wanted || wanted[0] != '1') return false;
+  if (wanted && wanted[0] == '0') return false;
   cudaFuncAttributes attributes = {};
   if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess) return attributes.ptxVersion >= 90;
   cudaGetLastError();

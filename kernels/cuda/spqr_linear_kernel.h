@@ -246,7 +246,6 @@ __device__ __forceinline__ void spqr_block(const SpqrLinearParams& p, int64_t fi
   const typename Warp::Ring ring(p, first_tile, first_token);
   Warp mine(ring, shared + warp * Warp::kNumberBytes);
   let_next_kernel_start();
-  if (threadIdx.x == 0) ring.ask_for_weight();
   wait_for_previous_kernel();  // for x, and whoever made the weight
   RawSpan spans[kTiles] = {};
 #pragma unroll
@@ -319,7 +318,7 @@ const char* launch_warps(const SpqrLinearParams& params, cudaStream_t stream) {
   const int64_t tokens = p.tokens < Warp::kTokens ? p.tokens : Warp::kTokens;
   const size_t shared = plan_rings<typename Warp::Ring>(p, tokens, kBesideRings<Warp>, kResident<Warp::kTokens>);
   const unsigned blocks = static_cast<unsigned>((tiles + Warp::kTiles - 1) / Warp::kTiles * p.token_tiles);
-  return launch_early(spqr_linear_kernel<T, Warp>, blocks, kThreads, shared, stream, p);
+  return launch_early(spqr_linear_kernel<T, Warp>, blocks, kThreads, evenly(shared, blocks), stream, p);
 }
 
 template <int kBits, class T, bool kShort>

@@ -22,9 +22,6 @@ namespace {
 constexpr int kStepColumns = 128;
 constexpr int kWarps = 8;
 
-// Bytes of codes of a tile, and of their scales, that a thread block asks for at once.
-constexpr uint32_t kMostAskedFor = 32 << 10;
-
 // Bytes of one group: of the codes of a tile, and of the lines.
 inline __device__ uint32_t group_code_bytes(const SpqrWeight& w) { return w.wide_codes ? 32 : 16; }
 inline __device__ uint32_t line_bytes(const SpqrWeight& w) { return w.stat_dtype == kFloat32 ? 16 : 8; }
@@ -91,17 +88,6 @@ struct SpqrRing {
 
   static __device__ __forceinline__ uint32_t steps_behind(uint32_t in_features, uint32_t first) {
     return in_features > first ? (in_features - first + kStepColumns - 1) / kStepColumns : 0;
-  }
-
-  // To be called by one thread, the first: the weight is on its way to L2 while the first stages are filled, or the kernel before ends.
-  __device__ __forceinline__ void ask_for_weight() const {
-    const uint32_t blocks = (static_cast<uint32_t>(p.weight.in_features) + kBlockColumns<kBits> - 1) / kBlockColumns<kBits>;
-    const uint32_t codes = blocks * kBlockBytes<kBits>, stats = static_cast<uint32_t>(p.weight.stat_groups) * group_code_bytes(p.weight);
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      prefetch(codes_from[i], codes < kMostAskedFor ? codes : kMostAskedFor);
-      prefetch(stats_from[i], stats < kMostAskedFor ? stats : kMostAskedFor);
-    }
   }
 
   // `stage`: in shared memory.

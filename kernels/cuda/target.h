@@ -10,3 +10,18 @@
 #include "launch.h"
 #include "ptx.h"
 #endif
+
+namespace hfq {
+
+// Shared memory of a thread block with which each multiprocessor has room for its share of `blocks` thread blocks and no more, for launch_early.
+// Those of a kernel that starts while another one ends go where there is room, by which multiprocessors have ended early, and that is not evenly:
+// 256 thread blocks of 14336 x 4096 took 15.9 us on an H200, 13.4 without overlap, and 11.7 so.
+inline size_t evenly(size_t shared_bytes, int64_t blocks) {
+  constexpr size_t kReserved = 1 << 10;  // of each thread block; of the device's most, too
+  const int64_t count = multiprocessors() > 0 ? multiprocessors() : 1;
+  const size_t each = static_cast<size_t>((blocks + count - 1) / count);
+  const size_t least = (most_shared_bytes() + kReserved) / (each + 1) - kReserved + 128;
+  return each > 1 && each < 8 && least > shared_bytes ? least : shared_bytes;
+}
+
+}  // namespace hfq

@@ -27,7 +27,7 @@ struct WgmmaShape {
 
 WgmmaPlan plan_wgmma(const LinearParams& params, const WgmmaShape& shape);
 
-// Whether launch_linear takes these kernels: they have not been measured yet, so only where HFQ_CUDA_WGMMA=1 is set.
+// Whether launch_linear takes these kernels: where they are faster than gemm_kernel.h, unless HFQ_CUDA_WGMMA is 0; with 1, elsewhere as well.
 bool takes_wgmma(const LinearParams& params);
 
 // Whether the kernels are there for the current device: those of a build for sm_90 without the "a" are empty.
@@ -36,12 +36,18 @@ bool wgmma_was_compiled();
 // Enqueues the kernel; launch_linear has set what is the launcher's to set in LinearParams.
 const char* launch_wgmma(const LinearParams& params, cudaStream_t stream);
 
-// One for each kind of codes, so that they are compiled side by side; called by launch_wgmma.
+// One for each kind of codes, so that they are compiled side by side; called by launch_wgmma and takes_wgmma.
 const char* launch_wgmma_int2(const WgmmaParams& params, cudaStream_t stream);
+bool runs_wgmma_int2(const LinearParams& params);
 const char* launch_wgmma_int3(const WgmmaParams& params, cudaStream_t stream);
+bool runs_wgmma_int3(const LinearParams& params);
 const char* launch_wgmma_int4(const WgmmaParams& params, cudaStream_t stream);
+bool runs_wgmma_int4(const LinearParams& params);
 const char* launch_wgmma_int8(const WgmmaParams& params, cudaStream_t stream);
+bool runs_wgmma_int8(const LinearParams& params);
 const char* launch_wgmma_table4(const WgmmaParams& params, cudaStream_t stream);
+bool runs_wgmma_table4(const LinearParams& params);
 const char* launch_wgmma_e4m3(const WgmmaParams& params, cudaStream_t stream);
+bool runs_wgmma_e4m3(const LinearParams& params);
 
 }  // namespace hfq

@@ -4,4 +4,6 @@ namespace hfq {
 
 const char* launch_wgmma_int8(const WgmmaParams& params, cudaStream_t stream) { return launch_wgmma_of<IntCodes<8>>(params, stream); }
 
+bool runs_wgmma_int8(const LinearParams& params) { return runs_wgmma_of<IntCodes<8>>(params); }
+
 }  // namespace hfq

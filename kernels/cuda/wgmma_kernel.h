@@ -417,19 +417,26 @@ __global__ void __launch_bounds__(WgmmaBlock<Kind, T, kTokens>::kThreads, 1) wgm
 
 // ---- launcher
 
+// No splits: the kernel does not run here, for want of shared memory or because another compiler has chosen other registers.
+template <class Kind, class T, int kTokens>
+WgmmaPlan plan_tokens(const LinearParams& p) {
+  using Block = WgmmaBlock<Kind, T, kTokens>;
+  const auto active = [](int blocks) {
+    // With fewer registers than they count on, warps would wait for them forever.
+    constexpr int kRegisters = Block::kOfConsumers > Block::kAtFirst ? Block::kAtFirst : 0;
+    return active_clusters<WgmmaParams, wgmma_kernel<Kind, T, kTokens>>(blocks, Block::kThreads, Block::kSharedBytes, kRegisters);
+  };
+  return plan_wgmma(p, {Block::kRows, kTokens, active});
+}
+
 template <class Kind, class T, int kTokens>
 const char* launch_wgmma_tokens(const WgmmaParams& params, cudaStream_t stream) {
   using Block = WgmmaBlock<Kind, T, kTokens>;
   constexpr auto kKernel = wgmma_kernel<Kind, T, kTokens>;
   WgmmaParams p = params;
   p.token_tiles = static_cast<uint32_t>((p.tokens + kTokens - 1) / kTokens);
-  const auto active = [](int blocks) {
-    // With fewer registers than they count on, warps would wait for them forever.
-    constexpr int kRegisters = Block::kOfConsumers > Block::kAtFirst ? Block::kAtFirst : 0;
-    return active_clusters<WgmmaParams, kKernel>(blocks, Block::kThreads, Block::kSharedBytes, kRegisters);
-  };
-  p.plan = plan_wgmma(p, {Block::kRows, kTokens, active});
-  if (p.plan.splits == 0) return "the kernel with wgmma does not run here: shared memory, or registers that another compiler has chosen";
+  p.plan = plan_tokens<Kind, T, kTokens>(p);
+  if (p.plan.splits == 0) return "the kernel with wgmma does not run here";  // takes_wgmma asks before
   const int64_t blocks = (p.weight.out_features + Block::kRows - 1) / Block::kRows * p.token_tiles * p.plan.splits;
   return launch_clusters(kKernel, static_cast<unsigned>(blocks), p.plan.splits, Block::kThreads, Block::kSharedBytes, stream, p);
 }
@@ -440,6 +447,19 @@ const char* launch_wgmma_dtype(const WgmmaParams& p, cudaStream_t stream) {
   if (p.tokens <= 32) return launch_wgmma_tokens<Kind, T, 32>(p, stream);
   if (p.tokens <= 64) return launch_wgmma_tokens<Kind, T, 64>(p, stream);
   return launch_wgmma_tokens<Kind, T, 128>(p, stream);
+}
+
+template <class Kind, class T>
+WgmmaPlan plan_dtype(const LinearParams& p) {
+  if (p.tokens <= 16) return plan_tokens<Kind, T, 16>(p);
+  if (p.tokens <= 32) return plan_tokens<Kind, T, 32>(p);
+  if (p.tokens <= 64) return plan_tokens<Kind, T, 64>(p);
+  return plan_tokens<Kind, T, 128>(p);
+}
+
+template <class Kind>
+bool runs_wgmma_of(const LinearParams& p) {
+  return (p.x_dtype == kBFloat16 ? plan_dtype<Kind, BFloat16>(p) : plan_dtype<Kind, Float16>(p)).splits > 0;
 }
 
 template <class Kind>

@@ -142,10 +142,10 @@ def test_what_is_written_is_drawn_and_judged_again(
     gpu.save("kernels", results["kernels"], [], gpu.replace(gpu.TINY, kinds=("nf4 g64",)))
     assert (tmp_path / "gpu_kernels_nf4-g64.json").exists()
     with monkeypatch.context() as patch:
-        patch.setenv("HFQ_CUDA_OVERLAP", "1")
+        patch.setenv("HFQ_CUDA_OVERLAP", "0")
         gpu.save("kernels", results["kernels"], ["--rounds", "1"], gpu.TINY)
-    written = json.loads((tmp_path / "gpu_kernels_overlap.json").read_text())
-    assert written["command"] == "HFQ_CUDA_OVERLAP=1 python benchmarks/gpu.py --rounds 1"
+    written = json.loads((tmp_path / "gpu_kernels_no-overlap.json").read_text())
+    assert written["command"] == "HFQ_CUDA_OVERLAP=0 python benchmarks/gpu.py --rounds 1"
     capsys.readouterr()
     assert gpu.main(["--plot"]) == 0
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.svg")} == pictures

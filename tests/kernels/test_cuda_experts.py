@@ -163,9 +163,10 @@ def test_experts_of_other_formats(
                 for expert, own in enumerate(
                     torch.arange(int(counts.sum())).split(counts.tolist())
                 ):
-                    if len(own):
+                    # Of many tokens E4M3 takes another way, whose sums are rounded to bfloat16.
+                    for some in own.split(32):
                         one = ready.expert(expert)
-                        expected[own] = row.linear(x[own], one, bias[expert], False)
+                        expected[some] = row.linear(x[some], one, bias[expert], False)
                 bound = 2 * torch.finfo(dtype).eps * expected.abs().max().item()
                 torch.testing.assert_close(y, expected, rtol=torch.finfo(dtype).eps, atol=bound)
 

@@ -108,7 +108,8 @@ def test_many_tokens(kind: Kind, there: Move, generator: torch.Generator) -> Non
         y = kind.row.linear(x, grid, None, False).double()
         parts = [kind.row.linear(part, grid, None, False) for part in x.split(25)]
         few = torch.cat(parts).double()
-        torch.testing.assert_close(y, few, rtol=0, atol=few.abs().max().item() * 2**-8)
+        # Both round to bfloat16, the matrix library before the bias.
+        torch.testing.assert_close(y, few, rtol=0, atol=few.abs().max().item() * 2**-7)
 
 
 def test_in_a_cuda_graph(
@@ -162,4 +163,5 @@ def test_modules(kind: Kind, cuda: torch.device, generator: torch.Generator) -> 
         )
     packed.to("cpu")
     for name, tensor in packed.state_dict().items():
-        assert torch.equal(tensor.view(torch.uint8), saved[name].view(torch.uint8)), name
+        bits = [one.reshape(-1).view(torch.uint8) for one in (tensor, saved[name])]
+        assert torch.equal(*bits), name

@@ -114,25 +114,25 @@ def test_not_a_number_reaches_its_own_outputs(
 def test_the_choice(
     emulator: Any, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only where it is wanted, only on compute capability 9.0: in little shared memory, which these kernels refuse."""
-    w = make(generator, (64, 264, 64), (4, None))
-    x = torch.randn(40, 264, generator=generator).bfloat16()
+    w = make(generator, (64, 1032, 32), (4, None))
+    x = torch.randn(40, 1032, generator=generator).bfloat16()
 
-    def linear(tokens: int, capability: int) -> None:
-        own = x[:tokens]
-        y = emulator.linear(own, w.operands, None, w.sizes, ALONE, 99 << 10, capability)
-        w.check(y, own)
+    def is_gemm(tokens: int, *device: int) -> bool:
+        found: bool = emulator.gives_gemm_workspace(x[:tokens], w.operands, w.sizes, *device)
+        return found
 
-    with pytest.raises(RuntimeError, match="does not run here: shared memory"):
-        linear(40, 90)
-    linear(8, 90)
-    linear(40, 80)
-    linear(40, 100)  # which has other instructions
-    for value in ("0", ""):
-        monkeypatch.setenv("HFQ_CUDA_WGMMA", value)
-        linear(40, 90)
     monkeypatch.delenv("HFQ_CUDA_WGMMA")
-    linear(40, 90)
+    assert not is_gemm(17, 90) and not is_gemm(40, 90)
+    assert is_gemm(16, 90)  # a small weight
+    assert is_gemm(40, 80)
+    assert is_gemm(40, 100)  # which has other instructions
+    assert is_gemm(40, 90, 99 << 10)  # too little shared memory
+    assert not is_gemm(8, 90) and not is_gemm(8, 80)  # few tokens need no memory
+    monkeypatch.setenv("HFQ_CUDA_WGMMA", "0")
+    assert is_gemm(40, 90)
+    monkeypatch.setenv("HFQ_CUDA_WGMMA", "1")
+    assert not is_gemm(16, 90)
+    w.check(_linear(emulator, x, w), x)
 
 
 @pytest.mark.slow

@@ -117,6 +117,19 @@ class Linear(Launchers):
         self.launch("linear", params, y, workspace)
         return y
 
+    def gives_gemm_workspace(
+        self,
+        x: Tensor,
+        operands: Operands,
+        sizes: Sizes,
+        capability: int,
+        shared_bytes: int = H100,
+    ) -> bool:
+        """Whether gemm_kernel.h is taken, which shares out columns among many multiprocessors and needs memory for that."""
+        self.set_device(MANY, shared_bytes)
+        self._library.set_compute_capability(capability)
+        return self.ask("linear_workspace", _product(x, operands, None, sizes)[0]) > 0
+
     def gemm_plan(
         self, tokens: int, sizes: Sizes, kind: str | None, multiprocessors: int, shared_bytes: int
     ) -> GemmPlan:

@@ -74,7 +74,7 @@ def check_arguments() -> None:
     refused("scales must be of shape", linear, scales=grid.scales[..., 1:])
     refused("scales must be float32, float16", linear, scales=grid.scales.double())
     refused("zeros must be of the same dtype", linear, zeros=grid.zeros.float())
-    refused("a codebook takes 4 bits and no zeros", linear, table=torch.zeros(16))
+    refused("a codebook takes 4 bits, or 8 for E4M3, and no zeros", linear, table=torch.zeros(16))
     refused("x must be float16 or bfloat16", linear, x.float())
     refused("x must be of shape", linear, x[:, 8:])
     refused("x must be of shape", linear, x[None])
