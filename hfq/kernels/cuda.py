@@ -29,8 +29,8 @@ __all__ = [
     "takes_all_experts",
 ]
 
-# Measured on an H100, 4096 x 14336, 128 and 256 tokens, in microseconds: int4 66 and 130 directly, 105 and 109 with dequantizing and the matrix
-# library; with zero points 86 and 171 beside 112 and 116, nf4 87 and 173 beside 110 and 114 (benchmarks/results/gpu_kernels.json).
+# Measured on an H200, 4096 x 14336, 128 and 256 tokens, in microseconds: int4 51 and 112 directly, and 107 with dequantizing and the matrix library
+# (256); on an H100 with the kernel for older GPUs 66 and 130 beside 105 and 109.
 MAX_DIRECT_TOKENS = 192
 
 # One launch multiplies with all experts as long as that takes less than one expert after the other, for which the host waits for the

@@ -114,8 +114,8 @@ def test_not_a_number_reaches_its_own_outputs(
 def test_the_choice(
     emulator: Any, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    w = make(generator, (64, 1032, 32), (4, None))
-    x = torch.randn(40, 1032, generator=generator).bfloat16()
+    w = make(generator, (64, 4096, 32), (4, None))
+    x = torch.randn(40, 4096, generator=generator).bfloat16()
 
     def is_gemm(tokens: int, *device: int) -> bool:
         found: bool = emulator.gives_gemm_workspace(x[:tokens], w.operands, w.sizes, *device)
