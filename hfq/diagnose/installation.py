@@ -20,7 +20,7 @@ from ..core.errors import KernelError
 from ..kernels import huge_pages, native
 from ..table import format_bytes, format_table, wrapped
 from . import machine
-from .self_test import self_test
+from .selftest import self_test
 
 __all__ = ["Check", "Diagnosis", "doctor"]
 

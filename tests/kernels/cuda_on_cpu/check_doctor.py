@@ -10,7 +10,7 @@ from operators_on_cpu import on_cpu, use_row
 
 from hfq.core.spec import QuantSpec
 from hfq.core.weight import Fp8Grid, PackedGrid, SpqrGrid
-from hfq.diagnose.self_test import WEIGHTS, self_test
+from hfq.diagnose.selftest import WEIGHTS, self_test
 from hfq.kernels import cuda, cuda_fp8, cuda_int8, cuda_spqr
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hfq.diagnose import doctor
-from hfq.diagnose.self_test import WEIGHTS, Verdict, self_test
+from hfq.diagnose.selftest import WEIGHTS, Verdict, self_test
 from hfq.kernels import native
 from hfq.kernels.neutral import Neutral
 
