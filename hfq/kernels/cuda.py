@@ -18,7 +18,7 @@ from . import fragments, native
 from .cpu import call
 from .cuda_ops import fragments_weight
 from .ops import native_dtype
-from .row import OneByOne, Problem, stack_tiles
+from .row import AllAtOnce, Problem, stack_tiles
 
 __all__ = [
     "MAX_DIRECT_TOKENS",
@@ -49,7 +49,7 @@ _MOST_COLUMNS = 1 << 20
 _UNIT = 32
 
 
-class CudaFragments(OneByOne):
+class CudaFragments(AllAtOnce):
     """Native CUDA kernels; see `kernels/cuda/`."""
 
     name = "cuda_fragments"
@@ -92,18 +92,11 @@ class CudaFragments(OneByOne):
         out: Tensor = y.view(*x.shape[:-1], grid.out_features)
         return out
 
-    def experts(
-        self,
-        x: Tensor,
-        counts: Tensor,
-        grid: PackedGrid,
-        bias: Tensor | None,
-        int8_activations: bool,
+    def all_experts(
+        self, x: Tensor, counts: Tensor, grid: PackedGrid, bias: Tensor | None
     ) -> Tensor:
-        if not self.reads_counts_on_device(x, x.shape[0], grid):
-            return super().experts(x, counts, grid, bias, int8_activations)
         y: Tensor = torch.ops.hfq.cuda_experts_linear(
-            x.contiguous(), counts.to(x.device), *self._operands(grid), bias, *_sizes(grid)
+            x, counts, *self._operands(grid), bias, *_sizes(grid)
         )
         return y
 

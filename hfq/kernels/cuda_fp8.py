@@ -19,7 +19,7 @@ from .cpu import call
 from .cuda import CudaFragments, most_expert_tokens, no_native_code, takes_all_experts
 from .fp8 import TILE
 from .neutral_fp8 import NeutralFp8
-from .row import Problem, stack_tiles
+from .row import AllAtOnce, Problem, stack_tiles
 
 __all__ = ["MAX_DIRECT_TOKENS", "CudaFp8", "CudaFp8Library", "CudaFp8Weights"]
 
@@ -76,7 +76,7 @@ class CudaFp8Library(NeutralFp8):
         return stack_tiles(grids, TILE, fragments.stack)
 
 
-class CudaFp8(CudaFp8Library):
+class CudaFp8(AllAtOnce, CudaFp8Library):
     """Native CUDA kernels: few tokens are multiplied by them, many rounded by one and left to `torch._scaled_mm`."""
 
     name = "cuda_fp8"
@@ -100,18 +100,9 @@ class CudaFp8(CudaFp8Library):
         out: Tensor = y.view(*x.shape[:-1], grid.out_features)
         return out
 
-    def experts(
-        self,
-        x: Tensor,
-        counts: Tensor,
-        grid: Fp8Grid,
-        bias: Tensor | None,
-        int8_activations: bool,
-    ) -> Tensor:
-        if not self.reads_counts_on_device(x, x.shape[0], grid):
-            return super().experts(x, counts, grid, bias, int8_activations)
+    def all_experts(self, x: Tensor, counts: Tensor, grid: Fp8Grid, bias: Tensor | None) -> Tensor:
         y: Tensor = torch.ops.hfq.cuda_fp8_experts_linear(
-            x.contiguous(), counts.to(x.device), grid.qweight, grid.scales, bias
+            x, counts, grid.qweight, grid.scales, bias
         )
         return y
 

@@ -23,7 +23,7 @@ from .cpu import call
 from .cuda import most_expert_tokens, no_native_code, takes_all_experts
 from .cuda_int8_ops import PIECE, signed_weight, switched
 from .int8 import MAX_COLUMNS
-from .row import OneByOne, Problem, stack_tiles
+from .row import AllAtOnce, Problem, stack_tiles
 
 __all__ = ["MAX_DIRECT_TOKENS", "CudaInt8"]
 
@@ -32,7 +32,7 @@ __all__ = ["MAX_DIRECT_TOKENS", "CudaInt8"]
 MAX_DIRECT_TOKENS = 32
 
 
-class CudaInt8(OneByOne):
+class CudaInt8(AllAtOnce):
     """Native CUDA kernels and `torch._int_mm` for weights that ask for int8 activations."""
 
     name = "cuda_int8"
@@ -72,22 +72,11 @@ class CudaInt8(OneByOne):
         out: Tensor = y.view(*x.shape[:-1], grid.out_features).to(x.dtype)
         return out
 
-    def experts(
-        self,
-        x: Tensor,
-        counts: Tensor,
-        grid: PackedGrid,
-        bias: Tensor | None,
-        int8_activations: bool,
+    def all_experts(
+        self, x: Tensor, counts: Tensor, grid: PackedGrid, bias: Tensor | None
     ) -> Tensor:
-        if not self.reads_counts_on_device(x, x.shape[0], grid):
-            return super().experts(x, counts, grid, bias, int8_activations)
-        y: Tensor = torch.ops.hfq.cuda_int8_experts_linear(
-            x.contiguous(),
-            counts.to(x.device),
-            *(grid.qweight, grid.scales, bias),
-            *(grid.in_features, grid.out_features),
-        )
+        operands = (grid.qweight, grid.scales, bias, grid.in_features, grid.out_features)
+        y: Tensor = torch.ops.hfq.cuda_int8_experts_linear(x, counts, *operands)
         return y
 
     def reads_counts_on_device(self, x: Tensor, tokens: int, grid: PackedGrid) -> bool:

@@ -16,7 +16,7 @@ from .cuda import no_native_code, takes_all_experts
 from .cuda_spqr_ops import spqr_fragments_weight
 from .neutral_spqr import operands, sizes
 from .ops import native_dtype
-from .row import OneByOne, Problem
+from .row import AllAtOnce, Problem
 
 __all__ = ["MAX_DIRECT_TOKENS", "CudaSpqr"]
 
@@ -32,7 +32,7 @@ _MOST_COLUMNS = 1 << 19
 _HALF = 16
 
 
-class CudaSpqr(OneByOne):
+class CudaSpqr(AllAtOnce):
     """Native CUDA kernels; see `kernels/cuda/spqr_linear_kernel.h`."""
 
     name = "cuda_spqr"
@@ -78,24 +78,9 @@ class CudaSpqr(OneByOne):
         out: Tensor = y.view(*x.shape[:-1], grid.out_features)
         return out
 
-    def experts(
-        self,
-        x: Tensor,
-        counts: Tensor,
-        grid: SpqrGrid,
-        bias: Tensor | None,
-        int8_activations: bool,
-    ) -> Tensor:
-        if not self.reads_counts_on_device(x, x.shape[0], grid):
-            return super().experts(x, counts, grid, bias, int8_activations)
-        y: Tensor = torch.ops.hfq.cuda_spqr_experts_linear(
-            x.contiguous(),
-            counts.to(x.device),
-            *operands(grid),
-            bias,
-            *sizes(grid),
-            grid.out_features,
-        )
+    def all_experts(self, x: Tensor, counts: Tensor, grid: SpqrGrid, bias: Tensor | None) -> Tensor:
+        arguments = (*operands(grid), bias, *sizes(grid), grid.out_features)
+        y: Tensor = torch.ops.hfq.cuda_spqr_experts_linear(x, counts, *arguments)
         return y
 
     def reads_counts_on_device(self, x: Tensor, tokens: int, grid: SpqrGrid) -> bool:

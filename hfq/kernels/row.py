@@ -12,6 +12,7 @@ from torch import Tensor
 from ..core.weight import Fp8Grid, Grid, PackedGrid, SpqrGrid
 
 __all__ = [
+    "AllAtOnce",
     "AsStored",
     "KernelRow",
     "OneByOne",
@@ -159,6 +160,21 @@ class OneByOne:
             return y
 
         return each_expert(x, counts, linear)
+
+
+class AllAtOnce(OneByOne):
+    """Kernels with one launch for all experts, which read the counts on the device."""
+
+    def all_experts(self, x: Tensor, counts: Tensor, grid: Any, bias: Tensor | None) -> Tensor:
+        """`KernelRow.experts` where `reads_counts_on_device` says so; x is contiguous, counts are where it is."""
+        raise NotImplementedError
+
+    def experts(
+        self, x: Tensor, counts: Tensor, grid: Any, bias: Tensor | None, int8_activations: bool
+    ) -> Tensor:
+        if self.reads_counts_on_device(x, x.shape[0], grid):
+            return self.all_experts(x.contiguous(), counts.to(x.device), grid, bias)
+        return super().experts(x, counts, grid, bias, int8_activations)
 
 
 class AsStored(OneByOne):

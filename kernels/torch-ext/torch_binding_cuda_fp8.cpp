@@ -15,7 +15,7 @@ void cuda_fp8_linear(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor x(op, "x", stack[0]), qweight(op, "qweight", stack[1]), scales(op, "scales", stack[2]);
   const Tensor input_scale(op, "input_scale", Tensor::unwrap(stack[3])), bias(op, "bias", Tensor::unwrap(stack[4]));
 
-  if (qweight.dim() != 3 || qweight.size(2) != 1) qweight.refuse("uint8 of shape [N, K, 1]");
+  if (qweight.dtype() != aoti_torch_dtype_uint8() || qweight.dim() != 3 || qweight.size(2) != 1) qweight.refuse("uint8 of shape [N, K, 1]");
   const W8A8Params p = sizes_of(op, kE4M3Codes, qweight.size(1), qweight.size(0));
   stack[0] = product_of_codes(op, kE4M3Codes, p, x, qweight, scales, input_scale, bias);
 }
@@ -25,7 +25,7 @@ void cuda_fp8_experts_linear(StableIValue* stack, uint64_t, uint64_t) {
   constexpr const char* op = "cuda_fp8_experts_linear";
   const Tensor x(op, "x", stack[0]), counts(op, "counts", stack[1]), qweight(op, "qweight", stack[2]), scales(op, "scales", stack[3]);
   const Tensor bias(op, "bias", Tensor::unwrap(stack[4]));
-  if (qweight.dim() != 4 || qweight.size(3) != 1) qweight.refuse("uint8 of shape [E, N, K, 1]");
+  if (qweight.dtype() != aoti_torch_dtype_uint8() || qweight.dim() != 4 || qweight.size(3) != 1) qweight.refuse("uint8 of shape [E, N, K, 1]");
   const W8A8Params p = sizes_of(op, kE4M3Codes, qweight.size(2), qweight.size(1));
   stack[0] = products_of_experts(op, kE4M3Codes, p, x, counts, qweight, scales, bias);
 }
