@@ -201,12 +201,12 @@ def stack_tiles(
         join: tensors in one memory, and each one's part of it.
     """
     first = grids[0]
-    names = [name for name in first.OPERANDS.values() if getattr(first, name) is not None]
+    names = _operand_names(first)
     tables = [getattr(grid, "codebook", None) for grid in grids]
     for grid, table in zip(grids, tables, strict=True):
         if grid.out_features % tile_rows or grid.scales.dtype != first.scales.dtype:
             return None
-        if [name for name in grid.OPERANDS.values() if getattr(grid, name) is not None] != names:
+        if _operand_names(grid) != names:
             return None
         if table is not tables[0] and (
             table is None or tables[0] is None or not torch.equal(table, tables[0])
@@ -221,3 +221,8 @@ def stack_tiles(
     return replace(first, **whole), [
         replace(grid, **part) for grid, part in zip(grids, parts, strict=True)
     ]
+
+
+def _operand_names(grid: PackedGrid | Fp8Grid) -> list[str]:
+    """Of the tensors that the weight has."""
+    return [name for name in grid.OPERANDS.values() if getattr(grid, name) is not None]

@@ -27,8 +27,7 @@ const char* launch_linear(const LinearParams& params, cudaStream_t stream) {
   if (params.tokens == 0 || params.weight.out_features == 0) return nullptr;
   LinearParams p = params;
   p.group_magic = group_magic(p.weight);
-  if (takes_wgmma(p)) return launch_wgmma(p, stream);
-  if (p.tokens > kFewTokens) return launch_gemm(p, stream);
+  if (p.tokens > kFewTokens) return takes_wgmma(p) ? launch_wgmma(p, stream) : launch_gemm(p, stream);
   return of_kind(p.weight, launch_linear_int2, launch_linear_int3, launch_linear_int4, launch_linear_int8, launch_linear_table4,
                  launch_linear_e4m3)(p, stream);
 }

@@ -18,7 +18,7 @@ namespace hfq {
 // 256 thread blocks of 14336 x 4096 took 15.9 us on an H200, 13.4 without overlap, and 11.7 so.
 inline size_t evenly(size_t shared_bytes, int64_t blocks) {
   constexpr size_t kReserved = 1 << 10;  // of each thread block; of the device's most, too
-  const int64_t count = multiprocessors() > 0 ? multiprocessors() : 1;
+  const int64_t found = multiprocessors(), count = found > 0 ? found : 1;
   const size_t each = static_cast<size_t>((blocks + count - 1) / count);
   const size_t least = (most_shared_bytes() + kReserved) / (each + 1) - kReserved + 128;
   return each > 1 && each < 8 && least > shared_bytes ? least : shared_bytes;

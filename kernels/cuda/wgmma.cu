@@ -29,7 +29,7 @@ bool takes_wgmma(const LinearParams& p) {
   constexpr int64_t kSmall = int64_t{1} << 25;
   const char* const set = std::getenv("HFQ_CUDA_WGMMA");
   const bool never = set && std::strcmp(set, "0") == 0, always = set && std::strcmp(set, "1") == 0;
-  if (p.tokens <= 8 || never) return false;
+  if (never) return false;
   if (p.tokens <= 16 && p.weight.out_features * p.weight.in_features < kSmall && !always) return false;
   if (compute_capability() != 90 || !wgmma_was_compiled()) return false;
   return of_kind(p.weight, runs_wgmma_int2, runs_wgmma_int3, runs_wgmma_int4, runs_wgmma_int8, runs_wgmma_table4, runs_wgmma_e4m3)(p);

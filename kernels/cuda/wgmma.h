@@ -27,7 +27,8 @@ struct WgmmaShape {
 
 WgmmaPlan plan_wgmma(const LinearParams& params, const WgmmaShape& shape);
 
-// Whether launch_linear takes these kernels: where they are faster than gemm_kernel.h, unless HFQ_CUDA_WGMMA is 0; with 1, elsewhere as well.
+// Whether launch_linear takes these kernels for more than few tokens: where they are faster than gemm_kernel.h, unless HFQ_CUDA_WGMMA is 0; with 1,
+// elsewhere as well.
 bool takes_wgmma(const LinearParams& params);
 
 // Whether the kernels are there for the current device: those of a build for sm_90 without the "a" are empty.

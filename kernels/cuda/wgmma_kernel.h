@@ -24,6 +24,8 @@
 // 256 rows of 128 columns, whose bytes take 1130 clocks from memory and 730 (1170) from L2 (gemm_plan.cu has the rates).
 #pragma once
 
+#include <type_traits>
+
 #include "fragments.h"
 #include "gemm_output.h"
 #include "wgmma.h"
@@ -441,30 +443,29 @@ const char* launch_wgmma_tokens(const WgmmaParams& params, cudaStream_t stream) 
   return launch_clusters(kKernel, static_cast<unsigned>(blocks), p.plan.splits, Block::kThreads, Block::kSharedBytes, stream, p);
 }
 
-template <class Kind, class T>
-const char* launch_wgmma_dtype(const WgmmaParams& p, cudaStream_t stream) {
-  if (p.tokens <= 16) return launch_wgmma_tokens<Kind, T, 16>(p, stream);
-  if (p.tokens <= 32) return launch_wgmma_tokens<Kind, T, 32>(p, stream);
-  if (p.tokens <= 64) return launch_wgmma_tokens<Kind, T, 64>(p, stream);
-  return launch_wgmma_tokens<Kind, T, 128>(p, stream);
-}
-
-template <class Kind, class T>
-WgmmaPlan plan_dtype(const LinearParams& p) {
-  if (p.tokens <= 16) return plan_tokens<Kind, T, 16>(p);
-  if (p.tokens <= 32) return plan_tokens<Kind, T, 32>(p);
-  if (p.tokens <= 64) return plan_tokens<Kind, T, 64>(p);
-  return plan_tokens<Kind, T, 128>(p);
+// `use` of the smallest number of tokens of a thread block that a kernel has for so many tokens, as a type.
+template <class Use>
+auto with_block_tokens(int64_t tokens, const Use& use) {
+  if (tokens <= 16) return use(std::integral_constant<int, 16>{});
+  if (tokens <= 32) return use(std::integral_constant<int, 32>{});
+  if (tokens <= 64) return use(std::integral_constant<int, 64>{});
+  return use(std::integral_constant<int, 128>{});
 }
 
 template <class Kind>
 bool runs_wgmma_of(const LinearParams& p) {
-  return (p.x_dtype == kBFloat16 ? plan_dtype<Kind, BFloat16>(p) : plan_dtype<Kind, Float16>(p)).splits > 0;
+  return with_block_tokens(p.tokens, [&](auto tokens) {
+    constexpr int kTokens = decltype(tokens)::value;
+    return (p.x_dtype == kBFloat16 ? plan_tokens<Kind, BFloat16, kTokens>(p) : plan_tokens<Kind, Float16, kTokens>(p)).splits > 0;
+  });
 }
 
 template <class Kind>
 const char* launch_wgmma_of(const WgmmaParams& p, cudaStream_t stream) {
-  return p.x_dtype == kBFloat16 ? launch_wgmma_dtype<Kind, BFloat16>(p, stream) : launch_wgmma_dtype<Kind, Float16>(p, stream);
+  return with_block_tokens(p.tokens, [&](auto tokens) {
+    constexpr int kTokens = decltype(tokens)::value;
+    return p.x_dtype == kBFloat16 ? launch_wgmma_tokens<Kind, BFloat16, kTokens>(p, stream) : launch_wgmma_tokens<Kind, Float16, kTokens>(p, stream);
+  });
 }
 
 }  // namespace
