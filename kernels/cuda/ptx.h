@@ -150,6 +150,17 @@ __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
 __device__ __forceinline__ void mbarrier_arrive_after_copies(uint64_t* barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
+// The same; and the phase does not end before this many bytes more have come with copy_bulk.
+__device__ __forceinline__ void mbarrier_arrive_and_expect(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+// A piece of global memory to shared memory, both of which begin and end at multiples of 16 bytes. One thread asks for all of it; it is there for
+// those that have waited at the barrier, for their wgmma as well.
+__device__ __forceinline__ void copy_bulk(uint32_t shared, const void* global, uint32_t bytes, uint64_t* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared), "l"(global), "r"(bytes),
+               "r"(shared_address(barrier))
+               : "memory");
+}
 // Until the phase whose number has this last bit has ended.
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t bit) {
   asm volatile(
@@ -197,7 +208,7 @@ __device__ __forceinline__ void ldmatrix(uint32_t (&v)[4], const void* row) {
 
 // ---- tensor cores, instructions of 128 threads (compute capability 9.0 only: sm_90a) ----
 
-// What this thread has seen in shared memory is there for its wgmma, too, which reads on a way of its own.
+// What this thread has seen in shared memory is there for its wgmma, too, which reads on a way of its own; barriers that it has made, for copy_bulk.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Before the first wgmma that takes registers which other instructions have written.

@@ -24,6 +24,8 @@ from torch import Tensor
         ("wgmma_registers_change", "registers change while wgmma reads them"),
         ("wgmma_other_descriptor", "warps of a group start different instructions"),
         ("wgmma_not_aligned", "does not begin with its pattern"),
+        ("bulk_ring_no_fence", "no fence.proxy.async covers"),
+        ("bulk_ring_not_aligned", "misaligned copy_bulk"),
     ],
 )
 def test_mistakes_are_seen(emulator: Any, kernel: str, words: str) -> None:
@@ -105,6 +107,17 @@ def test_barriers_in_shared_memory(emulator: Any, generator: torch.Generator) ->
     assert _wrong(emulator, "ring_filled_too_early", x, expected)
     with pytest.raises(RuntimeError, match="threads wait for others"):
         emulator.self_check("ring_too_many_expected", x)
+
+
+def test_copies_in_bulk(emulator: Any, generator: torch.Generator) -> None:
+    x = torch.randint(1 << 10, (128,), generator=generator, dtype=torch.int32)
+    expected = torch.zeros(32, dtype=torch.int32)
+    for i in range(7):
+        for j in range(1 if i % 2 else 2):
+            expected = 3 * expected + x[4 * i + 32 * j :][:32]
+    assert torch.equal(emulator.self_check("bulk_ring", x)[:32], expected)
+    for mistake in ("nothing_expected", "no_wait", "filled_too_early"):
+        assert _wrong(emulator, f"bulk_ring_{mistake}", x, expected), mistake
 
 
 def test_blocks_of_a_cluster_read_each_other(emulator: Any) -> None:

@@ -159,6 +159,12 @@ inline int first_lane(bool is) {
 inline void mbarrier_init(uint64_t* barrier, uint32_t count) { cuda_on_cpu::mbarrier_init(barrier, count); }
 inline void mbarrier_arrive(uint64_t* barrier) { cuda_on_cpu::mbarrier_arrive(barrier); }
 inline void mbarrier_arrive_after_copies(uint64_t* barrier) { cuda_on_cpu::mbarrier_arrive_after_copies(barrier); }
+inline void mbarrier_arrive_and_expect(uint64_t* barrier, uint32_t bytes) { cuda_on_cpu::mbarrier_arrive_and_expect(barrier, bytes); }
+inline void copy_bulk(uint32_t shared, const void* global, uint32_t bytes, uint64_t* barrier) {
+  if (shared % 16 || reinterpret_cast<uintptr_t>(global) % 16 || bytes % 16) cuda_on_cpu::fail("misaligned copy_bulk");
+  cuda_on_cpu::check_range(global, bytes);
+  cuda_on_cpu::copy_bulk(shared, global, bytes, barrier);
+}
 inline void mbarrier_wait(uint64_t* barrier, uint32_t bit) { cuda_on_cpu::mbarrier_wait(barrier, bit); }
 
 // ---- numbers ----

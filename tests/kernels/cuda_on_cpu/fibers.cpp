@@ -63,6 +63,14 @@ struct Warp {
 
 struct Mbarrier {
   uint32_t count, left, phase;
+  int64_t bytes;      // that are expected and have not come
+  unsigned maker;     // thread
+  bool known;         // to copies in bulk
+};
+
+struct BulkCopy {
+  Copy copy;
+  uint32_t barrier;
 };
 
 struct Block {
@@ -74,6 +82,7 @@ struct Block {
   uint32_t copies;                          // that are finished
   std::vector<uint32_t> copied;             // of each word of shared memory, by which of them
   std::map<uint32_t, Mbarrier> mbarriers;   // by their places in shared memory
+  std::vector<BulkCopy> bulk_copies;        // on the way
   std::vector<std::vector<uint64_t>> what;  // of each warpgroup, what its warps have started
 };
 
@@ -138,6 +147,7 @@ void clear(Block& block, unsigned index) {
   block.copies = 0;
   block.copied.assign(shared_size / 4 + 1, 0);
   block.mbarriers.clear();
+  block.bulk_copies.clear();
   block.what.assign((threads + 127) / 128, {});
 }
 
@@ -151,6 +161,16 @@ void wake(State waiting, const Block* of) {
     if (fiber.state == waiting && (!of || fiber.block == of)) fiber.state = State::kReady;
 }
 
+// If all have come.
+void end_phase(Block& block, uint32_t place) {
+  Mbarrier& barrier = block.mbarriers.at(place);
+  if (barrier.left || barrier.bytes) return;
+  barrier.left = barrier.count;
+  ++barrier.phase;
+  for (Fiber& fiber : fibers)
+    if (fiber.state == State::kInMbarrier && fiber.block == &block && fiber.barrier == place) fiber.state = State::kReady;
+}
+
 void arrive(Block& block, uint32_t place) {
   const auto found = block.mbarriers.find(place);
   if (found == block.mbarriers.end()) {
@@ -158,11 +178,12 @@ void arrive(Block& block, uint32_t place) {
     return;
   }
   Mbarrier& barrier = found->second;
-  if (--barrier.left) return;
-  barrier.left = barrier.count;
-  ++barrier.phase;
-  for (Fiber& fiber : fibers)
-    if (fiber.state == State::kInMbarrier && fiber.block == &block && fiber.barrier == place) fiber.state = State::kReady;
+  if (barrier.left == 0) {
+    message = "more arrivals at a barrier than it counts";
+    return;
+  }
+  --barrier.left;
+  end_phase(block, place);
 }
 
 void finish_oldest(Fiber& fiber) {
@@ -181,8 +202,25 @@ void finish_oldest(Fiber& fiber) {
   if (group.barrier != kNobody) arrive(block, group.barrier);
 }
 
+void finish_bulk_copy(Block& block, size_t number) {
+  const BulkCopy bulk = block.bulk_copies[number];
+  block.bulk_copies.erase(block.bulk_copies.begin() + static_cast<std::ptrdiff_t>(number));
+  std::memcpy(bulk.copy.to, bulk.copy.from, bulk.copy.bytes);
+  const auto first = static_cast<uint32_t>(static_cast<uint8_t*>(bulk.copy.to) - block.shared_begin) / 4;
+  for (uint32_t word = first; word < first + bulk.copy.bytes / 4; ++word) block.copied[word] = 0;  // wgmma reads on the same way
+  block.mbarriers.at(bulk.barrier).bytes -= static_cast<int64_t>(bulk.copy.bytes);
+  end_phase(block, bulk.barrier);
+}
+
 // What arrives by itself does so when nobody can go on without it.
 bool finish_something(std::minstd_rand& random) {
+  const size_t first_block = random() % cluster.size();
+  for (size_t i = 0; i < cluster.size(); ++i) {
+    Block& block = cluster[(first_block + i) % cluster.size()];
+    if (block.bulk_copies.empty()) continue;
+    finish_bulk_copy(block, random() % block.bulk_copies.size());
+    return true;
+  }
   const size_t first = random() % fibers.size();
   for (size_t i = 0; i < fibers.size(); ++i) {
     Fiber& fiber = fibers[(first + i) % fibers.size()];
@@ -347,7 +385,11 @@ void finish_copies(int pending) {
   while (static_cast<int>(current->groups.size()) > pending) finish_oldest(*current);
 }
 
-void fence_proxy_async() { current->fenced = current->block->copies; }
+void fence_proxy_async() {
+  current->fenced = current->block->copies;
+  for (auto& [place, barrier] : current->block->mbarriers)
+    if (barrier.maker == current->thread) barrier.known = true;
+}
 
 bool unfenced(uint32_t address, size_t bytes) {
   const Fiber* const first = current - current->thread % 32;
@@ -369,7 +411,7 @@ uint32_t place(const void* barrier) {
 
 void mbarrier_init(const void* barrier, uint32_t count) {
   if (count == 0) fail("a barrier of nobody");
-  current->block->mbarriers[place(barrier)] = {count, count, 0};
+  current->block->mbarriers[place(barrier)] = {count, count, 0, 0, current->thread, false};
 }
 
 void mbarrier_arrive(const void* barrier) {
@@ -389,6 +431,22 @@ void mbarrier_wait(const void* barrier, uint32_t bit) {
     current->barrier = found->first;
     leave(State::kInMbarrier);
   }
+}
+
+void mbarrier_arrive_and_expect(const void* barrier, uint32_t bytes) {
+  const auto found = current->block->mbarriers.find(place(barrier));
+  if (found != current->block->mbarriers.end()) found->second.bytes += bytes;
+  mbarrier_arrive(barrier);
+}
+
+void copy_bulk(uint32_t shared, const void* global, uint32_t bytes, const void* barrier) {
+  const auto found = current->block->mbarriers.find(place(barrier));
+  if (found == current->block->mbarriers.end() || !found->second.known) fail("copy_bulk for a barrier that no fence.proxy.async covers");
+  if (bytes == 0) fail("copy_bulk of nothing");
+  uint8_t* const to = shared_memory() + (static_cast<int64_t>(shared) - kSharedBase);
+  if (!within(to, bytes, shared_memory(), shared_size)) fail("copy_bulk outside of shared memory");
+  std::memset(to, kPoison, bytes);
+  current->block->bulk_copies.push_back({{to, global, bytes}, found->first});
 }
 
 void fence_registers() { current_warp().fenced = true; }

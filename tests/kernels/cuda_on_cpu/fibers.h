@@ -60,6 +60,10 @@ void mbarrier_init(const void* barrier, uint32_t count);
 void mbarrier_arrive(const void* barrier);
 void mbarrier_arrive_after_copies(const void* barrier);
 void mbarrier_wait(const void* barrier, uint32_t bit);
+// A phase ends when all have arrived and as many bytes as they expect have come. A copy comes when no thread can go on without, in any order; one of
+// nothing never ends. The barrier must have been there for it: a fence_proxy_async of the thread that made it.
+void mbarrier_arrive_and_expect(const void* barrier, uint32_t bytes);
+void copy_bulk(uint32_t shared, const void* global, uint32_t bytes, const void* barrier);
 
 // Instructions of a warpgroup that go on beside the threads, one part for each warp. `what`: the same for all four warps, or it is a mistake.
 // `work` is called as late as the waits of the warp allow. The functions are called once for each warp, within `together`.

@@ -144,6 +144,37 @@ void ring(Params p) {
   store(p.to + threadIdx.x % 32, sum);
 }
 
+// The last warp fills two stages in turns, each with two copies in bulk; the first one adds up what is in them. Odd rounds lack the second piece.
+template <Mistake kMistake>
+void bulk_ring(Params p) {
+  uint64_t* full = reinterpret_cast<uint64_t*>(shared_memory());
+  uint64_t* empty = full + 2;
+  uint32_t* stages = reinterpret_cast<uint32_t*>(shared_memory() + 64);  // [2][64]
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 2; ++i) mbarrier_init(full + i, 1), mbarrier_init(empty + i, 1);
+    if (kMistake != Mistake::kNoProxyFence) fence_proxy_async();
+  }
+  sync_block();
+  constexpr uint32_t kRounds = 7;
+  if (threadIdx.x == 96) {
+    for (uint32_t i = 0; i < kRounds; ++i) {
+      if (i >= 2 && kMistake != Mistake::kMemoryChanges) mbarrier_wait(empty + i % 2, (i / 2 - 1) % 2);
+      const uint32_t pieces = i % 2 ? 1 : 2, to = shared_address(stages + 64 * (i % 2));
+      mbarrier_arrive_and_expect(full + i % 2, kMistake == Mistake::kNoBarrier ? 0 : 128 * pieces);
+      for (uint32_t j = 0; j < pieces; ++j) copy_bulk(to + 128 * j + (kMistake == Mistake::kNotAligned ? 4 : 0), p.from + 4 * i + 32 * j, 128, full + i % 2);
+    }
+  }
+  if (threadIdx.x >= 32) return;
+  uint32_t sum = 0;
+  for (uint32_t i = 0; i < kRounds; ++i) {
+    if (kMistake != Mistake::kNoWait) mbarrier_wait(full + i % 2, i / 2 % 2);
+    for (int j = 0; j < (i % 2 ? 1 : 2); ++j) sum = 3 * sum + stages[64 * (i % 2) + 32 * j + threadIdx.x];
+    sync_warp();
+    if (threadIdx.x == 0) mbarrier_arrive(empty + i % 2);
+  }
+  store(p.to + threadIdx.x, sum);
+}
+
 // Each of four blocks adds up what all have, in their order.
 template <Mistake kMistake>
 void sum_of_cluster(Params p) {
@@ -176,6 +207,12 @@ constexpr struct {
     {"ring_too_many_expected", ring<Mistake::kNoBarrier>, 128},
     {"ring_no_wait", ring<Mistake::kNoWait>, 128},
     {"ring_filled_too_early", ring<Mistake::kMemoryChanges>, 128},
+    {"bulk_ring", bulk_ring<Mistake::kNone>, 128},
+    {"bulk_ring_nothing_expected", bulk_ring<Mistake::kNoBarrier>, 128},
+    {"bulk_ring_no_wait", bulk_ring<Mistake::kNoWait>, 128},
+    {"bulk_ring_filled_too_early", bulk_ring<Mistake::kMemoryChanges>, 128},
+    {"bulk_ring_no_fence", bulk_ring<Mistake::kNoProxyFence>, 128},
+    {"bulk_ring_not_aligned", bulk_ring<Mistake::kNotAligned>, 128},
     {"sum_of_cluster", sum_of_cluster<Mistake::kNone>, 32, 4},
     {"sum_of_cluster_that_ends", sum_of_cluster<Mistake::kNoBarrier>, 32, 4},
     {"copies", copies},
