@@ -24,16 +24,21 @@ cudaError_t allow_shared(void (*kernel)(Params), size_t shared_bytes) {
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most_shared_bytes()));
 }
 
+// Compute capability for which `kernel`, as it is on the current device, was compiled (__CUDA_ARCH__ / 10); 0 if it was not.
+template <class Params>
+int virtual_architecture(void (*kernel)(Params)) {
+  cudaFuncAttributes attributes = {};
+  if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess) return attributes.ptxVersion;
+  cudaGetLastError();
+  return 0;
+}
+
 // Whether `kernel` may start before the one in front of it has ended: on GPUs that can, unless HFQ_CUDA_OVERLAP is 0. It has to have been compiled
 // for them: code for older ones does not wait (wait_for_previous_kernel).
 template <class Params>
 bool may_start_early(void (*kernel)(Params)) {
   const char* wanted = std::getenv("HFQ_CUDA_OVERLAP");
-  if (wanted && wanted[0] == '0') return false;
-  cudaFuncAttributes attributes = {};
-  if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess) return attributes.ptxVersion >= 90;
-  cudaGetLastError();
-  return false;
+  return (!wanted || wanted[0] != '0') && virtual_architecture(kernel) >= 90;
 }
 
 // Null, or CUDA's description of the error, which the next launch is not to find.

@@ -1,6 +1,8 @@
 // Which kernel multiplies.
 #include "linear.h"
 
+#include <cstdlib>
+
 #include "copy.h"
 #include "gemm.h"
 #include "target.h"
@@ -17,6 +19,11 @@ constexpr int64_t kFewTokens = 8;
 
 int64_t linear_workspace(const LinearParams& p) {
   return p.tokens <= kFewTokens || p.weight.out_features == 0 || takes_wgmma(p) ? 0 : workspace_floats(p, plan_gemm(p));
+}
+
+bool wants_stream(const LinearParams& p) {
+  const char* const set = std::getenv("HFQ_CUDA_STREAM");
+  return set && set[0] == '1' && p.tokens <= kFewTokens && compute_capability() >= 90;
 }
 
 const char* copy_on_device(void* to, const void* from, int64_t bytes, cudaStream_t stream) {

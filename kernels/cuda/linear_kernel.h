@@ -14,16 +14,14 @@
 // the bytes of one tile of 4-bit codes, from L2; hence two tiles for one read of them where there are enough tiles for all multiprocessors.
 #pragma once
 
-#include "fragments.h"
-#include "linear.h"
+#include "linear_step.h"
+#include "linear_stream_kernel.h"
 
 namespace hfq {
 namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
-
-constexpr int kStepColumns = 128, kStepUnits = kStepColumns / kUnitColumns;
 
 // Steps in a warp's ring, all but one on the way: 16 warps of a multiprocessor then have 32 KB of 4-bit codes of one tile there, where
 // 20 bytes per clock over a latency of 1000 clocks need 20 KB. Where shared memory is too small there are two.
@@ -32,9 +30,10 @@ constexpr uint32_t kMostStages = 3;
 // Of a stage, codes of all tiles, then activations [tokens, 128], then pairs of scales [tiles, 8] and of zero points [tiles, 8]: once if groups
 // end with steps, or else for each unit.
 template <class Kind, bool kZeros, int kTiles>
-struct LinearWarp {
-  static constexpr int kBits = Kind::kWords == 6 ? 3 : 128 / (Kind::kUnits * 16);  // 128 bits of a lane for 16 codes of each unit
-  static constexpr int kBlock = kBlockBytes<kBits>, kBytes = kStepUnits / Kind::kUnits * kBlock;  // of a block, and of a step of one tile
+struct LinearWarp : StepCodes<Kind> {
+  using StepCodes<Kind>::kBits;
+  using StepCodes<Kind>::kBlock;
+  using StepCodes<Kind>::kBytes;
   static constexpr int kRowBytes = 2 * kStepColumns, kRowPieces = kRowBytes / 16, kTokensAtOnce = 32 / kRowPieces;  // of activations
   static constexpr int kPairs = kTiles * (kZeros ? 2 : 1), kPairLanes = 8 * kPairs;
   static constexpr int kActivationsAt = kTiles * kBytes;
@@ -137,69 +136,23 @@ struct LinearWarp {
 
   // ---- from a stage to sums
 
-  // Units u and later of a step.
-  template <class T, int u>
-  __device__ __forceinline__ void multiply(uint32_t stage, uint32_t table, Kind (&codes)[kTiles], float (&products)[kTiles][4], float (&x_sums)[4],
-                                           float (&sums)[kTiles][4]) const {
-    constexpr uint32_t kOne = kBoth<T, 1>, ones[4] = {kOne, kOne, kOne, kOne};
-    constexpr int kBlockUnits = Kind::kUnits;
-    uint32_t b[2][2];
-    Kind::activations(load_shared<uint4>(stage + x_at[u % 2] + u / 2 * 128), b);
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      if constexpr (u % kBlockUnits == 0) codes[i].take(stage + codes_at + i * kBytes + u / kBlockUnits * kBlock, lane);
-      uint32_t a[2][4];
-      codes[i].template unit<T, u % kBlockUnits>(table, a);
-      mma(T{}, products[i], a[0], b[0][0], b[0][1]);
-      mma(T{}, products[i], a[1], b[1][0], b[1][1]);
+  // For multiply_step. Columns behind K meet codes of others, and activations of zero.
+  struct Operands {
+    const LinearWarp& warp;
+    uint32_t stage, pair_stride;
+    __device__ __forceinline__ Kind codes(int tile, int block) const {
+      Kind codes;
+      codes.take(stage + warp.codes_at + tile * kBytes + block * kBlock, warp.lane);
+      return codes;
     }
-    if constexpr (kZeros) {
-      mma(T{}, x_sums, ones, b[0][0], b[0][1]);
-      mma(T{}, x_sums, ones, b[1][0], b[1][1]);
-    }
-    if (((u + 1) & p.flush_mask) == 0) {
-      scale(stage + pairs_at + pairs_of(u), products, x_sums, sums);
-      if constexpr (u + 1 < kStepUnits) {
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-#pragma unroll
-          for (int i = 0; i < kTiles; ++i) products[i][c] = 0.0f;
-          x_sums[c] = 0.0f;
-        }
-      }
-    }
-    if constexpr (u + 1 < kStepUnits) multiply<T, u + 1>(stage, table, codes, products, x_sums, sums);
-  }
-
-  // Adds products times their scales.
-  __device__ __forceinline__ void scale(uint32_t at, float (&products)[kTiles][4], const float (&x_sums)[4], float (&sums)[kTiles][4]) const {
-    constexpr float kMiddle = 1 << (kBits - 1);
-    const DType dtype = p.weight.scale_dtype;
-    RawPair raw[kPairs];
-    Pair pairs[kPairs];  // scales of each tile, then zero points of each
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) raw[i] = load_pair(at + i * group_bytes, dtype);
-    to_floats(raw, dtype, pairs);
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      if constexpr (kZeros) {
-        // Products are with code - middle: what lacks is middle - zero for each activation.
-        const float low = kMiddle - pairs[kTiles + i].low, high = kMiddle - pairs[kTiles + i].high;
-        products[i][0] += low * x_sums[0];
-        products[i][1] += low * x_sums[1];
-        products[i][2] += high * x_sums[2];
-        products[i][3] += high * x_sums[3];
-      }
-      sums[i][0] += pairs[i].low * products[i][0];
-      sums[i][1] += pairs[i].low * products[i][1];
-      sums[i][2] += pairs[i].high * products[i][2];
-      sums[i][3] += pairs[i].high * products[i][3];
-    }
-  }
+    __device__ __forceinline__ uint4 x(int u) const { return load_shared<uint4>(stage + warp.x_at[u % 2] + u / 2 * 128); }
+    __device__ __forceinline__ bool exists(int) const { return true; }
+    __device__ __forceinline__ uint32_t pairs(int u) const { return stage + warp.pairs_at + warp.pairs_of(u); }
+  };
 
   // All steps of the warp. `fill`: what is to be done once while the first copies are on their way. `table`: of the lane.
   template <class T, class Fill>
-  __device__ __forceinline__ void run(uint32_t ring, uint32_t table, float (&sums)[kTiles][4], const Fill& fill) const {
+  __device__ __forceinline__ void run(uint32_t ring, uint32_t table, StepSums<kTiles>& sums, const Fill& fill) const {
     const uint32_t warp = threadIdx.x / 32, bytes = kept(p.stage_bytes), end = kept(ring + p.stages * bytes);
     // What the kernel before this one gives is x; the weight is on its way when that ends. (No kernel that lets the next one start writes weights.
     // To ask for more of it in L2 here costs time: 32 KB of each tile 13.4 -> 14.0 us, 128 KB 16.7, H200, 14336 x 4096.)
@@ -225,8 +178,7 @@ struct LinearWarp {
       cp_async_commit();
 
       Kind codes[kTiles];
-      float products[kTiles][4] = {}, x_sums[4] = {};
-      multiply<T, 0>(at, table, codes, products, x_sums, sums);
+      multiply_step<Kind, T, kZeros, kTiles, 0>(p, Operands{*this, at, group_bytes}, table, codes, sums);
 
       refilled = at;
       at = at + bytes == end ? ring : at + bytes;
@@ -244,7 +196,7 @@ __device__ __forceinline__ void linear_block(const LinearParams& p, int64_t firs
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
   const LinearWarp<Kind, kZeros, kTiles> mine(p, first_tile, first_token);
-  float sums[kTiles][4] = {};
+  StepSums<kTiles> sums;
   const uint32_t ring = kept(rings + warp * (p.stages * p.stage_bytes)), table = kept(shared_address(shared) + 4 * lane);
   mine.template run<T>(ring, table, sums, [&] {
     if constexpr (Kind::kTable) {
@@ -252,23 +204,9 @@ __device__ __forceinline__ void linear_block(const LinearParams& p, int64_t firs
       sync_block();
     }
   });
-
-#pragma unroll
-  for (int i = 0; i < kTiles; ++i)
-    *reinterpret_cast<float4*>(partial + ((warp * kTiles + i) * 32 + lane) * 4) = make_float4(sums[i][0], sums[i][1], sums[i][2], sums[i][3]);
+  store_sums(partial + warp * kTiles * 128, lane, sums);
   sync_block();
-
-  for (int i = threadIdx.x; i < kTiles * kTileRows * 8; i += kThreads) {
-    const int row = i % kTileRows, token = i / kTileRows % 8, tile = i / (kTileRows * 8);
-    const int64_t n = (first_tile + tile) * kTileRows + row, m = first_token + token;
-    if (n >= p.weight.out_features || m >= p.tokens) continue;
-    const float* from = partial + (tile * 32 + row % 8 * 4 + token / 2) * 4 + row / 8 * 2 + token % 2;
-    float sum = 0.0f;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) sum += from[w * kTiles * 32 * 4];
-    if (p.bias) sum += load_float(p.bias, n, p.bias_dtype);
-    store(static_cast<uint16_t*>(p.y) + m * p.weight.out_features + n, from_float(T{}, sum));
-  }
+  store_outputs<T, kWarps, kTiles>(p, partial, first_tile, kTiles, first_token);
 }
 
 template <class Kind, class T, bool kZeros, int kTiles>
@@ -303,6 +241,7 @@ const char* launch_tiles(const LinearParams& params, cudaStream_t stream) {
 
 template <class Kind, class T, bool kZeros>
 const char* launch_zeros(const LinearParams& p, cudaStream_t stream) {
+  if (const char* error = nullptr; launch_stream<Kind, T, kZeros>(p, stream, error)) return error;
   // Two tiles share activations, and take fewer instructions for each: measured on an H100 (4096 x 14336, one token) 17 instead of 20 us, with
   // 3 bits 15 and 18. 8-bit codes are read at full speed with one tile; two are 33 us instead of 28.
   // Two tiles of zero points for each unit of a large block leave too few registers.

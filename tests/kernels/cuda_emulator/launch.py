@@ -69,6 +69,10 @@ class Launchers:
         """The GPU has `multiprocessors`, and gives a thread block `shared_bytes` of shared memory."""
         self._library.set_device(multiprocessors, ctypes.c_size_t(shared_bytes))
 
+    def threads_of_a_block(self) -> int:
+        """Of the last launch: which kernel it was."""
+        return int(self._library.threads_of_a_block())
+
     def ask(self, name: str, params: Params) -> int:
         """A number that a function makes of a launcher's parameters."""
         function = getattr(self._library, name)

@@ -493,6 +493,11 @@ const char* launch_clusters(void (*kernel)(Params), unsigned blocks, unsigned cl
 }
 
 template <class Params>
+int virtual_architecture(void (*)(Params)) {
+  return cuda_on_cpu::compute_capability;
+}
+
+template <class Params>
 int registers_of(void (*)(Params)) {
   return 255;
 }

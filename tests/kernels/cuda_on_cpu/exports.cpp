@@ -34,6 +34,7 @@ void set_device(int multiprocessors, size_t most_shared_bytes) {
   cuda_on_cpu::multiprocessors = multiprocessors;
   cuda_on_cpu::most_shared_bytes = most_shared_bytes;
 }
+unsigned threads_of_a_block() { return cuda_on_cpu::threads_of_a_block(); }
 void set_compute_capability(int capability) { cuda_on_cpu::compute_capability = capability; }
 
 }  // extern "C"

@@ -296,6 +296,8 @@ const char* run_blocks(unsigned blocks, unsigned cluster_blocks, unsigned block_
   return nullptr;
 }
 
+unsigned threads_of_a_block() { return threads; }
+
 void fail(const char* what) {
   message = what;
   swapcontext(&current->context, &scheduler);

@@ -23,6 +23,9 @@ extern int compute_capability;  // 80 for 8.0
 // Runs `kernel` once for each thread of each block, `cluster` blocks at a time. Returns null, or what went wrong first.
 const char* run_blocks(unsigned blocks, unsigned cluster, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel);
 
+// Threads of a block of the last launch.
+unsigned threads_of_a_block();
+
 // Ends the launch with a message; does not return.
 [[noreturn]] void fail(const char* what);
 
