@@ -5,6 +5,9 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <map>
+#include <mutex>
+#include <utility>
 
 namespace hfq {
 
@@ -15,22 +18,42 @@ inline size_t most_shared_bytes() {
   return static_cast<size_t>(bytes);
 }
 
+// What CUDA says of a kernel as it is on the current device: zeros if it was not compiled for it. Asked for once.
+struct KernelFacts {
+  int registers = 0;     // of a thread
+  int architecture = 0;  // compute capability for which its PTX was made (__CUDA_ARCH__ / 10)
+  std::atomic<bool> has_shared = false;  // allow_shared has been here
+};
+template <class Params>
+KernelFacts& facts_of(void (*kernel)(Params)) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, void (*)(Params)>, KernelFacts> known;
+  int device = 0;
+  cudaGetDevice(&device);
+  const std::lock_guard lock(mutex);
+  const auto [found, is_new] = known.try_emplace({device, kernel});
+  KernelFacts& facts = found->second;
+  if (is_new) {
+    cudaFuncAttributes attributes = {};
+    if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess)
+      facts.registers = attributes.numRegs, facts.architecture = attributes.ptxVersion;
+    else
+      cudaGetLastError();
+  }
+  return facts;
+}
+
 // For dynamic shared memory of a thread block above what needs not be asked for. Always for all there is: other threads and graphs may launch
 // the kernel with more than this call. (No kernel has shared memory that is not dynamic.)
 template <class Params>
 cudaError_t allow_shared(void (*kernel)(Params), size_t shared_bytes) {
   constexpr size_t kUnasked = 48 << 10;
   if (shared_bytes <= kUnasked) return cudaSuccess;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most_shared_bytes()));
-}
-
-// Compute capability for which `kernel`, as it is on the current device, was compiled (__CUDA_ARCH__ / 10); 0 if it was not.
-template <class Params>
-int virtual_architecture(void (*kernel)(Params)) {
-  cudaFuncAttributes attributes = {};
-  if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess) return attributes.ptxVersion;
-  cudaGetLastError();
-  return 0;
+  KernelFacts& facts = facts_of(kernel);
+  if (facts.has_shared) return cudaSuccess;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most_shared_bytes()));
+  facts.has_shared = error == cudaSuccess;
+  return error;
 }
 
 // Whether `kernel` may start before the one in front of it has ended: on GPUs that can, unless HFQ_CUDA_OVERLAP is 0. It has to have been compiled
@@ -38,7 +61,7 @@ int virtual_architecture(void (*kernel)(Params)) {
 template <class Params>
 bool may_start_early(void (*kernel)(Params)) {
   const char* wanted = std::getenv("HFQ_CUDA_OVERLAP");
-  return (!wanted || wanted[0] != '0') && virtual_architecture(kernel) >= 90;
+  return (!wanted || wanted[0] != '0') && facts_of(kernel).architecture >= 90;
 }
 
 // Null, or CUDA's description of the error, which the next launch is not to find.
@@ -99,15 +122,6 @@ const char* launch_early(void (*kernel)(Params), unsigned blocks, unsigned threa
   return launch_clusters(kernel, blocks, 0, threads, shared_bytes, stream, params);
 }
 
-// Registers of a thread of `kernel` as it was compiled for the current device; 0 if it was not.
-template <class Params>
-int registers_of(void (*kernel)(Params)) {
-  cudaFuncAttributes attributes = {};
-  if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess) return attributes.numRegs;
-  cudaGetLastError();
-  return 0;
-}
-
 // Clusters of `cluster` (1 to 8) thread blocks of `kKernel` that run on the current device at a time. 0 if none does, or if a thread does not
 // begin with `registers`, where that is not 0. Asked for once.
 template <class Params, void (*kKernel)(Params)>
@@ -122,7 +136,7 @@ int active_clusters(int cluster, unsigned threads, size_t shared_bytes, int regi
   cudaError_t error = allow_shared(kKernel, shared_bytes);
   if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kKernel, &how.config);
   if (described(error)) count = 0;
-  if (registers && registers_of(kKernel) != registers) count = 0;
+  if (registers && facts_of(kKernel).registers != registers) count = 0;
   answer = count + 1;
   return count;
 }

@@ -279,7 +279,7 @@ bool launch_stream(const LinearParams& params, cudaStream_t stream, const char*&
   static_cast<LinearParams&>(p) = params;
   size_t shared_bytes = 0;
   constexpr auto kKernel = linear_stream_kernel<Kind, T, kZeros>;
-  if (!plan_stream<Kind, kZeros>(p, shared_bytes) || virtual_architecture(kKernel) < 90) return false;
+  if (!plan_stream<Kind, kZeros>(p, shared_bytes) || facts_of(kKernel).architecture < 90) return false;
   p.blocks = static_cast<uint32_t>(multiprocessors());
   if (p.blocks > p.tiles) p.blocks = p.tiles;
   error = launch_early(kKernel, p.blocks, kStreamThreads, shared_bytes, stream, p);

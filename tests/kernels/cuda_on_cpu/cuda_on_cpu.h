@@ -492,14 +492,12 @@ const char* launch_clusters(void (*kernel)(Params), unsigned blocks, unsigned cl
   return cuda_on_cpu::run_blocks(blocks, cluster, threads, shared_bytes, [&] { kernel(params); });
 }
 
+struct KernelFacts {
+  int registers, architecture;
+};
 template <class Params>
-int virtual_architecture(void (*)(Params)) {
-  return cuda_on_cpu::compute_capability;
-}
-
-template <class Params>
-int registers_of(void (*)(Params)) {
-  return 255;
+KernelFacts facts_of(void (*)(Params)) {
+  return {255, cuda_on_cpu::compute_capability};
 }
 
 template <class Params, void (*kKernel)(Params)>
