@@ -40,7 +40,7 @@ from gpu_plan import FULL, TINY, Plan
 from gpu_report import PICTURES, REPORTS, goals, report_goals
 from gpu_weights import KINDS
 
-# Environment variables that leave out a way to be fast if they are 0, and what results are called that were measured so.
+# Environment variable that leaves out a way to be fast if it is 0 -> what names the results that were measured so.
 SWITCHES = {"HFQ_CUDA_OVERLAP": "no-overlap", "HFQ_CUDA_WGMMA": "no-wgmma"}
 
 PARTS: dict[str, Callable[[Clock, Plan], dict[str, Any]]] = {
@@ -64,20 +64,24 @@ def about_gpu() -> dict[str, Any]:
 
 
 def save(part: str, found: Mapping[str, Any], arguments: Sequence[str], plan: Plan) -> None:
-    """A JSON for each part, and its pictures; some formats alone, or other kernels, do not replace what was measured of all."""
+    """A JSON of what a part found, and its pictures.
+
+    Some formats alone, or with a switch, go into a JSON that is named after them and have no pictures: they replace nothing that was
+    measured of all.
+    """
     switched = [name for name in SWITCHES if os.environ.get(name) == "0"]
-    whole = plan.kinds == FULL.kinds and not switched
     formats = [] if plan.kinds == FULL.kinds else [kind.replace(" ", "-") for kind in plan.kinds]
     name = "_".join(["gpu", part, *formats, *(SWITCHES[switch] for switch in switched)])
     command = shlex.join(["python", "benchmarks/gpu.py", *arguments])
     command = " ".join([*(f"{switch}=0" for switch in switched), command])
     path = machine.write(name, command, {**about_gpu(), part: found})
     print(f"written: {path.name}")
-    if whole:
+    if not formats and not switched:
         draw(part, found)
 
 
 def failures(results: Mapping[str, Any]) -> int:
+    """How many products were wrong or raised, and models were left out."""
     rows = [
         row for part in ("kernels", "gradients") for row in results.get(part, {"rows": ()})["rows"]
     ]
@@ -87,6 +91,7 @@ def failures(results: Mapping[str, Any]) -> int:
 
 
 def draw(part: str, found: Mapping[str, Any]) -> None:
+    """The pictures that show a part, of which there may be none."""
     for file, (shown, picture) in PICTURES.items():
         if shown == part:
             path = machine.RESULTS / f"{file}.svg"
@@ -95,6 +100,7 @@ def draw(part: str, found: Mapping[str, Any]) -> None:
 
 
 def draw_again() -> int:
+    """Pictures and goals of all that was written before."""
     results = {}
     for part in PARTS:
         path = machine.RESULTS / f"gpu_{part}.json"

@@ -36,7 +36,7 @@ class Clock(Protocol):
     device: where the work runs.
     cache_bytes: of the last cache before memory.
     enough: seconds that a measurement should last.
-    copy_bytes, square: sizes of the products that the ceilings are measured with.
+    copy_bytes, square: of the copies, and K, M and N of the products, that ceilings are measured with.
     """
 
     device: torch.device

@@ -15,6 +15,7 @@ __all__ = ["gradients"]
 
 
 def gradients(clock: Clock, plan: Plan) -> dict[str, Any]:
+    """Every gradient checked against float64, then timed in turn with bfloat16."""
     rows = []
     for k, n in plan.gradient_shapes:
         dense = Dense(n, k, clock.device, clock.cache_bytes)
@@ -34,7 +35,10 @@ def gradients(clock: Clock, plan: Plan) -> dict[str, Any]:
 
 
 def _gradient_row(clock: Clock, plan: Plan, weight: Packed, dense: Dense, m: int) -> dict[str, Any]:
-    """Forwards and gradients are captured together, since gradients belong to a forward; those alone are taken off."""
+    """One weight with M tokens.
+
+    A gradient needs its forward in the same graph, so both are timed together, and forwards alone are taken off.
+    """
     n, k = weight.exact.shape
     x, grad = random_tokens(m, k, clock.device).requires_grad_(), random_tokens(m, n, clock.device)
     copies = len(weight.grids)
@@ -50,9 +54,10 @@ def _gradient_row(clock: Clock, plan: Plan, weight: Packed, dense: Dense, m: int
     error = relative_error(found, grad.double() @ weight.exact)
     assert error < 0.01, f"relative error of the gradient {error:.4f}"
     peer = graph_of(clock, dense.gradient, grad, len(dense.weights))
-    (whole, reason), (first, _) = replayable(clock, both), replayable(clock, forwards)
-    all_, forward, theirs = in_turns(clock, [whole, first, peer.replay], plan.rounds)
-    ours = [max(a - b, 1e-9) / copies for a, b in zip(all_, forward, strict=True)]
+    (whole, reason), (part, _) = replayable(clock, both), replayable(clock, forwards)
+    together, alone, theirs = in_turns(clock, [whole, part, peer.replay], plan.rounds)
+    # Noise may leave nothing of a small gradient.
+    ours = [max(a - b, 1e-9) / copies for a, b in zip(together, alone, strict=True)]
     others = [each / peer.calls for each in theirs]
     return {
         "relative_error": error,

@@ -15,6 +15,9 @@ from gpu_weights import KINDS, Dense, Packed, random_tokens, random_weight, rela
 
 __all__ = ["kernels"]
 
+# Calls from Python in one measurement.
+_EAGER_CALLS = 20
+
 
 def kernels(clock: Clock, plan: Plan) -> dict[str, Any]:
     """Every product checked against float64, then timed in turn with bfloat16."""
@@ -40,7 +43,7 @@ def kernels(clock: Clock, plan: Plan) -> dict[str, Any]:
 def _kernel_rows(
     clock: Clock, plan: Plan, name: str, shape: tuple[int, int], peers: Mapping[int, Graphed]
 ) -> list[dict[str, Any]]:
-    """One weight with every number of tokens."""
+    """One weight with every number of tokens; `peers`: M -> the same product in bfloat16."""
     k, n = shape
     try:
         weight = Packed(KINDS[name], n, k, clock.device, clock.cache_bytes)
@@ -53,6 +56,7 @@ def _kernel_rows(
 def _kernel_row(
     clock: Clock, plan: Plan, name: str, weight: Packed, m: int, peer: Graphed
 ) -> dict[str, Any]:
+    """One weight with M tokens beside `peer`, the same product in bfloat16; without times where it fails."""
     n, k = weight.exact.shape
     x = random_tokens(m, k, clock.device)
     row: dict[str, Any] = {
@@ -72,7 +76,7 @@ def _kernel_row(
             )
             return row
         own = graph_of(clock, weight.linear, x, len(weight.grids))
-        eager = clock.eager_seconds(functools.partial(weight.linear, x), 20)
+        eager = clock.eager_seconds(functools.partial(weight.linear, x), _EAGER_CALLS)
         taken, theirs = in_turns(clock, [own.replay, peer.replay], plan.rounds)
     except RuntimeError as error:
         row["failure"] = str(error).splitlines()[0]

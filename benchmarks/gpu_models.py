@@ -16,7 +16,7 @@ __all__ = ["models", "tasks_of"]
 
 
 def models(clock: Clock, plan: Plan) -> dict[str, Any]:
-    """Each model checked, then all in turn."""
+    """Each model made and checked, then each task with all of them in turn."""
     generator = torch.Generator().manual_seed(0)
     size = (max(plan.batches), max(plan.prompts))
     ids = torch.randint(plan.llama["vocab_size"], size, generator=generator).to(clock.device)
@@ -49,7 +49,7 @@ def models(clock: Clock, plan: Plan) -> dict[str, Any]:
 def _checked_model(
     clock: Clock, plan: Plan, name: str, ids: Tensor
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]:
-    """Task -> work, and all that is known before anything is timed."""
+    """One model, bfloat16 or of a kind in `KINDS`: task -> work, and all that is known before anything is timed."""
     import gpu_llama  # here: Transformers takes seconds to import
 
     made: list[Any] = []
@@ -94,7 +94,7 @@ def _model_tasks(
         wanted.append(("decode, batch 1, compiled", 1, True))
     for task, batch, compiled in wanted:
         decoder = Decoder(model, ids[:batch, : plan.context], plan.room, compiled)
-        for _ in range(3):  # layers that read the same input find each other
+        for _ in range(3):  # layers that read the same input find each other (hfq/nn/siblings.py)
             decoder.step()
         step, reason = replayable(clock, decoder.step)
         if reason:

@@ -24,6 +24,7 @@ __all__ = ["packing"]
 
 
 def packing(clock: Clock, plan: Plan) -> dict[str, Any]:
+    """Each kind of weight alone; bfloat16 and the first two models from a checkpoint."""
     shape = {**plan.llama, "num_hidden_layers": plan.layers}
     return {
         "weights": _pack_weights(clock, plan.packed, plan.kinds, plan.rounds),

@@ -25,12 +25,21 @@ class Plan:
     """What is measured.
 
     Attributes:
-        shapes: (K, N); the goals are about `large` ones.
-        gradients: (K, N) and tokens of gradients; what they are about.
-        packed: (K, N) of the weight that is packed.
-        layers: of the checkpoint that is loaded.
+        shapes: (K, N) of kernels; the goals are about the `large` ones.
+        tokens: M of each of them.
+        kinds: weights of kernels, gradients and packing, by their names in `KINDS`.
+        gradient_shapes, gradient_tokens: (K, N) and M of gradients.
+        models: weights of the models beside bfloat16, by their names in `KINDS`.
+        llama: settings of a `LlamaConfig`.
+        context: tokens of the prompt before decoding.
+        room: tokens that its cache has room for, those of the prompt among them.
         steps: of decoding in one measurement.
-        room: tokens that a cache has room for, `context` of which are the prompt.
+        batches: sequences that are decoded at once.
+        prompts: tokens of the prompts that are timed.
+        packed: (K, N) of the weight that is packed.
+        layers: of the checkpoint that is loaded, else like `llama`.
+        compiled: decode through `torch.compile`, too.
+        rounds: measurements of each work.
     """
 
     shapes: tuple[tuple[int, int], ...] = (
