@@ -6,11 +6,24 @@ import functools
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median, quantiles
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
-__all__ = ["Clock", "CpuClock", "CudaClock", "in_turns", "replayable"]
+__all__ = [
+    "Clock",
+    "CpuClock",
+    "CudaClock",
+    "Graphed",
+    "graph_of",
+    "in_turns",
+    "ratio",
+    "replayable",
+    "spread",
+]
 
 Work = Callable[[], Any]
 
@@ -23,7 +36,7 @@ class Clock(Protocol):
     device: where the work runs.
     cache_bytes: of the last cache before memory.
     enough: seconds that a measurement should last.
-    copy_bytes, square: sizes of the products that the ceilings are measured with.
+    copy_bytes, square: of the copies, and K, M and N of the products, that ceilings are measured with.
     """
 
     device: torch.device
@@ -143,6 +156,29 @@ def replayable(clock: Clock, work: Work) -> tuple[Work, str]:
         return work, str(error).splitlines()[0]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Graphed:
+    """Attributes:
+    replay: so many `calls`, each with the next copy of the weight.
+    no_graph: why they are no graph; empty if they are one.
+    """
+
+    replay: Callable[[], Any]
+    calls: int
+    no_graph: str
+
+
+def graph_of(clock: Clock, linear: Callable[[Tensor], Tensor], x: Tensor, copies: int) -> Graphed:
+    """One call for each copy of the weight that `linear` goes through."""
+
+    def calls() -> None:
+        for _ in range(copies):
+            linear(x)
+
+    replay, reason = replayable(clock, calls)
+    return Graphed(replay=replay, calls=copies, no_graph=reason)
+
+
 def in_turns(clock: Clock, works: Sequence[Work], rounds: int) -> list[list[float]]:
     """Seconds of each work in each round; a round measures each once, so that all meet the same clocks and neighbours."""
     times = []
@@ -155,3 +191,16 @@ def in_turns(clock: Clock, works: Sequence[Work], rounds: int) -> list[list[floa
         for work, count, seconds in zip(works, times, taken, strict=True):
             seconds.append(clock.seconds(work, count))
     return taken
+
+
+def spread(values: Sequence[float]) -> float:
+    """Half of the values lie in a range of this share of their median."""
+    if len(values) < 2:
+        return 0.0
+    low, middle, high = quantiles(values, n=4, method="inclusive")
+    return (high - low) / middle
+
+
+def ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
+    """How many times as fast we are; the median over rounds."""
+    return median(a / b for a, b in zip(theirs, ours, strict=True))

@@ -1,202 +1,118 @@
-"""A whole model of random weights on a GPU, made there weight by weight: its float twin never exists. Decoding in a CUDA graph."""
+"""Whole models: tokens per second of greedy decoding and of prompts, beside bfloat16; weights, memory, and that logits are right."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+import gc
+from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 import torch
-from gpu_weights import KINDS, relative_error
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from gpu_clock import Clock, in_turns, ratio, replayable, spread
+from gpu_plan import Plan
+from torch import Tensor
 
-from hfq.algorithms import ALGORITHMS
-from hfq.config import HfqConfig
-from hfq.core.activations import quantize_tokens
-from hfq.core.spec import QuantSpec, activation_dtype
-from hfq.core.weight import QuantizedWeight
-from hfq.integrations import decode
-from hfq.nn.linear import QuantLinear
-
-__all__ = ["Decoder", "check_products", "kernels_of", "random_model", "weight_bytes"]
-
-# Two codes for the same numbers, through all layers: their roundings add up.
-_AGREE = 0.2
-# A graph runs the very kernels that were run before; a compiler fuses roundings away.
-_SAME = 0.05
+__all__ = ["models", "tasks_of"]
 
 
-def random_model(shape: Mapping[str, int], kind: str | None, device: torch.device) -> Any:
-    """A Llama with packed layers of a kind in `KINDS`, or all bfloat16; head and embeddings are bfloat16 always."""
-    config = LlamaConfig(**shape)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.eval().requires_grad_(False)
-    model.model.rotary_emb = LlamaRotaryEmbedding(config).to(device)
-    generator = torch.Generator(device).manual_seed(0)
-    for name, module in list(model.named_modules()):
-        if kind is not None and isinstance(module, nn.Linear) and name != "lm_head":
-            model.set_submodule(name, _packed(module, kind, device, generator))
+def models(clock: Clock, plan: Plan) -> dict[str, Any]:
+    """Each model made and checked, then each task with all of them in turn."""
+    generator = torch.Generator().manual_seed(0)
+    size = (max(plan.batches), max(plan.prompts))
+    ids = torch.randint(plan.llama["vocab_size"], size, generator=generator).to(clock.device)
+    found: dict[str, dict[str, Any]] = {}
+    left_out: dict[str, str] = {}
+    works: dict[str, dict[str, Callable[[], Any]]] = {}
+    for name in ("bfloat16", *plan.models):
+        try:
+            works[name], found[name] = _checked_model(clock, plan, name, ids)
+        except (RuntimeError, AssertionError) as error:  # no memory is a RuntimeError, too
+            left_out[name] = str(error).splitlines()[0]
+        if name in left_out:
+            gc.collect()  # after the error, which held what was made
+            clock.free_bytes()
             continue
-        for key, parameter in list(module._parameters.items()):
-            if parameter is not None:
-                new = _normal(parameter, device, generator)
-                if new.dim() == 1:
-                    new.fill_(1)  # of a norm
-                module._parameters[key] = nn.Parameter(new, requires_grad=False)
-    if kind is not None:
-        decode.install(model)  # as loading it does
-    return model
+        print(f"{name}: {found[name]['weight_bytes'] / 1e9:.2f} GB of weights", flush=True)
+    for task, tokens in tasks_of(plan).items():
+        names = [name for name in works if task in works[name]]
+        taken = in_turns(clock, [works[name][task] for name in names], plan.rounds)
+        by_name = dict(zip(names, taken, strict=True))
+        for name, seconds in by_name.items():
+            one = found[name]
+            one["tokens_per_second"][task] = tokens / median(seconds)
+            one["spread"][task] = spread(seconds)
+            if "bfloat16" in by_name:
+                one["ratio_to_bfloat16"][task] = ratio(by_name["bfloat16"], seconds)
+    return {"shape": dict(plan.llama), "models": found, "left_out": left_out}
 
 
-def _packed(
-    linear: nn.Linear, kind: str, device: torch.device, generator: torch.Generator
-) -> QuantLinear:
-    recipe = HfqConfig(format=KINDS[kind].format, **KINDS[kind].settings).recipe("layer")
-    assert recipe is not None
-    method = ALGORITHMS.get(recipe.method)
+def _checked_model(
+    clock: Clock, plan: Plan, name: str, ids: Tensor
+) -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]:
+    """One model, bfloat16 or of a kind in `KINDS`: task -> work, and all that is known before anything is timed."""
+    import gpu_llama  # here: Transformers takes seconds to import
 
-    def encode(rows: Tensor) -> QuantizedWeight:
-        return method.quantize(rows, recipe.spec, recipe.options)
+    made: list[Any] = []
 
-    new = QuantLinear(
-        linear.in_features,
-        linear.out_features,
-        bias=False,
-        format=recipe.format,
-        spec=recipe.spec,
-        dtype=torch.bfloat16,
-        device=device,
-    )
-    new.requantize("weight", _normal(linear.weight, device, generator), encode)
-    new.prepare()
-    return new.eval()
+    def make() -> None:
+        kind = None if name == "bfloat16" else name
+        made.append(gpu_llama.random_model(plan.llama, kind, clock.device))
 
-
-def _normal(like: Tensor, device: torch.device, generator: torch.Generator) -> Tensor:
-    weight = torch.empty(like.shape, dtype=torch.bfloat16, device=device)
-    return weight.normal_(0, 0.02, generator=generator)
+    peak = clock.peak_bytes(make)
+    model = made[0]
+    about = {
+        "weight_bytes": gpu_llama.weight_bytes(model),
+        "peak_bytes": peak,
+        "kernels": gpu_llama.kernels_of(model),
+        "difference_to_dequantized": gpu_llama.check_products(model, ids[:1, : plan.context]),
+        "tokens_per_second": {},
+        "spread": {},
+        "ratio_to_bfloat16": {},
+    }
+    works, checks = _model_tasks(clock, plan, model, ids, name)
+    return works, about | checks
 
 
-def weight_bytes(model: nn.Module) -> int:
-    held = {tensor.data_ptr(): tensor.nbytes for tensor in model.parameters()}
-    return sum(held.values())
+def tasks_of(plan: Plan) -> dict[str, int]:
+    """Task -> tokens that its work gives."""
+    tasks = {f"decode, batch {batch}": batch * plan.steps for batch in plan.batches}
+    if plan.compiled:
+        tasks["decode, batch 1, compiled"] = plan.steps
+    return tasks | {f"prefill {length}": length for length in plan.prompts}
 
 
-def kernels_of(model: nn.Module) -> list[str]:
-    found = {m.kernel_choice("weight").row.name for m in model.modules() if type(m) is QuantLinear}
-    return sorted(found)
+def _model_tasks(
+    clock: Clock, plan: Plan, model: Any, ids: Tensor, name: str
+) -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]:
+    """Task -> work, and what was found while they were checked."""
+    from gpu_llama import Decoder  # as above
 
+    works: dict[str, Callable[[], Any]] = {}
+    checks: dict[str, Any] = {"no_graph": {}, "difference_of_step": {}}
+    wanted = [(f"decode, batch {batch}", batch, False) for batch in plan.batches]
+    if plan.compiled and name in ("bfloat16", "int4 g128"):
+        wanted.append(("decode, batch 1, compiled", 1, True))
+    for task, batch, compiled in wanted:
+        decoder = Decoder(model, ids[:batch, : plan.context], plan.room, compiled)
+        for _ in range(3):  # layers that read the same input find each other (hfq/nn/siblings.py)
+            decoder.step()
+        step, reason = replayable(clock, decoder.step)
+        if reason:
+            checks["no_graph"][task] = reason
+        checks["difference_of_step"][task] = decoder.check(step)
 
-@torch.no_grad()
-def check_products(model: Any, ids: Tensor) -> float:
-    """Relative difference of the logits to those with dequantized weights, which go through the matrix library."""
-    found = model(ids, use_cache=False).logits
-    with _dequantized(model):
-        error = relative_error(found, model(ids, use_cache=False).logits)
-    assert error < _AGREE, f"logits differ by {error:.3f} from those with dequantized weights"
-    return error
+        def decode(decoder: Decoder = decoder, step: Callable[[], Any] = step) -> None:
+            decoder.rewind()
+            for _ in range(plan.steps):
+                step()
 
+        works[task] = decode
 
-@contextlib.contextmanager
-def _dequantized(model: nn.Module) -> Iterator[None]:
-    """Within, packed modules multiply with their dequantized weights in PyTorch, and with activations rounded as their format asks for."""
-    packed = [module for module in model.modules() if type(module) is QuantLinear]
-    for module in packed:
-        module.forward = lambda x, own=module: nn.functional.linear(
-            _rounded(x, own.slot.spec), own.dequantize()
-        )
-    try:
-        yield
-    finally:
-        for module in packed:
-            del module.forward
+    for length in plan.prompts:
 
+        @torch.no_grad()
+        def prompt(length: int = length) -> None:
+            model(ids[:1, :length], use_cache=False, logits_to_keep=1)
 
-def _rounded(x: Tensor, spec: QuantSpec) -> Tensor:
-    """Activations as a format with dynamic scales has them: 8-bit codes times a scale for each token."""
-    if spec.activation is None:
-        return x
-    codes, scales = quantize_tokens(x.flatten(0, -2), None, activation_dtype(spec))
-    return (codes.float() * scales).to(x.dtype).view_as(x)
-
-
-class _FixedCache(StaticCache):
-    """Keys and values at fixed addresses, written at `positions`, int64 `[T]`, which a graph reads when it is replayed."""
-
-    def __init__(self, config: Any, batch: int, length: int, positions: Tensor) -> None:
-        super().__init__(config=config, max_cache_len=length)
-        heads, layers = config.num_key_value_heads, config.num_hidden_layers
-        shape = (layers, 2, batch, heads, length, config.head_dim)
-        self.held = torch.zeros(shape, dtype=torch.bfloat16, device=positions.device)
-        self.positions = positions
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
-        keys, values = self.held[layer_idx]
-        keys.index_copy_(2, self.positions, key_states)
-        values.index_copy_(2, self.positions, value_states)
-        return keys, values
-
-
-class Decoder:
-    """Greedy decoding of a batch, a step of which does all its work on the device."""
-
-    def __init__(self, model: Any, prompt: Tensor, length: int, compiled: bool = False) -> None:
-        """
-        Args:
-            prompt: int64 `[B, T]`, read here.
-            length: tokens that there is room for.
-            compiled: through `torch.compile`.
-        """
-        self.model = torch.compile(model, dynamic=False) if compiled else model
-        batch, self.start = prompt.shape
-        self.slots = torch.arange(length, device=prompt.device)
-        self.position = torch.full((1,), self.start, device=prompt.device)
-        self.cache = _FixedCache(model.config, batch, length, self.slots[: self.start])
-        self.logits = self._forward(model, prompt)
-        self.first = self.logits.argmax(-1)
-        self.ids = self.first.clone()
-        self.cache.positions = self.position
-
-    def rewind(self) -> None:
-        """Back to the end of the prompt."""
-        self.position.fill_(self.start)
-        self.ids.copy_(self.first)
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """One token for each sequence: reads and writes `ids` and `position`, writes `logits`."""
-        self.logits.copy_(self._forward(self.model, self.ids))
-        self.ids.copy_(self.logits.argmax(-1))
-        self.position.add_(1)
-
-    def check(self, step: Any) -> float:
-        """Relative difference of a step's logits to those of the model's own forward."""
-        self.rewind()
-        with torch.no_grad():
-            expected = self._forward(getattr(self.model, "_orig_mod", self.model), self.ids)
-        self.rewind()
-        step()
-        error = relative_error(self.logits, expected)
-        assert error < _SAME, f"logits of the captured step differ by {error:.3f}"
-        assert int(self.position) == self.start + 1
-        return error
-
-    @torch.no_grad()
-    def _forward(self, model: Any, ids: Tensor) -> Tensor:
-        batch, positions = len(ids), self.cache.positions
-        seen = (self.slots <= positions[:, None]).expand(batch, 1, -1, -1)
-        output = model(
-            ids,
-            attention_mask=seen,
-            position_ids=positions.expand(batch, -1),
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits: Tensor = output.logits[:, -1:]
-        return logits
+        works[f"prefill {length}"] = prompt
+    return works, checks

@@ -12,16 +12,24 @@ from typing import Any
 
 import torch
 from gpu_clock import Clock
-from gpu_models import random_model
+from gpu_plan import Plan
 from gpu_weights import KINDS, random_weight
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hfq.algorithms import ALGORITHMS
-from hfq.config import HfqConfig
 from hfq.nn.linear import QuantLinear
 
-__all__ = ["load_checkpoint", "pack_weights"]
+__all__ = ["packing"]
+
+
+def packing(clock: Clock, plan: Plan) -> dict[str, Any]:
+    """Each kind of weight alone; bfloat16 and the first two models from a checkpoint."""
+    shape = {**plan.llama, "num_hidden_layers": plan.layers}
+    return {
+        "weights": _pack_weights(clock, plan.packed, plan.kinds, plan.rounds),
+        "loading": _load_checkpoint(clock, shape, plan.models[:2], min(plan.rounds, 3)),
+    }
 
 
 class _Census(TorchDispatchMode):
@@ -42,7 +50,7 @@ class _Census(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def pack_weights(
+def _pack_weights(
     clock: Clock, shape: tuple[int, int], kinds: Sequence[str], rounds: int
 ) -> list[dict[str, Any]]:
     """Each kind: seconds from a bfloat16 weight on the device to codes, and on to the kernel's layout."""
@@ -87,11 +95,15 @@ def _packed(clock: Clock, kind: str, weight: Tensor, rounds: int) -> dict[str, A
     }
 
 
-def load_checkpoint(
+def _load_checkpoint(
     clock: Clock, shape: Mapping[str, int], kinds: Sequence[str], rounds: int
 ) -> dict[str, Any]:
     """GB of a bfloat16 checkpoint per second of `from_pretrained`, as it is and quantized on the way; files in the page cache."""
+    # Here: Transformers takes seconds to import.
+    from gpu_llama import random_model
     from transformers import AutoModelForCausalLM
+
+    from hfq.config import HfqConfig
 
     with tempfile.TemporaryDirectory() as folder:
         model = random_model(shape, None, clock.device)

@@ -1,4 +1,4 @@
-"""Tables, goals and pictures of what gpu.py measured."""
+"""What gpu.py measured: a table for each part, whether goals are met, pictures."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from hfq.table import format_bytes, format_table, wrapped
 
 __all__ = ["PICTURES", "REPORTS", "goals", "report_goals"]
 
+# What a part found, as its JSON has it; for `goals` all of them by the part's name.
 Results = Mapping[str, Any]
 
 
@@ -18,12 +19,15 @@ Results = Mapping[str, Any]
 
 
 def report_kernels(found: Results) -> None:
+    """Every product that was right; then which kernels were refused, and why; then what failed.
+
+    "of copy" is GB/s as a share of what copies within the device reach, "x bf16" how many times as fast as bfloat16.
+    """
     ceilings = found["ceilings"]
     print(
         f"\ncopies {ceilings['copy_GB_per_second']:.0f} GB/s (read and written), bfloat16 products "
         f"{ceilings['bfloat16_TFLOP_per_second']:.0f} TFLOP/s"
     )
-    good = [row for row in found["rows"] if not row["failure"]]
     rows = [
         (
             row["weights"],
@@ -38,7 +42,8 @@ def report_kernels(found: Results) -> None:
             f"{row['ratio_to_bfloat16']:.2f}",
             row["kernel"] + (" (no graph)" if row["no_graph"] else ""),
         )
-        for row in good
+        for row in found["rows"]
+        if not row["failure"]
     ]
     head = ("weights", "KxN", "M", "us", "spread", "eager us", "GB/s", "of copy", "TFLOP/s")
     print(format_table((*head, "x bf16", "kernel"), rows))
@@ -59,6 +64,7 @@ def report_kernels(found: Results) -> None:
 
 
 def report_gradients(found: Results) -> None:
+    """dX of every weight that was right, then what failed."""
     rows = [
         (
             row["weights"],
@@ -78,6 +84,7 @@ def report_gradients(found: Results) -> None:
 
 
 def report_models(found: Results) -> None:
+    """Tokens per second and memory of each model, then which were left out, and why."""
     tasks = list(next(iter(found["models"].values()))["tokens_per_second"])
     rows = []
     for name, one in found["models"].items():
@@ -97,6 +104,10 @@ def report_models(found: Results) -> None:
 
 
 def report_packing(found: Results) -> None:
+    """One weight, from bfloat16 to the kernel's layout; then loading a checkpoint.
+
+    "operators" is how many PyTorch runs for the codes, "waits" how often Python waits for the device on the way.
+    """
     rows = [
         (
             row["weights"],
@@ -132,8 +143,8 @@ REPORTS: dict[str, Callable[[Results], None]] = {
 @dataclass(frozen=True, kw_only=True)
 class Goal:
     """Attributes:
-    least: what there should be.
-    found: what there is; None where it was not measured.
+    least: the smallest value that meets it.
+    found: the value measured; None where it was not.
     """
 
     name: str
@@ -147,7 +158,7 @@ class Goal:
         return "met" if self.found >= self.least else "MISSED"
 
 
-# Weights, tokens, what, at least.
+# Weights, tokens, which number of a row of kernels, at least: goals 1 to 6 of NOTES.md.
 _KERNEL_GOALS = (
     ("int4 g128", 1, "share_of_copy", 0.8),
     ("int4 g128", 1, "ratio_to_bfloat16", 3.2),
@@ -156,6 +167,7 @@ _KERNEL_GOALS = (
     ("int4 g128", 256, "ratio_to_bfloat16", 1.0),
     ("nf4 g64", 1, "ratio_to_bfloat16", 3.0),
 )
+# Weights, task, ratio to bfloat16 at least: goal 7.
 _MODEL_GOAL = ("int4 g128", "decode, batch 1", 2.5)
 
 
@@ -187,6 +199,7 @@ def _worst(
     tokens: int,
     what: str,
 ) -> float | None:
+    """The smallest value; None unless every shape has one."""
     rows = [
         row
         for row in (found or {"rows": []})["rows"]
@@ -220,8 +233,16 @@ def report_goals(found: Sequence[Goal]) -> None:
 
 
 def draw_kernels(found: Results) -> str:
-    """Shares of the copies' bandwidth with one token."""
-    groups = _groups(found, lambda row: row["tokens"] == 1, "share_of_copy")
+    """Shares of the copies' bandwidth with one token, by shape."""
+    groups = []
+    for shape in dict.fromkeys(tuple(row["shape"]) for row in found["rows"]):
+        values = [
+            (row["weights"], row["share_of_copy"])
+            for row in found["rows"]
+            if row["tokens"] == 1 and tuple(row["shape"]) == shape and not row["failure"]
+        ]
+        if values:
+            groups.append(Bars(name=f"{shape[0]} x {shape[1]}", values=values))
     label = f"of {found['ceilings']['copy_GB_per_second']:.0f} GB/s that copies reach"
     title = "GPU kernels, one token: weights read, as a share of the memory's bandwidth"
     return bars(title, label, groups, form=".0%", full=1.0)
@@ -244,21 +265,8 @@ def draw_ratios(found: Results) -> str:
     return bars(title, "times as fast", groups, form=".2f")
 
 
-def _groups(found: Results, wanted: Callable[[Any], bool], what: str) -> list[Bars]:
-    shapes = dict.fromkeys(tuple(row["shape"]) for row in found["rows"])
-    groups = []
-    for shape in shapes:
-        values = [
-            (row["weights"], row[what])
-            for row in found["rows"]
-            if tuple(row["shape"]) == shape and wanted(row) and not row["failure"]
-        ]
-        if values:
-            groups.append(Bars(name=f"{shape[0]} x {shape[1]}", values=values))
-    return groups
-
-
 def draw_models(found: Results) -> str:
+    """Tokens per second, by task."""
     models = found["models"]
     tasks = list(next(iter(models.values()))["tokens_per_second"])
     groups = [

@@ -31,7 +31,7 @@ from hfq.table import format_table
 
 ROOT = Path(__file__).parents[1]
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
-GPU = (sys.executable, "benchmarks/gpu.py")
+BENCHMARK = (sys.executable, "benchmarks/gpu.py")
 INT4 = ("--kinds", "int4 g128")
 NO_WGMMA, NO_OVERLAP = {"HFQ_CUDA_WGMMA": "0"}, {"HFQ_CUDA_OVERLAP": "0"}
 
@@ -41,8 +41,9 @@ class Step:
     """One command, run from the checkout.
 
     Attributes:
-        seconds: what it takes, about; it is started where so much is left.
-        makes: a file without which the step was not done here, whatever `Session` says.
+        seconds: about what it takes. With fewer left it waits; after five times as many it is stopped.
+        environment: variables beside those that are set already.
+        makes: a file of the checkout. Where it is missing the step is run again though it is done: OUT may come from another machine.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Step:
 
 
 def steps() -> list[Step]:
+    """In their order. One format comes before all of them, and alone again with each switch off."""
     return [
         Step(
             "build",
@@ -61,31 +63,31 @@ def steps() -> list[Step]:
             makes=ROOT / "hfq/lib/libhfq_cuda.so",
         ),
         Step("doctor", 20, (sys.executable, "-m", "hfq", "doctor")),
-        # Processes of their own: kernels whose barriers are wrong hang, and a fault would fail every later test.
+        # Each rung in a process of its own: kernels whose barriers are wrong hang, and a fault would fail every later test.
         Step("wgmma ladder", 90, (sys.executable, "tests/kernels/wgmma_ladder.py")),
         Step("tests", 180, (*PYTEST, "-m", "gpu", "tests")),
-        Step("int4", 20, (*GPU, "--only", "kernels", *INT4)),
-        Step("model", 30, (*GPU, "--only", "models", *INT4)),
-        Step("kernels", 90, (*GPU, "--only", "kernels")),
-        Step("models", 120, (*GPU, "--only", "models")),
-        Step("int4 no overlap", 20, (*GPU, "--only", "kernels", *INT4), NO_OVERLAP),
-        Step("int4 no wgmma", 20, (*GPU, "--only", "kernels", *INT4), NO_WGMMA),
-        Step("model no overlap", 30, (*GPU, "--only", "models", *INT4), NO_OVERLAP),
+        Step("int4", 20, (*BENCHMARK, "--only", "kernels", *INT4)),
+        Step("model", 30, (*BENCHMARK, "--only", "models", *INT4)),
+        Step("kernels", 90, (*BENCHMARK, "--only", "kernels")),
+        Step("models", 120, (*BENCHMARK, "--only", "models")),
+        Step("int4 no overlap", 20, (*BENCHMARK, "--only", "kernels", *INT4), NO_OVERLAP),
+        Step("int4 no wgmma", 20, (*BENCHMARK, "--only", "kernels", *INT4), NO_WGMMA),
+        Step("model no overlap", 30, (*BENCHMARK, "--only", "models", *INT4), NO_OVERLAP),
         *sanitizer("memcheck"),
         *sanitizer("synccheck"),
         *sanitizer("racecheck"),
-        Step("gradients", 60, (*GPU, "--only", "gradients")),
-        Step("packing", 120, (*GPU, "--only", "packing")),
+        Step("gradients", 60, (*BENCHMARK, "--only", "gradients")),
+        Step("packing", 120, (*BENCHMARK, "--only", "packing")),
         *sanitizer("initcheck"),
     ]
 
 
 def sanitizer(tool: str) -> Iterator[Step]:
-    """A step for each file: together they take longer than a machine may be there."""
+    """A step for each file with tests for a GPU: together they take longer than a machine may be there."""
     for path in sorted(ROOT.glob("tests/kernels/test_*.py")):
         if "pytest.mark.gpu" in path.read_text(encoding="utf-8"):
             run = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *PYTEST)
-            # The first report is the one to read.
+            # -x: the first report is the one to read.
             command = (*run, "-x", "-m", "gpu and not large", str(path.relative_to(ROOT)))
             yield Step(f"{tool} {path.stem.removeprefix('test_')}", 60, command)
 
@@ -104,7 +106,7 @@ def architecture() -> str:
 
 
 class Session:
-    """What was done so far, kept in a file so that a later call goes on."""
+    """What was done so far, kept in a file of OUT so that a later call goes on."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -115,11 +117,14 @@ class Session:
             self.done = json.loads(self.file.read_text(encoding="utf-8"))
 
     def has(self, step: Step) -> bool:
+        """Whether it was run, whatever came of it."""
         return step.name in self.done and (step.makes is None or step.makes.exists())
 
     def run(self, step: Step, left: float | None) -> None:
-        """Run a step, at most as long as there is time left, and write down what came of it."""
-        limit = max(10, 5 * step.seconds) if left is None else min(left, max(10, 5 * step.seconds))
+        """Run a step and write down what came of it; `left`: seconds until the session ends, None if it does not."""
+        limit = max(10.0, 5 * step.seconds)
+        if left is not None:
+            limit = min(limit, left)
         print(f"{step.name}: {shlex.join(step.command)}", flush=True)
         log = self.folder / f"{step.name.replace(' ', '_')}.log"
         start = time.perf_counter()
@@ -130,7 +135,7 @@ class Session:
                 env={**os.environ, "PYTHONPATH": str(ROOT), **step.environment},
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
+                start_new_session=True,  # what it starts is stopped with it
             )
             try:
                 status = "ok" if process.wait(limit) == 0 else "FAILED"
@@ -148,6 +153,7 @@ class Session:
             (self.folder / path.name).write_bytes(path.read_bytes())
 
     def table(self, names: Sequence[str]) -> str:
+        """A row for each step, with the last line that it wrote."""
         rows = []
         for name in names:
             found = self.done.get(name, {"status": "not run", "seconds": "", "said": ""})

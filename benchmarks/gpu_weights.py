@@ -20,7 +20,15 @@ from hfq.nn.layout import neutral_grid, to_kernel
 from hfq.nn.packing import pack_weight
 from hfq.nn.slot import PackedSlot
 
-__all__ = ["KINDS", "Dense", "Kind", "Packed", "random_weight", "relative_error"]
+__all__ = [
+    "KINDS",
+    "Dense",
+    "Kind",
+    "Packed",
+    "random_tokens",
+    "random_weight",
+    "relative_error",
+]
 
 # Weights are gone through until this many times the last cache was read.
 _CACHES = 4
@@ -124,6 +132,12 @@ def random_weight(n: int, k: int, device: torch.device) -> Tensor:
     generator = torch.Generator(device).manual_seed(n + k)
     weight = torch.empty(n, k, dtype=torch.bfloat16, device=device)
     return weight.normal_(0, 0.02, generator=generator)
+
+
+def random_tokens(m: int, k: int, device: torch.device) -> Tensor:
+    """Activations, normal bfloat16 `[M, K]`, the same for the same sizes."""
+    generator = torch.Generator(device).manual_seed(m)
+    return torch.randn(m, k, generator=generator, device=device, dtype=torch.bfloat16)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

@@ -16,7 +16,19 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-MODULES = ("machine", "gpu_clock", "gpu_weights", "gpu_models", "gpu_packing", "gpu_report", "gpu")
+MODULES = (
+    "machine",
+    "gpu_clock",
+    "gpu_weights",
+    "gpu_plan",
+    "gpu_llama",
+    "gpu_kernels",
+    "gpu_gradients",
+    "gpu_models",
+    "gpu_packing",
+    "gpu_report",
+    "gpu",
+)
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +79,9 @@ def test_all_products_are_right(gpu: ModuleType, results: dict[str, Any]) -> Non
 def test_models_and_packing(gpu: ModuleType, results: dict[str, Any]) -> None:
     found = results["models"]
     assert set(found["models"]) == {"bfloat16", *gpu.TINY.models} and not found["left_out"]
+    tasks = importlib.import_module("gpu_models").tasks_of(gpu.TINY)
     for one in found["models"].values():
-        assert set(one["tokens_per_second"]) == set(gpu.tasks_of(gpu.TINY))
+        assert set(one["tokens_per_second"]) == set(tasks)
     assert (
         found["models"]["int4 g128"]["weight_bytes"] < found["models"]["bfloat16"]["weight_bytes"]
     )
@@ -81,11 +94,11 @@ def test_models_and_packing(gpu: ModuleType, results: dict[str, Any]) -> None:
 def test_wrong_products_are_failures(
     gpu: ModuleType, results: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = gpu.CpuClock()
+    clock, packed = gpu.CpuClock(), importlib.import_module("gpu_weights").Packed
     for change in (lambda y: y * 1.1, lambda y: torch.full_like(y, torch.nan)):
-        linear = gpu.Packed.linear
+        linear = packed.linear
         with monkeypatch.context() as patch:
-            patch.setattr(gpu.Packed, "linear", lambda self, x, f=change, g=linear: f(g(self, x)))
+            patch.setattr(packed, "linear", lambda self, x, f=change, g=linear: f(g(self, x)))
             plan = gpu.replace(gpu.TINY, kinds=("int4 g128",), tokens=(1,))
             found = {"kernels": gpu.kernels(clock, plan), "gradients": gpu.gradients(clock, plan)}
         assert all(row["failure"] for part in found.values() for row in part["rows"])

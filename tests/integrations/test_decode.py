@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from hfq import HfqConfig
-from hfq.integrations import decode
+from hfq.integrations import decode, decode_modules, growing_cache
 from hfq.kernels import native
 
 from . import tiny_models
@@ -108,15 +108,15 @@ def assert_same(found: Any, expected: Any) -> None:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How often native code was asked."""
-    counts = dict.fromkeys(("norm", "gated", "attention"), 0)
+    counts = dict.fromkeys(("norm", "gate", "attention"), 0)
     for name in counts:
-        function = getattr(decode, f"_{name}")
+        function = getattr(decode_modules, f"native_{name}")
 
         def counted(*args: Any, name: str = name, function: Any = function, **kwargs: Any) -> Any:
             counts[name] += 1
             return function(*args, **kwargs)
 
-        monkeypatch.setattr(decode, f"_{name}", counted)
+        monkeypatch.setattr(decode_modules, f"native_{name}", counted)
     return counts
 
 
@@ -131,9 +131,9 @@ def test_the_same_with_native_code(family: str, calls: dict[str, int]) -> None:
     calls.update(dict.fromkeys(calls, 0))
     assert_same(generate(model, 9, 5), expected)
     # A prompt and 19 steps; attention in the steps only.
-    assert calls == {"norm": 20 * norms, "gated": 20 * gates, "attention": 19 * attentions}
+    assert calls == {"norm": 20 * norms, "gate": 20 * gates, "attention": 19 * attentions}
     decode.remove(model)
-    assert not any(isinstance(module, decode._Native) for module in model.modules())
+    assert not any(isinstance(module, decode_modules.Native) for module in model.modules())
     calls.update(dict.fromkeys(calls, 0))
     assert_same(generate(model, 9, 5), expected)
     assert not any(calls.values())
@@ -295,7 +295,7 @@ def filled(model: Any, length: int = 9) -> DynamicCache:
 
 
 def test_a_cache_grows_in_place_and_beyond(llama: PreTrainedModel, monkeypatch: Any) -> None:
-    monkeypatch.setattr(decode.growing_cache, "_LEAST_ROOM", 3)
+    monkeypatch.setattr(growing_cache, "_LEAST_ROOM", 3)
     expected, found = filled(llama), filled(llama)
     for token in range(3, 40):
         decode.remove(llama)
@@ -372,12 +372,12 @@ def test_from_pretrained_installs_it(folder: Path, calls: dict[str, int]) -> Non
     model = packed(folder)
     calls.update(dict.fromkeys(calls, 0))
     assert_same(generate(model, 9, 4), expected)
-    assert calls == {"norm": 100, "gated": 40, "attention": 38}
+    assert calls == {"norm": 100, "gate": 40, "attention": 38}
     model.save_pretrained(folder / "packed")
     again = AutoModelForCausalLM.from_pretrained(folder / "packed")
-    assert any(isinstance(module, decode._Native) for module in again.modules())
+    assert any(isinstance(module, decode_modules.Native) for module in again.modules())
     back = model.dequantize()
-    assert not any(isinstance(module, decode._Native) for module in back.modules())
+    assert not any(isinstance(module, decode_modules.Native) for module in back.modules())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

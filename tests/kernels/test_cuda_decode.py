@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from hfq.integrations import decode as decoding
+from hfq.integrations import decode_modules
 from hfq.kernels import decode, native
 
 pytestmark = pytest.mark.gpu
@@ -109,9 +110,11 @@ def test_a_model_decodes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"do_sample": False, "max_new_tokens": 20, "min_new_tokens": 20}
     plain = llama.generate(ids, **settings, return_dict_in_generate=True, output_logits=True)
     assert decoding.install(llama) == {"norms": 7, "gates": 3, "attentions": 3}
-    attention = decoding._attention
+    attention = decode_modules.native_attention
     monkeypatch.setattr(
-        decoding, "_attention", lambda *a, **k: (asked.append(1), attention(*a, **k))[1]
+        decode_modules,
+        "native_attention",
+        lambda *a, **k: (asked.append(1), attention(*a, **k))[1],
     )
     found = llama.generate(ids, **settings, return_dict_in_generate=True, output_logits=True)
     assert len(asked) == 3 * 19
