@@ -76,7 +76,8 @@ def save(part: str, found: Mapping[str, Any], arguments: Sequence[str], plan: Pl
     command = " ".join([*(f"{switch}=0" for switch in switched), command])
     path = machine.write(name, command, {**about_gpu(), part: found})
     print(f"written: {path.name}")
-    if not formats and not switched:
+    something = part != "models" or found["models"]  # all may have been left out
+    if something and not formats and not switched:
         draw(part, found)
 
 

@@ -83,9 +83,14 @@ def report_gradients(found: Results) -> None:
             print(wrapped(f"FAILED: gradient, {row['weights']}, {row['shape']}: {row['failure']}"))
 
 
+def _tasks(models: Mapping[str, Any]) -> list[str]:
+    """Of all models, in their order: one may lack what another has."""
+    return list(dict.fromkeys(task for one in models.values() for task in one["tokens_per_second"]))
+
+
 def report_models(found: Results) -> None:
     """Tokens per second and memory of each model, then which were left out, and why."""
-    tasks = list(next(iter(found["models"].values()))["tokens_per_second"])
+    tasks = _tasks(found["models"])
     rows = []
     for name, one in found["models"].items():
         rates = one["tokens_per_second"]
@@ -268,7 +273,7 @@ def draw_ratios(found: Results) -> str:
 def draw_models(found: Results) -> str:
     """Tokens per second, by task."""
     models = found["models"]
-    tasks = list(next(iter(models.values()))["tokens_per_second"])
+    tasks = _tasks(models)
     groups = [
         Bars(
             name=task,
