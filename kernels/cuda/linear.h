@@ -38,9 +38,6 @@ inline uint32_t flush_mask(const Weight& w, uint32_t units) {
   return mask;
 }
 
-// Whether linear_stream_kernel.h is asked for few tokens (compute capability 9.0 and later): HFQ_CUDA_STREAM is 1.
-bool wants_stream(const LinearParams& params);
-
 // Enqueues the kernels. Returns null, or CUDA's description of the error. K below 2^20.
 const char* launch_linear(const LinearParams& params, cudaStream_t stream);
 

@@ -15,7 +15,6 @@
 #pragma once
 
 #include "linear_step.h"
-#include "linear_stream_kernel.h"
 
 namespace hfq {
 namespace {
@@ -145,7 +144,7 @@ struct LinearWarp : StepCodes<Kind> {
       codes.take(stage + warp.codes_at + tile * kBytes + block * kBlock, warp.lane);
       return codes;
     }
-    __device__ __forceinline__ uint4 x(int u) const { return load_shared<uint4>(stage + warp.x_at[u % 2] + u / 2 * 128); }
+    __device__ __forceinline__ uint4 x(int u, int) const { return load_shared<uint4>(stage + warp.x_at[u % 2] + u / 2 * 128); }
     __device__ __forceinline__ bool exists(int) const { return true; }
     __device__ __forceinline__ uint32_t pairs(int u) const { return stage + warp.pairs_at + warp.pairs_of(u); }
   };
@@ -178,7 +177,7 @@ struct LinearWarp : StepCodes<Kind> {
       cp_async_commit();
 
       Kind codes[kTiles];
-      multiply_step<Kind, T, kZeros, kTiles, 0>(p, Operands{*this, at, group_bytes}, table, codes, sums);
+      multiply_step<Kind, T, kZeros, 0>(p, Operands{*this, at, group_bytes}, table, codes, sums);
 
       refilled = at;
       at = at + bytes == end ? ring : at + bytes;
@@ -204,7 +203,7 @@ __device__ __forceinline__ void linear_block(const LinearParams& p, int64_t firs
       sync_block();
     }
   });
-  store_sums(partial + warp * kTiles * 128, lane, sums);
+  store_sums(partial, sums);
   sync_block();
   store_outputs<T, kWarps, kTiles>(p, partial, first_tile, kTiles, first_token);
 }
@@ -241,7 +240,6 @@ const char* launch_tiles(const LinearParams& params, cudaStream_t stream) {
 
 template <class Kind, class T, bool kZeros>
 const char* launch_zeros(const LinearParams& p, cudaStream_t stream) {
-  if (const char* error = nullptr; launch_stream<Kind, T, kZeros>(p, stream, error)) return error;
   // Two tiles share activations, and take fewer instructions for each: measured on an H100 (4096 x 14336, one token) 17 instead of 20 us, with
   // 3 bits 15 and 18. 8-bit codes are read at full speed with one tile; two are 33 us instead of 28.
   // Two tiles of zero points for each unit of a large block leave too few registers.

@@ -47,6 +47,39 @@ def test_products(emulator: Any, generator: torch.Generator, shape: Shape, kind:
         w.check(_linear(emulator, x, w), x)
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=name_of)
+def test_more_tokens(emulator: Any, generator: torch.Generator, kind: Kind) -> None:
+    for shape, dtype, tokens in (((37, 328, 64), HALVES[0], 9), ((90, 1160, 0), HALVES[1], 16)):
+        w = make(generator, shape, kind)
+        x = torch.randn(tokens, shape[1], generator=generator).to(dtype)
+        w.check(_linear(emulator, x, w), x)
+
+
+def _shared_bytes_for(emulator: Any, x: Tensor, w: Weight, splits: int) -> int:
+    """With so much shared memory as many thread blocks share the columns."""
+    for kib in range(227, 40, -1):
+        if emulator.stream_splits(x, w.operands, w.sizes, kib << 10) == splits:
+            return kib << 10
+    raise AssertionError(f"no shared memory that makes clusters of {splits}")
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=name_of)
+@pytest.mark.parametrize("splits", [2, 4, 8])
+@pytest.mark.parametrize("tokens", [6, 13])
+def test_clusters(
+    emulator: Any, generator: torch.Generator, tokens: int, splits: int, kind: Kind
+) -> None:
+    """Columns shared out among the blocks of a cluster, the last one with fewer; one and several clusters, many rounds and one."""
+    columns = {2: 2312, 4: 3528, 8: 5096}[splits]
+    w = make(generator, (75, columns, 96), kind)
+    x = torch.randn(tokens, columns, generator=generator).half()
+    bias = torch.randn(75, generator=generator)
+    shared_bytes = _shared_bytes_for(emulator, x, w, splits)
+    first = _linear(emulator, x, w, bias, 2 * splits, shared_bytes)
+    w.check(first, x, bias)
+    assert torch.equal(_linear(emulator, x, w, bias, 6 * splits, shared_bytes), first)
+
+
 @pytest.mark.parametrize("tokens", range(1, 9))
 def test_every_number_of_tokens(emulator: Any, generator: torch.Generator, tokens: int) -> None:
     w = make(generator, (37, 328, 64), (4, "zeros"))
@@ -127,9 +160,10 @@ def test_the_choice(
 
     assert streams(1, 14336) and streams(8, 4096)
     assert streams(1, 4096, (4, None), 132, 120, 99 << 10)
-    assert not streams(8, 14336)  # activations do not fit
-    assert not streams(8, 4096, (4, "nf4"), 132, 120, 99 << 10)
-    assert not streams(9, 256)
+    assert streams(8, 14336) and streams(16, 14336)  # whose activations are shared out
+    assert not streams(16, 65536)
+    assert not streams(16, 14336, (4, "nf4"), 132, 120, 99 << 10)
+    assert not streams(17, 256)
     assert not streams(1, 256, (4, None), 132, 89, 99 << 10)  # which has no copies in bulk
     monkeypatch.setenv("HFQ_CUDA_STREAM", "0")
     assert not streams(1, 256)

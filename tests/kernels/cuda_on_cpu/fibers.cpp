@@ -66,6 +66,7 @@ struct Mbarrier {
   int64_t bytes;      // that are expected and have not come
   unsigned maker;     // thread
   bool known;         // to copies in bulk
+  bool shown;         // to the cluster
 };
 
 struct BulkCopy {
@@ -413,7 +414,7 @@ uint32_t place(const void* barrier) {
 
 void mbarrier_init(const void* barrier, uint32_t count) {
   if (count == 0) fail("a barrier of nobody");
-  current->block->mbarriers[place(barrier)] = {count, count, 0, 0, current->thread, false};
+  current->block->mbarriers[place(barrier)] = {count, count, 0, 0, current->thread, false, false};
 }
 
 void mbarrier_arrive(const void* barrier) {
@@ -449,6 +450,21 @@ void copy_bulk(uint32_t shared, const void* global, uint32_t bytes, const void* 
   if (!within(to, bytes, shared_memory(), shared_size)) fail("copy_bulk outside of shared memory");
   std::memset(to, kPoison, bytes);
   current->block->bulk_copies.push_back({{to, global, bytes}, found->first});
+}
+
+void fence_barriers() {
+  for (auto& [place, barrier] : current->block->mbarriers)
+    if (barrier.maker == current->thread) barrier.shown = true;
+}
+
+void mbarrier_arrive_at_block(const void* own, unsigned rank) {
+  if (rank >= cluster.size()) fail("no such block in the cluster");
+  Block& block = cluster[rank];
+  if (block.ended == static_cast<int>(threads)) fail("arrival at a block that has ended");
+  const auto found = block.mbarriers.find(place(own));
+  if (found == block.mbarriers.end() || !found->second.shown) fail("arrival at a barrier that the cluster does not know");
+  arrive(block, found->first);
+  if (!message.empty()) fail(message.c_str());
 }
 
 void fence_registers() { current_warp().fenced = true; }

@@ -63,6 +63,9 @@ void mbarrier_init(const void* barrier, uint32_t count);
 void mbarrier_arrive(const void* barrier);
 void mbarrier_arrive_after_copies(const void* barrier);
 void mbarrier_wait(const void* barrier, uint32_t bit);
+// Other blocks of the cluster find a barrier after a fence_barriers of the thread that made it.
+void fence_barriers();
+void mbarrier_arrive_at_block(const void* own, unsigned rank);
 // A phase ends when all have arrived and as many bytes as they expect have come. A copy comes when no thread can go on without, in any order; one of
 // nothing never ends. The barrier must have been there for it: a fence_proxy_async of the thread that made it.
 void mbarrier_arrive_and_expect(const void* barrier, uint32_t bytes);

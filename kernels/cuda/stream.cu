@@ -1,0 +1,75 @@
+// When thread blocks stream through tiles, and how shared memory is shared out.
+#include "stream.h"
+
+#include <cstdlib>
+
+#include "target.h"
+
+namespace hfq {
+namespace {
+
+uint32_t divided(int64_t a, int64_t b) { return static_cast<uint32_t>((a + b - 1) / b); }
+
+// Stages below which memory would wait for the ring.
+constexpr uint32_t kLeastStages = 3;
+
+// Groups of a stage, at most.
+int64_t groups_of_stage(const Weight& w) {
+  if (w.groups == 1) return 1;
+  const int64_t units = w.group_size / kUnitColumns;
+  const int64_t groups = kStageUnits % units == 0 ? kStageUnits / units : (kStageUnits - 2 + units) / units + 1;
+  return groups < w.groups ? groups : w.groups;
+}
+
+// With `splits` blocks that share the columns, of which `on_one` share a multiprocessor.
+StreamPlan plan_split(const LinearParams& params, uint32_t splits, uint32_t on_one) {
+  const Weight& w = params.weight;
+  const int token_tiles = params.tokens <= 8 ? 1 : 2, tiles = stream_tiles(w.bits, w.zeros != nullptr, token_tiles);
+  const uint32_t steps = divided(w.in_features, kStreamStepColumns);
+  StreamPlan p = {};
+  p.slice_steps = divided(steps, splits);
+  if (divided(steps, p.slice_steps) < splits) return p;  // a block would have no columns
+  p.pairs_bytes = static_cast<uint32_t>(groups_of_stage(w) * kTileRows / 2 * (w.scale_dtype == kFloat32 ? 8 : 4));
+  const uint32_t codes = static_cast<uint32_t>(kStageColumns * kTileRows * w.bits / 8);
+  p.stage_bytes = static_cast<uint32_t>(tiles) * (codes + (w.zeros ? 2 : 1) * p.pairs_bytes);
+  // Two tokens are read at a time: the second's 64 bytes come from the other banks.
+  p.x_stride = p.slice_steps * 2 * kStreamStepColumns + 64;
+  p.x_bytes = divided(params.tokens * p.x_stride, 128) * 128;
+  constexpr size_t kReserved = 1 << 10;  // of each thread block; of the device's most, too
+  const auto share = [&](uint32_t blocks) { return (most_shared_bytes() + kReserved) / blocks - kReserved; };
+  const size_t fixed = stream_places(tiles, token_tiles, w.codebook && w.bits == 4).x + p.x_bytes, room = share(on_one);
+  if (room < fixed + size_t{kLeastStages} * p.stage_bytes) return p;
+  const size_t stages = (room - fixed) / p.stage_bytes;
+  p.ring_stages = static_cast<uint32_t>(stages < kMostStreamStages ? stages : kMostStreamStages);
+  const size_t bytes = fixed + size_t{p.ring_stages} * p.stage_bytes, least = share(on_one + 1) + 128;
+  p.shared_bytes = static_cast<uint32_t>(bytes < least ? least : bytes);  // no more than `on_one`, so that they are placed evenly
+  p.on_one = on_one;
+  p.splits = splits;
+  return p;
+}
+
+}  // namespace
+
+StreamPlan plan_stream(const LinearParams& params) {
+  for (uint32_t on_one = 2; on_one >= 1; --on_one)
+    for (uint32_t splits = 1; splits <= 8; splits *= 2)
+      if (const StreamPlan p = plan_split(params, splits, on_one); p.splits) return p;
+  return {};
+}
+
+bool takes_stream(const LinearParams& p) {
+  const char* const set = std::getenv("HFQ_CUDA_STREAM");
+  return set && set[0] == '1' && p.tokens <= kMostStreamTokens && compute_capability() >= 90 && stream_was_compiled() && plan_stream(p).splits;
+}
+
+const char* launch_stream(const LinearParams& params, cudaStream_t stream) {
+  StreamParams p = {};
+  static_cast<LinearParams&>(p) = params;
+  p.flush_mask = flush_mask(p.weight, kStreamStepColumns / kUnitColumns);
+  p.plan = plan_stream(p);
+  p.tiles = divided(p.weight.out_features, kTileRows);
+  return of_kind(p.weight, launch_stream_int2, launch_stream_int3, launch_stream_int4, launch_stream_int8, launch_stream_table4,
+                 launch_stream_e4m3)(p, stream);
+}
+
+}  // namespace hfq

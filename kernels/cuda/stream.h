@@ -1,0 +1,62 @@
+// The part of hfq::cuda_linear for few tokens on compute capability 9.0 and later: thread blocks that go through many tiles (stream_kernel.h).
+#pragma once
+
+#include "linear.h"
+
+namespace hfq {
+
+constexpr int kConsumers = 8;             // warps that multiply
+constexpr int kStreamStepColumns = 128;   // of a warp in a stage
+constexpr int kStageColumns = kConsumers * kStreamStepColumns, kStageUnits = kStageColumns / kUnitColumns;
+constexpr uint32_t kMostStreamStages = 24;
+constexpr int64_t kMostStreamTokens = 16;
+
+// Tiles of rows that are multiplied at a time: two share loads of activations. 8-bit codes are bytes enough, and zero points of two token tiles
+// leave no registers.
+constexpr int stream_tiles(int bits, bool zeros, int token_tiles) { return bits == 8 || (zeros && token_tiles > 1) ? 1 : 2; }
+
+// Shared memory: the table of a codebook, sums of all warps, two rounds of this block's sums for its cluster, barriers, activations, the ring.
+struct StreamPlaces {
+  uint32_t partial, own, barriers, x;
+};
+constexpr StreamPlaces stream_places(int tiles, int token_tiles, bool table) {
+  const uint32_t sums = static_cast<uint32_t>(tiles * token_tiles) * 512, partial = table ? 32 << 10 : 0;
+  const uint32_t own = partial + kConsumers * sums, barriers = own + 2 * sums;
+  return {partial, own, barriers, barriers + 512};
+}
+
+struct StreamPlan {
+  uint32_t splits;        // thread blocks that share the columns: a cluster; 0: the product does not fit
+  uint32_t slice_steps;   // steps of columns of each of them
+  uint32_t ring_stages, stage_bytes;
+  uint32_t pairs_bytes;   // room for scales, or for zero points, of a tile in a stage
+  uint32_t x_stride, x_bytes;  // from a token's activations to the next one's; of all
+  uint32_t shared_bytes;
+  uint32_t on_one;        // thread blocks of a multiprocessor: 2, of this kernel and the next one, or 1
+};
+
+struct StreamParams : LinearParams {
+  StreamPlan plan;
+  uint32_t tiles, clusters;  // of rows of the weight; that run at one time
+};
+
+StreamPlan plan_stream(const LinearParams& params);
+
+// Whether launch_linear takes these kernels for up to 16 tokens: where HFQ_CUDA_STREAM is 1 and activations fit into shared memory.
+bool takes_stream(const LinearParams& params);
+
+// Whether the kernels are there for the current device: those of a build for older ones are empty.
+bool stream_was_compiled();
+
+// Enqueues the kernel; launch_linear has set what is the launcher's to set in LinearParams.
+const char* launch_stream(const LinearParams& params, cudaStream_t stream);
+
+// One for each kind of codes, so that they are compiled side by side; called by launch_stream.
+const char* launch_stream_int2(const StreamParams& params, cudaStream_t stream);
+const char* launch_stream_int3(const StreamParams& params, cudaStream_t stream);
+const char* launch_stream_int4(const StreamParams& params, cudaStream_t stream);
+const char* launch_stream_int8(const StreamParams& params, cudaStream_t stream);
+const char* launch_stream_table4(const StreamParams& params, cudaStream_t stream);
+const char* launch_stream_e4m3(const StreamParams& params, cudaStream_t stream);
+
+}  // namespace hfq

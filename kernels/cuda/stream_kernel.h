@@ -1,0 +1,384 @@
+// The kernel of stream.h, for one kind of codes in each file that includes this.
+//
+// A thread block for each multiprocessor goes through tiles of 16 rows, two at a time. One thread asks for all that comes from memory, by copies in
+// bulk: stages of 1024 columns of these tiles, codes and scales, into a ring, and activations, once, for good. Eight warps take 128 columns of each
+// stage, and add up their sums when the tiles end. So the ring never runs dry between tiles, and copies cost next to no instructions.
+//
+// Two such thread blocks find room on a multiprocessor, of one kernel and the next one (let_next_kernel_start): while a kernel computes, the ring of
+// its successor fills, and when it ends, that of the one behind it. What lies between two products, the end of one grid, the first
+// activations, the first sums, then takes no time from the memory.
+//
+// Activations that are too large for that are shared out: up to eight thread blocks, a cluster, have a slice of the columns each, all of the same
+// tiles. Their sums meet a round later, when nobody has to wait for them: each block adds up a part of the outputs, from all blocks' shared
+// memory, in their order.
+#pragma once
+
+#include "gemm_output.h"
+#include "linear_step.h"
+#include "stream.h"
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define HFQ_STREAM
+#endif
+
+namespace hfq {
+namespace {
+
+constexpr int kStreamThreads = 32 * (kConsumers + 1);
+static_assert(kStreamStepColumns == kStepColumns);
+
+template <class Kind, bool kZeros, int kTokenTiles>
+struct StreamMemory {
+  static constexpr int kTiles = stream_tiles(StepCodes<Kind>::kBits, kZeros, kTokenTiles);
+  static constexpr StreamPlaces kPlaces = stream_places(kTiles, kTokenTiles, Kind::kTable);
+  static constexpr uint32_t kOwnFloats = kTiles * kTokenTiles * 128;
+  static_assert(!Kind::kTable || kPlaces.partial == TableCodes::kTableBytes);
+  static_assert(8 * (2 * kMostStreamStages + 5) <= kPlaces.x - kPlaces.barriers);
+
+  uint8_t* const memory;
+  uint32_t x, ring;  // shared addresses
+
+  __device__ __forceinline__ explicit StreamMemory(const StreamParams& p)
+      : memory(shared_memory()), x(shared_address(memory + kPlaces.x)), ring(x + p.plan.x_bytes) {}
+  __device__ __forceinline__ float* partial() const { return reinterpret_cast<float*>(memory + kPlaces.partial); }
+  __device__ __forceinline__ float* own(uint32_t round) const { return reinterpret_cast<float*>(memory + kPlaces.own) + round % 2 * kOwnFloats; }
+
+  __device__ __forceinline__ uint64_t* barrier(uint32_t number) const { return reinterpret_cast<uint64_t*>(memory + kPlaces.barriers) + number; }
+  __device__ __forceinline__ uint64_t* full(uint32_t stage) const { return barrier(stage); }
+  __device__ __forceinline__ uint64_t* empty(uint32_t stage) const { return barrier(kMostStreamStages + stage); }
+  __device__ __forceinline__ uint64_t* x_there() const { return barrier(2 * kMostStreamStages); }
+  // All warps' sums have been stored; have been read.
+  __device__ __forceinline__ uint64_t* summed() const { return barrier(2 * kMostStreamStages + 1); }
+  __device__ __forceinline__ uint64_t* read() const { return barrier(2 * kMostStreamStages + 2); }
+  // All blocks have their own sums. Two that take turns: a block may arrive for a round before others have for the last one.
+  __device__ __forceinline__ uint64_t* of_cluster(uint32_t round) const { return barrier(2 * kMostStreamStages + 3 + round % 2); }
+
+  __device__ __forceinline__ void make_barriers(const StreamPlan& plan) const {
+    for (uint32_t i = 0; i < plan.ring_stages; ++i) mbarrier_init(full(i), 1), mbarrier_init(empty(i), kConsumers);
+    mbarrier_init(x_there(), 1);
+    mbarrier_init(summed(), kConsumers);
+    mbarrier_init(read(), kConsumers);
+    for (uint32_t i = 0; i < 2; ++i) mbarrier_init(of_cluster(i), plan.splits * kConsumers);
+    fence_proxy_async();
+    fence_barriers();
+  }
+};
+
+// The tiles of a thread block, kTiles at a time.
+template <int kTiles>
+struct StreamTiles {
+  uint32_t first, end;
+  __device__ __forceinline__ explicit StreamTiles(const StreamParams& p) {
+    const uint32_t cluster = blockIdx.x / p.plan.splits;
+    const auto before = [&](uint32_t number) { return static_cast<uint32_t>(static_cast<uint64_t>(number) * p.tiles / p.clusters); };
+    first = before(cluster), end = before(cluster + 1);
+  }
+  __device__ __forceinline__ bool some() const { return first < end; }
+  __device__ __forceinline__ uint32_t now() const { return end - first < kTiles ? end - first : kTiles; }
+  __device__ __forceinline__ void next() { first += kTiles; }
+};
+
+// The columns of a thread block: all of them, or its slice.
+struct StreamSlice {
+  uint32_t step, columns;  // the first step; columns that exist
+  __device__ __forceinline__ explicit StreamSlice(const StreamParams& p) : step(blockIdx.x % p.plan.splits * p.plan.slice_steps) {
+    const uint32_t left = static_cast<uint32_t>(p.weight.in_features) - step * kStepColumns, most = p.plan.slice_steps * kStepColumns;
+    columns = left < most ? left : most;
+  }
+  __device__ __forceinline__ uint32_t stages() const { return (columns + kStageColumns - 1) / kStageColumns; }
+  __device__ __forceinline__ uint32_t first_unit() const { return step * kStepUnits; }
+  __device__ __forceinline__ uint32_t end_unit() const { return step * kStepUnits + (columns + kUnitColumns - 1) / kUnitColumns; }
+};
+
+// A stage of the ring after the other, and in which round.
+struct StreamTurn {
+  uint32_t at = 0, round = 0;
+  __device__ __forceinline__ void next(uint32_t stages) {
+    if (++at == stages) at = 0, ++round;
+  }
+};
+
+// Of a unit of columns. Those behind K count to the last one.
+__device__ __forceinline__ uint32_t group_of(const StreamParams& p, uint32_t unit) {
+  const uint32_t group = multiply_high(2 * unit, p.group_magic), last = static_cast<uint32_t>(p.weight.groups) - 1;
+  return group < last ? group : last;
+}
+
+// ---- from global memory to the ring: one thread
+
+template <class Kind, bool kZeros, int kTokenTiles>
+struct StreamCopies {
+  using Step = StepCodes<Kind>;
+  using Memory = StreamMemory<Kind, kZeros, kTokenTiles>;
+  static constexpr int kTiles = Memory::kTiles;
+  static constexpr uint32_t kCodeBytes = kConsumers * Step::kBytes;  // of a tile in a stage
+
+  const StreamParams& p;
+  const Memory& shared;
+  const StreamSlice slice;
+  StreamTiles<kTiles> tiles;
+  uint32_t stage = 0;  // of these tiles, which is copied next
+  uint32_t tile_bytes, slice_bytes, group_bytes;
+  StreamTurn turn;
+
+  __device__ __forceinline__ StreamCopies(const StreamParams& params, const Memory& memory)
+      : p(params), shared(memory), slice(params), tiles(params) {
+    constexpr uint32_t kColumns = kBlockColumns<Step::kBits>;
+    tile_bytes = (static_cast<uint32_t>(p.weight.in_features) + kColumns - 1) / kColumns * Step::kBlock;
+    slice_bytes = (slice.columns + kColumns - 1) / kColumns * Step::kBlock;
+    group_bytes = 8 * pair_bytes(p.weight.scale_dtype);
+  }
+
+  // The next stage, for which there has to be room.
+  __device__ __forceinline__ void copy() {
+    const Weight& w = p.weight;
+    const uint32_t begin = stage * kCodeBytes, left = slice_bytes - begin, bytes = left < kCodeBytes ? left : kCodeBytes;
+    const uint32_t unit = slice.first_unit() + stage * kStageUnits, end_unit = slice.end_unit();
+    const uint32_t last_unit = (unit + kStageUnits < end_unit ? unit + kStageUnits : end_unit) - 1;
+    const uint32_t group = group_of(p, unit), of_pairs = (group_of(p, last_unit) - group + 1) * group_bytes;
+    uint64_t* const full = shared.full(turn.at);
+    mbarrier_arrive_and_expect(full, tiles.now() * (bytes + (kZeros ? 2 : 1) * of_pairs));
+    uint32_t codes = shared.ring + turn.at * p.plan.stage_bytes, pairs = codes + kTiles * kCodeBytes;
+    for (uint32_t tile = tiles.first; tile < tiles.first + tiles.now(); ++tile, codes += kCodeBytes, pairs += p.plan.pairs_bytes) {
+      const int64_t pairs_from = (static_cast<int64_t>(tile) * w.groups + group) * group_bytes;
+      copy_bulk(codes, w.qweight + static_cast<int64_t>(tile) * tile_bytes + slice.step * Step::kBytes + begin, bytes, full);
+      copy_bulk(pairs, static_cast<const uint8_t*>(w.scales) + pairs_from, of_pairs, full);
+      if constexpr (kZeros) copy_bulk(pairs + kTiles * p.plan.pairs_bytes, static_cast<const uint8_t*>(w.zeros) + pairs_from, of_pairs, full);
+    }
+    turn.next(p.plan.ring_stages);
+    if (++stage == slice.stages()) stage = 0, tiles.next();
+  }
+  // Those that find room at once: the weight is on its way when the kernel that gives activations ends.
+  __device__ __forceinline__ void copy_first() {
+    while (tiles.some() && turn.round == 0) copy();
+  }
+  __device__ __forceinline__ void copy_activations() const {
+    const uint32_t bytes = 2 * slice.columns;
+    const uint8_t* from = static_cast<const uint8_t*>(p.x) + 2 * slice.step * kStepColumns;
+    mbarrier_arrive_and_expect(shared.x_there(), static_cast<uint32_t>(p.tokens) * bytes);
+    for (uint32_t m = 0; m < p.tokens; ++m, from += 2 * p.weight.in_features)
+      copy_bulk(shared.x + m * p.plan.x_stride, from, bytes, shared.x_there());
+  }
+  __device__ __forceinline__ void copy_rest() {
+    while (tiles.some()) {
+      mbarrier_wait(shared.empty(turn.at), (turn.round - 1) % 2);
+      copy();
+    }
+  }
+};
+
+// ---- from the ring to outputs
+
+// A warp's step of a stage, for multiply_step. With one token tile all of it is loaded at once, since each load takes some 30 clocks; two leave
+// no registers for that, and more to do meanwhile.
+template <class Kind, int kTiles, int kTokenTiles>
+struct StreamOperands {
+  using Step = StepCodes<Kind>;
+  static constexpr int kBlocks = Step::kBytes / Step::kBlock;
+  static constexpr bool kAtOnce = kTokenTiles == 1;
+
+  const StreamParams& p;
+  int lane;
+  uint32_t codes_at, x_at[kTokenTiles], pairs_at;  // the lane's; pairs of the stage's first group
+  uint32_t unit, end_unit, first_group;            // the step's first one; of the slice; of the stage
+  uint32_t group_bytes;
+  uint32_t pair_stride = p.plan.pairs_bytes;
+  Kind loaded_codes[kAtOnce ? kTiles : 1][kBlocks] = {};
+  uint4 loaded_x[kStepUnits] = {};
+
+  __device__ __forceinline__ void load() {
+    if constexpr (kAtOnce) {
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+        for (int block = 0; block < kBlocks; ++block) loaded_codes[tile][block] = load_codes(tile, block);
+#pragma unroll
+      for (int u = 0; u < kStepUnits; ++u) loaded_x[u] = load_shared<uint4>(x_at[0] + 64 * u);
+    }
+  }
+  __device__ __forceinline__ Kind load_codes(int tile, int block) const {
+    Kind codes;
+    codes.take(codes_at + tile * kConsumers * Step::kBytes + block * Step::kBlock, lane);
+    return codes;
+  }
+  __device__ __forceinline__ Kind codes(int tile, int block) const {
+    if constexpr (kAtOnce) return loaded_codes[tile][block];
+    return load_codes(tile, block);
+  }
+  __device__ __forceinline__ uint4 x(int u, int j) const {
+    if constexpr (kAtOnce) return loaded_x[u];
+    return load_shared<uint4>(x_at[j] + 64 * u);
+  }
+  // Of what was in the ring before only E4M3 can be NaN, which zero times does not take away.
+  __device__ __forceinline__ bool exists(int u) const { return !Kind::kMayBeNaN || unit + u < end_unit; }
+  __device__ __forceinline__ uint32_t pairs(int u) const { return pairs_at + (group_of(p, unit + u) - first_group) * group_bytes; }
+};
+
+template <class Kind, class T, bool kZeros, int kTokenTiles>
+struct StreamConsumer {
+  using Step = StepCodes<Kind>;
+  using Memory = StreamMemory<Kind, kZeros, kTokenTiles>;
+  static constexpr int kTiles = Memory::kTiles, kThreads = 32 * kConsumers;
+  // Sums of a round; those that a thread makes of the warps' sums.
+  static constexpr int kSums = Memory::kOwnFloats, kOfThread = (kSums + kThreads - 1) / kThreads;
+
+  const StreamParams& p;
+  const Memory& shared;
+  int lane, warp;
+
+  __device__ __forceinline__ StreamConsumer(const StreamParams& params, const Memory& memory)
+      : p(params), shared(memory), lane(threadIdx.x % 32), warp(threadIdx.x / 32) {}
+
+  __device__ __forceinline__ void run() const {
+    const StreamSlice slice(p);
+    const uint32_t pair = pair_bytes(p.weight.scale_dtype), end_unit = slice.end_unit(), stages = slice.stages();
+    uint32_t x_at[kTokenTiles];
+#pragma unroll
+    for (int j = 0; j < kTokenTiles; ++j) {
+      // Lanes whose token does not exist take token 0, and nobody stores their sums.
+      const uint32_t token = 8 * j + lane / 4 < p.tokens ? 8 * j + lane / 4 : 0;
+      x_at[j] = kept(shared.x + token * p.plan.x_stride + warp * 2 * kStepColumns + 16 * (lane % 4));
+    }
+    const uint32_t codes_at = kept(shared.ring + warp * Step::kBytes + 16 * lane);
+    const uint32_t pairs_at = shared.ring + kTiles * kConsumers * Step::kBytes + lane / 4 * pair;
+    uint32_t table = 0;
+    if constexpr (Kind::kTable) table = kept(shared_address(shared.memory) + 4 * lane);
+    StreamTurn turn;
+    uint32_t round = 0;
+    StreamTiles<kTiles> tiles(p);
+    for (; tiles.some(); tiles.next(), ++round) {
+      StepSums<kTiles, kTokenTiles> sums;
+      for (uint32_t stage = 0; stage < stages; ++stage, turn.next(p.plan.ring_stages)) {
+        mbarrier_wait(shared.full(turn.at), turn.round % 2);
+        const uint32_t first = slice.first_unit() + stage * kStageUnits, unit = first + warp * kStepUnits, at = turn.at * p.plan.stage_bytes;
+        if (unit < end_unit) {
+          StreamOperands<Kind, kTiles, kTokenTiles> operands = {
+              p, lane, codes_at + at, {}, pairs_at + at, unit, end_unit, group_of(p, first), 8 * pair};
+#pragma unroll
+          for (int j = 0; j < kTokenTiles; ++j) operands.x_at[j] = x_at[j] + stage * 2 * kStageColumns;
+          operands.load();
+          Kind codes[kTiles];
+          multiply_step<Kind, T, kZeros, 0>(p, operands, table, codes, sums);
+        }
+        sync_warp();
+        if (lane == 0) mbarrier_arrive(shared.empty(turn.at));
+      }
+      if (round) mbarrier_wait(shared.read(), (round - 1) % 2);
+      store_sums(shared.partial(), sums);
+      sync_warp();
+      if (lane == 0) mbarrier_arrive(shared.summed());
+      mbarrier_wait(shared.summed(), round % 2);
+      if (p.plan.splits == 1)
+        store_outputs<T, kConsumers, kTiles, kTokenTiles>(p, shared.partial(), tiles.first, tiles.now(), 0);
+      else
+        give_own_sums(tiles, round);
+      sync_warp();
+      if (lane == 0) mbarrier_arrive(shared.read());
+    }
+    if (p.plan.splits > 1 && round > 0) store_of_cluster(tiles.first - kTiles, round - 1);
+  }
+
+  // Sums of this block to where the cluster reads them, after those of the round before have gone into outputs: all blocks have read what was
+  // here two rounds ago when they arrive for the last one.
+  __device__ __forceinline__ void give_own_sums(const StreamTiles<kTiles>& tiles, uint32_t round) const {
+    float sums[kOfThread] = {};
+#pragma unroll
+    for (int i = 0; i < kOfThread; ++i) {
+      const int at = threadIdx.x + i * kThreads;
+      if (at < kSums) sums[i] = sum_of_warps<kConsumers, kTiles, kTokenTiles>(shared.partial(), at);
+    }
+    if (round) store_of_cluster(tiles.first - kTiles, round - 1);
+#pragma unroll
+    for (int i = 0; i < kOfThread; ++i) {
+      const int at = threadIdx.x + i * kThreads;
+      if (at < kSums) shared.own(round)[at] = sums[i];
+    }
+    sync_warp();
+    if (static_cast<uint32_t>(lane) < p.plan.splits) mbarrier_arrive_at_block(shared.of_cluster(round), lane);
+  }
+
+  // This block's part of a round's outputs, four rows to a thread.
+  __device__ __forceinline__ void store_of_cluster(uint32_t first_tile, uint32_t round) const {
+    mbarrier_wait_for_cluster(shared.of_cluster(round), round / 2 % 2);
+    const uint32_t splits = p.plan.splits, share = kSums / 4 / splits;
+    const StreamTiles<kTiles> all(p);
+    for (uint32_t i = threadIdx.x; i < share; i += kThreads) {
+      const uint32_t four = blockIdx.x % splits * share + i, rows = four % 4, token = four / 4 % (8 * kTokenTiles), tile = four / (32 * kTokenTiles);
+      if (first_tile + tile >= all.end || token >= p.tokens) continue;
+      const float4* const own = reinterpret_cast<const float4*>(shared.own(round)) + four;
+      float4 sum = load_of_block(own, 0);
+      for (uint32_t block = 1; block < splits; ++block) sum = plus(sum, load_of_block(own, block));
+      const int64_t n = (static_cast<int64_t>(first_tile) + tile) * kTileRows + 4 * rows;
+      if (n < (p.weight.out_features + kTileRows - 1) / kTileRows * kTileRows) store_rows<T>(p, token, n, sum);
+    }
+  }
+};
+
+template <class Kind, class T, bool kZeros, int kTokenTiles>
+__global__ void __launch_bounds__(kStreamThreads, 2) stream_kernel(const StreamParams p) {
+#ifdef HFQ_STREAM
+  const StreamMemory<Kind, kZeros, kTokenTiles> shared(p);
+  StreamCopies<Kind, kZeros, kTokenTiles> copies(p, shared);
+  const bool copies_all = threadIdx.x == 32 * kConsumers, consumes = threadIdx.x < 32 * kConsumers;
+  let_next_kernel_start();
+  if (copies_all) {
+    shared.make_barriers(p.plan);
+    copies.copy_first();
+  } else if (consumes) {
+    if constexpr (Kind::kTable) TableCodes::fill<T>(shared.memory, p.weight.codebook);
+    // Activations of the last step behind K are zero.
+    const uint32_t columns = copies.slice.columns, pieces = ((columns + kStepColumns - 1) / kStepColumns * kStepColumns - columns) / 8;
+    for (uint32_t i = threadIdx.x; i < pieces * p.tokens; i += 32 * kConsumers)
+      *reinterpret_cast<uint4*>(shared.memory + shared.kPlaces.x + i / pieces * p.plan.x_stride + 2 * columns + i % pieces * 16) = uint4{};
+  }
+  if (p.plan.splits > 1)
+    sync_cluster();
+  else
+    sync_block();
+  if (copies_all) {
+    wait_for_previous_kernel();
+    copies.copy_activations();
+    copies.copy_rest();
+  } else if (consumes) {
+    wait_for_previous_kernel();  // which may read what will be overwritten
+    mbarrier_wait(shared.x_there(), 0);
+    StreamConsumer<Kind, T, kZeros, kTokenTiles>(p, shared).run();
+  }
+  if (p.plan.splits > 1) sync_cluster_only();  // nobody's shared memory goes before all have read it
+#endif
+}
+
+// ---- launcher
+
+template <class Kind, class T, bool kZeros, int kTokenTiles>
+const char* launch_stream_tokens(const StreamParams& params, cudaStream_t stream) {
+  constexpr auto kKernel = stream_kernel<Kind, T, kZeros, kTokenTiles>;
+  StreamParams p = params;
+  const uint32_t splits = p.plan.splits;
+  int clusters = multiprocessors();
+  if (splits > 1) clusters = active_clusters<StreamParams, kKernel>(splits, kStreamThreads, p.plan.shared_bytes, 0) / static_cast<int>(p.plan.on_one);
+  p.clusters = clusters < 1 ? 1 : static_cast<uint32_t>(clusters);
+  if (p.clusters > p.tiles) p.clusters = p.tiles;
+  if (splits == 1) return launch_early(kKernel, p.clusters, kStreamThreads, p.plan.shared_bytes, stream, p);
+  return launch_clusters(kKernel, p.clusters * splits, splits, kStreamThreads, p.plan.shared_bytes, stream, p);
+}
+
+template <class Kind, class T, bool kZeros>
+const char* launch_stream_zeros(const StreamParams& p, cudaStream_t stream) {
+  return p.tokens <= 8 ? launch_stream_tokens<Kind, T, kZeros, 1>(p, stream) : launch_stream_tokens<Kind, T, kZeros, 2>(p, stream);
+}
+
+template <class Kind, class T>
+const char* launch_stream_dtype(const StreamParams& p, cudaStream_t stream) {
+  if constexpr (Kind::kMayHaveZeros)
+    if (p.weight.zeros) return launch_stream_zeros<Kind, T, true>(p, stream);
+  return launch_stream_zeros<Kind, T, false>(p, stream);
+}
+
+template <class Kind>
+const char* launch_stream_of(const StreamParams& p, cudaStream_t stream) {
+  return p.x_dtype == kBFloat16 ? launch_stream_dtype<Kind, BFloat16>(p, stream) : launch_stream_dtype<Kind, Float16>(p, stream);
+}
+
+}  // namespace
+}  // namespace hfq
