@@ -21,10 +21,11 @@ int64_t groups_of_stage(const Weight& w) {
   return groups < w.groups ? groups : w.groups;
 }
 
-// With `splits` blocks that share the columns, of which `on_one` share a multiprocessor.
-StreamPlan plan_split(const LinearParams& params, uint32_t splits, uint32_t on_one) {
+// With 2^split_bits blocks that share the columns, of which `on_one` share a multiprocessor.
+StreamPlan plan_split(const LinearParams& params, uint32_t split_bits, uint32_t on_one) {
+  const uint32_t splits = 1u << split_bits;
   const Weight& w = params.weight;
-  const int token_tiles = params.tokens <= 8 ? 1 : 2, tiles = stream_tiles(w.bits, w.zeros != nullptr, token_tiles);
+  const int token_tiles = params.tokens <= 8 ? 1 : 2, tiles = stream_tiles(w.bits, token_tiles);
   const uint32_t steps = divided(w.in_features, kStreamStepColumns);
   StreamPlan p = {};
   p.slice_steps = divided(steps, splits);
@@ -44,7 +45,7 @@ StreamPlan plan_split(const LinearParams& params, uint32_t splits, uint32_t on_o
   const size_t bytes = fixed + size_t{p.ring_stages} * p.stage_bytes, least = share(on_one + 1) + 128;
   p.shared_bytes = static_cast<uint32_t>(bytes < least ? least : bytes);  // no more than `on_one`, so that they are placed evenly
   p.on_one = on_one;
-  p.splits = splits;
+  p.splits = splits, p.split_bits = split_bits;
   return p;
 }
 
@@ -52,8 +53,8 @@ StreamPlan plan_split(const LinearParams& params, uint32_t splits, uint32_t on_o
 
 StreamPlan plan_stream(const LinearParams& params) {
   for (uint32_t on_one = 2; on_one >= 1; --on_one)
-    for (uint32_t splits = 1; splits <= 8; splits *= 2)
-      if (const StreamPlan p = plan_split(params, splits, on_one); p.splits) return p;
+    for (uint32_t split_bits = 0; split_bits <= 3; ++split_bits)
+      if (const StreamPlan p = plan_split(params, split_bits, on_one); p.splits) return p;
   return {};
 }
 
@@ -67,7 +68,6 @@ const char* launch_stream(const LinearParams& params, cudaStream_t stream) {
   static_cast<LinearParams&>(p) = params;
   p.flush_mask = flush_mask(p.weight, kStreamStepColumns / kUnitColumns);
   p.plan = plan_stream(p);
-  p.tiles = divided(p.weight.out_features, kTileRows);
   return of_kind(p.weight, launch_stream_int2, launch_stream_int3, launch_stream_int4, launch_stream_int8, launch_stream_table4,
                  launch_stream_e4m3)(p, stream);
 }

@@ -11,9 +11,9 @@ constexpr int kStageColumns = kConsumers * kStreamStepColumns, kStageUnits = kSt
 constexpr uint32_t kMostStreamStages = 24;
 constexpr int64_t kMostStreamTokens = 16;
 
-// Tiles of rows that are multiplied at a time: two share loads of activations. 8-bit codes are bytes enough, and zero points of two token tiles
-// leave no registers.
-constexpr int stream_tiles(int bits, bool zeros, int token_tiles) { return bits == 8 || (zeros && token_tiles > 1) ? 1 : 2; }
+// Tiles of rows that are multiplied at a time: two share loads of activations, and do not wait for each other. 8-bit codes are bytes enough, and two
+// token tiles leave no registers.
+constexpr int stream_tiles(int bits, int token_tiles) { return bits == 8 || token_tiles > 1 ? 1 : 2; }
 
 // Shared memory: the table of a codebook, sums of all warps, two rounds of this block's sums for its cluster, barriers, activations, the ring.
 struct StreamPlaces {
@@ -26,7 +26,8 @@ constexpr StreamPlaces stream_places(int tiles, int token_tiles, bool table) {
 }
 
 struct StreamPlan {
-  uint32_t splits;        // thread blocks that share the columns: a cluster; 0: the product does not fit
+  uint32_t splits;        // thread blocks that share the columns: a cluster of 2^split_bits; 0: the product does not fit
+  uint32_t split_bits;
   uint32_t slice_steps;   // steps of columns of each of them
   uint32_t ring_stages, stage_bytes;
   uint32_t pairs_bytes;   // room for scales, or for zero points, of a tile in a stage
@@ -37,7 +38,7 @@ struct StreamPlan {
 
 struct StreamParams : LinearParams {
   StreamPlan plan;
-  uint32_t tiles, clusters;  // of rows of the weight; that run at one time
+  uint32_t tiles_of_cluster, more_tiles;  // the first `more_tiles` clusters have one more
 };
 
 StreamPlan plan_stream(const LinearParams& params);

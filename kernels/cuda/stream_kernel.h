@@ -27,9 +27,9 @@ namespace {
 constexpr int kStreamThreads = 32 * (kConsumers + 1);
 static_assert(kStreamStepColumns == kStepColumns);
 
-template <class Kind, bool kZeros, int kTokenTiles>
+template <class Kind, int kTokenTiles>
 struct StreamMemory {
-  static constexpr int kTiles = stream_tiles(StepCodes<Kind>::kBits, kZeros, kTokenTiles);
+  static constexpr int kTiles = stream_tiles(StepCodes<Kind>::kBits, kTokenTiles);
   static constexpr StreamPlaces kPlaces = stream_places(kTiles, kTokenTiles, Kind::kTable);
   static constexpr uint32_t kOwnFloats = kTiles * kTokenTiles * 128;
   static_assert(!Kind::kTable || kPlaces.partial == TableCodes::kTableBytes);
@@ -69,9 +69,10 @@ template <int kTiles>
 struct StreamTiles {
   uint32_t first, end;
   __device__ __forceinline__ explicit StreamTiles(const StreamParams& p) {
-    const uint32_t cluster = blockIdx.x / p.plan.splits;
-    const auto before = [&](uint32_t number) { return static_cast<uint32_t>(static_cast<uint64_t>(number) * p.tiles / p.clusters); };
-    first = before(cluster), end = before(cluster + 1);
+    // The first ones have one more.
+    const uint32_t cluster = blockIdx.x >> p.plan.split_bits;
+    first = cluster * p.tiles_of_cluster + (cluster < p.more_tiles ? cluster : p.more_tiles);
+    end = first + p.tiles_of_cluster + (cluster < p.more_tiles ? 1 : 0);
   }
   __device__ __forceinline__ bool some() const { return first < end; }
   __device__ __forceinline__ uint32_t now() const { return end - first < kTiles ? end - first : kTiles; }
@@ -81,10 +82,11 @@ struct StreamTiles {
 // The columns of a thread block: all of them, or its slice.
 struct StreamSlice {
   uint32_t step, columns;  // the first step; columns that exist
-  __device__ __forceinline__ explicit StreamSlice(const StreamParams& p) : step(blockIdx.x % p.plan.splits * p.plan.slice_steps) {
+  __device__ __forceinline__ explicit StreamSlice(const StreamParams& p) : step(rank(p) * p.plan.slice_steps) {
     const uint32_t left = static_cast<uint32_t>(p.weight.in_features) - step * kStepColumns, most = p.plan.slice_steps * kStepColumns;
     columns = left < most ? left : most;
   }
+  static __device__ __forceinline__ uint32_t rank(const StreamParams& p) { return blockIdx.x & (p.plan.splits - 1); }
   __device__ __forceinline__ uint32_t stages() const { return (columns + kStageColumns - 1) / kStageColumns; }
   __device__ __forceinline__ uint32_t first_unit() const { return step * kStepUnits; }
   __device__ __forceinline__ uint32_t end_unit() const { return step * kStepUnits + (columns + kUnitColumns - 1) / kUnitColumns; }
@@ -109,7 +111,7 @@ __device__ __forceinline__ uint32_t group_of(const StreamParams& p, uint32_t uni
 template <class Kind, bool kZeros, int kTokenTiles>
 struct StreamCopies {
   using Step = StepCodes<Kind>;
-  using Memory = StreamMemory<Kind, kZeros, kTokenTiles>;
+  using Memory = StreamMemory<Kind, kTokenTiles>;
   static constexpr int kTiles = Memory::kTiles;
   static constexpr uint32_t kCodeBytes = kConsumers * Step::kBytes;  // of a tile in a stage
 
@@ -217,7 +219,7 @@ struct StreamOperands {
 template <class Kind, class T, bool kZeros, int kTokenTiles>
 struct StreamConsumer {
   using Step = StepCodes<Kind>;
-  using Memory = StreamMemory<Kind, kZeros, kTokenTiles>;
+  using Memory = StreamMemory<Kind, kTokenTiles>;
   static constexpr int kTiles = Memory::kTiles, kThreads = 32 * kConsumers;
   // Sums of a round; those that a thread makes of the warps' sums.
   static constexpr int kSums = Memory::kOwnFloats, kOfThread = (kSums + kThreads - 1) / kThreads;
@@ -303,7 +305,7 @@ struct StreamConsumer {
     const uint32_t splits = p.plan.splits, share = kSums / 4 / splits;
     const StreamTiles<kTiles> all(p);
     for (uint32_t i = threadIdx.x; i < share; i += kThreads) {
-      const uint32_t four = blockIdx.x % splits * share + i, rows = four % 4, token = four / 4 % (8 * kTokenTiles), tile = four / (32 * kTokenTiles);
+      const uint32_t four = StreamSlice::rank(p) * share + i, rows = four % 4, token = four / 4 % (8 * kTokenTiles), tile = four / (32 * kTokenTiles);
       if (first_tile + tile >= all.end || token >= p.tokens) continue;
       const float4* const own = reinterpret_cast<const float4*>(shared.own(round)) + four;
       float4 sum = load_of_block(own, 0);
@@ -317,7 +319,7 @@ struct StreamConsumer {
 template <class Kind, class T, bool kZeros, int kTokenTiles>
 __global__ void __launch_bounds__(kStreamThreads, 2) stream_kernel(const StreamParams p) {
 #ifdef HFQ_STREAM
-  const StreamMemory<Kind, kZeros, kTokenTiles> shared(p);
+  const StreamMemory<Kind, kTokenTiles> shared(p);
   StreamCopies<Kind, kZeros, kTokenTiles> copies(p, shared);
   const bool copies_all = threadIdx.x == 32 * kConsumers, consumes = threadIdx.x < 32 * kConsumers;
   let_next_kernel_start();
@@ -331,6 +333,7 @@ __global__ void __launch_bounds__(kStreamThreads, 2) stream_kernel(const StreamP
     for (uint32_t i = threadIdx.x; i < pieces * p.tokens; i += 32 * kConsumers)
       *reinterpret_cast<uint4*>(shared.memory + shared.kPlaces.x + i / pieces * p.plan.x_stride + 2 * columns + i % pieces * 16) = uint4{};
   }
+  sync_warp();  // the lanes beside the one that copies
   if (p.plan.splits > 1)
     sync_cluster();
   else
@@ -344,6 +347,7 @@ __global__ void __launch_bounds__(kStreamThreads, 2) stream_kernel(const StreamP
     mbarrier_wait(shared.x_there(), 0);
     StreamConsumer<Kind, T, kZeros, kTokenTiles>(p, shared).run();
   }
+  sync_warp();
   if (p.plan.splits > 1) sync_cluster_only();  // nobody's shared memory goes before all have read it
 #endif
 }
@@ -354,13 +358,13 @@ template <class Kind, class T, bool kZeros, int kTokenTiles>
 const char* launch_stream_tokens(const StreamParams& params, cudaStream_t stream) {
   constexpr auto kKernel = stream_kernel<Kind, T, kZeros, kTokenTiles>;
   StreamParams p = params;
-  const uint32_t splits = p.plan.splits;
-  int clusters = multiprocessors();
-  if (splits > 1) clusters = active_clusters<StreamParams, kKernel>(splits, kStreamThreads, p.plan.shared_bytes, 0) / static_cast<int>(p.plan.on_one);
-  p.clusters = clusters < 1 ? 1 : static_cast<uint32_t>(clusters);
-  if (p.clusters > p.tiles) p.clusters = p.tiles;
-  if (splits == 1) return launch_early(kKernel, p.clusters, kStreamThreads, p.plan.shared_bytes, stream, p);
-  return launch_clusters(kKernel, p.clusters * splits, splits, kStreamThreads, p.plan.shared_bytes, stream, p);
+  const uint32_t splits = p.plan.splits, tiles = static_cast<uint32_t>((p.weight.out_features + kTileRows - 1) / kTileRows);
+  int active = multiprocessors();
+  if (splits > 1) active = active_clusters<StreamParams, kKernel>(splits, kStreamThreads, p.plan.shared_bytes, 0) / static_cast<int>(p.plan.on_one);
+  const uint32_t most = active < 1 ? 1 : static_cast<uint32_t>(active), clusters = most < tiles ? most : tiles;
+  p.tiles_of_cluster = tiles / clusters, p.more_tiles = tiles % clusters;
+  if (splits == 1) return launch_early(kKernel, clusters, kStreamThreads, p.plan.shared_bytes, stream, p);
+  return launch_clusters(kKernel, clusters * splits, splits, kStreamThreads, p.plan.shared_bytes, stream, p);
 }
 
 template <class Kind, class T, bool kZeros>
