@@ -149,6 +149,7 @@ def test_products(
     kind: str,
 ) -> None:
     """By the kernels that all GPUs have."""
+    monkeypatch.setenv("HFQ_CUDA_STREAM", "0")
     monkeypatch.setenv("HFQ_CUDA_WGMMA", "0")
     check_products((0, 1, 3, 8, 9, 19, 40, 130), shape, kind)
 
@@ -165,24 +166,48 @@ def test_products_with_wgmma(
     """Each number of tokens of a thread block, filled and not; clusters of all sizes come from the shapes."""
     if torch.cuda.get_device_capability(cuda) != (9, 0):
         pytest.skip("wgmma needs compute capability 9.0")
+    monkeypatch.setenv("HFQ_CUDA_STREAM", "0")
     monkeypatch.setenv("HFQ_CUDA_WGMMA", "1")
     check_products((9, 16, 27, 32, 40, 64, 100, 128, 130), shape, kind)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_with_the_stream_kernel(
+    check_products: Callable[..., None],
+    cuda: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, int, int],
+    kind: str,
+) -> None:
+    """One block for all columns, and clusters, of all sizes."""
+    if torch.cuda.get_device_capability(cuda) < (9, 0):
+        pytest.skip("copies in bulk need compute capability 9.0")
+    monkeypatch.setenv("HFQ_CUDA_STREAM", "1")
+    check_products((1, 2, 5, 8, 9, 16), shape, kind)
+
+
 @pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")
 @pytest.mark.parametrize("wanted", ["0", "1"])
-def test_wgmma_is_taken_where_it_is_wanted(
+@pytest.mark.parametrize(
+    ("variable", "kernel", "tokens"),
+    [("HFQ_CUDA_WGMMA", "wgmma_kernel", 40), ("HFQ_CUDA_STREAM", "stream_kernel", 3)],
+)
+def test_a_kernel_is_taken_where_it_is_wanted(
     make_weight: MakeWeight,
     generator: torch.Generator,
     cuda: torch.device,
     monkeypatch: pytest.MonkeyPatch,
+    variable: str,
+    kernel: str,
+    tokens: int,
     wanted: str,
 ) -> None:
     if torch.cuda.get_device_capability(cuda) != (9, 0):
-        pytest.skip("wgmma needs compute capability 9.0")
-    monkeypatch.setenv("HFQ_CUDA_WGMMA", wanted)
+        pytest.skip("needs compute capability 9.0")
+    monkeypatch.setenv(variable, wanted)
     weight = make_weight(1024, 4096, 128)
-    x = torch.randn(40, 4096, generator=generator).to(cuda, torch.bfloat16)
+    x = torch.randn(tokens, 4096, generator=generator).to(cuda, torch.bfloat16)
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         weight.linear(x)
@@ -190,7 +215,7 @@ def test_wgmma_is_taken_where_it_is_wanted(
     names = [event.key for event in profile.key_averages()]
     if not any("hfq" in name for name in names):
         pytest.skip("the profiler sees no kernels")
-    assert any("wgmma_kernel" in name for name in names) == (wanted == "1"), names
+    assert any(kernel in name for name in names) == (wanted == "1"), names
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -254,7 +279,7 @@ def test_opcheck(make_weight: MakeWeight, generator: torch.Generator, cuda: torc
 
 
 @pytest.mark.parametrize(
-    ("tokens", "wgmma"), [(2, "0"), (64, "0"), pytest.param(64, "1", id="64-wgmma")]
+    ("tokens", "kernel"), [(2, ""), (2, "STREAM"), (16, "STREAM"), (64, ""), (64, "WGMMA")]
 )
 def test_in_a_cuda_graph(
     make_weight: MakeWeight,
@@ -262,10 +287,11 @@ def test_in_a_cuda_graph(
     cuda: torch.device,
     monkeypatch: pytest.MonkeyPatch,
     tokens: int,
-    wgmma: str,
+    kernel: str,
 ) -> None:
     """Of 64 tokens, several thread blocks share the columns: sums meet in memory that PyTorch has lent, or in a cluster."""
-    monkeypatch.setenv("HFQ_CUDA_WGMMA", wgmma)
+    for name in ("STREAM", "WGMMA"):
+        monkeypatch.setenv(f"HFQ_CUDA_{name}", "1" if name == kernel else "0")
     weight = make_weight(1024, 4096, 128, kind="int4_zeros")
     x = torch.randn(tokens, 4096, generator=generator).to(cuda, torch.bfloat16)
     graph, y = captured(lambda: weight.linear(x))
@@ -273,6 +299,39 @@ def test_in_a_cuda_graph(
         x.copy_(torch.randn(tokens, 4096, generator=generator))
         graph.replay()
         assert torch.equal(y, weight.linear(x))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "kernel"), [(1, ""), (1, "STREAM"), (16, "STREAM"), (16, "WGMMA")]
+)
+def test_products_that_overlap(
+    make_weight: MakeWeight,
+    generator: torch.Generator,
+    cuda: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    tokens: int,
+    kernel: str,
+) -> None:
+    """Each product reads what the one before gives, and writes where an earlier one has been read: as if they did not overlap."""
+    for name in ("STREAM", "WGMMA"):
+        monkeypatch.setenv(f"HFQ_CUDA_{name}", "1" if name == kernel else "0")
+    weights = [make_weight(*shape, 128) for shape in ((3072, 4096), (4096, 3072)) * 3]
+    x = torch.randn(tokens, 4096, generator=generator).to(cuda, torch.bfloat16)
+
+    def chain() -> Tensor:
+        y = x
+        for weight in weights * 8:  # each output goes to memory that was just given back
+            y = weight.linear(y)
+        return y
+
+    monkeypatch.setenv("HFQ_CUDA_OVERLAP", "0")
+    expected = chain()
+    assert expected.isfinite().all()
+    monkeypatch.setenv("HFQ_CUDA_OVERLAP", "1")
+    graph, y = captured(chain)
+    for _ in range(5):
+        graph.replay()
+        assert torch.equal(y, expected)
 
 
 def test_bad_arguments_are_refused(make_weight: MakeWeight, cuda: torch.device) -> None:
