@@ -10,8 +10,8 @@ namespace {
 
 uint32_t divided(int64_t a, int64_t b) { return static_cast<uint32_t>((a + b - 1) / b); }
 
-// Stages below which memory would wait for the ring.
-constexpr uint32_t kLeastStages = 3;
+// Below, memory would wait for the ring: a multiprocessor of an H200 gets some 20 bytes a clock, after 1000 clocks.
+constexpr size_t kLeastStages = 3, kLeastRing = 40 << 10;
 
 // Groups of a stage, at most.
 int64_t groups_of_stage(const Weight& w) {
@@ -37,12 +37,13 @@ StreamPlan plan_split(const LinearParams& params, uint32_t split_bits, uint32_t 
   p.x_stride = p.slice_steps * 2 * kStreamStepColumns + 64;
   p.x_bytes = divided(params.tokens * p.x_stride, 128) * 128;
   constexpr size_t kReserved = 1 << 10;  // of each thread block; of the device's most, too
-  const auto share = [&](uint32_t blocks) { return (most_shared_bytes() + kReserved) / blocks - kReserved; };
-  const size_t fixed = stream_places(tiles, token_tiles, w.codebook && w.bits == 4).x + p.x_bytes, room = share(on_one);
-  if (room < fixed + size_t{kLeastStages} * p.stage_bytes) return p;
-  const size_t stages = (room - fixed) / p.stage_bytes;
+  constexpr size_t kForOthers = 4 << 10;  // small kernels between two products would keep the next one from its place
+  const size_t all = most_shared_bytes() + kReserved, room = (all - (on_one > 1 ? kForOthers : 0)) / on_one - kReserved;
+  const size_t fixed = stream_places(tiles, token_tiles, w.codebook && w.bits == 4).x + p.x_bytes;
+  const size_t stages = room < fixed ? 0 : (room - fixed) / p.stage_bytes;
+  if (stages < kLeastStages || stages * p.stage_bytes < kLeastRing) return p;
   p.ring_stages = static_cast<uint32_t>(stages < kMostStreamStages ? stages : kMostStreamStages);
-  const size_t bytes = fixed + size_t{p.ring_stages} * p.stage_bytes, least = share(on_one + 1) + 128;
+  const size_t bytes = fixed + size_t{p.ring_stages} * p.stage_bytes, least = all / (on_one + 1) - kReserved + 128;
   p.shared_bytes = static_cast<uint32_t>(bytes < least ? least : bytes);  // no more than `on_one`, so that they are placed evenly
   p.on_one = on_one;
   p.splits = splits, p.split_bits = split_bits;

@@ -24,6 +24,9 @@ from torch import Tensor
         ("wgmma_registers_change", "registers change while wgmma reads them"),
         ("wgmma_other_descriptor", "warps of a group start different instructions"),
         ("wgmma_not_aligned", "does not begin with its pattern"),
+        ("early_write", "before it was waited for"),
+        ("early_read", "before it was waited for"),
+        ("early_constant", "a load of constants reads what the kernel in front writes"),
         ("bulk_ring_no_fence", "no fence.proxy.async covers"),
         ("bulk_ring_not_aligned", "misaligned copy_bulk"),
     ],
@@ -44,6 +47,11 @@ def test_copies_are_there_when_they_were_waited_for(emulator: Any) -> None:
     before, first, second, after = emulator.self_check("copies", x).view(32, 4).unbind(1)
     assert (before == -1).all() and (second == -1).all()
     assert torch.equal(first, x[::4]) and torch.equal(after, x[::4])
+
+
+def test_kernels_that_start_early_wait(emulator: Any) -> None:
+    x = torch.arange(128, dtype=torch.int32)
+    assert torch.equal(emulator.self_check("early", x)[:32], x[:32])
 
 
 def test_matrices_and_shuffles(emulator: Any, generator: torch.Generator) -> None:

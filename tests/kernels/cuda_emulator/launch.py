@@ -16,6 +16,14 @@ FLOAT, BOOL = ctypes.c_float, ctypes.c_bool
 # More multiprocessors than any product here fills; shared memory of a thread block of an H100.
 MANY, H100 = 1 << 20, 227 << 10
 
+# Fields that point to what no kernel writes that lets the next one start: parts of weights.
+_CONSTANTS = frozenset(
+    (
+        *("qweight", "scales", "zeros", "codebook", "bias", "weight", "input_scale"),
+        *("stat_codes", "stats", "offsets", "columns", "values"),
+    )
+)
+
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -28,7 +36,7 @@ class Params(ctypes.Structure):
     """A struct of kernels/cuda. Tensors stand for their addresses, dtypes for their numbers, None for 0; ``x_dtype`` is that of ``x``.
 
     Attributes:
-        tensors: all that the struct points to.
+        constants, tensors: parts of weights, and what else the struct points to.
     """
 
     def __init__(self, **values: Any) -> None:
@@ -36,11 +44,13 @@ class Params(ctypes.Structure):
             tensor = values.get(name.removesuffix("_dtype"))
             if name.endswith("_dtype") and isinstance(tensor, Tensor):
                 values[name] = tensor.dtype
+        self.constants: list[Tensor] = []
         self.tensors: list[Tensor] = []
-        for value in values.values():
+        for name, value in values.items():
             if isinstance(value, Tensor):
-                self.tensors.append(value)
+                (self.constants if name in _CONSTANTS else self.tensors).append(value)
             elif isinstance(value, Params):
+                self.constants += value.constants
                 self.tensors += value.tensors
         super().__init__(**{name: _plain(value) for name, value in values.items()})
 
@@ -81,17 +91,23 @@ class Launchers:
 
     def launch(self, name: str, params: Params, *written: Tensor) -> None:
         """A kernel may read the tensors of its parameters, and write to `written`."""
-        self.call(name, params.tensors, written, ctypes.byref(params))
+        self.call(name, params.tensors, written, ctypes.byref(params), constants=params.constants)
 
     def call(
-        self, name: str, read: Sequence[Tensor], written: Sequence[Tensor], *arguments: Any
+        self,
+        name: str,
+        read: Sequence[Tensor],
+        written: Sequence[Tensor],
+        *arguments: Any,
+        constants: Sequence[Tensor] = (),
     ) -> None:
+        """`constants`: may be read before the kernel in front has ended."""
         self._library.forget_all()
-        for tensors, writable in ((read, 0), (written, 1)):
+        for tensors, access in ((constants, 0), (read, 1), (written, 2)):
             for tensor in tensors:
                 assert tensor.is_contiguous()
                 size = ctypes.c_size_t(tensor.numel() * tensor.element_size())
-                self._library.allow(POINTER(tensor.data_ptr()), size, writable)
+                self._library.allow(POINTER(tensor.data_ptr()), size, access)
         launcher = getattr(self._library, name)
         launcher.restype = ctypes.c_char_p
         error = launcher(*arguments)

@@ -52,7 +52,7 @@ struct Float16 {};
 
 template <class V>
 V load(const V* p) {
-  cuda_on_cpu::check_global(p, sizeof(V), false);
+  cuda_on_cpu::check_global(p, sizeof(V), cuda_on_cpu::Way::kConstantLoad);
   return *p;
 }
 template <class V>
@@ -61,11 +61,12 @@ V load_streaming(const V* p) {
 }
 template <class V>
 V load_written(const V* p) {
-  return load(p);
+  cuda_on_cpu::check_global(p, sizeof(V), cuda_on_cpu::Way::kLoad);
+  return *p;
 }
 template <class V>
 void store(V* p, const V& v) {
-  cuda_on_cpu::check_global(p, sizeof(V), true);
+  cuda_on_cpu::check_global(p, sizeof(V), cuda_on_cpu::Way::kStore);
   *p = v;
 }
 
@@ -83,13 +84,13 @@ V load_shared(uint32_t at) {
 template <int kBytes = 16>
 void cp_async(uint32_t shared, const void* global) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
-  cuda_on_cpu::check_global(global, kBytes, false);
+  cuda_on_cpu::check_global(global, kBytes, cuda_on_cpu::Way::kLoad);
   cuda_on_cpu::copy_later(cuda_on_cpu::at_shared_address(shared, kBytes), global, kBytes);
 }
 template <int kBytes = 16>
 void cp_async_or_zero(uint32_t shared, const void* global, bool exists) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
-  if (exists) cuda_on_cpu::check_global(global, kBytes, false);
+  if (exists) cuda_on_cpu::check_global(global, kBytes, cuda_on_cpu::Way::kLoad);
   cuda_on_cpu::copy_later(cuda_on_cpu::at_shared_address(shared, kBytes), exists ? global : nullptr, kBytes);
 }
 inline void cp_async_commit() { cuda_on_cpu::commit_copies(); }
@@ -103,9 +104,9 @@ inline void prefetch(const void* global, uint32_t bytes) {
   cuda_on_cpu::check_range(global, bytes);
 }
 
-// Kernels run one after the other.
+// Kernels run one after the other, but those that may start early are told where they come too soon.
 inline void let_next_kernel_start() {}
-inline void wait_for_previous_kernel() {}
+inline void wait_for_previous_kernel() { cuda_on_cpu::wait_for_previous_kernel(); }
 
 // ---- threads ----
 
@@ -486,14 +487,14 @@ inline void mbarrier_wait_for_cluster(uint64_t* barrier, uint32_t bit) { cuda_on
 
 template <class Params>
 const char* launch(void (*kernel)(Params), unsigned blocks, unsigned threads, size_t shared_bytes, cudaStream_t, const Params& params) {
-  return cuda_on_cpu::run_blocks(blocks, 1, threads, shared_bytes, [&] { kernel(params); });
+  return cuda_on_cpu::run_blocks(blocks, 1, threads, shared_bytes, false, [&] { kernel(params); });
 }
 
 template <class Params>
 const char* launch_clusters(void (*kernel)(Params), unsigned blocks, unsigned cluster, unsigned threads, size_t shared_bytes, cudaStream_t,
                             const Params& params) {
   going_on.clear();
-  return cuda_on_cpu::run_blocks(blocks, cluster, threads, shared_bytes, [&] { kernel(params); });
+  return cuda_on_cpu::run_blocks(blocks, cluster, threads, shared_bytes, true, [&] { kernel(params); });
 }
 
 struct KernelFacts {
@@ -511,7 +512,7 @@ int active_clusters(int cluster, unsigned, size_t shared_bytes, int) {
 
 template <class Params>
 const char* launch_early(void (*kernel)(Params), unsigned blocks, unsigned threads, size_t shared_bytes, cudaStream_t stream, const Params& params) {
-  return launch(kernel, blocks, threads, shared_bytes, stream, params);
+  return launch_clusters(kernel, blocks, 1, threads, shared_bytes, stream, params);
 }
 
 inline const char* launch_copy(void* to, const void* from, size_t bytes, cudaStream_t) {

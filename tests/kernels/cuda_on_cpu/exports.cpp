@@ -30,7 +30,7 @@ const char* gate(const hfq::GateParams* params) { return hfq::launch_gate(*param
 int64_t attend_workspace(const hfq::AttendParams* params) { return hfq::attend_workspace(*params); }
 const char* attend(const hfq::AttendParams* params, float* workspace) { return hfq::launch_attend(*params, workspace, nullptr); }
 
-void allow(const void* p, size_t bytes, int writable) { cuda_on_cpu::allow(p, bytes, writable != 0); }
+void allow(const void* p, size_t bytes, int access) { cuda_on_cpu::allow(p, bytes, static_cast<cuda_on_cpu::Access>(access)); }
 void forget_all() { cuda_on_cpu::forget_all(); }
 void set_device(int multiprocessors, size_t most_shared_bytes) {
   cuda_on_cpu::multiprocessors = multiprocessors;

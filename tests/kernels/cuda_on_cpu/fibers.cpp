@@ -45,6 +45,7 @@ struct Fiber {
   Block* block;
   uint32_t fenced;             // the last copy that it has made known to wgmma
   uint32_t barrier;            // at which it waits
+  bool waited;                 // for the kernel in front
   std::vector<Copy> copies;    // not committed
   std::vector<Copies> groups;  // committed, oldest first
 };
@@ -90,7 +91,7 @@ struct Block {
 struct Range {
   const uint8_t* begin;
   size_t bytes;
-  bool writable;
+  Access access;
 };
 
 ucontext_t scheduler;
@@ -102,6 +103,7 @@ size_t shared_size;
 Fiber* current;
 unsigned threads;  // of a block
 int in_cluster_barrier, done;
+bool starts_early;
 const std::function<void()>* body;
 std::string message;
 
@@ -127,6 +129,7 @@ void start(unsigned number) {
   fiber.thread = number % threads;
   fiber.block = &cluster[number / threads];
   fiber.fenced = 0;
+  fiber.waited = !starts_early;
   fiber.copies.clear();
   fiber.groups.clear();
   makecontext(&fiber.context, run_fiber, 0);
@@ -274,13 +277,15 @@ Index thread_index() { return {current->thread}; }
 Index block_index() { return {current->block->index}; }
 Index block_size() { return {threads}; }
 
-const char* run_blocks(unsigned blocks, unsigned cluster_blocks, unsigned block_threads, size_t shared_bytes, const std::function<void()>& kernel) {
+const char* run_blocks(unsigned blocks, unsigned cluster_blocks, unsigned block_threads, size_t shared_bytes, bool early,
+                       const std::function<void()>& kernel) {
   message.clear();
   threads = block_threads;
   if (threads == 0 || threads % 32 || threads > 1024) return "a block has 32 to 1024 threads, a multiple of 32";
   if (cluster_blocks == 0 || cluster_blocks > 8 || blocks % cluster_blocks) return "clusters have 1 to 8 blocks, and all as many";
   if (shared_bytes > most_shared_bytes) return "more shared memory than a block may have";
   body = &kernel;
+  starts_early = early;
   shared_size = shared_bytes;
   fibers.resize(cluster_blocks * threads);
   cluster.resize(cluster_blocks);
@@ -333,6 +338,16 @@ void together(const char* name, void* operands, void (*work)(void** all)) {
 
 uint8_t* shared_memory() { return current->block->shared_begin; }
 
+namespace {
+
+void check_order(const Range& range, Way way) {
+  if (!starts_early || range.access == Access::kConstant) return;
+  if (way == Way::kConstantLoad && range.access == Access::kFromBefore) fail("a load of constants reads what the kernel in front writes");
+  if (!current->waited) fail("memory that the kernel in front may use before it was waited for");
+}
+
+}  // namespace
+
 void check_shared(const void* p, size_t bytes) {
   if (!within(p, bytes, shared_memory(), shared_size)) fail("access outside of shared memory");
   if (reinterpret_cast<uintptr_t>(p) % bytes) fail("misaligned access to shared memory");
@@ -356,22 +371,28 @@ const void* of_block(const void* own, unsigned rank, size_t bytes) {
   return cluster[rank].shared_begin + (static_cast<const uint8_t*>(own) - shared_memory());
 }
 
-void allow(const void* p, size_t bytes, bool writable) { ranges.push_back({static_cast<const uint8_t*>(p), bytes, writable}); }
+void allow(const void* p, size_t bytes, Access access) { ranges.push_back({static_cast<const uint8_t*>(p), bytes, access}); }
 
 void forget_all() { ranges.clear(); }
 
-void check_global(const void* p, size_t bytes, bool write) {
+void check_global(const void* p, size_t bytes, Way way) {
   if (reinterpret_cast<uintptr_t>(p) % bytes) fail("misaligned access to global memory");
-  for (const Range& range : ranges)
-    if (within(p, bytes, range.begin, range.bytes) && (range.writable || !write)) return;
+  const bool write = way == Way::kStore;
+  for (const Range& range : ranges) {
+    if (!within(p, bytes, range.begin, range.bytes) || (write && range.access != Access::kWritten)) continue;
+    check_order(range, way);
+    return;
+  }
   fail(write ? "write outside of global memory" : "read outside of global memory");
 }
 
 void check_range(const void* p, size_t bytes) {
   for (const Range& range : ranges)
-    if (within(p, bytes, range.begin, range.bytes)) return;
+    if (within(p, bytes, range.begin, range.bytes)) return check_order(range, Way::kLoad);
   fail("read outside of global memory");
 }
+
+void wait_for_previous_kernel() { current->waited = true; }
 
 void copy_later(void* to, const void* from, size_t bytes) {
   check_shared(to, bytes);

@@ -20,8 +20,9 @@ extern int multiprocessors;
 extern size_t most_shared_bytes;
 extern int compute_capability;  // 80 for 8.0
 
-// Runs `kernel` once for each thread of each block, `cluster` blocks at a time. Returns null, or what went wrong first.
-const char* run_blocks(unsigned blocks, unsigned cluster, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel);
+// Runs `kernel` once for each thread of each block, `cluster` blocks at a time; `early`: it starts before the one in front has ended. Returns null, or
+// what went wrong first.
+const char* run_blocks(unsigned blocks, unsigned cluster, unsigned threads, size_t shared_bytes, bool early, const std::function<void()>& kernel);
 
 // Threads of a block of the last launch.
 unsigned threads_of_a_block();
@@ -43,11 +44,16 @@ uint8_t* at_shared_address(uint32_t address, size_t bytes);
 // What block `rank` of the cluster has where `own` is in this one's shared memory.
 const void* of_block(const void* own, unsigned rank, size_t bytes);
 
-// Global memory that kernels may read and, if `writable`, write.
-void allow(const void* p, size_t bytes, bool writable);
+// Global memory that kernels may read: what nobody writes, what the kernel in front has written, and what this one may write.
+enum class Access { kConstant, kFromBefore, kWritten };
+void allow(const void* p, size_t bytes, Access access);
 void forget_all();
-void check_global(const void* p, size_t bytes, bool write);
+// Kernels that start early may read but what is constant, and write at all, only in threads that have waited; and never by loads for constants, which
+// a compiler moves in front of the wait.
+enum class Way { kLoad, kConstantLoad, kStore };
+void check_global(const void* p, size_t bytes, Way way);
 void check_range(const void* p, size_t bytes);  // to be read, of any size and alignment
+void wait_for_previous_kernel();
 
 // cp.async, of zeros where `global` is null: the destination is NaN until the copy is finished, which is as late as the waits of its thread allow.
 void copy_later(void* shared, const void* global, size_t bytes);

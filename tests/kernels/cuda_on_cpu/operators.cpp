@@ -8,7 +8,8 @@ extern "C" {
 AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** out_stream) {
   // Asked for before each launch. Which tensors a launch may touch is known to the operator only.
   cuda_on_cpu::forget_all();
-  cuda_on_cpu::allow(nullptr, SIZE_MAX, true);
+  // What is read may be a weight.
+  for (const auto access : {cuda_on_cpu::Access::kConstant, cuda_on_cpu::Access::kWritten}) cuda_on_cpu::allow(nullptr, SIZE_MAX, access);
   *out_stream = nullptr;
   return 0;
 }

@@ -189,10 +189,22 @@ void sum_of_cluster(Params p) {
   if (kMistake != Mistake::kNoBarrier) sync_cluster_only();
 }
 
+// Starts before the kernel has ended that gives `from` and reads what was in `to`.
+template <Mistake kMistake>
+void early(Params p) {
+  if (kMistake == Mistake::kMemoryChanges) store(p.to + threadIdx.x, 0u);
+  uint32_t v = kMistake == Mistake::kNoWait ? load_written(p.from + threadIdx.x) : 0;
+  wait_for_previous_kernel();
+  if (kMistake == Mistake::kNone) v = load_written(p.from + threadIdx.x);
+  if (kMistake == Mistake::kNoFence) v = load(p.from + threadIdx.x);
+  store(p.to + threadIdx.x, v);
+}
+
 constexpr struct {
   const char* name;
   void (*kernel)(Params);
   unsigned threads = 32, cluster = 1;
+  bool early = false;
 } kKernels[] = {
     {"wgmma", wgmma_of_columns<Mistake::kNone>, 128},
     {"wgmma_no_proxy_fence", wgmma_of_columns<Mistake::kNoProxyFence>, 128},
@@ -215,6 +227,10 @@ constexpr struct {
     {"bulk_ring_not_aligned", bulk_ring<Mistake::kNotAligned>, 128},
     {"sum_of_cluster", sum_of_cluster<Mistake::kNone>, 32, 4},
     {"sum_of_cluster_that_ends", sum_of_cluster<Mistake::kNoBarrier>, 32, 4},
+    {"early", early<Mistake::kNone>, 32, 1, true},
+    {"early_write", early<Mistake::kMemoryChanges>, 32, 1, true},
+    {"early_read", early<Mistake::kNoWait>, 32, 1, true},
+    {"early_constant", early<Mistake::kNoFence>, 32, 1, true},
     {"copies", copies},
     {"matrices", matrices},
     {"shuffle", shuffle},
@@ -237,7 +253,9 @@ extern "C" const char* self_check(const char* name, const uint32_t* from, uint32
   for (const auto& one : kKernels)
     if (std::strcmp(one.name, name) == 0) {
       const size_t shared_bytes = one.threads > 32 ? 4096 : 2048;
-      return launch_clusters<Params>(one.kernel, one.cluster, one.cluster, one.threads, shared_bytes, nullptr, {from, to});
+      going_on.clear();
+      const Params params = {from, to};
+      return cuda_on_cpu::run_blocks(one.cluster, one.cluster, one.threads, shared_bytes, one.early, [&] { one.kernel(params); });
     }
   return "no such kernel";
 }
