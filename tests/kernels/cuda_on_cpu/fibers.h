@@ -20,8 +20,8 @@ extern int multiprocessors;
 extern size_t most_shared_bytes;
 extern int compute_capability;  // 80 for 8.0
 
-// Runs `kernel` once for each thread of each block, `cluster` blocks at a time; `early`: it starts before the one in front has ended. Returns null, or
-// what went wrong first.
+// Runs `kernel` once for each thread of each block, `cluster` blocks at a time; `early`: it starts before the one in front has ended. Returns
+// null, or what went wrong first.
 const char* run_blocks(unsigned blocks, unsigned cluster, unsigned threads, size_t shared_bytes, bool early, const std::function<void()>& kernel);
 
 // Threads of a block of the last launch.
