@@ -7,8 +7,8 @@ namespace hfq {
 
 constexpr int kWgmmaColumns = 128;     // of a stage
 constexpr int kMostClusterBlocks = 8;  // that any GPU of compute capability 9.0 takes
-// Of shared memory. 32 KiB more would leave 28 KiB to the L1 cache, through which copies of 4 bytes go: hardly more than is on the way.
-constexpr int kMostWgmmaBytes = 195 << 10;
+// Of shared memory: all that a thread block may have. 28 KiB are left to the L1 cache, through which x goes, 16 KiB at a time.
+constexpr int kMostWgmmaBytes = 227 << 10;
 
 struct WgmmaPlan {
   int32_t splits;        // thread blocks that share the columns of one tile of the output: a cluster; 0 if none runs
