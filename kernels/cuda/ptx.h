@@ -134,8 +134,8 @@ __device__ __forceinline__ int first_lane(bool is) { return __ffs(static_cast<in
 
 // ---- barriers in shared memory (compute capability 9.0) ----
 
-// One of 8 bytes, at an address in shared memory, counts arrivals. When there are `count`, a phase ends and the next one begins; phases have numbers from 0 on, of which threads
-// that wait name the last bit. What a thread did before it arrived is there for those that have waited.
+// One of 8 bytes, at an address in shared memory, counts arrivals. When there are `count`, a phase ends and the next one begins; phases have
+// numbers from 0 on, of which threads that wait name the last bit. What a thread did before it arrived is there for those that have waited.
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
@@ -153,13 +153,15 @@ __device__ __forceinline__ void mbarrier_arrive_and_expect(uint32_t barrier, uin
 // A piece of global memory to shared memory, both of which begin and end at multiples of 16 bytes. One thread asks for all of it; it is there for
 // those that have waited at the barrier, for their wgmma as well.
 __device__ __forceinline__ void copy_bulk(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared), "l"(global), "r"(bytes), "r"(barrier)
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared), "l"(global), "r"(bytes),
+               "r"(barrier)
                : "memory");
 }
 // Until the phase whose number has this last bit has ended.
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t bit) {
   asm volatile(
-      "{\n.reg .pred ended;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 ended, [%0], %1;\n@ended bra over;\nbra again;\nover:\n}" ::"r"(barrier),
+      "{\n.reg .pred ended;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 ended, [%0], %1;\n@ended bra over;\nbra again;\nover:\n}" ::"r"(
+          barrier),
       "r"(bit)
       : "memory");
 }
@@ -358,6 +360,18 @@ __device__ __forceinline__ uint16_t from_float(BFloat16, float f) {
 __device__ __forceinline__ uint16_t from_float(Float16, float f) {
   uint16_t v;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(v) : "f"(f));
+  return v;
+}
+
+// Two of them to a register.
+__device__ __forceinline__ uint32_t from_floats(BFloat16, float low, float high) {
+  uint32_t v;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+  return v;
+}
+__device__ __forceinline__ uint32_t from_floats(Float16, float low, float high) {
+  uint32_t v;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
   return v;
 }
 

@@ -31,6 +31,10 @@ WgmmaPlan plan_wgmma(const LinearParams& params, const WgmmaShape& shape);
 // elsewhere as well.
 bool takes_wgmma(const LinearParams& params);
 
+// No product of up to so many tokens takes wgmma_large.h: 64 if HFQ_CUDA_WGMMA_LARGE is 1, 32 if it is 2, else all there are. (Nobody has measured
+// it.)
+int64_t most_tokens_without_large_wgmma();
+
 // Whether the kernels are there for the current device: those of a build for sm_90 without the "a" are empty.
 bool wgmma_was_compiled();
 

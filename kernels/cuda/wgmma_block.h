@@ -11,9 +11,11 @@
 // Words move, so x goes through registers: a lane loads four words of a token, 16 bytes, and stores each by itself. 32 lanes have 64 columns of four
 // tokens: they load 128 bytes of each, and write the 32 banks once.
 //
-// A ring of stages has chunks of 128 columns. Four warps fill it. Codes come in bulk, a copy for each tile, as far ahead as there are stages. x of the
-// next chunk is on its way to registers while the ring is full.
+// A ring of stages has chunks of 128 columns. Four warps fill it. Codes come in bulk, a copy for each tile, as far ahead as there are stages. x of
+// the next chunk is on its way to registers while the ring is full. Its stores are made known to wgmma by those who made them.
 #pragma once
+
+#include <type_traits>
 
 #include "fragments.h"
 #include "wgmma.h"
@@ -21,19 +23,17 @@
 namespace hfq {
 namespace {
 
-template <class Kind_, class T_, int kTokens_>
+template <class Kind, class T, int kTokens_, bool kLarge = false>
 struct WgmmaBlock {
-  using Kind = Kind_;
-  using T = T_;
   static constexpr int kTokens = kTokens_;
   static constexpr int kBits = Kind::kWords == 6 ? 3 : 128 / (Kind::kUnits * 16);  // 128 bits of a lane for 16 codes of each unit
-  static constexpr int kTiles = kTokens > 64 ? 8 : 16, kRows = kTiles * kTileRows;
-  static constexpr int kConsumers = kTiles, kProducers = 4, kThreads = 32 * (kConsumers + kProducers);  // warps
+  static constexpr int kTiles = kTokens > 64 && !kLarge ? 8 : 16, kRows = kTiles * kTileRows, kWarpTiles = kLarge ? 2 : 1;
+  static constexpr int kConsumers = kTiles / kWarpTiles, kProducers = 4, kThreads = 32 * (kConsumers + kProducers);  // warps
   // Registers of a thread: at first as many as there are for all (ptxas' number, which has to be this one: tests/kernels/test_ptxas.py). With 64
   // tokens and more the copying warps then give some to the others.
   static constexpr int kAtFirst = kConsumers == 16 ? 96 : 168;
-  static constexpr int kOfConsumers = kTokens == 128 ? 216 : kTokens == 64 ? 104 : kAtFirst;
-  static constexpr int kOfProducers = kTokens == 128 ? 72 : kTokens == 64 ? 64 : kAtFirst;
+  static constexpr int kOfConsumers = kTokens == 128 ? 216 : kTokens == 64 && !kLarge ? 104 : kAtFirst;
+  static constexpr int kOfProducers = kTokens == 128 ? 72 : kTokens == 64 && !kLarge ? 64 : kAtFirst;
   static_assert(kConsumers * kOfConsumers + kProducers * kOfProducers <= (kConsumers + kProducers) * kAtFirst);
   static constexpr int kUnits = kWgmmaColumns / kUnitColumns;  // of a chunk
   static constexpr int kBlocks = kWgmmaColumns / kBlockColumns<kBits>, kBytes = kBlocks * kBlockBytes<kBits>;  // of a chunk of one tile
@@ -44,10 +44,10 @@ struct WgmmaBlock {
   static constexpr int kSharing = kAllPieces / kPieces < kProducers ? kAllPieces / kPieces : kProducers, kTurns = kProducers / kSharing;
 
   // A stage: two halves of 64 columns of x, [kTokens][128 bytes]; codes of each tile; of each tile and unit 64 bytes of scales, and of zero
-  // points; sums of x, [kUnits][kTokens].
+  // points; sums of x, [kUnits][kTokens], for scales that float32 sums are multiplied by.
   static constexpr int kHalf = kTokens * 128, kCodesAt = 2 * kHalf, kScalesAt = kCodesAt + kTiles * kBytes, kScaleBytes = 64;
   static constexpr int kZerosAt = kScalesAt + kTiles * kUnits * kScaleBytes, kXSumsAt = kZerosAt + kTiles * kUnits * kScaleBytes;
-  static constexpr int kStage = (kXSumsAt + kUnits * kTokens * 4 + 1023) / 1024 * 1024;
+  static constexpr int kStage = (kXSumsAt + (kLarge ? 0 : kUnits * kTokens * 4) + 1023) / 1024 * 1024;
   // Shared memory: the ring, the table of a codebook, barriers.
   static constexpr int kTableBytes = Kind::kTable ? TableCodes::kTableBytes : 0, kBarrierBytes = 256;
   static constexpr int kRoom = (kMostWgmmaBytes - kTableBytes - kBarrierBytes) / kStage, kStages = kRoom > 8 ? 8 : kRoom;
@@ -92,6 +92,23 @@ struct WgmmaBlock {
     fence_proxy_async();  // for copies in bulk
   }
 };
+
+// x in a stage at this shared address as wgmma reads it, for its first unit. Rows of 128 bytes (swizzle 1 in bits 62, 63), 8 of them 1024 bytes from
+// the next 8 (in 16 bytes, bits 32 to 45).
+__device__ __forceinline__ uint64_t x_descriptor(uint32_t stage) {
+  return uint64_t{1} << 62 | uint64_t{1024 / 16} << 32 | uint64_t{1} << 16 | (stage & 0x3ffff) / 16;
+}
+
+// Sums of a tile of rows to [tokens][kRows + 4] of shared memory: 8 lanes apart are 4 tokens, other banks.
+template <class Block>
+__device__ __forceinline__ void store_tile(float* partial, int tile, const float (&sums)[Block::kSums]) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < Block::kSums; ++i) {
+    const int token = 8 * (i / 4) + 2 * (lane % 4) + i % 2, row = kTileRows * tile + lane / 4 + i / 2 % 2 * 8;
+    partial[token * (Block::kRows + 4) + row] = sums[i];
+  }
+}
 
 // A stage after the other, and in which round of the ring.
 template <int kStages>
@@ -155,12 +172,13 @@ struct WgmmaProducer {
     unit = chunk * Block::kUnits + of_chunk;
     number_tile = lane >> (of_pieces + of_units), number_tiles = 32 >> (of_pieces + of_units);
     pair_shift = 4 + of_pieces;
-    numbers_to = Block::kScalesAt + ((first_tile + number_tile) * Block::kUnits + of_chunk) * Block::kScaleBytes + 16 * piece;
-    numbers_from = (static_cast<int64_t>(block.first_tile + first_tile + number_tile) * w.groups << pair_shift) + 16 * piece;
+    numbers_to = kept(Block::kScalesAt + ((first_tile + number_tile) * Block::kUnits + of_chunk) * Block::kScaleBytes + 16 * piece);
+    numbers_from = kept((static_cast<int64_t>(block.first_tile + first_tile + number_tile) * w.groups << pair_shift) + 16 * piece);
     numbers_step = static_cast<int64_t>(number_tiles) * w.groups << pair_shift;
   }
 
-  // All chunks of the warp. What is not copied, of tokens and rows that do not exist, reaches no other one's sums; codes of columns behind K meet zeros.
+  // All chunks of the warp. What is not copied, of tokens and rows that do not exist, reaches no other one's sums; codes of columns behind K meet
+  // zeros.
   __device__ __forceinline__ void run() {
     Turn<Block::kStages> turn;
     turn.at = first;

@@ -1,8 +1,8 @@
 // The kernel of wgmma.h, for one kind of codes in each file that includes this.
 //
-// Four warps fill a ring of stages (wgmma_block.h). The others have a tile each; they wait for a stage to be full, and say when it is empty, so that none
-// waits for another that is behind. While the instructions of a unit run, the next one's numbers are made. Scales multiply float32 sums after a
-// group, or a chunk if that ends first; sums of x for zero points come from mma with ones, as in gemm_kernel.h.
+// Four warps fill a ring of stages (wgmma_block.h). The others have a tile each; they wait for a stage to be full, and say when it is empty, so that
+// none waits for another that is behind. While the instructions of a unit run, the next one's numbers are made. Scales multiply float32 sums after a
+// group, or a chunk if that ends first; sums of x for zero points come from mma with ones, as in gemm_kernel.h. (More than 64 tokens: wgmma_large.h.)
 //
 // x costs as many bytes of L2 as codes do: 64 tokens as many as 256 rows of 4 bits. So 256 rows share it; 128 tokens leave registers for 128 rows
 // only. Few rows leave multiprocessors without work: then the columns are cut, the blocks that share rows are a cluster, and each adds up its
@@ -12,7 +12,7 @@
 #include <type_traits>
 
 #include "gemm_output.h"
-#include "wgmma_block.h"
+#include "wgmma_large.h"
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define HFQ_WGMMA
@@ -37,8 +37,8 @@ struct WgmmaConsumer {
   Kind codes;
   uint32_t a[2][2][4];           // of two units, in turns
 
-  __device__ __forceinline__ WgmmaConsumer(const WgmmaParams& params, const Block& b)
-      : p(params), block(b), lane(threadIdx.x % 32), warp(threadIdx.x / 32) {
+  __device__ __forceinline__ WgmmaConsumer(const WgmmaParams& params, const Block& b, int own)
+      : p(params), block(b), lane(threadIdx.x % 32), warp(own) {
     codes_at = kept(static_cast<uint32_t>(Block::kCodesAt + warp * Block::kBytes + 16 * lane));
     scales_at = kept(static_cast<uint32_t>(Block::kScalesAt + warp * kUnits * Block::kScaleBytes + lane / 4 * pair_bytes(p.weight.scale_dtype)));
     if constexpr (Kind::kTable) table = kept(block.ring + Block::kRing + 4 * lane);
@@ -139,8 +139,7 @@ struct WgmmaConsumer {
   // All chunks of the block.
   template <bool kWhole>
   __device__ __forceinline__ void run_chunks() {
-    // Rows of 128 bytes (swizzle 1 in bits 62, 63), 8 of them 1024 bytes from the next 8 (in 16 bytes, bits 32 to 45).
-    const uint64_t x = uint64_t{1} << 62 | uint64_t{1024 / 16} << 32 | uint64_t{1} << 16 | (block.ring & 0x3ffff) / 16;
+    const uint64_t x = x_descriptor(block.ring);
     Turn<Block::kStages> turn;
     if (block.chunks) {
       mbarrier_wait(block.full(0), 0);
@@ -161,17 +160,7 @@ struct WgmmaConsumer {
       run_chunks<false>();
   }
 
-  // To [tokens][kRows + 4] of shared memory, in place of the stages: 8 lanes apart are 4 tokens, other banks.
-  __device__ __forceinline__ void store_sums(float* partial) const {
-    sync_warp();
-    if (lane == 0) mbarrier_arrive(block.drained());
-    mbarrier_wait(block.drained(), 0);
-#pragma unroll
-    for (int i = 0; i < kSums; ++i) {
-      const int token = 8 * (i / 4) + 2 * (lane % 4) + i % 2, row = kTileRows * warp + lane / 4 + i / 2 % 2 * 8;
-      partial[token * (Block::kRows + 4) + row] = sums[i];
-    }
-  }
+  __device__ __forceinline__ void store_sums(float* partial) const { store_tile<Block>(partial, warp, sums); }
 };
 
 // ---- from sums to memory: blocks of other columns are added, in their order, and rows are stored side by side
@@ -206,10 +195,11 @@ __device__ __forceinline__ void store_outputs(const WgmmaParams& p, const Block&
 
 // ---- kernel
 
-template <class Kind, class T, int kTokens>
-__global__ void __launch_bounds__(WgmmaBlock<Kind, T, kTokens>::kThreads, 1) wgmma_kernel(const WgmmaParams p) {
+template <class Kind, class T, int kTokens, bool kLarge = false>
+__global__ void __launch_bounds__(WgmmaBlock<Kind, T, kTokens, kLarge>::kThreads, 1) wgmma_kernel(const WgmmaParams p) {
 #ifdef HFQ_WGMMA
-  using Block = WgmmaBlock<Kind, T, kTokens>;
+  using Block = WgmmaBlock<Kind, T, kTokens, kLarge>;
+  using Consumer = std::conditional_t<kLarge, WgmmaLargeConsumer<Kind, T, Block>, WgmmaConsumer<Kind, T, Block>>;
   const Block block(p);
   float* const partial = reinterpret_cast<float*>(block.memory);
   let_next_kernel_start();
@@ -228,8 +218,12 @@ __global__ void __launch_bounds__(WgmmaBlock<Kind, T, kTokens>::kThreads, 1) wgm
       mbarrier_wait(block.filled(), 0);
     }
     wait_for_previous_kernel();  // which may read what will be overwritten
-    WgmmaConsumer<Kind, T, Block> mine(p, block);
+    Consumer mine(p, block, warp);
     mine.run();
+    // In place of the stages, once nobody reads them.
+    sync_warp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(block.drained());
+    mbarrier_wait(block.drained(), 0);
     mine.store_sums(partial);
   }
   if (p.plan.splits > 1)
@@ -244,51 +238,57 @@ __global__ void __launch_bounds__(WgmmaBlock<Kind, T, kTokens>::kThreads, 1) wgm
 // ---- launcher
 
 // No splits: the kernel does not run here, for want of shared memory or because another compiler has chosen other registers.
-template <class Kind, class T, int kTokens>
+template <class Kind, class T, int kTokens, bool kLarge>
 WgmmaPlan plan_tokens(const LinearParams& p) {
-  using Block = WgmmaBlock<Kind, T, kTokens>;
+  using Block = WgmmaBlock<Kind, T, kTokens, kLarge>;
   const auto active = [](int blocks) {
     // With fewer registers than they count on, warps would wait for them forever.
     constexpr int kRegisters = Block::kOfConsumers > Block::kAtFirst ? Block::kAtFirst : 0;
-    return active_clusters<WgmmaParams, wgmma_kernel<Kind, T, kTokens>>(blocks, Block::kThreads, Block::kSharedBytes, kRegisters);
+    return active_clusters<WgmmaParams, wgmma_kernel<Kind, T, kTokens, kLarge>>(blocks, Block::kThreads, Block::kSharedBytes, kRegisters);
   };
   return plan_wgmma(p, {Block::kRows, kTokens, active});
 }
 
-template <class Kind, class T, int kTokens>
+template <class Kind, class T, int kTokens, bool kLarge>
 const char* launch_wgmma_tokens(const WgmmaParams& params, cudaStream_t stream) {
-  using Block = WgmmaBlock<Kind, T, kTokens>;
-  constexpr auto kKernel = wgmma_kernel<Kind, T, kTokens>;
+  using Block = WgmmaBlock<Kind, T, kTokens, kLarge>;
+  constexpr auto kKernel = wgmma_kernel<Kind, T, kTokens, kLarge>;
   WgmmaParams p = params;
   p.token_tiles = static_cast<uint32_t>((p.tokens + kTokens - 1) / kTokens);
-  p.plan = plan_tokens<Kind, T, kTokens>(p);
+  p.plan = plan_tokens<Kind, T, kTokens, kLarge>(p);
   if (p.plan.splits == 0) return "the kernel with wgmma does not run here";  // takes_wgmma asks before
   const int64_t blocks = (p.weight.out_features + Block::kRows - 1) / Block::kRows * p.token_tiles * p.plan.splits;
   return launch_clusters(kKernel, static_cast<unsigned>(blocks), p.plan.splits, Block::kThreads, Block::kSharedBytes, stream, p);
 }
 
-// `use` of the smallest number of tokens of a thread block that a kernel has for so many tokens, as a type.
+// `use` of the smallest number of tokens of a thread block that a kernel has for so many tokens, and of whether it is the large one, as types.
 template <class Use>
-auto with_block_tokens(int64_t tokens, const Use& use) {
-  if (tokens <= 16) return use(std::integral_constant<int, 16>{});
-  if (tokens <= 32) return use(std::integral_constant<int, 32>{});
-  if (tokens <= 64) return use(std::integral_constant<int, 64>{});
-  return use(std::integral_constant<int, 128>{});
+auto with_block(int64_t tokens, const Use& use) {
+  if (tokens <= 16) return use(std::integral_constant<int, 16>{}, std::false_type{});
+  if (tokens <= 32) return use(std::integral_constant<int, 32>{}, std::false_type{});
+  const bool large = tokens > most_tokens_without_large_wgmma();
+  if (tokens <= 64 && large) return use(std::integral_constant<int, 64>{}, std::true_type{});
+  if (tokens <= 64) return use(std::integral_constant<int, 64>{}, std::false_type{});
+  if (large) return use(std::integral_constant<int, 128>{}, std::true_type{});
+  return use(std::integral_constant<int, 128>{}, std::false_type{});
 }
 
 template <class Kind>
 bool runs_wgmma_of(const LinearParams& p) {
-  return with_block_tokens(p.tokens, [&](auto tokens) {
+  return with_block(p.tokens, [&](auto tokens, auto large) {
     constexpr int kTokens = decltype(tokens)::value;
-    return (p.x_dtype == kBFloat16 ? plan_tokens<Kind, BFloat16, kTokens>(p) : plan_tokens<Kind, Float16, kTokens>(p)).splits > 0;
+    constexpr bool kLarge = decltype(large)::value;
+    return (p.x_dtype == kBFloat16 ? plan_tokens<Kind, BFloat16, kTokens, kLarge>(p) : plan_tokens<Kind, Float16, kTokens, kLarge>(p)).splits > 0;
   });
 }
 
 template <class Kind>
 const char* launch_wgmma_of(const WgmmaParams& p, cudaStream_t stream) {
-  return with_block_tokens(p.tokens, [&](auto tokens) {
+  return with_block(p.tokens, [&](auto tokens, auto large) {
     constexpr int kTokens = decltype(tokens)::value;
-    return p.x_dtype == kBFloat16 ? launch_wgmma_tokens<Kind, BFloat16, kTokens>(p, stream) : launch_wgmma_tokens<Kind, Float16, kTokens>(p, stream);
+    constexpr bool kLarge = decltype(large)::value;
+    return p.x_dtype == kBFloat16 ? launch_wgmma_tokens<Kind, BFloat16, kTokens, kLarge>(p, stream)
+                                  : launch_wgmma_tokens<Kind, Float16, kTokens, kLarge>(p, stream);
   });
 }
 

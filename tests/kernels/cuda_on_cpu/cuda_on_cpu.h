@@ -253,6 +253,11 @@ uint16_t from_float(T t, float f) {
   return from_double(t, f);
 }
 
+template <class T>
+uint32_t from_floats(T t, float low, float high) {
+  return from_float(t, low) | static_cast<uint32_t>(from_float(t, high)) << 16;
+}
+
 constexpr bool kConvertsE4M3 = true;
 inline uint2 halves_of_e4m3(uint32_t codes) {
   uint32_t halves[2] = {};

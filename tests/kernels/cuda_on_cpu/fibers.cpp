@@ -103,6 +103,7 @@ size_t shared_size;
 Fiber* current;
 unsigned threads;  // of a block
 int in_cluster_barrier, done;
+bool arrived;  // the thread that has just run, at a barrier in shared memory
 const std::function<void()>* body;
 std::string message;
 
@@ -247,6 +248,7 @@ bool run_cluster(std::minstd_rand& random, bool apart) {
   std::shuffle(order.begin(), order.end(), random);
   std::shuffle(lanes.begin(), lanes.end(), random);
   done = in_cluster_barrier = 0;
+  arrived = false;
   while (done < static_cast<int>(fibers.size())) {
     bool moved = false;
     for (const unsigned warp : order) {
@@ -260,6 +262,13 @@ bool run_cluster(std::minstd_rand& random, bool apart) {
           current = &fiber;
           swapcontext(&scheduler, &current->context);
           if (!message.empty()) return false;
+          if (!arrived) continue;
+          // What it did not wait for, and what its warp does later, others may have to do without.
+          arrived = again = false;
+          if (random() % 2)
+            while (finish_something(random)) continue;
+          if (!message.empty()) return false;
+          break;
         }
       }
     }
@@ -431,6 +440,8 @@ void mbarrier_init(uint32_t barrier, uint32_t count) {
 void mbarrier_arrive(uint32_t barrier) {
   arrive(*current->block, place(barrier));
   if (!message.empty()) fail(message.c_str());
+  arrived = true;
+  leave(State::kReady);
 }
 
 void mbarrier_arrive_after_copies(uint32_t barrier) {

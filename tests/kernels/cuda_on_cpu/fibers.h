@@ -58,12 +58,13 @@ void fence_proxy_async();
 // Whether a copy or a store to these bytes is there for ordinary reads only, of this warp.
 bool unfenced(uint32_t address, size_t bytes);
 
-// Barriers in shared memory. Copies that a thread arrives with are finished when no thread can go on without, in any order among threads.
+// Barriers in shared memory. Copies that a thread arrives with are finished when no thread can go on without, in any order among threads, or at some
+// thread's arrival. After an arrival other warps go on first.
 void mbarrier_init(uint32_t barrier, uint32_t count);
 void mbarrier_arrive(uint32_t barrier);
 void mbarrier_arrive_after_copies(uint32_t barrier);
 void mbarrier_wait(uint32_t barrier, uint32_t bit);
-// A phase ends when all have arrived and as many bytes as they expect have come. A copy comes when no thread can go on without, in any order; one of
+// A phase ends when all have arrived and as many bytes as they expect have come. A copy comes when those of threads do; one of
 // nothing never ends. The barrier must have been there for it: a fence_proxy_async of the thread that made it.
 void mbarrier_arrive_and_expect(uint32_t barrier, uint32_t bytes);
 void copy_bulk(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier);

@@ -163,9 +163,10 @@ void bulk_ring(Params p) {
   if (threadIdx.x == 96) {
     for (uint32_t i = 0; i < kRounds; ++i) {
       if (i >= 2 && kMistake != Mistake::kMemoryChanges) mbarrier_wait(empty + 8 * (i % 2), (i / 2 - 1) % 2);
-      const uint32_t pieces = i % 2 ? 1 : 2, to = shared_address(stages + 64 * (i % 2));
-      mbarrier_arrive_and_expect(full + 8 * (i % 2), kMistake == Mistake::kNoBarrier ? 0 : 128 * pieces);
-      for (uint32_t j = 0; j < pieces; ++j) copy_bulk(to + 128 * j + (kMistake == Mistake::kNotAligned ? 4 : 0), p.from + 4 * i + 32 * j, 128, full + 8 * (i % 2));
+      const uint32_t pieces = i % 2 ? 1 : 2, at = full + 8 * (i % 2);
+      const uint32_t to = shared_address(stages + 64 * (i % 2)) + (kMistake == Mistake::kNotAligned ? 4 : 0);
+      mbarrier_arrive_and_expect(at, kMistake == Mistake::kNoBarrier ? 0 : 128 * pieces);
+      for (uint32_t j = 0; j < pieces; ++j) copy_bulk(to + 128 * j, p.from + 4 * i + 32 * j, 128, at);
     }
   }
   if (threadIdx.x >= 32) return;
