@@ -11,8 +11,9 @@
 // Words move, so x goes through registers: a lane loads four words of a token, 16 bytes, and stores each by itself. 32 lanes have 64 columns of four
 // tokens: they load 128 bytes of each, and write the 32 banks once.
 //
-// A ring of stages has chunks of 128 columns. Four warps fill it. Codes come in bulk, a copy for each tile, as far ahead as there are stages. x of
-// the next chunk is on its way to registers while the ring is full. Its stores are made known to wgmma by those who made them.
+// A ring of stages has chunks of 128 columns. Four warps fill it. Codes and scales come in bulk, a copy for each tile, as far ahead as there are
+// stages. x of the next chunk is on its way to registers while the ring is full. Its stores are made known to wgmma by those who made them: a fence
+// that might wait for copies of a thread, if any were its own.
 #pragma once
 
 #include <type_traits>
@@ -39,20 +40,20 @@ struct WgmmaBlock {
   static constexpr int kBlocks = kWgmmaColumns / kBlockColumns<kBits>, kBytes = kBlocks * kBlockBytes<kBits>;  // of a chunk of one tile
   static constexpr int kTokenTiles = kTokens / 8, kSums = kTokens / 2;
 
-  // Which warps fill a stage: `kSharing` of them share it, the next ones have the next. Each has 4 KB of x on its way to registers.
+  // Which warps bring x to a stage: `kSharing` of them share it, the next ones have the next. Each has 4 KB on its way to registers.
   static constexpr int kPieces = 8, kAllPieces = kTokens / 2;  // of a warp at a time, of a chunk: 4 tokens, 64 columns
   static constexpr int kSharing = kAllPieces / kPieces < kProducers ? kAllPieces / kPieces : kProducers, kTurns = kProducers / kSharing;
 
-  // A stage: two halves of 64 columns of x, [kTokens][128 bytes]; codes of each tile; of each tile and unit 64 bytes of scales, and of zero
-  // points; sums of x, [kUnits][kTokens], for scales that float32 sums are multiplied by.
-  static constexpr int kHalf = kTokens * 128, kCodesAt = 2 * kHalf, kScalesAt = kCodesAt + kTiles * kBytes, kScaleBytes = 64;
-  static constexpr int kZerosAt = kScalesAt + kTiles * kUnits * kScaleBytes, kXSumsAt = kZerosAt + kTiles * kUnits * kScaleBytes;
+  // A stage: two halves of 64 columns of x, [kTokens][128 bytes]; codes of each tile; of each tile scales of the groups in the chunk, and zero
+  // points, 8 pairs each; sums of x, [kUnits][kTokens], for scales that float32 sums are multiplied by.
+  static constexpr int kHalf = kTokens * 128, kCodesAt = 2 * kHalf, kScalesAt = kCodesAt + kTiles * kBytes, kScaleBytes = kUnits * 64;
+  static constexpr int kZerosAt = kScalesAt + kTiles * kScaleBytes, kXSumsAt = kZerosAt + kTiles * kScaleBytes;
   static constexpr int kStage = (kXSumsAt + (kLarge ? 0 : kUnits * kTokens * 4) + 1023) / 1024 * 1024;
   // Shared memory: the ring, the table of a codebook, barriers.
   static constexpr int kTableBytes = Kind::kTable ? TableCodes::kTableBytes : 0, kBarrierBytes = 256;
   static constexpr int kRoom = (kMostWgmmaBytes - kTableBytes - kBarrierBytes) / kStage, kStages = kRoom > 8 ? 8 : kRoom;
   static constexpr int kRing = kStages * kStage, kSharedBytes = kRing + kTableBytes + kBarrierBytes;
-  static_assert(kStages >= 3 && kStages >= kTurns && kTokens * (kRows + 4) * 4 <= kRing && 8 * (3 * kStages + 2) <= kBarrierBytes);
+  static_assert(kStages >= 3 && kTokens * (kRows + 4) * 4 <= kRing && 8 * (3 * kStages + 2) <= kBarrierBytes);
 
   uint8_t* memory;                       // the ring begins here
   uint32_t ring, barriers;               // where those are, as instructions count
@@ -83,7 +84,7 @@ struct WgmmaBlock {
   // By one thread.
   __device__ __forceinline__ void init_barriers() const {
     for (int i = 0; i < kStages; ++i) {
-      mbarrier_init(full(i), kSharing * (32 + 2));  // of each warp: its lanes when scales are there, one for codes, one for x
+      mbarrier_init(full(i), kProducers + kSharing);  // those that have asked for weights, and stored x
       mbarrier_init(empty(i), kConsumers);
       mbarrier_init(summed(i), kConsumers < kTokenTiles ? kConsumers : kTokenTiles);
     }
@@ -114,17 +115,25 @@ __device__ __forceinline__ void store_tile(float* partial, int tile, const float
 template <int kStages>
 struct Turn {
   uint32_t at = 0, round = 0;
-  __device__ __forceinline__ void next(uint32_t stages = 1) {
-    at += stages;
-    if (at >= kStages) at -= kStages, ++round;
+  __device__ __forceinline__ void next() {
+    if (++at == kStages) at = 0, ++round;
   }
 };
+
+__device__ __forceinline__ uint32_t group_of(const WgmmaParams& p, uint32_t unit) {
+  const uint32_t group = multiply_high(2 * unit, p.group_magic), last = static_cast<uint32_t>(p.weight.groups) - 1;
+  return group < last ? group : last;  // of units behind K
+}
+// Where a stage that begins with a unit has the scales of unit `u` behind it, from those of the first one on.
+__device__ __forceinline__ uint32_t scales_of(const WgmmaParams& p, uint32_t unit, int u) {
+  return u ? (group_of(p, unit + u) - group_of(p, unit)) * 8 * pair_bytes(p.weight.scale_dtype) : 0;
+}
 
 // ---- from global memory to stages
 
 template <class Block>
 struct WgmmaProducer {
-  static constexpr int kSharing = Block::kSharing, kTiles = Block::kTiles / kSharing, kPieces = Block::kPieces;
+  static constexpr int kSharing = Block::kSharing, kTiles = Block::kTiles / Block::kProducers, kPieces = Block::kPieces;
   static constexpr int kSteps = Block::kAllPieces / kSharing / kPieces;  // of a chunk of x
   // A warp has both halves of the columns of all tokens, or one half of all, or one half of every second eight of them.
   static constexpr int kHalves = kSharing == 1 ? 2 : 1, kStride = kSharing == 4 ? 2 : 1;
@@ -132,66 +141,59 @@ struct WgmmaProducer {
 
   const WgmmaParams& p;
   const Block& block;
-  int lane, own;                  // own: which of the warps that share a chunk
-  uint32_t first;                 // chunk of the block
-  // Of the lane, for the chunk whose x is loaded next.
+  int lane;
+  uint32_t x_chunk;  // of the block: the one whose x is loaded
+  // Of the lane, for that chunk.
   const uint8_t* x_from;
   uint32_t column, four_bytes;  // four_bytes: from a token to the fourth after it
   int tokens;                   // that exist, from the lane's first one on
   uint32_t x_to;                // where its first word goes
   uint4 x[kPieces] = {};
-  // Of the warp: its first tile, of those of the block, and how many exist; where the next codes are.
-  int first_tile, tiles;
-  const uint8_t* codes_from;
-  uint32_t codes_to, tile_bytes, code_chunk;
-  // Of the lane: the unit whose scales it copies next, of which tiles; from and to where.
-  uint32_t unit, numbers_to, pair_shift;
-  int number_tile, number_tiles;
-  int64_t numbers_from, numbers_step;
+  // Of the warp: how many of its tiles exist, and the first unit of the chunk whose weights are copied next.
+  int tiles;
+  uint32_t tile_bytes, unit;
+  // Of the lane: whether it copies something of a tile, and codes or numbers, from where, and to where in a stage.
+  bool copies, numbers;
+  const uint8_t* weight_from;
+  uint32_t weight_to;
 
   __device__ __forceinline__ WgmmaProducer(const WgmmaParams& params, const Block& b, int warp)
-      : p(params), block(b), lane(threadIdx.x % 32), own(warp % kSharing), first(warp / kSharing) {
+      : p(params), block(b), lane(threadIdx.x % 32), x_chunk(warp / kSharing) {
     const Weight& w = p.weight;
-    const int half = kHalves == 1 ? own % 2 : 0, token = own / 2 * 8 + lane / 8;
-    const uint32_t row_bytes = static_cast<uint32_t>(w.in_features) * 2, chunk = block.chunk + first;
-    column = chunk * kWgmmaColumns + 64 * half + 8 * (lane % 8);
+    const int own = warp % kSharing, half = kHalves == 1 ? own % 2 : 0, token = own / 2 * 8 + lane / 8;
+    const uint32_t row_bytes = static_cast<uint32_t>(w.in_features) * 2;
+    column = (block.chunk + x_chunk) * kWgmmaColumns + 64 * half + 8 * (lane % 8);
     tokens = static_cast<int>(p.tokens - block.first_token < Block::kTokens ? p.tokens - block.first_token : Block::kTokens) - token;
     x_from = static_cast<const uint8_t*>(p.x) + static_cast<int64_t>(block.first_token + token) * row_bytes + static_cast<int64_t>(column) * 2;
     four_bytes = 4 * row_bytes;
     x_to = half * Block::kHalf + 128 * token + 16 * ((lane / 4 % 2 * 4) ^ (token % 8)) + 4 * (lane % 4);
-    first_tile = own * kTiles;
-    const int64_t all = (w.out_features + kTileRows - 1) / kTileRows - (block.first_tile + first_tile);
+    const int64_t first = static_cast<int64_t>(block.first_tile) + warp * kTiles, all = (w.out_features + kTileRows - 1) / kTileRows - first;
     tiles = static_cast<int>(all < 0 ? 0 : all < kTiles ? all : kTiles);
     tile_bytes = static_cast<uint32_t>((w.in_features + kBlockColumns<Block::kBits> - 1) / kBlockColumns<Block::kBits>) * kBlockBytes<Block::kBits>;
-    codes_from = w.qweight + static_cast<int64_t>(block.first_tile + first_tile + lane) * tile_bytes + static_cast<int64_t>(chunk) * kBytes;
-    codes_to = Block::kCodesAt + (first_tile + lane) * kBytes;
-    code_chunk = chunk;
-    const int of_pieces = w.scale_dtype == kFloat32 ? 2 : 1, of_units = p.flush_mask == 0 ? 2 : p.flush_mask == 1 ? 1 : 0;  // powers of two
-    const int piece = lane & ((1 << of_pieces) - 1);
-    const uint32_t of_chunk = (lane >> of_pieces & ((1 << of_units) - 1)) * (p.flush_mask + 1) + p.flush_mask;
-    unit = chunk * Block::kUnits + of_chunk;
-    number_tile = lane >> (of_pieces + of_units), number_tiles = 32 >> (of_pieces + of_units);
-    pair_shift = 4 + of_pieces;
-    numbers_to = kept(Block::kScalesAt + ((first_tile + number_tile) * Block::kUnits + of_chunk) * Block::kScaleBytes + 16 * piece);
-    numbers_from = kept((static_cast<int64_t>(block.first_tile + first_tile + number_tile) * w.groups << pair_shift) + 16 * piece);
-    numbers_step = static_cast<int64_t>(number_tiles) * w.groups << pair_shift;
+    unit = block.chunk * Block::kUnits;
+    const int what = lane / kTiles, tile = lane % kTiles;  // codes, scales, zero points
+    copies = tile < tiles && what < (w.zeros ? 3 : 2), numbers = what > 0;
+    const void* const from = what == 0 ? w.qweight : what == 1 ? w.scales : w.zeros;
+    weight_from = static_cast<const uint8_t*>(from) + (first + tile) * (numbers ? w.groups * 8 * pair_bytes(w.scale_dtype) : tile_bytes);
+    const int to = what == 0 ? Block::kCodesAt : what == 1 ? Block::kScalesAt : Block::kZerosAt;
+    weight_to = to + (warp * kTiles + tile) * (numbers ? Block::kScaleBytes : kBytes);
   }
 
-  // All chunks of the warp. What is not copied, of tokens and rows that do not exist, reaches no other one's sums; codes of columns behind K meet
+  // All chunks of the block. What is not copied, of tokens and rows that do not exist, reaches no other one's sums; codes of columns behind K meet
   // zeros.
   __device__ __forceinline__ void run() {
-    Turn<Block::kStages> turn;
-    turn.at = first;
 #pragma unroll 1
-    for (uint32_t i = first; i < block.chunks && i < Block::kStages; i += Block::kTurns) copy_codes(i), copy_numbers(i);
+    for (uint32_t i = 0; i < block.chunks && i < Block::kStages; ++i) copy_weight(i);
     wait_for_previous_kernel();
-    if (first < block.chunks) load_x(0);
+    if (x_chunk < block.chunks) load_x(0);
+    Turn<Block::kStages> turn;
 #pragma unroll 1
-    for (uint32_t i = first; i < block.chunks; i += Block::kTurns, turn.next(Block::kTurns)) {
+    for (uint32_t i = 0; i < block.chunks; ++i, turn.next()) {
       if (turn.round) {
         mbarrier_wait(block.empty(turn.at), (turn.round - 1) % 2);
-        copy_codes(turn.at);
+        copy_weight(turn.at);
       }
+      if (i != x_chunk) continue;
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         if (step) load_x(step);
@@ -200,36 +202,20 @@ struct WgmmaProducer {
       fence_proxy_async();
       sync_warp();
       if (lane == 0) mbarrier_arrive(block.full(turn.at));
-      // Behind the fence, which might wait for them.
-      if (turn.round) copy_numbers(turn.at);
-      x_from += 2 * kWgmmaColumns * Block::kTurns, column += kWgmmaColumns * Block::kTurns;
-      if (i + Block::kTurns < block.chunks) load_x(0);
+      x_from += 2 * kWgmmaColumns * Block::kTurns, column += kWgmmaColumns * Block::kTurns, x_chunk += Block::kTurns;
+      if (x_chunk < block.chunks) load_x(0);
     }
   }
 
-  // Codes of the next chunk to a stage.
-  __device__ __forceinline__ void copy_codes(uint32_t at) {
-    const uint32_t left = tile_bytes - code_chunk * kBytes, bytes = left < kBytes ? left : kBytes;
-    if (lane == 0) mbarrier_arrive_and_expect(block.full(at), tiles * bytes);
-    if (lane < tiles) copy_bulk(block.stage(at) + codes_to, codes_from, bytes, block.full(at));
-    codes_from += kBytes * Block::kTurns, code_chunk += Block::kTurns;
-  }
-
-  // Scales and zero points of the units after which they are applied, 16 bytes to a lane: those of one unit and of every 32nd piece.
-  __device__ __forceinline__ void copy_numbers(uint32_t at) {
-    const Weight& w = p.weight;
-    const uint32_t last = static_cast<uint32_t>(w.groups) - 1;
-    uint32_t group = multiply_high(2 * unit, p.group_magic);
-    group = group < last ? group : last;  // units behind K
-    int64_t from = numbers_from + (static_cast<int64_t>(group) << pair_shift);
-    uint32_t to = block.stage(at) + numbers_to;
-#pragma unroll 1
-    for (int i = number_tile; i < tiles; i += number_tiles, from += numbers_step, to += number_tiles * Block::kUnits * Block::kScaleBytes) {
-      cp_async(to, static_cast<const uint8_t*>(w.scales) + from);
-      if (w.zeros) cp_async(to + Block::kZerosAt - Block::kScalesAt, static_cast<const uint8_t*>(w.zeros) + from);
-    }
-    mbarrier_arrive_after_copies(block.full(at));
-    unit += Block::kUnits * Block::kTurns;
+  // Codes, scales and zero points of the next chunk to a stage: a copy of each lane.
+  __device__ __forceinline__ void copy_weight(uint32_t at) {
+    const uint32_t codes = unit / Block::kUnits * kBytes, left = tile_bytes - codes, code_bytes = left < kBytes ? left : kBytes;
+    const uint32_t group = group_of(p, unit), groups = group_of(p, unit + Block::kUnits - 1) - group + 1;
+    const uint32_t of_group = 8 * pair_bytes(p.weight.scale_dtype), number_bytes = groups * of_group;
+    if (lane == 0) mbarrier_arrive_and_expect(block.full(at), tiles * (code_bytes + (p.weight.zeros ? 2 : 1) * number_bytes));
+    const uint32_t from = numbers ? group * of_group : codes, bytes = numbers ? number_bytes : code_bytes;
+    if (copies) copy_bulk(block.stage(at) + weight_to, weight_from + from, bytes, block.full(at));
+    unit += Block::kUnits;
   }
 
   // Piece i of a step: of which half of the columns that are the warp's, and which four tokens, from its first ones on.

@@ -40,7 +40,7 @@ struct WgmmaConsumer {
   __device__ __forceinline__ WgmmaConsumer(const WgmmaParams& params, const Block& b, int own)
       : p(params), block(b), lane(threadIdx.x % 32), warp(own) {
     codes_at = kept(static_cast<uint32_t>(Block::kCodesAt + warp * Block::kBytes + 16 * lane));
-    scales_at = kept(static_cast<uint32_t>(Block::kScalesAt + warp * kUnits * Block::kScaleBytes + lane / 4 * pair_bytes(p.weight.scale_dtype)));
+    scales_at = kept(static_cast<uint32_t>(Block::kScalesAt + warp * Block::kScaleBytes + lane / 4 * pair_bytes(p.weight.scale_dtype)));
     if constexpr (Kind::kTable) table = kept(block.ring + Block::kRing + 4 * lane);
   }
 
@@ -80,10 +80,11 @@ struct WgmmaConsumer {
     if (lane == 0) mbarrier_arrive(block.summed(at));
   }
 
-  // Units u and later of the stage `turn`, of which `x` describes the activations. `more`: another one follows, whose first unit's numbers are made.
+  // Units u and later of the stage `turn`, of which `x` describes the activations and `unit` is the first one, of all columns. `more`: another one
+  // follows, whose first unit's numbers are made.
   // `kWhole`: scales are applied at its end only, and there are no zero points.
   template <bool kWhole, int u>
-  __device__ __forceinline__ void multiply(uint64_t x, const Turn<Block::kStages>& turn, bool more) {
+  __device__ __forceinline__ void multiply(uint64_t x, const Turn<Block::kStages>& turn, uint32_t unit, bool more) {
     constexpr int kFrom = (u / 2 * Block::kHalf + u % 2 * 64) / 16;
     const uint32_t stage = block.stage(turn.at);
     const bool zeros = !kWhole && p.weight.zeros;
@@ -105,15 +106,16 @@ struct WgmmaConsumer {
     }
     // (Always so after the last unit. The compiler, which does not know, makes the numbers above before it waits.)
     if (kWhole ? u + 1 == kUnits : ((u + 1) & mask) == 0) {
-      const Pair s = pair_at(stage + scales_at + u * Block::kScaleBytes);
+      const uint32_t pair = stage + scales_at + (kWhole ? 0 : scales_of(p, unit, u));
+      const Pair s = pair_at(pair);
       if (u == mask && zeros) mbarrier_wait(block.summed(turn.at), turn.round % 2);
       wgmma_wait<0>(products);
-      if (zeros) add_zeros(s, stage + scales_at + u * Block::kScaleBytes, stage + Block::kXSumsAt + u * 32 * kTokenTiles);
+      if (zeros) add_zeros(s, pair, stage + Block::kXSumsAt + u * 32 * kTokenTiles);
 #pragma unroll
       for (int i = 0; i < kSums; ++i) sums[i] += (i % 4 < 2 ? s.low : s.high) * products[i];
     }
     if constexpr (u + 1 < kUnits)
-      multiply<kWhole, u + 1>(x, turn, more);
+      multiply<kWhole, u + 1>(x, turn, unit, more);
     else
       wgmma_wait<0>();
   }
@@ -147,7 +149,7 @@ struct WgmmaConsumer {
     }
 #pragma unroll 1
     for (uint32_t i = 0; i < block.chunks; ++i, turn.next()) {
-      multiply<kWhole, 0>(x + turn.at * (Block::kStage / 16), turn, i + 1 < block.chunks);
+      multiply<kWhole, 0>(x + turn.at * (Block::kStage / 16), turn, (block.chunk + i) * kUnits, i + 1 < block.chunks);
       sync_warp();
       if (lane == 0) mbarrier_arrive(block.empty(turn.at));
     }

@@ -33,14 +33,15 @@ struct WgmmaLargeConsumer {
       : p(params), block(b), lane(threadIdx.x % 32), first_tile(warp / 4 * 4 * kTiles + warp % 4) {
     codes_at = kept(static_cast<uint32_t>(Block::kCodesAt + first_tile * Block::kBytes + 16 * lane));
     const uint32_t pair = lane / 4 * pair_bytes(p.weight.scale_dtype);
-    scales_at = kept(static_cast<uint32_t>(Block::kScalesAt + first_tile * kUnits * Block::kScaleBytes + pair));
+    scales_at = kept(static_cast<uint32_t>(Block::kScalesAt + first_tile * Block::kScaleBytes + pair));
     if constexpr (Kind::kTable) table = kept(block.ring + Block::kRing + 4 * lane);
   }
 
-  // Weights of unit `u`. `kDirect`: in 16 bits.
+  // Weights of unit `u` of a stage, of which `unit` is the first one of all columns. `kDirect`: in 16 bits.
   template <bool kDirect, int u>
-  __device__ __forceinline__ void unpack(uint32_t stage) {
+  __device__ __forceinline__ void unpack(uint32_t stage, uint32_t unit) {
     const bool new_scales = (u & p.flush_mask) == 0;
+    const uint32_t pair = stage + scales_at + (new_scales ? scales_of(p, unit, u) : 0);
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
       const uint32_t of_codes = stage + codes_at + 4 * i * Block::kBytes + u / Kind::kUnits * kBlockBytes<Block::kBits>;
@@ -48,7 +49,7 @@ struct WgmmaLargeConsumer {
       uint32_t(&to)[2][4] = a[u % 2][i];
       codes[i].template unit<T, u % Kind::kUnits>(table, to);
       Kind::order(to);
-      if (new_scales) take_scales<kDirect>(i, stage + scales_at + (4 * i * kUnits + (u | p.flush_mask)) * Block::kScaleBytes);
+      if (new_scales) take_scales<kDirect>(i, pair + 4 * i * Block::kScaleBytes);
 #pragma unroll
       for (int j = 0; j < 8; ++j) to[j / 4][j % 4] = kept(weights<kDirect>(to[j / 4][j % 4], i, j % 2));
     }
@@ -81,7 +82,7 @@ struct WgmmaLargeConsumer {
 
   // Units u and later of the stage `turn`, of which `x` describes the activations. `first`: no other one is behind; `more`: another one follows.
   template <bool kDirect, int u>
-  __device__ __forceinline__ void multiply(uint64_t x, const Turn<Block::kStages>& turn, bool first, bool more) {
+  __device__ __forceinline__ void multiply(uint64_t x, const Turn<Block::kStages>& turn, uint32_t unit, bool first, bool more) {
     constexpr int kFrom = (u / 2 * Block::kHalf + u % 2 * 64) / 16;
     wgmma_fence();
 #pragma unroll
@@ -95,13 +96,13 @@ struct WgmmaLargeConsumer {
       if (lane == 0) mbarrier_arrive(block.empty(turn.at ? turn.at - 1 : Block::kStages - 1));
     }
     if constexpr (u + 1 < kUnits) {
-      unpack<kDirect, u + 1>(block.stage(turn.at));
-      multiply<kDirect, u + 1>(x, turn, first, more);
+      unpack<kDirect, u + 1>(block.stage(turn.at), unit);
+      multiply<kDirect, u + 1>(x, turn, unit, first, more);
     } else if (more) {
       Turn<Block::kStages> next = turn;
       next.next();
       mbarrier_wait(block.full(next.at), next.round % 2);
-      unpack<kDirect, 0>(block.stage(next.at));
+      unpack<kDirect, 0>(block.stage(next.at), unit + kUnits);
     }
   }
 
@@ -111,11 +112,11 @@ struct WgmmaLargeConsumer {
     Turn<Block::kStages> turn;
     if (block.chunks) {
       mbarrier_wait(block.full(0), 0);
-      unpack<kDirect, 0>(block.ring);
+      unpack<kDirect, 0>(block.ring, block.chunk * kUnits);
     }
 #pragma unroll 1
     for (uint32_t i = 0; i < block.chunks; ++i, turn.next())
-      multiply<kDirect, 0>(x + turn.at * (Block::kStage / 16), turn, i == 0, i + 1 < block.chunks);
+      multiply<kDirect, 0>(x + turn.at * (Block::kStage / 16), turn, (block.chunk + i) * kUnits, i == 0, i + 1 < block.chunks);
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) wgmma_wait<0>(sums[i]);
   }
