@@ -191,6 +191,7 @@ struct WgmmaProducer {
     for (uint32_t i = 0; i < block.chunks; ++i, turn.next()) {
       if (turn.round) {
         mbarrier_wait(block.empty(turn.at), (turn.round - 1) % 2);
+        sync_warp();  // a lane that copies nothing could come so late that it sees the bit of the next phase but one
         copy_weight(turn.at);
       }
       if (i != x_chunk) continue;

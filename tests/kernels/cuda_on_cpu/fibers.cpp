@@ -254,8 +254,9 @@ bool run_cluster(std::minstd_rand& random, bool apart) {
     for (const unsigned warp : order) {
       for (bool again = true; again;) {
         again = false;
-        for (const unsigned lane : lanes) {
-          Fiber& fiber = fibers[32 * warp + lane];
+        const size_t first = random() % 32;
+        for (size_t i = 0; i < 32; ++i) {
+          Fiber& fiber = fibers[32 * warp + lanes[(first + i) % 32]];
           if (fiber.state != State::kReady) continue;
           moved = true;
           again = apart;
