@@ -80,6 +80,9 @@ __device__ __forceinline__ V load_shared(uint32_t at) {
   }
 }
 
+// 4 bytes. wgmma reads them after a fence_proxy_async() of the same thread, and then a barrier.
+__device__ __forceinline__ void store_shared(uint32_t at, uint32_t v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(v) : "memory"); }
+
 // 4, 8 or 16 bytes from global to shared memory, behind the thread's back: they are there for this thread after a `cp_async_wait` that covers
 // their group, for others after a barrier behind that. Fewer than 16 go through L1.
 template <int kBytes = 16>
@@ -103,13 +106,6 @@ __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commi
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
-// Asks for a piece of global memory, which begins and ends at multiples of 16 bytes, to be brought into L2 (compute capability 9.0).
-__device__ __forceinline__ void prefetch(const void* global, uint32_t bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
-#endif
 }
 
 // ---- kernels that overlap (launch_early in launch.h; compute capability 9.0) ----
@@ -138,34 +134,34 @@ __device__ __forceinline__ int first_lane(bool is) { return __ffs(static_cast<in
 
 // ---- barriers in shared memory (compute capability 9.0) ----
 
-// One of 8 bytes counts arrivals. When there are `count`, a phase ends and the next one begins; phases have numbers from 0 on, of which threads
-// that wait name the last bit. What a thread did before it arrived is there for those that have waited.
-__device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+// One of 8 bytes, at an address in shared memory, counts arrivals. When there are `count`, a phase ends and the next one begins; phases have
+// numbers from 0 on, of which threads that wait name the last bit. What a thread did before it arrived is there for those that have waited.
+__device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
-__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 // This thread arrives when all copies that it has begun are there.
-__device__ __forceinline__ void mbarrier_arrive_after_copies(uint64_t* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+__device__ __forceinline__ void mbarrier_arrive_after_copies(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 // The same; and the phase does not end before this many bytes more have come with copy_bulk.
-__device__ __forceinline__ void mbarrier_arrive_and_expect(uint64_t* barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+__device__ __forceinline__ void mbarrier_arrive_and_expect(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 // A piece of global memory to shared memory, both of which begin and end at multiples of 16 bytes. One thread asks for all of it; it is there for
 // those that have waited at the barrier, for their wgmma as well.
-__device__ __forceinline__ void copy_bulk(uint32_t shared, const void* global, uint32_t bytes, uint64_t* barrier) {
+__device__ __forceinline__ void copy_bulk(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared), "l"(global), "r"(bytes),
-               "r"(shared_address(barrier))
+               "r"(barrier)
                : "memory");
 }
 // Until the phase whose number has this last bit has ended.
-__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t bit) {
+__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t bit) {
   asm volatile(
       "{\n.reg .pred ended;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 ended, [%0], %1;\n@ended bra over;\nbra again;\nover:\n}" ::"r"(
-          shared_address(barrier)),
+          barrier),
       "r"(bit)
       : "memory");
 }
@@ -208,7 +204,8 @@ __device__ __forceinline__ void ldmatrix(uint32_t (&v)[4], const void* row) {
 
 // ---- tensor cores, instructions of 128 threads (compute capability 9.0 only: sm_90a) ----
 
-// What this thread has seen in shared memory is there for its wgmma, too, which reads on a way of its own; barriers that it has made, for copy_bulk.
+// What this thread has seen in shared memory, or stored there, is there for wgmma, too, which reads on a way of its own: for its own, and for that of
+// threads which have waited for it at a barrier since. And barriers that it has made, for copy_bulk.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Before the first wgmma that takes registers which other instructions have written.
@@ -311,17 +308,17 @@ __device__ __forceinline__ float load_of_block(const float* own, uint32_t rank) 
 __device__ __forceinline__ void fence_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 // Arrives at the barrier that block `rank` has where `own` points to in this one's. What a thread did before is there for those of the cluster that
 // have waited with mbarrier_wait_for_cluster.
-__device__ __forceinline__ void mbarrier_arrive_at_block(uint64_t* own, uint32_t rank) {
+__device__ __forceinline__ void mbarrier_arrive_at_block(uint32_t own, uint32_t rank) {
   asm volatile(
       "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(own)),
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(own),
       "r"(rank)
       : "memory");
 }
-__device__ __forceinline__ void mbarrier_wait_for_cluster(uint64_t* barrier, uint32_t bit) {
+__device__ __forceinline__ void mbarrier_wait_for_cluster(uint32_t barrier, uint32_t bit) {
   asm volatile(
       "{\n.reg .pred ended;\nagain:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 ended, [%0], %1;\n"
-      "@ended bra over;\nbra again;\nover:\n}" ::"r"(shared_address(barrier)),
+      "@ended bra over;\nbra again;\nover:\n}" ::"r"(barrier),
       "r"(bit)
       : "memory");
 }
@@ -390,6 +387,18 @@ __device__ __forceinline__ uint16_t from_float(BFloat16, float f) {
 __device__ __forceinline__ uint16_t from_float(Float16, float f) {
   uint16_t v;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(v) : "f"(f));
+  return v;
+}
+
+// Two of them to a register.
+__device__ __forceinline__ uint32_t from_floats(BFloat16, float low, float high) {
+  uint32_t v;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+  return v;
+}
+__device__ __forceinline__ uint32_t from_floats(Float16, float low, float high) {
+  uint32_t v;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
   return v;
 }
 

@@ -36,22 +36,25 @@ struct StreamMemory {
   static_assert(8 * (2 * kMostStreamStages + 5) <= kPlaces.x - kPlaces.barriers);
 
   uint8_t* const memory;
-  uint32_t x, ring;  // shared addresses
+  uint32_t barriers, x, ring;  // shared addresses
 
   __device__ __forceinline__ explicit StreamMemory(const StreamParams& p)
-      : memory(shared_memory()), x(shared_address(memory + kPlaces.x)), ring(x + p.plan.x_bytes) {}
+      : memory(shared_memory()),
+        barriers(shared_address(memory + kPlaces.barriers)),
+        x(barriers + kPlaces.x - kPlaces.barriers),
+        ring(x + p.plan.x_bytes) {}
   __device__ __forceinline__ float* partial() const { return reinterpret_cast<float*>(memory + kPlaces.partial); }
   __device__ __forceinline__ float* own(uint32_t round) const { return reinterpret_cast<float*>(memory + kPlaces.own) + round % 2 * kOwnFloats; }
 
-  __device__ __forceinline__ uint64_t* barrier(uint32_t number) const { return reinterpret_cast<uint64_t*>(memory + kPlaces.barriers) + number; }
-  __device__ __forceinline__ uint64_t* full(uint32_t stage) const { return barrier(stage); }
-  __device__ __forceinline__ uint64_t* empty(uint32_t stage) const { return barrier(kMostStreamStages + stage); }
-  __device__ __forceinline__ uint64_t* x_there() const { return barrier(2 * kMostStreamStages); }
+  __device__ __forceinline__ uint32_t barrier(uint32_t number) const { return barriers + 8 * number; }
+  __device__ __forceinline__ uint32_t full(uint32_t stage) const { return barrier(stage); }
+  __device__ __forceinline__ uint32_t empty(uint32_t stage) const { return barrier(kMostStreamStages + stage); }
+  __device__ __forceinline__ uint32_t x_there() const { return barrier(2 * kMostStreamStages); }
   // All warps' sums have been stored; have been read.
-  __device__ __forceinline__ uint64_t* summed() const { return barrier(2 * kMostStreamStages + 1); }
-  __device__ __forceinline__ uint64_t* read() const { return barrier(2 * kMostStreamStages + 2); }
+  __device__ __forceinline__ uint32_t summed() const { return barrier(2 * kMostStreamStages + 1); }
+  __device__ __forceinline__ uint32_t read() const { return barrier(2 * kMostStreamStages + 2); }
   // All blocks have their own sums. Two that take turns: a block may arrive for a round before others have for the last one.
-  __device__ __forceinline__ uint64_t* of_cluster(uint32_t round) const { return barrier(2 * kMostStreamStages + 3 + round % 2); }
+  __device__ __forceinline__ uint32_t of_cluster(uint32_t round) const { return barrier(2 * kMostStreamStages + 3 + round % 2); }
 
   __device__ __forceinline__ void make_barriers(const StreamPlan& plan) const {
     for (uint32_t i = 0; i < plan.ring_stages; ++i) mbarrier_init(full(i), 1), mbarrier_init(empty(i), kConsumers);
@@ -138,7 +141,7 @@ struct StreamCopies {
     const uint32_t unit = slice.first_unit() + stage * kStageUnits, end_unit = slice.end_unit();
     const uint32_t last_unit = (unit + kStageUnits < end_unit ? unit + kStageUnits : end_unit) - 1;
     const uint32_t group = group_of(p, unit), of_pairs = (group_of(p, last_unit) - group + 1) * group_bytes;
-    uint64_t* const full = shared.full(turn.at);
+    const uint32_t full = shared.full(turn.at);
     mbarrier_arrive_and_expect(full, tiles.now() * (bytes + (kZeros ? 2 : 1) * of_pairs));
     uint32_t codes = shared.ring + turn.at * p.plan.stage_bytes, pairs = codes + kTiles * kCodeBytes;
     for (uint32_t tile = tiles.first; tile < tiles.first + tiles.now(); ++tile, codes += kCodeBytes, pairs += p.plan.pairs_bytes) {

@@ -11,6 +11,7 @@ namespace {
 
 // Published figures of an H100; none was measured with these kernels.
 constexpr float kBytesPerClock = 28;         // from L2 to a multiprocessor
+constexpr float kProductsPerClock = 2048;    // of tensor cores
 constexpr float kStartClocks = 2000;         // until a block's first stage is there, and its sums have gone
 constexpr float kClusterClocks = 1500;       // two barriers of a cluster, and the way to a neighbour's shared memory
 constexpr float kClusterBytesPerClock = 16;  // from there
@@ -35,11 +36,19 @@ bool takes_wgmma(const LinearParams& p) {
   return of_kind(p.weight, runs_wgmma_int2, runs_wgmma_int3, runs_wgmma_int4, runs_wgmma_int8, runs_wgmma_table4, runs_wgmma_e4m3)(p);
 }
 
+int64_t most_tokens_without_large_wgmma() {
+  const char* const set = std::getenv("HFQ_CUDA_WGMMA_LARGE");
+  if (set && std::strcmp(set, "1") == 0) return 64;
+  return set && std::strcmp(set, "2") == 0 ? 32 : INT64_MAX;
+}
+
 // The number of blocks that share the columns with which the last round of clusters ends first.
 WgmmaPlan plan_wgmma(const LinearParams& p, const WgmmaShape& shape) {
   const int64_t chunks = divided(p.weight.in_features, kWgmmaColumns);
   const int64_t tiles = divided(p.weight.out_features, shape.rows) * divided(p.tokens, shape.tokens);
-  const float chunk_clocks = kWgmmaColumns * (shape.rows * p.weight.bits / 8.0f + 2.0f * shape.tokens) / kBytesPerClock;
+  const float read = (shape.rows * p.weight.bits / 8.0f + 2.0f * shape.tokens) / kBytesPerClock;
+  const float multiplied = static_cast<float>(shape.rows) * shape.tokens / kProductsPerClock;
+  const float chunk_clocks = kWgmmaColumns * (read > multiplied ? read : multiplied);
   WgmmaPlan best = {};
   float least = 0;
   for (int32_t splits = 1; splits <= kMostClusterBlocks && (splits == 1 || chunks >= 2 * splits); ++splits) {

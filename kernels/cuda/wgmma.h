@@ -7,8 +7,8 @@ namespace hfq {
 
 constexpr int kWgmmaColumns = 128;     // of a stage
 constexpr int kMostClusterBlocks = 8;  // that any GPU of compute capability 9.0 takes
-// Of shared memory. 32 KiB more would leave 28 KiB to the L1 cache, through which copies of 4 bytes go: hardly more than is on the way.
-constexpr int kMostWgmmaBytes = 195 << 10;
+// Of shared memory: all that a thread block may have. 28 KiB are left to the L1 cache, through which x goes, 16 KiB at a time.
+constexpr int kMostWgmmaBytes = 227 << 10;
 
 struct WgmmaPlan {
   int32_t splits;        // thread blocks that share the columns of one tile of the output: a cluster; 0 if none runs
@@ -30,6 +30,10 @@ WgmmaPlan plan_wgmma(const LinearParams& params, const WgmmaShape& shape);
 // Whether launch_linear takes these kernels for more than few tokens: where they are faster than gemm_kernel.h, unless HFQ_CUDA_WGMMA is 0; with 1,
 // elsewhere as well.
 bool takes_wgmma(const LinearParams& params);
+
+// No product of up to so many tokens takes wgmma_large.h: 64 if HFQ_CUDA_WGMMA_LARGE is 1, 32 if it is 2, else all there are. (Nobody has measured
+// it.)
+int64_t most_tokens_without_large_wgmma();
 
 // Whether the kernels are there for the current device: those of a build for sm_90 without the "a" are empty.
 bool wgmma_was_compiled();

@@ -56,13 +56,24 @@ class Weight:
     scales: Tensor
     magnitudes: Tensor
 
-    def check(self, y: Tensor, x: Tensor, bias: Tensor | None = None) -> None:
-        """Whether y is x W^T + bias up to the roundings that the kernel makes."""
+    def rounded(self, dtype: torch.dtype) -> Tensor:
+        """Weights as kernels multiply them that round them: those of the reference, but that a table holds numbers of that dtype."""
+        if self.operands[3] is None or self.sizes[0] == 8:
+            return self.reference(dtype)
+        return (self.values.to(dtype).float() * self.scales.float()).to(dtype)
+
+    def check(
+        self, y: Tensor, x: Tensor, bias: Tensor | None = None, rounded: bool = False
+    ) -> None:
+        """Whether y is x W^T + bias up to the roundings that the kernel makes; `rounded`: of weights in 16 bits."""
         values = self.values
         if self.operands[3] is not None:
             values = values.to(x.dtype).double()  # the table holds numbers of that dtype
-        expected = x.double() @ (values * self.scales).T
-        largest = x.double().abs() @ (self.magnitudes * self.scales).T
+        weights, bounds = values * self.scales, self.magnitudes * self.scales
+        if rounded:
+            weights = self.rounded(x.dtype).double()
+            bounds = weights.abs()
+        expected, largest = x.double() @ weights.T, x.double().abs() @ bounds.T
         if bias is not None:
             expected += bias.double()
             largest += bias.double().abs()

@@ -109,13 +109,15 @@ def make_weight(cuda: torch.device, generator: torch.Generator) -> MakeWeight:
     return make
 
 
-def _check(y: Tensor, x: Tensor, weight: Weight, bias: Tensor | None = None) -> None:
-    """Up to the rounding of the output and of sums in float32; entries of a codebook are rounded, too."""
-    exact = weight.reference(torch.float32).double()
+def _check(
+    y: Tensor, x: Tensor, weight: Weight, bias: Tensor | None = None, rounded: bool = False
+) -> None:
+    """Up to the rounding of the output and of sums in float32; entries of a codebook are rounded, too. `rounded`: all weights are."""
+    exact = weight.reference(x.dtype if rounded else torch.float32).double()
     expected, largest = x.double() @ exact.T, x.double().abs() @ exact.abs().T
     if bias is not None:
         expected += bias.double()
-    table = ROUNDING[x.dtype] if weight.operands[3] is not None else 0.0
+    table = ROUNDING[x.dtype] * (1 + rounded) if weight.operands[3] is not None else 0.0
     # A zero point adds the sum of the group's activations, up to twice as large as its products.
     bound = (1e-5 + table) * largest + ROUNDING[x.dtype] * expected.abs() + 1e-6
     assert y.dtype == x.dtype and y.shape == expected.shape
@@ -127,14 +129,16 @@ def _check(y: Tensor, x: Tensor, weight: Weight, bias: Tensor | None = None) -> 
 def check_products(
     make_weight: MakeWeight, generator: torch.Generator, cuda: torch.device
 ) -> Callable[..., None]:
-    def check(numbers: tuple[int, ...], shape: tuple[int, int, int], kind: str) -> None:
+    def check(
+        numbers: tuple[int, ...], shape: tuple[int, int, int], kind: str, rounded: bool = False
+    ) -> None:
         for dtype, scale_dtype in zip(HALVES, (torch.float16, torch.float32), strict=True):
             weight = make_weight(*shape, kind=kind, scale_dtype=scale_dtype)
             for tokens in numbers:
                 x = torch.randn(tokens, shape[1], generator=generator).to(cuda, dtype)
                 bias = torch.randn(shape[0], generator=generator).to(cuda) if tokens % 2 else None
                 y = weight.linear(x, bias)
-                _check(y, x, weight, bias)
+                _check(y, x, weight, bias, rounded)
                 assert torch.equal(y, weight.linear(x, bias)), "sums are in one order"
 
     return check
@@ -169,6 +173,8 @@ def test_products_with_wgmma(
     monkeypatch.setenv("HFQ_CUDA_STREAM", "0")
     monkeypatch.setenv("HFQ_CUDA_WGMMA", "1")
     check_products((9, 16, 27, 32, 40, 64, 100, 128, 130), shape, kind)
+    monkeypatch.setenv("HFQ_CUDA_WGMMA_LARGE", "2")
+    check_products((33, 64, 65, 128, 130, 400), shape, kind, True)
 
 
 @pytest.mark.parametrize("kind", KINDS)

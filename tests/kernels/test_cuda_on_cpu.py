@@ -19,6 +19,7 @@ from torch import Tensor
         ("misaligned", "misaligned access to global memory"),
         ("writes_behind_shared_memory", "write behind the end of shared memory"),
         ("wgmma_no_proxy_fence", "no fence.proxy.async covers"),
+        ("wgmma_of_stores_no_proxy_fence", "no fence.proxy.async covers"),
         ("wgmma_no_fence", "without wgmma.fence"),
         ("wgmma_memory_changes", "shared memory changes while wgmma reads it"),
         ("wgmma_registers_change", "registers change while wgmma reads them"),
@@ -88,6 +89,8 @@ def test_wgmma_is_what_is_documented(emulator: Any, generator: torch.Generator) 
     for warp, lane in itertools.product(range(4), range(32)):
         row, column = lane // 4 + warp % 2 * 8, warp // 2 * 8 + 2 * (lane % 4)
         assert y[32 * warp + lane] == columns[column, row], (warp, lane)
+    stored = emulator.self_check("wgmma_of_stores", columns.view(torch.int32).view(-1))
+    assert torch.equal(stored.view(torch.float32), y)
     early = emulator.self_check("wgmma_no_wait", columns.view(torch.int32).view(-1))
     assert early.view(torch.float32).isnan().all()
 

@@ -34,6 +34,7 @@ class Rung:
     """Attributes:
     shape: N, K, group_size (0: a group per row).
     new: what no rung before it has.
+    large: by wgmma_large.h.
     """
 
     shape: Shape
@@ -41,6 +42,7 @@ class Rung:
     new: str
     kind: Kind = INT4
     calls: int = 20
+    large: bool = False
 
 
 RUNGS = {
@@ -63,6 +65,13 @@ RUNGS = {
     "cluster": Rung((1024, 4096, 128), 16, "clusters: sums in other blocks' shared memory"),
     "cluster64": Rung((1024, 4096, 128), 64, "the same with zero points", (4, "zeros")),
     "cluster128": Rung((4096, 4096, 128), 200, "several tiles of tokens"),
+    "identity_large": Rung((300, 136, 0), 70, "wgmma_large.h: tiles of a warp", large=True),
+    "large": Rung((256, LONG, 128), 128, "the same with scales, stage after stage", large=True),
+    "large64": Rung((256, LONG, 128), 64, "64 tokens", large=True),
+    "large_zeros": Rung((256, LONG, 64), 128, "weights by float32", (4, "zeros"), large=True),
+    "large_nf4": Rung((256, LONG, 64), 128, "a table", (4, "nf4"), large=True),
+    "large_cluster": Rung((1024, 4096, 128), 300, "clusters, tiles of tokens", large=True),
+    "large_full": Rung((4096, 14336, 128), 256, "all multiprocessors", calls=300, large=True),
     "full": Rung((4096, 14336, 128), 64, "all multiprocessors; races", calls=300),
     "full16": Rung((14336, 4096, 128), 16, "the same", (4, "zeros"), calls=300),
 }
@@ -135,7 +144,7 @@ def check_products(rung: Rung, weight: Weight, product: Product, device: torch.d
     right = True
     for x, y in zip(inputs, answers, strict=True):
         try:
-            weight.check(y.cpu(), x.cpu())
+            weight.check(y.cpu(), x.cpu(), rounded=rung.large)
         except AssertionError as error:
             right = False
             print(f"  error beyond what roundings allow: {str(error).splitlines()[0]}")
@@ -148,6 +157,7 @@ def check_products(rung: Rung, weight: Weight, product: Product, device: torch.d
 
 def climb(name: str, folder: Path | None) -> bool:
     rung = RUNGS[name]
+    os.environ["HFQ_CUDA_WGMMA_LARGE"] = "2" if rung.large else "0"
     weight = random_weight(torch.Generator().manual_seed(0), rung.shape, rung.kind)
     product, device = product_of(weight, folder)
     check = check_identity if name.startswith("identity") else check_products

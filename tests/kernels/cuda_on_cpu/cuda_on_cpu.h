@@ -81,6 +81,11 @@ V load_shared(uint32_t at) {
   return v;
 }
 
+template <class V>
+void store_shared(uint32_t at, const V& v) {
+  cuda_on_cpu::store_shared(at, &v, sizeof(V));
+}
+
 template <int kBytes = 16>
 void cp_async(uint32_t shared, const void* global) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
@@ -97,11 +102,6 @@ inline void cp_async_commit() { cuda_on_cpu::commit_copies(); }
 template <int kPending>
 void cp_async_wait() {
   cuda_on_cpu::finish_copies(kPending);
-}
-
-inline void prefetch(const void* global, uint32_t bytes) {
-  if (reinterpret_cast<uintptr_t>(global) % 16 || bytes % 16) cuda_on_cpu::fail("misaligned prefetch");
-  cuda_on_cpu::check_range(global, bytes);
 }
 
 // Kernels run one after the other, but those that may start early are told where they come too soon.
@@ -157,16 +157,16 @@ inline int first_lane(bool is) {
 
 // ---- barriers in shared memory ----
 
-inline void mbarrier_init(uint64_t* barrier, uint32_t count) { cuda_on_cpu::mbarrier_init(barrier, count); }
-inline void mbarrier_arrive(uint64_t* barrier) { cuda_on_cpu::mbarrier_arrive(barrier); }
-inline void mbarrier_arrive_after_copies(uint64_t* barrier) { cuda_on_cpu::mbarrier_arrive_after_copies(barrier); }
-inline void mbarrier_arrive_and_expect(uint64_t* barrier, uint32_t bytes) { cuda_on_cpu::mbarrier_arrive_and_expect(barrier, bytes); }
-inline void copy_bulk(uint32_t shared, const void* global, uint32_t bytes, uint64_t* barrier) {
+inline void mbarrier_init(uint32_t barrier, uint32_t count) { cuda_on_cpu::mbarrier_init(barrier, count); }
+inline void mbarrier_arrive(uint32_t barrier) { cuda_on_cpu::mbarrier_arrive(barrier); }
+inline void mbarrier_arrive_after_copies(uint32_t barrier) { cuda_on_cpu::mbarrier_arrive_after_copies(barrier); }
+inline void mbarrier_arrive_and_expect(uint32_t barrier, uint32_t bytes) { cuda_on_cpu::mbarrier_arrive_and_expect(barrier, bytes); }
+inline void copy_bulk(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier) {
   if (shared % 16 || reinterpret_cast<uintptr_t>(global) % 16 || bytes % 16) cuda_on_cpu::fail("misaligned copy_bulk");
   cuda_on_cpu::check_range(global, bytes);
   cuda_on_cpu::copy_bulk(shared, global, bytes, barrier);
 }
-inline void mbarrier_wait(uint64_t* barrier, uint32_t bit) { cuda_on_cpu::mbarrier_wait(barrier, bit); }
+inline void mbarrier_wait(uint32_t barrier, uint32_t bit) { cuda_on_cpu::mbarrier_wait(barrier, bit); }
 
 // ---- numbers ----
 
@@ -252,6 +252,11 @@ inline uint16_t from_double(Float16, double f) {
 template <class T>
 uint16_t from_float(T t, float f) {
   return from_double(t, f);
+}
+
+template <class T>
+uint32_t from_floats(T t, float low, float high) {
+  return from_float(t, low) | static_cast<uint32_t>(from_float(t, high)) << 16;
 }
 
 constexpr bool kConvertsE4M3 = true;
@@ -391,7 +396,7 @@ void wgmma_wait(float (&)[n]) {
 inline uint16_t number_for_wgmma(uint32_t address) {
   uint16_t number;
   std::memcpy(&number, cuda_on_cpu::at_shared_address(address, 2), 2);
-  if (cuda_on_cpu::unfenced(address / 4 * 4, 4)) cuda_on_cpu::fail("wgmma reads a copy that no fence.proxy.async covers");
+  if (cuda_on_cpu::unfenced(address / 4 * 4, 4)) cuda_on_cpu::fail("wgmma reads what no fence.proxy.async covers");
   return number;
 }
 
@@ -480,8 +485,8 @@ inline void sync_cluster_only() { cuda_on_cpu::sync_cluster(); }
 inline float4 load_of_block(const float4* own, uint32_t rank) { return *static_cast<const float4*>(cuda_on_cpu::of_block(own, rank, 16)); }
 inline float load_of_block(const float* own, uint32_t rank) { return *static_cast<const float*>(cuda_on_cpu::of_block(own, rank, 4)); }
 inline void fence_barriers() { cuda_on_cpu::fence_barriers(); }
-inline void mbarrier_arrive_at_block(uint64_t* own, uint32_t rank) { cuda_on_cpu::mbarrier_arrive_at_block(own, rank); }
-inline void mbarrier_wait_for_cluster(uint64_t* barrier, uint32_t bit) { cuda_on_cpu::mbarrier_wait(barrier, bit); }
+inline void mbarrier_arrive_at_block(uint32_t own, uint32_t rank) { cuda_on_cpu::mbarrier_arrive_at_block(own, rank); }
+inline void mbarrier_wait_for_cluster(uint32_t barrier, uint32_t bit) { cuda_on_cpu::mbarrier_wait(barrier, bit); }
 
 // ---- launch ----
 

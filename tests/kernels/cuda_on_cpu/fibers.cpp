@@ -44,6 +44,7 @@ struct Fiber {
   unsigned thread;
   Block* block;
   uint32_t fenced;             // the last copy that it has made known to wgmma
+  std::vector<uint32_t> stored;  // words that it has not made known
   uint32_t barrier;            // at which it waits
   bool waited;                 // for the kernel in front
   std::vector<Copy> copies;    // not committed
@@ -83,6 +84,7 @@ struct Block {
   uint8_t* shared_begin;
   uint32_t copies;                          // that are finished
   std::vector<uint32_t> copied;             // of each word of shared memory, by which of them
+  std::vector<uint32_t> stored;             // and by which thread, if that has made it known to nobody
   std::map<uint32_t, Mbarrier> mbarriers;   // by their places in shared memory
   std::vector<BulkCopy> bulk_copies;        // on the way
   std::vector<std::vector<uint64_t>> what;  // of each warpgroup, what its warps have started
@@ -104,6 +106,7 @@ Fiber* current;
 unsigned threads;  // of a block
 int in_cluster_barrier, done;
 bool starts_early;
+bool arrived;  // the thread that has just run, at a barrier in shared memory
 const std::function<void()>* body;
 std::string message;
 
@@ -130,6 +133,7 @@ void start(unsigned number) {
   fiber.block = &cluster[number / threads];
   fiber.fenced = 0;
   fiber.waited = !starts_early;
+  fiber.stored.clear();
   fiber.copies.clear();
   fiber.groups.clear();
   makecontext(&fiber.context, run_fiber, 0);
@@ -150,6 +154,7 @@ void clear(Block& block, unsigned index) {
   block.shared_begin = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(block.shared.data()) + 127) & ~uintptr_t{127});
   block.copies = 0;
   block.copied.assign(shared_size / 4 + 1, 0);
+  block.stored.assign(shared_size / 4 + 1, kNobody);
   block.mbarriers.clear();
   block.bulk_copies.clear();
   block.what.assign((threads + 127) / 128, {});
@@ -201,7 +206,7 @@ void finish_oldest(Fiber& fiber) {
     else
       std::memset(copy.to, 0, copy.bytes);
     const auto first = static_cast<uint32_t>(static_cast<uint8_t*>(copy.to) - block.shared_begin) / 4;
-    for (uint32_t word = first; word < first + copy.bytes / 4; ++word) block.copied[word] = block.copies;
+    for (uint32_t word = first; word < first + copy.bytes / 4; ++word) block.copied[word] = block.copies, block.stored[word] = kNobody;
   }
   if (group.barrier != kNobody) arrive(block, group.barrier);
 }
@@ -211,7 +216,8 @@ void finish_bulk_copy(Block& block, size_t number) {
   block.bulk_copies.erase(block.bulk_copies.begin() + static_cast<std::ptrdiff_t>(number));
   std::memcpy(bulk.copy.to, bulk.copy.from, bulk.copy.bytes);
   const auto first = static_cast<uint32_t>(static_cast<uint8_t*>(bulk.copy.to) - block.shared_begin) / 4;
-  for (uint32_t word = first; word < first + bulk.copy.bytes / 4; ++word) block.copied[word] = 0;  // wgmma reads on the same way
+  // wgmma reads on the same way.
+  for (uint32_t word = first; word < first + bulk.copy.bytes / 4; ++word) block.copied[word] = 0, block.stored[word] = kNobody;
   block.mbarriers.at(bulk.barrier).bytes -= static_cast<int64_t>(bulk.copy.bytes);
   end_phase(block, bulk.barrier);
 }
@@ -246,19 +252,28 @@ bool run_cluster(std::minstd_rand& random, bool apart) {
   std::shuffle(order.begin(), order.end(), random);
   std::shuffle(lanes.begin(), lanes.end(), random);
   done = in_cluster_barrier = 0;
+  arrived = false;
   while (done < static_cast<int>(fibers.size())) {
     bool moved = false;
     for (const unsigned warp : order) {
       for (bool again = true; again;) {
         again = false;
-        for (const unsigned lane : lanes) {
-          Fiber& fiber = fibers[32 * warp + lane];
+        const size_t first = random() % 32;
+        for (size_t i = 0; i < 32; ++i) {
+          Fiber& fiber = fibers[32 * warp + lanes[(first + i) % 32]];
           if (fiber.state != State::kReady) continue;
           moved = true;
           again = apart;
           current = &fiber;
           swapcontext(&scheduler, &current->context);
           if (!message.empty()) return false;
+          if (!arrived) continue;
+          // What it did not wait for, and what its warp does later, others may have to do without.
+          arrived = again = false;
+          if (random() % 2)
+            while (finish_something(random)) continue;
+          if (!message.empty()) return false;
+          break;
         }
       }
     }
@@ -409,8 +424,20 @@ void finish_copies(int pending) {
   while (static_cast<int>(current->groups.size()) > pending) finish_oldest(*current);
 }
 
+void store_shared(uint32_t address, const void* from, size_t bytes) {
+  std::memcpy(at_shared_address(address, bytes), from, bytes);
+  for (uint32_t word = (address - kSharedBase) / 4; word < (address - kSharedBase + bytes) / 4; ++word) {
+    current->block->copied[word] = 0;
+    current->block->stored[word] = current->thread;
+    current->stored.push_back(word);
+  }
+}
+
 void fence_proxy_async() {
   current->fenced = current->block->copies;
+  for (const uint32_t word : current->stored)
+    if (uint32_t& thread = current->block->stored[word]; thread == current->thread) thread = kNobody;
+  current->stored.clear();
   for (auto& [place, barrier] : current->block->mbarriers)
     if (barrier.maker == current->thread) barrier.known = true;
 }
@@ -420,35 +447,34 @@ bool unfenced(uint32_t address, size_t bytes) {
   uint32_t fenced = first->fenced;
   for (const Fiber* fiber = first; fiber < first + 32; ++fiber) fenced = std::min(fenced, fiber->fenced);
   for (uint32_t word = (address - kSharedBase) / 4; word < (address - kSharedBase + bytes) / 4; ++word)
-    if (current->block->copied[word] > fenced) return true;
+    if (current->block->copied[word] > fenced || current->block->stored[word] != kNobody) return true;
   return false;
 }
 
 namespace {
 
-uint32_t place(const void* barrier) {
-  check_shared(barrier, 8);
-  return static_cast<uint32_t>(static_cast<const uint8_t*>(barrier) - shared_memory());
-}
+uint32_t place(uint32_t barrier) { return static_cast<uint32_t>(at_shared_address(barrier, 8) - shared_memory()); }
 
 }  // namespace
 
-void mbarrier_init(const void* barrier, uint32_t count) {
+void mbarrier_init(uint32_t barrier, uint32_t count) {
   if (count == 0) fail("a barrier of nobody");
   current->block->mbarriers[place(barrier)] = {count, count, 0, 0, current->thread, false, false};
 }
 
-void mbarrier_arrive(const void* barrier) {
+void mbarrier_arrive(uint32_t barrier) {
   arrive(*current->block, place(barrier));
   if (!message.empty()) fail(message.c_str());
+  arrived = true;
+  leave(State::kReady);
 }
 
-void mbarrier_arrive_after_copies(const void* barrier) {
+void mbarrier_arrive_after_copies(uint32_t barrier) {
   current->groups.push_back({std::move(current->copies), place(barrier)});
   current->copies.clear();
 }
 
-void mbarrier_wait(const void* barrier, uint32_t bit) {
+void mbarrier_wait(uint32_t barrier, uint32_t bit) {
   const auto found = current->block->mbarriers.find(place(barrier));
   if (found == current->block->mbarriers.end()) fail("wait at a barrier that nobody has made");
   while (found->second.phase % 2 == bit) {
@@ -457,13 +483,13 @@ void mbarrier_wait(const void* barrier, uint32_t bit) {
   }
 }
 
-void mbarrier_arrive_and_expect(const void* barrier, uint32_t bytes) {
+void mbarrier_arrive_and_expect(uint32_t barrier, uint32_t bytes) {
   const auto found = current->block->mbarriers.find(place(barrier));
   if (found != current->block->mbarriers.end()) found->second.bytes += bytes;
   mbarrier_arrive(barrier);
 }
 
-void copy_bulk(uint32_t shared, const void* global, uint32_t bytes, const void* barrier) {
+void copy_bulk(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier) {
   const auto found = current->block->mbarriers.find(place(barrier));
   if (found == current->block->mbarriers.end() || !found->second.known) fail("copy_bulk for a barrier that no fence.proxy.async covers");
   if (bytes == 0) fail("copy_bulk of nothing");
@@ -478,7 +504,7 @@ void fence_barriers() {
     if (barrier.maker == current->thread) barrier.shown = true;
 }
 
-void mbarrier_arrive_at_block(const void* own, unsigned rank) {
+void mbarrier_arrive_at_block(uint32_t own, unsigned rank) {
   if (rank >= cluster.size()) fail("no such block in the cluster");
   Block& block = cluster[rank];
   if (block.ended == static_cast<int>(threads)) fail("arrival at a block that has ended");

@@ -59,23 +59,27 @@ void wait_for_previous_kernel();
 void copy_later(void* shared, const void* global, size_t bytes);
 void commit_copies();
 void finish_copies(int pending);
-// Finished copies are there for instructions of this thread that read shared memory on their own.
+// An ordinary store, of which instructions that read shared memory on their own know after a fence_proxy_async of this thread.
+void store_shared(uint32_t address, const void* from, size_t bytes);
+// Finished copies, and its own stores, are there for instructions of this thread that read shared memory on their own; its stores for others', too,
+// after a barrier.
 void fence_proxy_async();
-// Whether a copy to these bytes is there for ordinary reads of this warp only.
+// Whether a copy or a store to these bytes is there for ordinary reads only, of this warp.
 bool unfenced(uint32_t address, size_t bytes);
 
-// Barriers in shared memory. Copies that a thread arrives with are finished when no thread can go on without, in any order among threads.
-void mbarrier_init(const void* barrier, uint32_t count);
-void mbarrier_arrive(const void* barrier);
-void mbarrier_arrive_after_copies(const void* barrier);
-void mbarrier_wait(const void* barrier, uint32_t bit);
+// Barriers in shared memory. Copies that a thread arrives with are finished when no thread can go on without, in any order among threads, or at some
+// thread's arrival. After an arrival other warps go on first.
+void mbarrier_init(uint32_t barrier, uint32_t count);
+void mbarrier_arrive(uint32_t barrier);
+void mbarrier_arrive_after_copies(uint32_t barrier);
+void mbarrier_wait(uint32_t barrier, uint32_t bit);
 // Other blocks of the cluster find a barrier after a fence_barriers of the thread that made it.
 void fence_barriers();
-void mbarrier_arrive_at_block(const void* own, unsigned rank);
-// A phase ends when all have arrived and as many bytes as they expect have come. A copy comes when no thread can go on without, in any order; one of
+void mbarrier_arrive_at_block(uint32_t own, unsigned rank);
+// A phase ends when all have arrived and as many bytes as they expect have come. A copy comes when those of threads do; one of
 // nothing never ends. The barrier must have been there for it: a fence_proxy_async of the thread that made it.
-void mbarrier_arrive_and_expect(const void* barrier, uint32_t bytes);
-void copy_bulk(uint32_t shared, const void* global, uint32_t bytes, const void* barrier);
+void mbarrier_arrive_and_expect(uint32_t barrier, uint32_t bytes);
+void copy_bulk(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier);
 
 // Instructions of a warpgroup that go on beside the threads, one part for each warp. `what`: the same for all four warps, or it is a mistake.
 // `work` is called as late as the waits of the warp allow. The functions are called once for each warp, within `together`.

@@ -88,17 +88,23 @@ void writes_behind_shared_memory(Params) { shared_memory()[2048] = 0; }
 enum class Mistake { kNone, kNoProxyFence, kNoBarrier, kNoFence, kNoWait, kMemoryChanges, kRegistersChange, kOtherDescriptor, kNotAligned };
 
 // 16 columns of 16 numbers along k, two to a word, as the second operand with the swizzle of 128 bytes. Row r of the first one picks number
-// r % 16 of each column. Warp w stores its sums 2 w.
-template <Mistake kMistake>
+// r % 16 of each column. Warp w stores its sums 2 w. The numbers come by copies, or by stores, which their threads make known before the barrier.
+template <Mistake kMistake, bool kStores = false>
 void wgmma_of_columns(Params p) {
   const unsigned thread = threadIdx.x, lane = thread % 32, warp = thread / 32, n = thread / 8, k = thread % 8;
   uint8_t* tile = swizzled_memory();
   if (kMistake == Mistake::kNotAligned) tile += 128;
-  cp_async<4>(shared_address(tile + n * 128 + ((k / 4) ^ n % 8) * 16 + 4 * (k % 4)), p.from + thread);
-  cp_async_commit();
-  cp_async_wait<0>();
+  const uint32_t place = shared_address(tile + n * 128 + ((k / 4) ^ n % 8) * 16 + 4 * (k % 4));
+  if (kStores) {
+    store_shared(place, load(p.from + thread));
+    if (kMistake != Mistake::kNoProxyFence) fence_proxy_async();
+  } else {
+    cp_async<4>(place, p.from + thread);
+    cp_async_commit();
+    cp_async_wait<0>();
+  }
   if (kMistake != Mistake::kNoBarrier) sync_block();
-  if (kMistake != Mistake::kNoProxyFence) fence_proxy_async();
+  if (kMistake != Mistake::kNoProxyFence && !kStores) fence_proxy_async();
   uint64_t descriptor = uint64_t{1} << 62 | uint64_t{1024 / 16} << 32 | shared_address(tile) / 16;
   if (kMistake == Mistake::kOtherDescriptor) descriptor += 2 * warp;
   constexpr uint32_t kOne = 0x3f80;  // bfloat16
@@ -119,27 +125,26 @@ void wgmma_of_columns(Params p) {
 // Three warps fill two stages in turns, the fourth one adds up what is in them.
 template <Mistake kMistake>
 void ring(Params p) {
-  uint64_t* full = reinterpret_cast<uint64_t*>(shared_memory());
-  uint64_t* empty = full + 2;
+  const uint32_t full = shared_address(shared_memory()), empty = full + 16;
   uint32_t* stages = reinterpret_cast<uint32_t*>(shared_memory() + 64);  // [2][96]
   if (threadIdx.x == 0)
-    for (int i = 0; i < 2; ++i) mbarrier_init(full + i, 96), mbarrier_init(empty + i, kMistake == Mistake::kNoBarrier ? 2 : 1);
+    for (int i = 0; i < 2; ++i) mbarrier_init(full + 8 * i, 96), mbarrier_init(empty + 8 * i, kMistake == Mistake::kNoBarrier ? 2 : 1);
   sync_block();
   constexpr uint32_t kRounds = 7;
   if (threadIdx.x < 96) {
     for (uint32_t i = 0; i < kRounds; ++i) {
-      if (i >= 2 && kMistake != Mistake::kMemoryChanges) mbarrier_wait(empty + i % 2, (i / 2 - 1) % 2);
+      if (i >= 2 && kMistake != Mistake::kMemoryChanges) mbarrier_wait(empty + 8 * (i % 2), (i / 2 - 1) % 2);
       cp_async<4>(shared_address(stages + 96 * (i % 2) + threadIdx.x), p.from + (threadIdx.x + i) % 128);
-      mbarrier_arrive_after_copies(full + i % 2);
+      mbarrier_arrive_after_copies(full + 8 * (i % 2));
     }
     return;
   }
   uint32_t sum = 0;
   for (uint32_t i = 0; i < kRounds; ++i) {
-    if (kMistake != Mistake::kNoWait) mbarrier_wait(full + i % 2, i / 2 % 2);
+    if (kMistake != Mistake::kNoWait) mbarrier_wait(full + 8 * (i % 2), i / 2 % 2);
     for (int j = 0; j < 3; ++j) sum = 3 * sum + stages[96 * (i % 2) + 32 * j + threadIdx.x % 32];
     sync_warp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(empty + i % 2);
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(empty + 8 * (i % 2));
   }
   store(p.to + threadIdx.x % 32, sum);
 }
@@ -147,30 +152,30 @@ void ring(Params p) {
 // The last warp fills two stages in turns, each with two copies in bulk; the first one adds up what is in them. Odd rounds lack the second piece.
 template <Mistake kMistake>
 void bulk_ring(Params p) {
-  uint64_t* full = reinterpret_cast<uint64_t*>(shared_memory());
-  uint64_t* empty = full + 2;
+  const uint32_t full = shared_address(shared_memory()), empty = full + 16;
   uint32_t* stages = reinterpret_cast<uint32_t*>(shared_memory() + 64);  // [2][64]
   if (threadIdx.x == 0) {
-    for (int i = 0; i < 2; ++i) mbarrier_init(full + i, 1), mbarrier_init(empty + i, 1);
+    for (int i = 0; i < 2; ++i) mbarrier_init(full + 8 * i, 1), mbarrier_init(empty + 8 * i, 1);
     if (kMistake != Mistake::kNoProxyFence) fence_proxy_async();
   }
   sync_block();
   constexpr uint32_t kRounds = 7;
   if (threadIdx.x == 96) {
     for (uint32_t i = 0; i < kRounds; ++i) {
-      if (i >= 2 && kMistake != Mistake::kMemoryChanges) mbarrier_wait(empty + i % 2, (i / 2 - 1) % 2);
-      const uint32_t pieces = i % 2 ? 1 : 2, to = shared_address(stages + 64 * (i % 2)) + (kMistake == Mistake::kNotAligned ? 4 : 0);
-      mbarrier_arrive_and_expect(full + i % 2, kMistake == Mistake::kNoBarrier ? 0 : 128 * pieces);
-      for (uint32_t j = 0; j < pieces; ++j) copy_bulk(to + 128 * j, p.from + 4 * i + 32 * j, 128, full + i % 2);
+      if (i >= 2 && kMistake != Mistake::kMemoryChanges) mbarrier_wait(empty + 8 * (i % 2), (i / 2 - 1) % 2);
+      const uint32_t pieces = i % 2 ? 1 : 2, at = full + 8 * (i % 2);
+      const uint32_t to = shared_address(stages + 64 * (i % 2)) + (kMistake == Mistake::kNotAligned ? 4 : 0);
+      mbarrier_arrive_and_expect(at, kMistake == Mistake::kNoBarrier ? 0 : 128 * pieces);
+      for (uint32_t j = 0; j < pieces; ++j) copy_bulk(to + 128 * j, p.from + 4 * i + 32 * j, 128, at);
     }
   }
   if (threadIdx.x >= 32) return;
   uint32_t sum = 0;
   for (uint32_t i = 0; i < kRounds; ++i) {
-    if (kMistake != Mistake::kNoWait) mbarrier_wait(full + i % 2, i / 2 % 2);
+    if (kMistake != Mistake::kNoWait) mbarrier_wait(full + 8 * (i % 2), i / 2 % 2);
     for (int j = 0; j < (i % 2 ? 1 : 2); ++j) sum = 3 * sum + stages[64 * (i % 2) + 32 * j + threadIdx.x];
     sync_warp();
-    if (threadIdx.x == 0) mbarrier_arrive(empty + i % 2);
+    if (threadIdx.x == 0) mbarrier_arrive(empty + 8 * (i % 2));
   }
   store(p.to + threadIdx.x, sum);
 }
@@ -208,6 +213,8 @@ constexpr struct {
 } kKernels[] = {
     {"wgmma", wgmma_of_columns<Mistake::kNone>, 128},
     {"wgmma_no_proxy_fence", wgmma_of_columns<Mistake::kNoProxyFence>, 128},
+    {"wgmma_of_stores", wgmma_of_columns<Mistake::kNone, true>, 128},
+    {"wgmma_of_stores_no_proxy_fence", wgmma_of_columns<Mistake::kNoProxyFence, true>, 128},
     {"wgmma_no_barrier", wgmma_of_columns<Mistake::kNoBarrier>, 128},
     {"wgmma_no_fence", wgmma_of_columns<Mistake::kNoFence>, 128},
     {"wgmma_no_wait", wgmma_of_columns<Mistake::kNoWait>, 128},

@@ -1,0 +1,138 @@
+// From stages to sums for many tokens: 256 rows and 128 tokens (or 64), for which accumulators leave no registers for a second set of sums.
+//
+// So weights are what they are after dequantizing: a number times its scale, rounded to 16 bits, as unpack.cu does it and the matrix library reads it
+// with many tokens. Where scales have the dtype of x and there are no zero points that is one multiplication of two numbers; else it goes through
+// float32.
+// Each of 8 warps has two tiles, each of two warpgroups two instructions side by side. Tensor cores take 2048 clocks for a chunk, whose 600 (1500)
+// instructions of a scheduler are issued meanwhile.
+#pragma once
+
+#include "wgmma_block.h"
+
+namespace hfq {
+namespace {
+
+template <class Kind, class T, class Block>
+struct WgmmaLargeConsumer {
+  static constexpr int kTiles = Block::kWarpTiles, kUnits = Block::kUnits, kSums = Block::kSums;
+  static constexpr float kMiddle = 1 << (Block::kBits - 1);
+  static constexpr DType kOwn = std::is_same<T, BFloat16>::value ? kBFloat16 : kFloat16;
+
+  const WgmmaParams& p;
+  const Block& block;
+  int lane, first_tile;          // of the warp's, four apart
+  uint32_t codes_at, scales_at;  // what the lane reads, from the beginning of a stage
+  uint32_t table;                // of the lane
+  float sums[kTiles][kSums] = {};
+  Kind codes[kTiles];
+  Pair scales[kTiles], zeros[kTiles];
+  uint32_t factors[kTiles][2];      // the scales of rows g and g + 8, twice each
+  uint32_t a[2][kTiles][2][4];      // of two units, in turns
+
+  __device__ __forceinline__ WgmmaLargeConsumer(const WgmmaParams& params, const Block& b, int warp)
+      : p(params), block(b), lane(threadIdx.x % 32), first_tile(warp / 4 * 4 * kTiles + warp % 4) {
+    codes_at = kept(static_cast<uint32_t>(Block::kCodesAt + first_tile * Block::kBytes + 16 * lane));
+    const uint32_t pair = lane / 4 * pair_bytes(p.weight.scale_dtype);
+    scales_at = kept(static_cast<uint32_t>(Block::kScalesAt + first_tile * Block::kScaleBytes + pair));
+    if constexpr (Kind::kTable) table = kept(block.ring + Block::kRing + 4 * lane);
+  }
+
+  // Weights of unit `u` of a stage, of which `unit` is the first one of all columns. `kDirect`: in 16 bits.
+  template <bool kDirect, int u>
+  __device__ __forceinline__ void unpack(uint32_t stage, uint32_t unit) {
+    const bool new_scales = (u & p.flush_mask) == 0;
+    const uint32_t pair = stage + scales_at + (new_scales ? scales_of(p, unit, u) : 0);
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      const uint32_t of_codes = stage + codes_at + 4 * i * Block::kBytes + u / Kind::kUnits * kBlockBytes<Block::kBits>;
+      if constexpr (u % Kind::kUnits == 0) codes[i].take(of_codes, lane);
+      uint32_t(&to)[2][4] = a[u % 2][i];
+      codes[i].template unit<T, u % Kind::kUnits>(table, to);
+      Kind::order(to);
+      if (new_scales) take_scales<kDirect>(i, pair + 4 * i * Block::kScaleBytes);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) to[j / 4][j % 4] = kept(weights<kDirect>(to[j / 4][j % 4], i, j % 2));
+    }
+  }
+
+  template <bool kDirect>
+  __device__ __forceinline__ void take_scales(int i, uint32_t pair) {
+    const RawPair raw = load_pair(pair, kDirect ? kOwn : p.weight.scale_dtype);
+    if constexpr (kDirect) {
+      factors[i][0] = permute_bytes(raw.first, 0, 0x1010), factors[i][1] = permute_bytes(raw.first, 0, 0x3232);
+    } else {
+      scales[i] = to_floats(raw, p.weight.scale_dtype);
+      if (p.weight.zeros) zeros[i] = to_floats(load_pair(pair + Block::kZerosAt - Block::kScalesAt, p.weight.scale_dtype), p.weight.scale_dtype);
+    }
+  }
+
+  // Two numbers of a row, times its scale. (The middle, added to a code that it was taken from, is exact.)
+  template <bool kDirect>
+  __device__ __forceinline__ uint32_t weights(uint32_t numbers, int i, int high) const {
+    constexpr uint32_t kNothing = 0x80008000u;  // -0 leaves signs of zeros
+    if constexpr (kDirect) return fma2(T{}, numbers, factors[i][high], kNothing);
+    float first = to_float(T{}, static_cast<uint16_t>(numbers)), second = to_float(T{}, static_cast<uint16_t>(numbers >> 16));
+    if (Kind::kMayHaveZeros && p.weight.zeros) {
+      const float zero = high ? zeros[i].high : zeros[i].low;
+      first = add(add(first, kMiddle), -zero), second = add(add(second, kMiddle), -zero);
+    }
+    const float scale = high ? scales[i].high : scales[i].low;
+    return from_floats(T{}, first * scale, second * scale);
+  }
+
+  // Units u and later of the stage `turn`, of which `x` describes the activations. `first`: no other one is behind; `more`: another one follows.
+  template <bool kDirect, int u>
+  __device__ __forceinline__ void multiply(uint64_t x, const Turn<Block::kStages>& turn, uint32_t unit, bool first, bool more) {
+    constexpr int kFrom = (u / 2 * Block::kHalf + u % 2 * 64) / 16;
+    wgmma_fence();
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) wgmma(T{}, sums[i], a[u % 2][i][j], x + kFrom + 2 * j, true);
+    wgmma_commit();
+    wgmma_wait<1>();
+    if (u == 0 && !first) {  // nothing reads the stage behind any more
+      sync_warp();
+      if (lane == 0) mbarrier_arrive(block.empty(turn.at ? turn.at - 1 : Block::kStages - 1));
+    }
+    if constexpr (u + 1 < kUnits) {
+      unpack<kDirect, u + 1>(block.stage(turn.at), unit);
+      multiply<kDirect, u + 1>(x, turn, unit, first, more);
+    } else if (more) {
+      Turn<Block::kStages> next = turn;
+      next.next();
+      mbarrier_wait(block.full(next.at), next.round % 2);
+      unpack<kDirect, 0>(block.stage(next.at), unit + kUnits);
+    }
+  }
+
+  template <bool kDirect>
+  __device__ __forceinline__ void run_chunks() {
+    const uint64_t x = x_descriptor(block.ring);
+    Turn<Block::kStages> turn;
+    if (block.chunks) {
+      mbarrier_wait(block.full(0), 0);
+      unpack<kDirect, 0>(block.ring, block.chunk * kUnits);
+    }
+#pragma unroll 1
+    for (uint32_t i = 0; i < block.chunks; ++i, turn.next())
+      multiply<kDirect, 0>(x + turn.at * (Block::kStage / 16), turn, (block.chunk + i) * kUnits, i == 0, i + 1 < block.chunks);
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) wgmma_wait<0>(sums[i]);
+  }
+
+  __device__ __forceinline__ void run() {
+    if (p.weight.scale_dtype == kOwn && !p.weight.zeros)
+      run_chunks<true>();
+    else
+      run_chunks<false>();
+  }
+
+  __device__ __forceinline__ void store_sums(float* partial) const {
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) store_tile<Block>(partial, first_tile + 4 * i, sums[i]);
+  }
+};
+
+}  // namespace
+}  // namespace hfq
