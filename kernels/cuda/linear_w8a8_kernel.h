@@ -99,7 +99,7 @@ struct W8A8Warp {
     }
   }
 
-  __device__ __forceinline__ void load(Steps& step, uint32_t column) const {
+  __device__ __forceinline__ void load_weights(Steps& step, uint32_t column) const {
     const bool present = column < columns;
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
@@ -109,11 +109,15 @@ struct W8A8Warp {
         if (present) step.weights[i][half] = load_streaming(reinterpret_cast<const uint4*>(qweight + (rows[i][half] + column)));
       }
     }
+  }
+
+  __device__ __forceinline__ void load_tokens(Steps& step, uint32_t column) const {
     if constexpr (!kInside) {
+      const bool present = column < columns;
 #pragma unroll
       for (int i = 0; i < kTokenTiles; ++i) {
         step.tokens[i] = make_uint4(0, 0, 0, 0);
-        if (present) step.tokens[i] = hfq::load(reinterpret_cast<const uint4*>(codes + (tokens[i] + column)));
+        if (present) step.tokens[i] = load_written(reinterpret_cast<const uint4*>(codes + (tokens[i] + column)));
       }
     }
   }
@@ -147,7 +151,12 @@ struct W8A8Warp {
     const auto place = [](uint32_t column, int s) { return column + s / 2 * kRound + s % 2 * kStepColumns; };
     Steps steps[kAhead];
 #pragma unroll
-    for (int s = 0; s < kAhead; ++s) load(steps[s], place(first, s));
+    for (int s = 0; s < kAhead; ++s) load_weights(steps[s], place(first, s));
+    // Tokens come from the kernel before this one; no kernel that lets the next one start writes weights.
+    let_next_kernel_start();
+    wait_for_previous_kernel();
+#pragma unroll
+    for (int s = 0; s < kAhead; ++s) load_tokens(steps[s], place(first, s));
     fill(*this);
     // All steps, then all loads. ptxas gives all loads that live across a loop's end one scoreboard, which counts: to wait for one of them is to
     // wait for the last one issued, so that a load behind each step would cost each step a latency of memory.
@@ -155,7 +164,10 @@ struct W8A8Warp {
 #pragma unroll
       for (int s = 0; s < kAhead; ++s) multiply(steps[s], place(column, s));
 #pragma unroll
-      for (int s = 0; s < kAhead; ++s) load(steps[s], place(column + kAhead / 2 * kRound, s));
+      for (int s = 0; s < kAhead; ++s) {
+        load_weights(steps[s], place(column + kAhead / 2 * kRound, s));
+        load_tokens(steps[s], place(column + kAhead / 2 * kRound, s));
+      }
     }
   }
 };
@@ -178,7 +190,7 @@ __device__ __forceinline__ void quantize_inside(const W8A8Params& p, Inside* ins
     const uint4* x = static_cast<const uint4*>(p.x) + m * loads;
     uint32_t bits = 0;
 #pragma unroll 2
-    for (uint32_t at = threadIdx.x; at < loads; at += kThreads) bits = larger(bits, largest(T{}, load(x + at)));
+    for (uint32_t at = threadIdx.x; at < loads; at += kThreads) bits = larger(bits, largest(T{}, load_written(x + at)));
     bits = largest_of_warp(bits);
     if (threadIdx.x % 32 == 0) inside->largest[threadIdx.x / 32][m] = bits;
   }
@@ -192,7 +204,7 @@ __device__ __forceinline__ void quantize_inside(const W8A8Params& p, Inside* ins
     const uint4* x = static_cast<const uint4*>(p.x) + m * loads;
     Words* codes = reinterpret_cast<Words*>(inside->codes + m * inside_stride(in_features));
 #pragma unroll 2
-    for (uint32_t at = threadIdx.x; at < loads; at += kThreads) codes[at] = codes_of(Code{}, T{}, load(x + at), rounding.inverse);
+    for (uint32_t at = threadIdx.x; at < loads; at += kThreads) codes[at] = codes_of(Code{}, T{}, load_written(x + at), rounding.inverse);
   }
   sync_block();
 }
@@ -238,7 +250,7 @@ __device__ __forceinline__ void w8a8_block(const W8A8Params& p, int64_t first_ro
     Sum sum = 0;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) sum += from[w * kTileSums];
-    const float token_scale = kInside ? inside->scales[m] : load(p.token_scales + m);
+    const float token_scale = kInside ? inside->scales[m] : load_written(p.token_scales + m);
     float y = scaled_sum(sum, token_scale, load_float(p.scales, n, p.scale_dtype));
     if (p.bias) y = add(y, load_float(p.bias, n, p.bias_dtype));
     store_float(p.y, m * p.out_features + n, p.x_dtype, y);
@@ -258,6 +270,7 @@ template <class Code, int kTokenTiles>
 __global__ void __launch_bounds__(kThreads, kTokenTiles == 1 ? 3 : 2) w8a8_experts_kernel(const W8A8ExpertsParams p) {
   const Routing& r = p.routing;
   const int64_t first_row = static_cast<int64_t>(blockIdx.x / r.slots) * 16;
+  wait_for_previous_kernel();
   const Run run = find_run<8 * kTokenTiles>(r, static_cast<uint32_t>(p.product.tokens), blockIdx.x % r.slots);
   if (run.first >= run.end) return;
   W8A8Params own = p.product;
@@ -281,7 +294,8 @@ const char* launch_kind(const W8A8Params& params, cudaStream_t stream) {
   const int64_t row_blocks = (p.out_features + 16 * kTiles - 1) / (16 * kTiles);
   size_t shared = kWarps * kTiles * kTokenTiles * 128 * sizeof(typename Code::Sum);
   if (!std::is_void_v<T>) shared += sizeof(Inside) + static_cast<size_t>(p.tokens * (p.in_features + 64));
-  return launch(w8a8_kernel<Code, T, kTiles, kTokenTiles>, static_cast<unsigned>(row_blocks * p.token_blocks), kThreads, shared, stream, p);
+  const int64_t blocks = row_blocks * p.token_blocks;
+  return launch_early(w8a8_kernel<Code, T, kTiles, kTokenTiles>, static_cast<unsigned>(blocks), kThreads, evenly(shared, blocks), stream, p);
 }
 
 template <class Code, int kTokenTiles>
@@ -309,7 +323,7 @@ const char* launch_experts_kind(const W8A8ExpertsParams& params, cudaStream_t st
   p.routing.slots = static_cast<uint32_t>(expert_slots(p.product.tokens, p.routing.experts, 8 * kTokenTiles));
   const int64_t row_blocks = (p.product.out_features + 15) / 16;
   constexpr size_t kShared = kWarps * kTokenTiles * 128 * sizeof(typename Code::Sum);
-  return launch(w8a8_experts_kernel<Code, kTokenTiles>, static_cast<unsigned>(row_blocks * p.routing.slots), kThreads, kShared, stream, p);
+  return launch_early(w8a8_experts_kernel<Code, kTokenTiles>, static_cast<unsigned>(row_blocks * p.routing.slots), kThreads, kShared, stream, p);
 }
 
 template <class Code>

@@ -20,17 +20,19 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(const TokensParams p
   const uint4* x = static_cast<const uint4*>(p.x) + token * loads;
   Words* codes = reinterpret_cast<Words*>(p.codes) + token * loads;
 
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   uint4 held[kHeld];
   uint32_t bits = 0;
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     const uint32_t at = i * kThreads + threadIdx.x;
     held[i] = make_uint4(0, 0, 0, 0);
-    if (at < loads) held[i] = load_streaming(x + at);
+    if (at < loads) held[i] = load_written(x + at);
   }
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) bits = larger(bits, largest(T{}, held[i]));
-  for (uint32_t at = kHeld * kThreads + threadIdx.x; at < loads; at += kThreads) bits = larger(bits, largest(T{}, load(x + at)));
+  for (uint32_t at = kHeld * kThreads + threadIdx.x; at < loads; at += kThreads) bits = larger(bits, largest(T{}, load_written(x + at)));
 
   bits = largest_of_warp(bits);
   if (threadIdx.x % 32 == 0) largest_of_warps[threadIdx.x / 32] = bits;
@@ -46,7 +48,7 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(const TokensParams p
     if (at < loads) store(codes + at, codes_of(Code{}, T{}, held[i], rounding.inverse));
   }
   for (uint32_t at = kHeld * kThreads + threadIdx.x; at < loads; at += kThreads)
-    store(codes + at, codes_of(Code{}, T{}, load(x + at), rounding.inverse));
+    store(codes + at, codes_of(Code{}, T{}, load_written(x + at), rounding.inverse));
 }
 
 // ---- launcher ----
@@ -56,7 +58,7 @@ const char* launch_kind(const TokensParams& p, cudaStream_t stream) {
   const auto kernel = p.x_dtype == kFloat32   ? quantize_kernel<Code, Float32>
                       : p.x_dtype == kFloat16 ? quantize_kernel<Code, Float16>
                                               : quantize_kernel<Code, BFloat16>;
-  return launch(kernel, static_cast<unsigned>(p.tokens), kThreads, kWarps * sizeof(uint32_t), stream, p);
+  return launch_early(kernel, static_cast<unsigned>(p.tokens), kThreads, kWarps * sizeof(uint32_t), stream, p);
 }
 
 }  // namespace
