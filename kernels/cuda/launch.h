@@ -18,11 +18,11 @@ inline size_t most_shared_bytes() {
   return static_cast<size_t>(bytes);
 }
 
-// What CUDA says of a kernel as it is on the current device: zeros if it was not compiled for it. Asked for once.
+// What CUDA says of a kernel as it is on the current device: zeros if it was not compiled for it. Asked for until it is known.
 struct KernelFacts {
-  int registers = 0;     // of a thread
-  int architecture = 0;  // compute capability for which its PTX was made (__CUDA_ARCH__ / 10)
-  std::atomic<bool> has_shared = false;  // allow_shared has been here
+  std::atomic<int> registers = 0;     // of a thread
+  std::atomic<int> architecture = 0;  // compute capability for which its PTX was made (__CUDA_ARCH__ / 10)
+  std::atomic<bool> has_shared = false, prefers_shared = false;  // allow_shared, prefer_shared have been here
 };
 template <class Params>
 KernelFacts& facts_of(void (*kernel)(Params)) {
@@ -31,9 +31,8 @@ KernelFacts& facts_of(void (*kernel)(Params)) {
   int device = 0;
   cudaGetDevice(&device);
   const std::lock_guard lock(mutex);
-  const auto [found, is_new] = known.try_emplace({device, kernel});
-  KernelFacts& facts = found->second;
-  if (is_new) {
+  KernelFacts& facts = known[{device, kernel}];
+  if (facts.registers == 0) {
     cudaFuncAttributes attributes = {};
     if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess)
       facts.registers = attributes.numRegs, facts.architecture = attributes.ptxVersion;
@@ -54,6 +53,15 @@ cudaError_t allow_shared(void (*kernel)(Params), size_t shared_bytes) {
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most_shared_bytes()));
   facts.has_shared = error == cudaSuccess;
   return error;
+}
+
+// Of what a multiprocessor may have as L1 or as shared memory, all as shared memory.
+template <class Params>
+void prefer_shared(void (*kernel)(Params)) {
+  KernelFacts& facts = facts_of(kernel);
+  if (facts.prefers_shared) return;
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared) != cudaSuccess) cudaGetLastError();
+  facts.prefers_shared = true;
 }
 
 // Whether `kernel` may start before the one in front of it has ended: on GPUs that can, unless HFQ_CUDA_OVERLAP is 0. It has to have been compiled
@@ -82,7 +90,7 @@ const char* launch(void (*kernel)(Params), unsigned blocks, unsigned threads, si
 // A launch that may begin before the kernel in front has ended if it is `early`, of clusters of thread blocks that run at one time (compute
 // capability 9.0), or of single ones if `cluster` is 0.
 struct ExtendedLaunch {
-  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchAttribute attributes[3] = {};
   cudaLaunchConfig_t config = {};
 
   ExtendedLaunch(unsigned blocks, unsigned cluster, unsigned threads, size_t shared_bytes, cudaStream_t stream, bool early) {
@@ -96,6 +104,11 @@ struct ExtendedLaunch {
       attribute.id = cudaLaunchAttributeClusterDimension;
       attribute.val.clusterDim.x = cluster;
       attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+      if (2 * shared_bytes <= most_shared_bytes()) {  // two blocks of a cluster would fit a multiprocessor, while another one has none
+        cudaLaunchAttribute& policy = attributes[config.numAttrs++];
+        policy.id = cudaLaunchAttributeClusterSchedulingPolicyPreference;
+        policy.val.clusterSchedulingPolicyPreference = cudaClusterSchedulingPolicySpread;
+      }
     }
     if (early) {
       cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
@@ -123,7 +136,7 @@ const char* launch_early(void (*kernel)(Params), unsigned blocks, unsigned threa
 }
 
 // Clusters of `cluster` (1 to 8) thread blocks of `kKernel` that run on the current device at a time. 0 if none does, or if a thread does not
-// begin with `registers`, where that is not 0. Asked for once.
+// begin with `registers`, where that is not 0. Asked for once: the other arguments have to be the same for each number.
 template <class Params, void (*kKernel)(Params)>
 int active_clusters(int cluster, unsigned threads, size_t shared_bytes, int registers) {
   constexpr int kDevices = 64, kUnknown = 0;

@@ -205,7 +205,15 @@ __device__ __forceinline__ void linear_block(const LinearParams& p, int64_t firs
   });
   store_sums(partial, sums);
   sync_block();
-  store_outputs<T, kWarps, kTiles>(p, partial, first_tile, kTiles, first_token);
+
+  for (int i = threadIdx.x; i < kTiles * kTileRows * 8; i += kThreads) {
+    const int row = i % kTileRows, token = i / kTileRows % 8, tile = i / (kTileRows * 8);
+    const int64_t n = (first_tile + tile) * kTileRows + row, m = first_token + token;
+    if (n >= p.weight.out_features || m >= p.tokens) continue;
+    float sum = sum_of_warps<kWarps, kTiles * 128>(partial, (tile * 32 + row % 8 * 4 + token / 2) * 4 + row / 8 * 2 + token % 2);
+    if (p.bias) sum += load_float(p.bias, n, p.bias_dtype);
+    store(static_cast<uint16_t*>(p.y) + m * p.weight.out_features + n, from_float(T{}, sum));
+  }
 }
 
 template <class Kind, class T, bool kZeros, int kTiles>

@@ -1,4 +1,4 @@
-// What a warp computes of a product with few tokens: one or two tiles of 16 rows times 128 columns at a time, for up to 8 tokens.
+// What a warp computes of a product with few tokens: one or two tiles of 16 rows times 128 columns at a time, for 8 tokens or more.
 #pragma once
 
 #include "fragments.h"
@@ -116,28 +116,13 @@ __device__ __forceinline__ void store_sums(float* partial, const StepSums<kTiles
     }
 }
 
-// Of all warps, added in their order: number `at` of [kTiles][8 kTokenTiles][16 rows].
-template <int kWarps, int kTiles, int kTokenTiles>
+// Number `at` of the kSums sums of each warp: those of all warps, added in their order.
+template <int kWarps, int kSums>
 __device__ __forceinline__ float sum_of_warps(const float* partial, int at) {
-  const int row = at % kTileRows, token = at / kTileRows % (8 * kTokenTiles), tile = at / (kTileRows * 8 * kTokenTiles);
-  const float* from = partial + ((tile * kTokenTiles + token / 8) * 32 + row % 8 * 4 + token % 8 / 2) * 4 + row / 8 * 2 + token % 2;
   float sum = 0.0f;
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w) sum += from[w * kTiles * kTokenTiles * 128];
+  for (int w = 0; w < kWarps; ++w) sum += partial[at + w * kSums];
   return sum;
-}
-
-// These as outputs, by the first kWarps warps; of the first `tiles` tiles.
-template <class T, int kWarps, int kTiles, int kTokenTiles = 1>
-__device__ __forceinline__ void store_outputs(const LinearParams& p, const float* partial, int64_t first_tile, int tiles, int64_t first_token) {
-  for (int i = threadIdx.x; i < tiles * kTileRows * 8 * kTokenTiles; i += 32 * kWarps) {
-    const int row = i % kTileRows, token = i / kTileRows % (8 * kTokenTiles), tile = i / (kTileRows * 8 * kTokenTiles);
-    const int64_t n = (first_tile + tile) * kTileRows + row, m = first_token + token;
-    if (n >= p.weight.out_features || m >= p.tokens) continue;
-    float sum = sum_of_warps<kWarps, kTiles, kTokenTiles>(partial, i);
-    if (p.bias) sum += load_float(p.bias, n, p.bias_dtype);
-    store(static_cast<uint16_t*>(p.y) + m * p.weight.out_features + n, from_float(T{}, sum));
-  }
 }
 
 }  // namespace

@@ -13,16 +13,17 @@ uint32_t divided(int64_t a, int64_t b) { return static_cast<uint32_t>((a + b - 1
 // Below, memory would wait for the ring: a multiprocessor of an H200 gets some 20 bytes a clock, after 1000 clocks.
 constexpr size_t kLeastStages = 3, kLeastRing = 40 << 10;
 
-// Groups of a stage, at most.
+// Groups of a stage, at most: a stage begins where a step does, and that need not be where a group begins.
 int64_t groups_of_stage(const Weight& w) {
   if (w.groups == 1) return 1;
+  constexpr int64_t kStepUnits = kStreamStepColumns / kUnitColumns;
   const int64_t units = w.group_size / kUnitColumns;
-  const int64_t groups = kStageUnits % units == 0 ? kStageUnits / units : (kStageUnits - 2 + units) / units + 1;
+  const int64_t groups = kStepUnits % units == 0 ? kStageUnits / units : (kStageUnits - 2 + units) / units + 1;
   return groups < w.groups ? groups : w.groups;
 }
 
-// With 2^split_bits blocks that share the columns, of which `on_one` share a multiprocessor.
-StreamPlan plan_split(const LinearParams& params, uint32_t split_bits, uint32_t on_one) {
+// With 2^split_bits blocks that share the columns, of which `blocks_of_one` share a multiprocessor.
+StreamPlan plan_split(const LinearParams& params, uint32_t split_bits, uint32_t blocks_of_one) {
   const uint32_t splits = 1u << split_bits;
   const Weight& w = params.weight;
   const int token_tiles = params.tokens <= 8 ? 1 : 2, tiles = stream_tiles(w.bits, token_tiles);
@@ -38,14 +39,14 @@ StreamPlan plan_split(const LinearParams& params, uint32_t split_bits, uint32_t 
   p.x_bytes = divided(params.tokens * p.x_stride, 128) * 128;
   constexpr size_t kReserved = 1 << 10;  // of each thread block; of the device's most, too
   constexpr size_t kForOthers = 4 << 10;  // small kernels between two products would keep the next one from its place
-  const size_t all = most_shared_bytes() + kReserved, room = (all - (on_one > 1 ? kForOthers : 0)) / on_one - kReserved;
+  const size_t all = most_shared_bytes() + kReserved, room = (all - (blocks_of_one > 1 ? kForOthers : 0)) / blocks_of_one - kReserved;
   const size_t fixed = stream_places(tiles, token_tiles, w.codebook && w.bits == 4).x + p.x_bytes;
   const size_t stages = room < fixed ? 0 : (room - fixed) / p.stage_bytes;
   if (stages < kLeastStages || stages * p.stage_bytes < kLeastRing) return p;
   p.ring_stages = static_cast<uint32_t>(stages < kMostStreamStages ? stages : kMostStreamStages);
-  const size_t bytes = fixed + size_t{p.ring_stages} * p.stage_bytes, least = all / (on_one + 1) - kReserved + 128;
-  p.shared_bytes = static_cast<uint32_t>(bytes < least ? least : bytes);  // no more than `on_one`, so that they are placed evenly
-  p.on_one = on_one;
+  const size_t bytes = fixed + size_t{p.ring_stages} * p.stage_bytes, least = all / (blocks_of_one + 1) - kReserved + 128;
+  p.shared_bytes = static_cast<uint32_t>(bytes < least ? least : bytes);  // no more than `blocks_of_one`, so that they are placed evenly
+  p.blocks_of_one = blocks_of_one;
   p.splits = splits, p.split_bits = split_bits;
   return p;
 }
@@ -53,22 +54,24 @@ StreamPlan plan_split(const LinearParams& params, uint32_t split_bits, uint32_t 
 }  // namespace
 
 StreamPlan plan_stream(const LinearParams& params) {
-  for (uint32_t on_one = 2; on_one >= 1; --on_one)
+  const char* const set = std::getenv("HFQ_CUDA_STREAM");
+  const bool wanted = set && set[0] == '1';
+  if (!wanted || params.tokens > kMostStreamTokens || compute_capability() < 90 || !stream_was_compiled()) return {};
+  for (uint32_t blocks = 2; blocks >= 1; --blocks)
     for (uint32_t split_bits = 0; split_bits <= 3; ++split_bits)
-      if (const StreamPlan p = plan_split(params, split_bits, on_one); p.splits) return p;
+      if (const StreamPlan p = plan_split(params, split_bits, blocks); p.splits && (p.splits == 1 || stream_clusters(p.splits) > 0)) return p;
   return {};
 }
 
-bool takes_stream(const LinearParams& p) {
-  const char* const set = std::getenv("HFQ_CUDA_STREAM");
-  return set && set[0] == '1' && p.tokens <= kMostStreamTokens && compute_capability() >= 90 && stream_was_compiled() && plan_stream(p).splits;
-}
-
-const char* launch_stream(const LinearParams& params, cudaStream_t stream) {
+const char* launch_stream(const LinearParams& params, const StreamPlan& plan, cudaStream_t stream) {
   StreamParams p = {};
   static_cast<LinearParams&>(p) = params;
   p.flush_mask = flush_mask(p.weight, kStreamStepColumns / kUnitColumns);
-  p.plan = plan_stream(p);
+  p.plan = plan;
+  const uint32_t tiles = divided(p.weight.out_features, kTileRows);
+  const auto most = static_cast<uint32_t>(plan.splits == 1 ? multiprocessors() : stream_clusters(plan.splits));
+  p.clusters = most < tiles ? most : tiles;
+  p.tiles_of_cluster = tiles / p.clusters, p.more_tiles = tiles % p.clusters;
   return of_kind(p.weight, launch_stream_int2, launch_stream_int3, launch_stream_int4, launch_stream_int8, launch_stream_table4,
                  launch_stream_e4m3)(p, stream);
 }

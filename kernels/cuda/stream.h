@@ -5,9 +5,9 @@
 
 namespace hfq {
 
-constexpr int kConsumers = 8;             // warps that multiply
+constexpr int kStreamWarps = 8;             // warps that multiply
 constexpr int kStreamStepColumns = 128;   // of a warp in a stage
-constexpr int kStageColumns = kConsumers * kStreamStepColumns, kStageUnits = kStageColumns / kUnitColumns;
+constexpr int kStageColumns = kStreamWarps * kStreamStepColumns, kStageUnits = kStageColumns / kUnitColumns;
 constexpr uint32_t kMostStreamStages = 24;
 constexpr int64_t kMostStreamTokens = 16;
 
@@ -15,14 +15,14 @@ constexpr int64_t kMostStreamTokens = 16;
 // token tiles leave no registers.
 constexpr int stream_tiles(int bits, int token_tiles) { return bits == 8 || token_tiles > 1 ? 1 : 2; }
 
-// Shared memory: the table of a codebook, sums of all warps, two rounds of this block's sums for its cluster, barriers, activations, the ring.
+// Shared memory: the table of a codebook, sums of all warps, three rounds of this block's sums for its cluster, barriers, activations, the ring.
 struct StreamPlaces {
-  uint32_t partial, own, barriers, x;
+  uint32_t partial, block_sums, barriers, x;
 };
 constexpr StreamPlaces stream_places(int tiles, int token_tiles, bool table) {
   const uint32_t sums = static_cast<uint32_t>(tiles * token_tiles) * 512, partial = table ? 32 << 10 : 0;
-  const uint32_t own = partial + kConsumers * sums, barriers = own + 2 * sums;
-  return {partial, own, barriers, barriers + 512};
+  const uint32_t block_sums = partial + kStreamWarps * sums, barriers = block_sums + 3 * sums;
+  return {partial, block_sums, barriers, barriers + 512};
 }
 
 struct StreamPlan {
@@ -33,24 +33,24 @@ struct StreamPlan {
   uint32_t pairs_bytes;   // room for scales, or for zero points, of a tile in a stage
   uint32_t x_stride, x_bytes;  // from a token's activations to the next one's; of all
   uint32_t shared_bytes;
-  uint32_t on_one;        // thread blocks of a multiprocessor: 2, of this kernel and the next one, or 1
+  uint32_t blocks_of_one;  // multiprocessor: 2, of this kernel and the next one, or 1
 };
 
 struct StreamParams : LinearParams {
   StreamPlan plan;
-  uint32_t tiles_of_cluster, more_tiles;  // the first `more_tiles` clusters have one more
+  uint32_t clusters, tiles_of_cluster, more_tiles;  // the first `more_tiles` clusters have one more
 };
 
+// How the product is cut, without splits if it is not: it has up to 16 tokens, HFQ_CUDA_STREAM is 1, and activations fit into shared memory.
 StreamPlan plan_stream(const LinearParams& params);
 
-// Whether launch_linear takes these kernels for up to 16 tokens: where HFQ_CUDA_STREAM is 1 and activations fit into shared memory.
-bool takes_stream(const LinearParams& params);
-
-// Whether the kernels are there for the current device: those of a build for older ones are empty.
+// Whether the kernels are there for the current device: those of a build for older ones are empty. How many clusters of so many blocks run at a
+// time, each block on a multiprocessor of its own.
 bool stream_was_compiled();
+int stream_clusters(uint32_t blocks);
 
 // Enqueues the kernel; launch_linear has set what is the launcher's to set in LinearParams.
-const char* launch_stream(const LinearParams& params, cudaStream_t stream);
+const char* launch_stream(const LinearParams& params, const StreamPlan& plan, cudaStream_t stream);
 
 // One for each kind of codes, so that they are compiled side by side; called by launch_stream.
 const char* launch_stream_int2(const StreamParams& params, cudaStream_t stream);

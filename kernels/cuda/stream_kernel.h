@@ -1,15 +1,15 @@
 // The kernel of stream.h, for one kind of codes in each file that includes this.
 //
-// A thread block for each multiprocessor goes through tiles of 16 rows, two at a time. One thread asks for all that comes from memory, by copies in
-// bulk: stages of 1024 columns of these tiles, codes and scales, into a ring, and activations, once, for good. Eight warps take 128 columns of each
-// stage, and add up their sums when the tiles end. So the ring never runs dry between tiles, and copies cost next to no instructions.
+// A thread block for each multiprocessor goes through tiles of 16 rows, one or two at a time. One thread asks for all that comes from memory, by
+// copies in bulk: stages of 1024 columns of these tiles, codes and scales, into a ring, and activations, once, for good. Eight warps take 128 columns
+// of each stage, and add up their sums when the tiles end. So the ring never runs dry between tiles, and copies cost next to no instructions.
 //
 // Two such thread blocks find room on a multiprocessor, of one kernel and the next one (let_next_kernel_start): while a kernel computes, the ring of
 // its successor fills, and when it ends, that of the one behind it. What lies between two products, the end of one grid, the first
 // activations, the first sums, then takes no time from the memory.
 //
 // Activations that are too large for that are shared out: up to eight thread blocks, a cluster, have a slice of the columns each, all of the same
-// tiles. Their sums meet a round later, when nobody has to wait for them: each block adds up a part of the outputs, from all blocks' shared
+// tiles. Their sums meet a round later, when they have been there for long: each block adds up a part of the outputs, from all blocks' shared
 // memory, in their order.
 #pragma once
 
@@ -24,14 +24,14 @@
 namespace hfq {
 namespace {
 
-constexpr int kStreamThreads = 32 * (kConsumers + 1);
+constexpr int kStreamThreads = 32 * (kStreamWarps + 1);
 static_assert(kStreamStepColumns == kStepColumns);
 
 template <class Kind, int kTokenTiles>
 struct StreamMemory {
   static constexpr int kTiles = stream_tiles(StepCodes<Kind>::kBits, kTokenTiles);
   static constexpr StreamPlaces kPlaces = stream_places(kTiles, kTokenTiles, Kind::kTable);
-  static constexpr uint32_t kOwnFloats = kTiles * kTokenTiles * 128;
+  static constexpr uint32_t kSums = kTiles * kTokenTiles * 128;  // of a round
   static_assert(!Kind::kTable || kPlaces.partial == TableCodes::kTableBytes);
   static_assert(8 * (2 * kMostStreamStages + 5) <= kPlaces.x - kPlaces.barriers);
 
@@ -44,7 +44,9 @@ struct StreamMemory {
         x(barriers + kPlaces.x - kPlaces.barriers),
         ring(x + p.plan.x_bytes) {}
   __device__ __forceinline__ float* partial() const { return reinterpret_cast<float*>(memory + kPlaces.partial); }
-  __device__ __forceinline__ float* own(uint32_t round) const { return reinterpret_cast<float*>(memory + kPlaces.own) + round % 2 * kOwnFloats; }
+  __device__ __forceinline__ float* block_sums(uint32_t round) const {
+    return reinterpret_cast<float*>(memory + kPlaces.block_sums) + round % 3 * kSums;
+  }
 
   __device__ __forceinline__ uint32_t barrier(uint32_t number) const { return barriers + 8 * number; }
   __device__ __forceinline__ uint32_t full(uint32_t stage) const { return barrier(stage); }
@@ -52,16 +54,17 @@ struct StreamMemory {
   __device__ __forceinline__ uint32_t x_there() const { return barrier(2 * kMostStreamStages); }
   // All warps' sums have been stored; have been read.
   __device__ __forceinline__ uint32_t summed() const { return barrier(2 * kMostStreamStages + 1); }
-  __device__ __forceinline__ uint32_t read() const { return barrier(2 * kMostStreamStages + 2); }
-  // All blocks have their own sums. Two that take turns: a block may arrive for a round before others have for the last one.
-  __device__ __forceinline__ uint32_t of_cluster(uint32_t round) const { return barrier(2 * kMostStreamStages + 3 + round % 2); }
+  __device__ __forceinline__ uint32_t partial_read() const { return barrier(2 * kMostStreamStages + 2); }
+  // All blocks have their sums of a round. Two that take turns: what one block says to two others need not come to both at the same time, so that
+  // the first may arrive at the second for the next round before it has come there.
+  __device__ __forceinline__ uint32_t cluster_summed(uint32_t round) const { return barrier(2 * kMostStreamStages + 3 + round % 2); }
 
   __device__ __forceinline__ void make_barriers(const StreamPlan& plan) const {
-    for (uint32_t i = 0; i < plan.ring_stages; ++i) mbarrier_init(full(i), 1), mbarrier_init(empty(i), kConsumers);
+    for (uint32_t i = 0; i < plan.ring_stages; ++i) mbarrier_init(full(i), 1), mbarrier_init(empty(i), kStreamWarps);
     mbarrier_init(x_there(), 1);
-    mbarrier_init(summed(), kConsumers);
-    mbarrier_init(read(), kConsumers);
-    for (uint32_t i = 0; i < 2; ++i) mbarrier_init(of_cluster(i), plan.splits * kConsumers);
+    mbarrier_init(summed(), kStreamWarps);
+    mbarrier_init(partial_read(), kStreamWarps);
+    for (uint32_t i = 0; i < 2; ++i) mbarrier_init(cluster_summed(i), plan.splits * kStreamWarps);
     fence_proxy_async();
     fence_barriers();
   }
@@ -116,7 +119,7 @@ struct StreamCopies {
   using Step = StepCodes<Kind>;
   using Memory = StreamMemory<Kind, kTokenTiles>;
   static constexpr int kTiles = Memory::kTiles;
-  static constexpr uint32_t kCodeBytes = kConsumers * Step::kBytes;  // of a tile in a stage
+  static constexpr uint32_t kCodeBytes = kStreamWarps * Step::kBytes;  // of a tile in a stage
 
   const StreamParams& p;
   const Memory& shared;
@@ -144,6 +147,7 @@ struct StreamCopies {
     const uint32_t full = shared.full(turn.at);
     mbarrier_arrive_and_expect(full, tiles.now() * (bytes + (kZeros ? 2 : 1) * of_pairs));
     uint32_t codes = shared.ring + turn.at * p.plan.stage_bytes, pairs = codes + kTiles * kCodeBytes;
+#pragma unroll 1
     for (uint32_t tile = tiles.first; tile < tiles.first + tiles.now(); ++tile, codes += kCodeBytes, pairs += p.plan.pairs_bytes) {
       const int64_t pairs_from = (static_cast<int64_t>(tile) * w.groups + group) * group_bytes;
       copy_bulk(codes, w.qweight + static_cast<int64_t>(tile) * tile_bytes + slice.step * Step::kBytes + begin, bytes, full);
@@ -161,6 +165,7 @@ struct StreamCopies {
     const uint32_t bytes = 2 * slice.columns;
     const uint8_t* from = static_cast<const uint8_t*>(p.x) + 2 * slice.step * kStepColumns;
     mbarrier_arrive_and_expect(shared.x_there(), static_cast<uint32_t>(p.tokens) * bytes);
+#pragma unroll 1
     for (uint32_t m = 0; m < p.tokens; ++m, from += 2 * p.weight.in_features)
       copy_bulk(shared.x + m * p.plan.x_stride, from, bytes, shared.x_there());
   }
@@ -203,7 +208,7 @@ struct StreamOperands {
   }
   __device__ __forceinline__ Kind load_codes(int tile, int block) const {
     Kind codes;
-    codes.take(codes_at + tile * kConsumers * Step::kBytes + block * Step::kBlock, lane);
+    codes.take(codes_at + tile * kStreamWarps * Step::kBytes + block * Step::kBlock, lane);
     return codes;
   }
   __device__ __forceinline__ Kind codes(int tile, int block) const {
@@ -223,9 +228,8 @@ template <class Kind, class T, bool kZeros, int kTokenTiles>
 struct StreamConsumer {
   using Step = StepCodes<Kind>;
   using Memory = StreamMemory<Kind, kTokenTiles>;
-  static constexpr int kTiles = Memory::kTiles, kThreads = 32 * kConsumers;
-  // Sums of a round; those that a thread makes of the warps' sums.
-  static constexpr int kSums = Memory::kOwnFloats, kOfThread = (kSums + kThreads - 1) / kThreads;
+  static constexpr int kTiles = Memory::kTiles, kThreads = 32 * kStreamWarps;
+  static constexpr int kSums = Memory::kSums, kOfThread = (kSums + kThreads - 1) / kThreads;  // of a round; of a thread of these
 
   const StreamParams& p;
   const Memory& shared;
@@ -240,12 +244,12 @@ struct StreamConsumer {
     uint32_t x_at[kTokenTiles];
 #pragma unroll
     for (int j = 0; j < kTokenTiles; ++j) {
-      // Lanes whose token does not exist take token 0, and nobody stores their sums.
-      const uint32_t token = 8 * j + lane / 4 < p.tokens ? 8 * j + lane / 4 : 0;
+      // Lanes whose token does not exist take token 0 or, in other banks, 1, and nobody stores their sums.
+      const uint32_t wanted = 8 * j + lane / 4, token = wanted < p.tokens ? wanted : p.tokens > 1 ? wanted % 2 : 0;
       x_at[j] = kept(shared.x + token * p.plan.x_stride + warp * 2 * kStepColumns + 16 * (lane % 4));
     }
     const uint32_t codes_at = kept(shared.ring + warp * Step::kBytes + 16 * lane);
-    const uint32_t pairs_at = shared.ring + kTiles * kConsumers * Step::kBytes + lane / 4 * pair;
+    const uint32_t pairs_at = shared.ring + kTiles * kStreamWarps * Step::kBytes + lane / 4 * pair;
     uint32_t table = 0;
     if constexpr (Kind::kTable) table = kept(shared_address(shared.memory) + 4 * lane);
     StreamTurn turn;
@@ -268,53 +272,74 @@ struct StreamConsumer {
         sync_warp();
         if (lane == 0) mbarrier_arrive(shared.empty(turn.at));
       }
-      if (round) mbarrier_wait(shared.read(), (round - 1) % 2);
+      if (round) mbarrier_wait(shared.partial_read(), (round - 1) % 2);
       store_sums(shared.partial(), sums);
       sync_warp();
       if (lane == 0) mbarrier_arrive(shared.summed());
       mbarrier_wait(shared.summed(), round % 2);
-      if (p.plan.splits == 1)
-        store_outputs<T, kConsumers, kTiles, kTokenTiles>(p, shared.partial(), tiles.first, tiles.now(), 0);
-      else
-        give_own_sums(tiles, round);
+      float all[kOfThread] = {};
+#pragma unroll
+      for (int i = 0; i < kOfThread; ++i) {
+        const int at = threadIdx.x + i * kThreads;
+        if (at < kSums && token_of(at) < p.tokens) all[i] = sum_of_warps<kStreamWarps, kSums>(shared.partial(), at);
+      }
       sync_warp();
-      if (lane == 0) mbarrier_arrive(shared.read());
+      if (lane == 0) mbarrier_arrive(shared.partial_read());
+      if (p.plan.splits == 1) {
+        store_outputs(all, tiles);
+      } else {
+        give_to_cluster(all, round);
+        if (round) store_of_cluster(tiles.first - kTiles, round - 1);
+      }
     }
-    if (p.plan.splits > 1 && round > 0) store_of_cluster(tiles.first - kTiles, round - 1);
+    if (p.plan.splits > 1 && round > 0) {
+      mbarrier_wait_for_cluster(shared.cluster_summed(round - 1), (round - 1) / 2 % 2);
+      store_of_cluster(tiles.first - kTiles, round - 1);
+    }
   }
 
-  // Sums of this block to where the cluster reads them, after those of the round before have gone into outputs: all blocks have read what was
-  // here two rounds ago when they arrive for the last one.
-  __device__ __forceinline__ void give_own_sums(const StreamTiles<kTiles>& tiles, uint32_t round) const {
-    float sums[kOfThread] = {};
+  // Sum number `at` of a round, as warps store them.
+  static __device__ __forceinline__ int row_of(int at) { return at / 16 % 8 + at / 2 % 2 * 8; }
+  static __device__ __forceinline__ int token_of(int at) { return at / 128 % kTokenTiles * 8 + at / 4 % 4 * 2 + at % 2; }
+  static __device__ __forceinline__ int tile_of(int at) { return at / (128 * kTokenTiles); }
+
+  __device__ __forceinline__ void store_outputs(const float (&sums)[kOfThread], const StreamTiles<kTiles>& tiles) const {
 #pragma unroll
     for (int i = 0; i < kOfThread; ++i) {
-      const int at = threadIdx.x + i * kThreads;
-      if (at < kSums) sums[i] = sum_of_warps<kConsumers, kTiles, kTokenTiles>(shared.partial(), at);
+      const int at = threadIdx.x + i * kThreads, m = token_of(at), tile = tile_of(at);
+      const int64_t n = (static_cast<int64_t>(tiles.first) + tile) * kTileRows + row_of(at);
+      if (at >= kSums || m >= p.tokens || tile >= static_cast<int>(tiles.now()) || n >= p.weight.out_features) continue;
+      const float sum = p.bias ? sums[i] + load_float(p.bias, n, p.bias_dtype) : sums[i];
+      store(static_cast<uint16_t*>(p.y) + m * p.weight.out_features + n, from_float(T{}, sum));
     }
-    if (round) store_of_cluster(tiles.first - kTiles, round - 1);
+  }
+
+  // This block's sums, [kTiles][8 kTokenTiles][16 rows], to where the cluster reads them. When all have given those of the round before, all have
+  // read those of three rounds ago, which these replace. Outputs are stored after the arrival, which would wait for them.
+  __device__ __forceinline__ void give_to_cluster(const float (&sums)[kOfThread], uint32_t round) const {
+    if (round) mbarrier_wait_for_cluster(shared.cluster_summed(round - 1), (round - 1) / 2 % 2);
+    float* const to = shared.block_sums(round);
 #pragma unroll
     for (int i = 0; i < kOfThread; ++i) {
       const int at = threadIdx.x + i * kThreads;
-      if (at < kSums) shared.own(round)[at] = sums[i];
+      if (at < kSums) to[(tile_of(at) * 8 * kTokenTiles + token_of(at)) * kTileRows + row_of(at)] = sums[i];
     }
     sync_warp();
-    if (static_cast<uint32_t>(lane) < p.plan.splits) mbarrier_arrive_at_block(shared.of_cluster(round), lane);
+    if (static_cast<uint32_t>(lane) < p.plan.splits) mbarrier_arrive_at_block(shared.cluster_summed(round), lane);
   }
 
   // This block's part of a round's outputs, four rows to a thread.
   __device__ __forceinline__ void store_of_cluster(uint32_t first_tile, uint32_t round) const {
-    mbarrier_wait_for_cluster(shared.of_cluster(round), round / 2 % 2);
     const uint32_t splits = p.plan.splits, share = kSums / 4 / splits;
     const StreamTiles<kTiles> all(p);
     for (uint32_t i = threadIdx.x; i < share; i += kThreads) {
       const uint32_t four = StreamSlice::rank(p) * share + i, rows = four % 4, token = four / 4 % (8 * kTokenTiles), tile = four / (32 * kTokenTiles);
       if (first_tile + tile >= all.end || token >= p.tokens) continue;
-      const float4* const own = reinterpret_cast<const float4*>(shared.own(round)) + four;
+      const float4* const own = reinterpret_cast<const float4*>(shared.block_sums(round)) + four;
       float4 sum = load_of_block(own, 0);
       for (uint32_t block = 1; block < splits; ++block) sum = plus(sum, load_of_block(own, block));
       const int64_t n = (static_cast<int64_t>(first_tile) + tile) * kTileRows + 4 * rows;
-      if (n < (p.weight.out_features + kTileRows - 1) / kTileRows * kTileRows) store_rows<T>(p, token, n, sum);
+      if (n < p.weight.out_features) store_rows<T>(p, token, n, sum);
     }
   }
 };
@@ -324,7 +349,7 @@ __global__ void __launch_bounds__(kStreamThreads, 2) stream_kernel(const StreamP
 #ifdef HFQ_STREAM
   const StreamMemory<Kind, kTokenTiles> shared(p);
   StreamCopies<Kind, kZeros, kTokenTiles> copies(p, shared);
-  const bool copies_all = threadIdx.x == 32 * kConsumers, consumes = threadIdx.x < 32 * kConsumers;
+  const bool copies_all = threadIdx.x == 32 * kStreamWarps, consumes = threadIdx.x < 32 * kStreamWarps;
   let_next_kernel_start();
   if (copies_all) {
     shared.make_barriers(p.plan);
@@ -333,7 +358,7 @@ __global__ void __launch_bounds__(kStreamThreads, 2) stream_kernel(const StreamP
     if constexpr (Kind::kTable) TableCodes::fill<T>(shared.memory, p.weight.codebook);
     // Activations of the last step behind K are zero.
     const uint32_t columns = copies.slice.columns, pieces = ((columns + kStepColumns - 1) / kStepColumns * kStepColumns - columns) / 8;
-    for (uint32_t i = threadIdx.x; i < pieces * p.tokens; i += 32 * kConsumers)
+    for (uint32_t i = threadIdx.x; i < pieces * p.tokens; i += 32 * kStreamWarps)
       *reinterpret_cast<uint4*>(shared.memory + shared.kPlaces.x + i / pieces * p.plan.x_stride + 2 * columns + i % pieces * 16) = uint4{};
   }
   sync_warp();  // the lanes beside the one that copies
@@ -358,16 +383,12 @@ __global__ void __launch_bounds__(kStreamThreads, 2) stream_kernel(const StreamP
 // ---- launcher
 
 template <class Kind, class T, bool kZeros, int kTokenTiles>
-const char* launch_stream_tokens(const StreamParams& params, cudaStream_t stream) {
+const char* launch_stream_tokens(const StreamParams& p, cudaStream_t stream) {
   constexpr auto kKernel = stream_kernel<Kind, T, kZeros, kTokenTiles>;
-  StreamParams p = params;
-  const uint32_t splits = p.plan.splits, tiles = static_cast<uint32_t>((p.weight.out_features + kTileRows - 1) / kTileRows);
-  int active = multiprocessors();
-  if (splits > 1) active = active_clusters<StreamParams, kKernel>(splits, kStreamThreads, p.plan.shared_bytes, 0) / static_cast<int>(p.plan.on_one);
-  const uint32_t most = active < 1 ? 1 : static_cast<uint32_t>(active), clusters = most < tiles ? most : tiles;
-  p.tiles_of_cluster = tiles / clusters, p.more_tiles = tiles % clusters;
-  if (splits == 1) return launch_early(kKernel, clusters, kStreamThreads, p.plan.shared_bytes, stream, p);
-  return launch_clusters(kKernel, clusters * splits, splits, kStreamThreads, p.plan.shared_bytes, stream, p);
+  const uint32_t splits = p.plan.splits;
+  prefer_shared(kKernel);  // two kernels' thread blocks are to share a multiprocessor, which cannot change its share of L1 while it has one
+  if (splits == 1) return launch_early(kKernel, p.clusters, kStreamThreads, p.plan.shared_bytes, stream, p);
+  return launch_clusters(kKernel, p.clusters * splits, splits, kStreamThreads, p.plan.shared_bytes, stream, p);
 }
 
 template <class Kind, class T, bool kZeros>

@@ -75,9 +75,24 @@ def test_clusters(
     x = torch.randn(tokens, columns, generator=generator).half()
     bias = torch.randn(75, generator=generator)
     shared_bytes = _shared_bytes_for(emulator, x, w, splits)
-    first = _linear(emulator, x, w, bias, 2 * splits, shared_bytes)
+    first = _linear(emulator, x, w, bias, splits, shared_bytes)
     w.check(first, x, bias)
-    assert torch.equal(_linear(emulator, x, w, bias, 6 * splits, shared_bytes), first)
+    assert torch.equal(_linear(emulator, x, w, bias, 3 * splits, shared_bytes), first)
+
+
+@pytest.mark.parametrize("group_size", [256, 512, 1024])
+def test_slices_that_begin_within_a_group(
+    emulator: Any, generator: torch.Generator, group_size: int
+) -> None:
+    for kind, splits, columns in (
+        ((8, None), 2, 2304),
+        ((4, "zeros"), 4, 3456),
+        ((2, None), 8, 5504),
+    ):
+        w = make(generator, (75, columns, group_size), kind)
+        x = torch.randn(5, columns, generator=generator).bfloat16()
+        shared_bytes = _shared_bytes_for(emulator, x, w, splits)
+        w.check(_linear(emulator, x, w, None, 2 * splits, shared_bytes), x)
 
 
 @pytest.mark.parametrize("tokens", range(1, 9))

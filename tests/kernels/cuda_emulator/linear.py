@@ -133,6 +133,7 @@ class Linear(Launchers):
     def stream_splits(self, x: Tensor, operands: Operands, sizes: Sizes, shared_bytes: int) -> int:
         """Thread blocks that share the columns in stream_kernel.h; 0 if the product does not fit."""
         self.set_device(MANY, shared_bytes)
+        self._library.set_compute_capability(90)
         return self.ask("stream_splits", _product(x, operands, None, sizes)[0])
 
     def gemm_plan(

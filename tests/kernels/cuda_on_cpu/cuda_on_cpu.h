@@ -510,6 +510,9 @@ KernelFacts facts_of(void (*)(Params)) {
   return {255, cuda_on_cpu::compute_capability};
 }
 
+template <class Params>
+void prefer_shared(void (*)(Params)) {}
+
 template <class Params, void (*kKernel)(Params)>
 int active_clusters(int cluster, unsigned, size_t shared_bytes, int) {
   return shared_bytes > cuda_on_cpu::most_shared_bytes ? 0 : cuda_on_cpu::multiprocessors / cluster;
