@@ -56,13 +56,13 @@ class Weight:
     scales: Tensor
     magnitudes: Tensor
 
-    def check(self, y: Tensor, x: Tensor, bias: Tensor | None = None) -> None:
-        """Whether y is x W^T + bias up to the roundings that the kernel makes."""
+    def check(self, y: Tensor, x: Tensor, bias: Tensor | None = None, offset: float = 0.0) -> None:
+        """Whether y is x W^T + bias up to the roundings that the kernel makes, whose codes are larger by `offset` meanwhile."""
         values = self.values
         if self.operands[3] is not None:
             values = values.to(x.dtype).double()  # the table holds numbers of that dtype
         expected = x.double() @ (values * self.scales).T
-        largest = x.double().abs() @ (self.magnitudes * self.scales).T
+        largest = x.double().abs() @ ((self.magnitudes + offset) * self.scales).T
         if bias is not None:
             expected += bias.double()
             largest += bias.double().abs()
