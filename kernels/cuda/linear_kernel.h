@@ -137,6 +137,7 @@ struct LinearWarp : StepCodes<Kind> {
 
   // For multiply_step. Columns behind K meet codes of others, and activations of zero.
   struct Operands {
+    static constexpr bool kHasXSums = false;
     const LinearWarp& warp;
     uint32_t stage, pair_stride;
     __device__ __forceinline__ Kind codes(int tile, int block) const {

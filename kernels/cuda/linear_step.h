@@ -53,17 +53,43 @@ __device__ __forceinline__ void scale_step(uint32_t at, uint32_t stride, DType d
     }
 }
 
+// Products, and activations, of the units before the next scales: zero, or what is known of them from the beginning. `operands`: of multiply_step.
+template <class Kind, class T, bool kZeros, class Operands, int kTiles, int kTokenTiles>
+__device__ __forceinline__ void begin_group(const Operands& operands, int u, StepSums<kTiles, kTokenTiles>& s) {
+  constexpr float kOffset = -Kind::template kRawOffset<T>;
+#pragma unroll
+  for (int j = 0; j < kTokenTiles; ++j) {
+    float x[4] = {};
+    if constexpr (Operands::kHasXSums && (kZeros || kOffset != 0)) {
+      const float4 sums = operands.x_sums(u, j);
+      x[0] = sums.x, x[1] = sums.y, x[2] = sums.z, x[3] = sums.w;
+    }
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      if constexpr (kZeros) s.x[j][c] = x[c];
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) s.products[i][j][c] = Operands::kHasXSums ? kOffset * x[c] : 0.0f;
+    }
+  }
+}
+
 // Units u and later of a step. What a lane needs of it comes from `operands`:
 //   codes(i, block)   of tile i and a block of the step
 //   x(u, j)           16 bytes, of unit u and token lane / 4 of token tile j
 //   exists(u)         for codes that may be NaN: whether they are there
 //   pairs(u)          where in shared memory scales of the group are that unit u ends; from one kind or tile to the next `pair_stride`
+//   x_sums(u, j)      where kHasXSums: sums of activations from unit u to the next scales, as the matrix instruction with ones would give them
 // `table`: of the lane.
+//
+// With these sums raw numbers will do: code + 128 in place of code - 8. The products begin with - 136 times the sum. Products are 30 times as large
+// meanwhile; float32 sums round 2^-24 of that, where an output rounds 2^-9.
 template <class Kind, class T, bool kZeros, int u, class Operands, int kTiles, int kTokenTiles>
 __device__ __forceinline__ void multiply_step(const LinearParams& p, const Operands& operands, uint32_t table, Kind (&codes)[kTiles],
                                               StepSums<kTiles, kTokenTiles>& s) {
   constexpr uint32_t kOne = kBoth<T, 1>, ones[4] = {kOne, kOne, kOne, kOne};
   constexpr int kBlockUnits = Kind::kUnits;
+  constexpr bool kRaw = Operands::kHasXSums && Kind::template kRawOffset<T> != 0;
+  if constexpr (u == 0) begin_group<Kind, T, kZeros>(operands, u, s);
   if (u == 0 || operands.exists(u)) {
     uint32_t b[kTokenTiles][2][2];
 #pragma unroll
@@ -72,14 +98,14 @@ __device__ __forceinline__ void multiply_step(const LinearParams& p, const Opera
     for (int i = 0; i < kTiles; ++i) {
       if constexpr (u % kBlockUnits == 0) codes[i] = operands.codes(i, u / kBlockUnits);
       uint32_t a[2][4];
-      codes[i].template unit<T, u % kBlockUnits>(table, a);
+      codes[i].template unit<T, u % kBlockUnits, kRaw>(table, a);
 #pragma unroll
       for (int j = 0; j < kTokenTiles; ++j) {
         mma(T{}, s.products[i][j], a[0], b[j][0][0], b[j][0][1]);
         mma(T{}, s.products[i][j], a[1], b[j][1][0], b[j][1][1]);
       }
     }
-    if constexpr (kZeros) {
+    if constexpr (kZeros && !Operands::kHasXSums) {
 #pragma unroll
       for (int j = 0; j < kTokenTiles; ++j) {
         mma(T{}, s.x[j], ones, b[j][0][0], b[j][0][1]);
@@ -89,14 +115,7 @@ __device__ __forceinline__ void multiply_step(const LinearParams& p, const Opera
   }
   if (u + 1 == kStepUnits || ((u + 1) & p.flush_mask) == 0) {
     scale_step<Kind, kZeros>(operands.pairs(u), operands.pair_stride, p.weight.scale_dtype, s);
-#pragma unroll
-    for (int c = 0; c < 4; ++c)
-#pragma unroll
-      for (int j = 0; j < kTokenTiles; ++j) {
-#pragma unroll
-        for (int i = 0; i < kTiles; ++i) s.products[i][j][c] = 0.0f;
-        s.x[j][c] = 0.0f;
-      }
+    if constexpr (u + 1 < kStepUnits) begin_group<Kind, T, kZeros>(operands, u + 1, s);
   }
   if constexpr (u + 1 < kStepUnits) multiply_step<Kind, T, kZeros, u + 1>(p, operands, table, codes, s);
 }

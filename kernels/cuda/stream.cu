@@ -8,6 +8,8 @@
 namespace hfq {
 namespace {
 
+constexpr uint32_t kStepUnits = kStreamStepColumns / kUnitColumns;
+
 uint32_t divided(int64_t a, int64_t b) { return static_cast<uint32_t>((a + b - 1) / b); }
 
 // Below, memory would wait for the ring: a multiprocessor of an H200 gets some 20 bytes a clock, after 1000 clocks.
@@ -16,7 +18,6 @@ constexpr size_t kLeastStages = 3, kLeastRing = 40 << 10;
 // Groups of a stage, at most: a stage begins where a step does, and that need not be where a group begins.
 int64_t groups_of_stage(const Weight& w) {
   if (w.groups == 1) return 1;
-  constexpr int64_t kStepUnits = kStreamStepColumns / kUnitColumns;
   const int64_t units = w.group_size / kUnitColumns;
   const int64_t groups = kStepUnits % units == 0 ? kStageUnits / units : (kStageUnits - 2 + units) / units + 1;
   return groups < w.groups ? groups : w.groups;
@@ -37,10 +38,13 @@ StreamPlan plan_split(const LinearParams& params, uint32_t split_bits, uint32_t 
   // Two tokens are read at a time: the second's 64 bytes come from the other banks.
   p.x_stride = p.slice_steps * 2 * kStreamStepColumns + 64;
   p.x_bytes = divided(params.tokens * p.x_stride, 128) * 128;
+  const uint32_t units = flush_mask(w, kStepUnits) + 1;  // 4, 2 or 1
+  p.group_bits = units / 2;
+  if (needs_x_sums(w.bits, w.zeros, w.codebook, params.x_dtype)) p.x_sums_bytes = p.slice_steps * kStepUnits / units * token_tiles * 64;
   constexpr size_t kReserved = 1 << 10;  // of each thread block; of the device's most, too
   constexpr size_t kForOthers = 4 << 10;  // small kernels between two products would keep the next one from its place
   const size_t all = most_shared_bytes() + kReserved, room = (all - (blocks_of_one > 1 ? kForOthers : 0)) / blocks_of_one - kReserved;
-  const size_t fixed = stream_places(tiles, token_tiles, w.codebook && w.bits == 4).x + p.x_bytes;
+  const size_t fixed = stream_places(tiles, token_tiles, w.codebook && w.bits == 4).x + p.x_bytes + p.x_sums_bytes;
   const size_t stages = room < fixed ? 0 : (room - fixed) / p.stage_bytes;
   if (stages < kLeastStages || stages * p.stage_bytes < kLeastRing) return p;
   p.ring_stages = static_cast<uint32_t>(stages < kMostStreamStages ? stages : kMostStreamStages);
@@ -66,7 +70,7 @@ StreamPlan plan_stream(const LinearParams& params) {
 const char* launch_stream(const LinearParams& params, const StreamPlan& plan, cudaStream_t stream) {
   StreamParams p = {};
   static_cast<LinearParams&>(p) = params;
-  p.flush_mask = flush_mask(p.weight, kStreamStepColumns / kUnitColumns);
+  p.flush_mask = flush_mask(p.weight, kStepUnits);
   p.plan = plan;
   const uint32_t tiles = divided(p.weight.out_features, kTileRows);
   const auto most = static_cast<uint32_t>(plan.splits == 1 ? multiprocessors() : stream_clusters(plan.splits));

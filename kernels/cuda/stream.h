@@ -15,7 +15,11 @@ constexpr int64_t kMostStreamTokens = 16;
 // token tiles leave no registers.
 constexpr int stream_tiles(int bits, int token_tiles) { return bits == 8 || token_tiles > 1 ? 1 : 2; }
 
-// Shared memory: the table of a codebook, sums of all warps, three rounds of this block's sums for its cluster, barriers, activations, the ring.
+// Whether products need sums of activations: for zero points, or for raw numbers (fragments.h).
+constexpr bool needs_x_sums(int bits, bool zeros, bool codebook, DType dtype) { return zeros || (bits == 4 && !codebook && dtype == kBFloat16); }
+
+// Shared memory: the table of a codebook, sums of all warps, three rounds of this block's sums for its cluster, barriers, activations,
+// their sums, the ring.
 struct StreamPlaces {
   uint32_t partial, block_sums, barriers, x;
 };
@@ -32,6 +36,8 @@ struct StreamPlan {
   uint32_t ring_stages, stage_bytes;
   uint32_t pairs_bytes;   // room for scales, or for zero points, of a tile in a stage
   uint32_t x_stride, x_bytes;  // from a token's activations to the next one's; of all
+  uint32_t x_sums_bytes;       // of sums of activations, where they are needed
+  uint32_t group_bits;         // 2^group_bits units have one such sum
   uint32_t shared_bytes;
   uint32_t blocks_of_one;  // multiprocessor: 2, of this kernel and the next one, or 1
 };

@@ -15,6 +15,7 @@
 
 #include "gemm_output.h"
 #include "linear_step.h"
+#include "pieces.h"
 #include "stream.h"
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -33,25 +34,31 @@ struct StreamMemory {
   static constexpr StreamPlaces kPlaces = stream_places(kTiles, kTokenTiles, Kind::kTable);
   static constexpr uint32_t kSums = kTiles * kTokenTiles * 128;  // of a round
   static_assert(!Kind::kTable || kPlaces.partial == TableCodes::kTableBytes);
-  static_assert(8 * (2 * kMostStreamStages + 5) <= kPlaces.x - kPlaces.barriers);
+  static_assert(8 * (2 * kMostStreamStages + 6) <= kPlaces.x - kPlaces.barriers);
 
   uint8_t* const memory;
-  uint32_t barriers, x, ring;  // shared addresses
+  uint32_t barriers, x, x_sums, ring;  // shared addresses
 
   __device__ __forceinline__ explicit StreamMemory(const StreamParams& p)
       : memory(shared_memory()),
         barriers(shared_address(memory + kPlaces.barriers)),
         x(barriers + kPlaces.x - kPlaces.barriers),
-        ring(x + p.plan.x_bytes) {}
+        x_sums(x + p.plan.x_bytes),
+        ring(x_sums + p.plan.x_sums_bytes) {}
   __device__ __forceinline__ float* partial() const { return reinterpret_cast<float*>(memory + kPlaces.partial); }
   __device__ __forceinline__ float* block_sums(uint32_t round) const {
     return reinterpret_cast<float*>(memory + kPlaces.block_sums) + round % 3 * kSums;
+  }
+
+  __device__ __forceinline__ float* x_sums_of(uint32_t group) const {
+    return reinterpret_cast<float*>(memory + kPlaces.x + (x_sums - x)) + 16 * group;
   }
 
   __device__ __forceinline__ uint32_t barrier(uint32_t number) const { return barriers + 8 * number; }
   __device__ __forceinline__ uint32_t full(uint32_t stage) const { return barrier(stage); }
   __device__ __forceinline__ uint32_t empty(uint32_t stage) const { return barrier(kMostStreamStages + stage); }
   __device__ __forceinline__ uint32_t x_there() const { return barrier(2 * kMostStreamStages); }
+  __device__ __forceinline__ uint32_t x_summed() const { return barrier(2 * kMostStreamStages + 5); }
   // All warps' sums have been stored; have been read.
   __device__ __forceinline__ uint32_t summed() const { return barrier(2 * kMostStreamStages + 1); }
   __device__ __forceinline__ uint32_t partial_read() const { return barrier(2 * kMostStreamStages + 2); }
@@ -62,6 +69,7 @@ struct StreamMemory {
   __device__ __forceinline__ void make_barriers(const StreamPlan& plan) const {
     for (uint32_t i = 0; i < plan.ring_stages; ++i) mbarrier_init(full(i), 1), mbarrier_init(empty(i), kStreamWarps);
     mbarrier_init(x_there(), 1);
+    mbarrier_init(x_summed(), kStreamWarps);
     mbarrier_init(summed(), kStreamWarps);
     mbarrier_init(partial_read(), kStreamWarps);
     for (uint32_t i = 0; i < 2; ++i) mbarrier_init(cluster_summed(i), plan.splits * kStreamWarps);
@@ -183,6 +191,7 @@ struct StreamCopies {
 // no registers for that, and more to do meanwhile.
 template <class Kind, int kTiles, int kTokenTiles>
 struct StreamOperands {
+  static constexpr bool kHasXSums = true;
   using Step = StepCodes<Kind>;
   static constexpr int kBlocks = Step::kBytes / Step::kBlock;
   static constexpr bool kAtOnce = kTokenTiles == 1;
@@ -192,6 +201,7 @@ struct StreamOperands {
   uint32_t codes_at, x_at[kTokenTiles], pairs_at;  // the lane's; pairs of the stage's first group
   uint32_t unit, end_unit, first_group;            // the step's first one; of the slice; of the stage
   uint32_t group_bytes;
+  uint32_t x_sums_at, slice_unit;                  // the lane's; of the slice's first group; the step's first unit from there
   uint32_t pair_stride = p.plan.pairs_bytes;
   Kind loaded_codes[kAtOnce ? kTiles : 1][kBlocks] = {};
   uint4 loaded_x[kStepUnits] = {};
@@ -219,6 +229,11 @@ struct StreamOperands {
     if constexpr (kAtOnce) return loaded_x[u];
     return load_shared<uint4>(x_at[j] + 64 * u);
   }
+  __device__ __forceinline__ float4 x_sums(int u, int j) const {
+    const uint32_t group = j * (p.plan.slice_steps * kStepUnits >> p.plan.group_bits) + ((slice_unit + u) >> p.plan.group_bits);
+    const uint4 sums = load_shared<uint4>(x_sums_at + 64 * group);
+    return make_float4(as_float(sums.x), as_float(sums.y), as_float(sums.z), as_float(sums.w));
+  }
   // Of what was in the ring before only E4M3 can be NaN, which zero times does not take away.
   __device__ __forceinline__ bool exists(int u) const { return !Kind::kMayBeNaN || unit + u < end_unit; }
   __device__ __forceinline__ uint32_t pairs(int u) const { return pairs_at + (group_of(p, unit + u) - first_group) * group_bytes; }
@@ -231,6 +246,9 @@ struct StreamConsumer {
   static constexpr int kTiles = Memory::kTiles, kThreads = 32 * kStreamWarps;
   static constexpr int kSums = Memory::kSums, kOfThread = (kSums + kThreads - 1) / kThreads;  // of a round; of a thread of these
 
+  static constexpr bool kSumsX = kZeros || Kind::template kRawOffset<T> != 0;
+  static_assert(kSumsX == needs_x_sums(Step::kBits, kZeros, Kind::kTable || Kind::kMayBeNaN, std::is_same_v<T, BFloat16> ? kBFloat16 : kFloat16));
+
   const StreamParams& p;
   const Memory& shared;
   int lane, warp;
@@ -240,7 +258,8 @@ struct StreamConsumer {
 
   __device__ __forceinline__ void run() const {
     const StreamSlice slice(p);
-    const uint32_t pair = pair_bytes(p.weight.scale_dtype), end_unit = slice.end_unit(), stages = slice.stages();
+    const uint32_t pair = pair_bytes(p.weight.scale_dtype), first_unit = kept(slice.first_unit());
+    const uint32_t end_unit = kept(slice.end_unit()), stages = kept(slice.stages());
     uint32_t x_at[kTokenTiles];
 #pragma unroll
     for (int j = 0; j < kTokenTiles; ++j) {
@@ -250,6 +269,8 @@ struct StreamConsumer {
     }
     const uint32_t codes_at = kept(shared.ring + warp * Step::kBytes + 16 * lane);
     const uint32_t pairs_at = shared.ring + kTiles * kStreamWarps * Step::kBytes + lane / 4 * pair;
+    const uint32_t x_sums_at = kept(shared.x_sums + 16 * (lane % 4));
+    if constexpr (kSumsX) add_activations(slice);
     uint32_t table = 0;
     if constexpr (Kind::kTable) table = kept(shared_address(shared.memory) + 4 * lane);
     StreamTurn turn;
@@ -259,10 +280,10 @@ struct StreamConsumer {
       StepSums<kTiles, kTokenTiles> sums;
       for (uint32_t stage = 0; stage < stages; ++stage, turn.next(p.plan.ring_stages)) {
         mbarrier_wait(shared.full(turn.at), turn.round % 2);
-        const uint32_t first = slice.first_unit() + stage * kStageUnits, unit = first + warp * kStepUnits, at = turn.at * p.plan.stage_bytes;
+        const uint32_t first = first_unit + stage * kStageUnits, unit = first + warp * kStepUnits, at = turn.at * p.plan.stage_bytes;
         if (unit < end_unit) {
           StreamOperands<Kind, kTiles, kTokenTiles> operands = {
-              p, lane, codes_at + at, {}, pairs_at + at, unit, end_unit, group_of(p, first), 8 * pair};
+              p, lane, codes_at + at, {}, pairs_at + at, unit, end_unit, group_of(p, first), 8 * pair, x_sums_at, unit - first_unit};
 #pragma unroll
           for (int j = 0; j < kTokenTiles; ++j) operands.x_at[j] = x_at[j] + stage * 2 * kStageColumns;
           operands.load();
@@ -296,6 +317,27 @@ struct StreamConsumer {
       mbarrier_wait_for_cluster(shared.cluster_summed(round - 1), (round - 1) / 2 % 2);
       store_of_cluster(tiles.first - kTiles, round - 1);
     }
+  }
+
+  // Sums of activations over the units between two scales, [token tiles][groups][4 pairs of tokens][4]: those of the pair, twice.
+  __device__ __forceinline__ void add_activations(const StreamSlice& slice) const {
+    const uint32_t lanes = 4u << p.plan.group_bits, groups = p.plan.slice_steps * kStepUnits >> p.plan.group_bits;  // 8 columns to a lane
+    const uint32_t pieces = (slice.columns + kStepColumns - 1) / kStepColumns * (kStepColumns / 8);
+    for (uint32_t m = 0; m < p.tokens; ++m)
+      for (uint32_t first = 32 * warp; first < pieces; first += kThreads) {
+        const uint32_t piece = first + lane;
+        float x[8], sum = 0.0f;
+        to_floats(T{}, piece < pieces ? load_shared<uint4>(shared.x + m * p.plan.x_stride + 16 * piece) : uint4{}, x);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sum += x[i];
+        for (uint32_t other = 1; other < lanes; other *= 2) sum += as_float(shuffle_xor(as_bits(sum), static_cast<int>(other)));
+        if (piece % lanes || piece >= pieces) continue;
+        float* const to = shared.x_sums_of(m / 8 * groups + piece / lanes) + m % 8 / 2 * 4 + m % 2;
+        to[0] = to[2] = sum;
+      }
+    sync_warp();
+    if (lane == 0) mbarrier_arrive(shared.x_summed());
+    mbarrier_wait(shared.x_summed(), 0);
   }
 
   // Sum number `at` of a round, as warps store them.

@@ -63,13 +63,21 @@ class Weight:
         return (self.values.to(dtype).float() * self.scales.float()).to(dtype)
 
     def check(
-        self, y: Tensor, x: Tensor, bias: Tensor | None = None, rounded: bool = False
+        self,
+        y: Tensor,
+        x: Tensor,
+        bias: Tensor | None = None,
+        rounded: bool = False,
+        offset: float = 0.0,
     ) -> None:
-        """Whether y is x W^T + bias up to the roundings that the kernel makes; `rounded`: of weights in 16 bits."""
+        """Whether y is x W^T + bias up to the roundings that the kernel makes.
+
+        `rounded`: of weights in 16 bits; `offset`: by which codes are larger meanwhile.
+        """
         values = self.values
         if self.operands[3] is not None:
             values = values.to(x.dtype).double()  # the table holds numbers of that dtype
-        weights, bounds = values * self.scales, self.magnitudes * self.scales
+        weights, bounds = values * self.scales, (self.magnitudes + offset) * self.scales
         if rounded:
             weights = self.rounded(x.dtype).double()
             bounds = weights.abs()
