@@ -40,8 +40,12 @@ from gpu_plan import FULL, TINY, Plan
 from gpu_report import PICTURES, REPORTS, goals, report_goals
 from gpu_weights import KINDS
 
-# Environment variable that leaves out a way to be fast if it is 0 -> what names the results that were measured so.
-SWITCHES = {"HFQ_CUDA_OVERLAP": "no-overlap", "HFQ_CUDA_WGMMA": "no-wgmma"}
+# Environment variables, what changes the kernels that are taken, and what results are called that were measured so.
+SWITCHES = {
+    "HFQ_CUDA_OVERLAP": ("0", "no-overlap"),
+    "HFQ_CUDA_WGMMA": ("0", "no-wgmma"),
+    "HFQ_CUDA_STREAM": ("1", "stream"),
+}
 
 PARTS: dict[str, Callable[[Clock, Plan], dict[str, Any]]] = {
     "kernels": kernels,
@@ -69,11 +73,13 @@ def save(part: str, found: Mapping[str, Any], arguments: Sequence[str], plan: Pl
     Some formats alone, or with a switch, go into a JSON that is named after them and have no pictures: they replace nothing that was
     measured of all.
     """
-    switched = [name for name in SWITCHES if os.environ.get(name) == "0"]
+    switched = {
+        switch: value for switch, (value, _) in SWITCHES.items() if os.environ.get(switch) == value
+    }
     formats = [] if plan.kinds == FULL.kinds else [kind.replace(" ", "-") for kind in plan.kinds]
-    name = "_".join(["gpu", part, *formats, *(SWITCHES[switch] for switch in switched)])
+    name = "_".join(["gpu", part, *formats, *(SWITCHES[switch][1] for switch in switched)])
     command = shlex.join(["python", "benchmarks/gpu.py", *arguments])
-    command = " ".join([*(f"{switch}=0" for switch in switched), command])
+    command = " ".join([*(f"{switch}={value}" for switch, value in switched.items()), command])
     path = machine.write(name, command, {**about_gpu(), part: found})
     print(f"written: {path.name}")
     something = part != "models" or found["models"]  # all may have been left out

@@ -36,10 +36,9 @@ bool takes_wgmma(const LinearParams& p) {
   return of_kind(p.weight, runs_wgmma_int2, runs_wgmma_int3, runs_wgmma_int4, runs_wgmma_int8, runs_wgmma_table4, runs_wgmma_e4m3)(p);
 }
 
-int64_t most_tokens_without_large_wgmma() {
+bool takes_large_wgmma(int64_t tokens) {
   const char* const set = std::getenv("HFQ_CUDA_WGMMA_LARGE");
-  if (set && std::strcmp(set, "1") == 0) return 64;
-  return set && std::strcmp(set, "2") == 0 ? 32 : INT64_MAX;
+  return set && ((set[0] == '1' && tokens > 64) || (set[0] == '2' && tokens > 32));
 }
 
 // The number of blocks that share the columns with which the last round of clusters ends first.

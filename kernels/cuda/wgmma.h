@@ -31,9 +31,8 @@ WgmmaPlan plan_wgmma(const LinearParams& params, const WgmmaShape& shape);
 // elsewhere as well.
 bool takes_wgmma(const LinearParams& params);
 
-// No product of up to so many tokens takes wgmma_large.h: 64 if HFQ_CUDA_WGMMA_LARGE is 1, 32 if it is 2, else all there are. (Nobody has measured
-// it.)
-int64_t most_tokens_without_large_wgmma();
+// Whether so many tokens take wgmma_large.h: more than 64 where HFQ_CUDA_WGMMA_LARGE is 1, more than 32 where it is 2. (Nobody has measured it.)
+bool takes_large_wgmma(int64_t tokens);
 
 // Whether the kernels are there for the current device: those of a build for sm_90 without the "a" are empty.
 bool wgmma_was_compiled();

@@ -13,7 +13,7 @@
 //
 // A ring of stages has chunks of 128 columns. Four warps fill it. Codes and scales come in bulk, a copy for each tile, as far ahead as there are
 // stages. x of the next chunk is on its way to registers while the ring is full. Its stores are made known to wgmma by those who made them: a fence
-// that might wait for copies of a thread, if any were its own.
+// that might wait for cp.async of its thread, so that there are none.
 #pragma once
 
 #include <type_traits>
@@ -30,8 +30,8 @@ struct WgmmaBlock {
   static constexpr int kBits = Kind::kWords == 6 ? 3 : 128 / (Kind::kUnits * 16);  // 128 bits of a lane for 16 codes of each unit
   static constexpr int kTiles = kTokens > 64 && !kLarge ? 8 : 16, kRows = kTiles * kTileRows, kWarpTiles = kLarge ? 2 : 1;
   static constexpr int kConsumers = kTiles / kWarpTiles, kProducers = 4, kThreads = 32 * (kConsumers + kProducers);  // warps
-  // Registers of a thread: at first as many as there are for all (ptxas' number, which has to be this one: tests/kernels/test_ptxas.py). With 64
-  // tokens and more the copying warps then give some to the others.
+  // Registers of a thread. Where the copying warps give some to the others, all have as many at first as there are for all (ptxas' number, which
+  // has to be this one: tests/kernels/test_ptxas.py).
   static constexpr int kAtFirst = kConsumers == 16 ? 96 : 168;
   static constexpr int kOfConsumers = kTokens == 128 ? 216 : kTokens == 64 && !kLarge ? 104 : kAtFirst;
   static constexpr int kOfProducers = kTokens == 128 ? 72 : kTokens == 64 && !kLarge ? 64 : kAtFirst;

@@ -2,7 +2,7 @@
 //
 // Four warps fill a ring of stages (wgmma_block.h). The others have a tile each; they wait for a stage to be full, and say when it is empty, so that
 // none waits for another that is behind. While the instructions of a unit run, the next one's numbers are made. Scales multiply float32 sums after a
-// group, or a chunk if that ends first; sums of x for zero points come from mma with ones, as in gemm_kernel.h. (More than 64 tokens: wgmma_large.h.)
+// group, or a chunk if that ends first; sums of x for zero points come from mma with ones, as in gemm_kernel.h. (HFQ_CUDA_WGMMA_LARGE: wgmma_large.h.)
 //
 // x costs as many bytes of L2 as codes do: 64 tokens as many as 256 rows of 4 bits. So 256 rows share it; 128 tokens leave registers for 128 rows
 // only. Few rows leave multiprocessors without work: then the columns are cut, the blocks that share rows are a cluster, and each adds up its
@@ -263,12 +263,13 @@ const char* launch_wgmma_tokens(const WgmmaParams& params, cudaStream_t stream) 
   return launch_clusters(kKernel, static_cast<unsigned>(blocks), p.plan.splits, Block::kThreads, Block::kSharedBytes, stream, p);
 }
 
-// `use` of the smallest number of tokens of a thread block that a kernel has for so many tokens, and of whether it is the large one, as types.
+// `use` of the smallest number of tokens of a thread block that a kernel has for so many tokens, and of whether it is the large one, as types. (Where
+// another compiler has chosen registers that the large one cannot run with, gemm_kernel.h is taken: runs_wgmma_of.)
 template <class Use>
 auto with_block(int64_t tokens, const Use& use) {
   if (tokens <= 16) return use(std::integral_constant<int, 16>{}, std::false_type{});
   if (tokens <= 32) return use(std::integral_constant<int, 32>{}, std::false_type{});
-  const bool large = tokens > most_tokens_without_large_wgmma();
+  const bool large = takes_large_wgmma(tokens);
   if (tokens <= 64 && large) return use(std::integral_constant<int, 64>{}, std::true_type{});
   if (tokens <= 64) return use(std::integral_constant<int, 64>{}, std::false_type{});
   if (large) return use(std::integral_constant<int, 128>{}, std::true_type{});
