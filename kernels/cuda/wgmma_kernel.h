@@ -2,7 +2,8 @@
 //
 // Four warps fill a ring of stages (wgmma_block.h). The others have a tile each; they wait for a stage to be full, and say when it is empty, so that
 // none waits for another that is behind. While the instructions of a unit run, the next one's numbers are made. Scales multiply float32 sums after a
-// group, or a chunk if that ends first; sums of x for zero points come from mma with ones, as in gemm_kernel.h. (HFQ_CUDA_WGMMA_LARGE: wgmma_large.h.)
+// group, or a chunk if that ends first; sums of x for zero points come from mma with ones, as in gemm_kernel.h.
+// (HFQ_CUDA_WGMMA_LARGE: wgmma_large.h.)
 //
 // x costs as many bytes of L2 as codes do: 64 tokens as many as 256 rows of 4 bits. So 256 rows share it; 128 tokens leave registers for 128 rows
 // only. Few rows leave multiprocessors without work: then the columns are cut, the blocks that share rows are a cluster, and each adds up its
