@@ -69,6 +69,7 @@ def steps() -> list[Step]:
         Step("tests", 180, (*PYTEST, "-m", "gpu", "tests")),
         Step("int4", 20, (*BENCHMARK, "--only", "kernels", *INT4)),
         Step("model", 30, (*BENCHMARK, "--only", "models", *INT4)),
+        Step("tests stream", 90, (*PYTEST, "-m", "gpu", "tests/kernels/test_cuda.py"), STREAM),
         Step("int4 stream", 20, (*BENCHMARK, "--only", "kernels", *INT4), STREAM),
         Step("model stream", 30, (*BENCHMARK, "--only", "models", *INT4), STREAM),
         Step("kernels", 90, (*BENCHMARK, "--only", "kernels")),

@@ -19,7 +19,15 @@ from ..formats import FORMATS
 from ..kernels.row import KernelRow, StatLayout
 from .slot import PackedSlot
 
-__all__ = ["as_bits", "as_float", "in_kernel_layout", "neutral_grid", "to_kernel", "to_neutral"]
+__all__ = [
+    "as_bits",
+    "as_float",
+    "in_kernel_layout",
+    "neutral_grid",
+    "show_to_kernels",
+    "to_kernel",
+    "to_neutral",
+]
 
 # The operand whose codes are not of ``spec.bits`` bits.
 _STATS = "stat_codes"
@@ -36,6 +44,16 @@ def as_float(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return (
         tensor.view(dtype) if dtype.is_floating_point and not tensor.is_floating_point() else tensor
     )
+
+
+def show_to_kernels(weight: Tensor) -> None:
+    """Lets kernels see a weight that was just written.
+
+    On CUDA a kernel may start while the one in front of it ends, and reads weights before it waits for that one
+    (`kernels/cuda/launch.h`). Not so if any kernel lies between that does not overlap, as PyTorch's do not.
+    """
+    if weight.is_cuda:
+        weight.new_ones(1)
 
 
 def in_kernel_layout(slot: PackedSlot, held: Mapping[str, Tensor]) -> bool:
@@ -73,6 +91,7 @@ def to_kernel(
         if operand.data_ptr() == held[key].data_ptr():
             prepared[key] = as_bits(operands[field])
     grid = replace(grid, **operands)
+    show_to_kernels(next(iter(held.values())))
     # Compilers take the shapes and addresses of Parameters for constant, those of other tensors not.
     frozen: dict[str, Any] = {
         name: nn.Parameter(value, requires_grad=False)

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..core.weight import Grid
 from ..kernels.row import KernelRow, Problem
-from .layout import as_bits
+from .layout import as_bits, show_to_kernels
 
 if TYPE_CHECKING:
     from .linear import QuantLinear
@@ -171,6 +171,7 @@ def _join(modules: Sequence[QuantLinear]) -> bool:
             _moved(module, operands, part)
             for module, operands, part in zip(modules, members, parts, strict=True)
         ]
+        show_to_kernels(joined[0].codes)
         group = Group(row, grid, modules, joined)
         for place, operands in enumerate(joined):
             operands.siblings.group, operands.siblings.place = group, place

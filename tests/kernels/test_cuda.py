@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -36,6 +37,9 @@ KINDS = (
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+# The stream kernel has not run on a GPU yet, and what is wrong with barriers hangs: its tests are asked for like the kernel.
+STREAM = os.environ.get("HFQ_CUDA_STREAM") == "1"
+NEEDS_STREAM = "the stream kernel was not asked for: HFQ_CUDA_STREAM=1 and compute capability 9.0"
 # (N, K, group_size; 0: one group per row): odd shapes, and those of models.
 SHAPES = (
     (1, 8, 0),
@@ -187,8 +191,8 @@ def test_products_with_the_stream_kernel(
     kind: str,
 ) -> None:
     """One block for all columns, and clusters, of all sizes."""
-    if torch.cuda.get_device_capability(cuda) < (9, 0):
-        pytest.skip("copies in bulk need compute capability 9.0")
+    if not STREAM or torch.cuda.get_device_capability(cuda) < (9, 0):
+        pytest.skip(NEEDS_STREAM)
     monkeypatch.setenv("HFQ_CUDA_STREAM", "1")
     check_products((1, 2, 5, 8, 9, 16), shape, kind)
 
@@ -211,6 +215,8 @@ def test_a_kernel_is_taken_where_it_is_wanted(
 ) -> None:
     if torch.cuda.get_device_capability(cuda) != (9, 0):
         pytest.skip("needs compute capability 9.0")
+    if kernel == "stream_kernel" and not STREAM:
+        pytest.skip(NEEDS_STREAM)
     monkeypatch.setenv(variable, wanted)
     weight = make_weight(1024, 4096, 128)
     x = torch.randn(tokens, 4096, generator=generator).to(cuda, torch.bfloat16)
@@ -296,6 +302,8 @@ def test_in_a_cuda_graph(
     kernel: str,
 ) -> None:
     """Of 64 tokens, several thread blocks share the columns: sums meet in memory that PyTorch has lent, or in a cluster."""
+    if kernel == "STREAM" and not STREAM:
+        pytest.skip(NEEDS_STREAM)
     for name in ("STREAM", "WGMMA"):
         monkeypatch.setenv(f"HFQ_CUDA_{name}", "1" if name == kernel else "0")
     weight = make_weight(1024, 4096, 128, kind="int4_zeros")
@@ -319,6 +327,8 @@ def test_products_that_overlap(
     kernel: str,
 ) -> None:
     """Each product reads what the one before gives, and writes where an earlier one has been read: as if they did not overlap."""
+    if kernel == "STREAM" and not STREAM:
+        pytest.skip(NEEDS_STREAM)
     for name in ("STREAM", "WGMMA"):
         monkeypatch.setenv(f"HFQ_CUDA_{name}", "1" if name == kernel else "0")
     weights = [make_weight(*shape, 128) for shape in ((3072, 4096), (4096, 3072)) * 3]

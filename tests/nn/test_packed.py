@@ -11,9 +11,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hfq.core.errors import CheckpointError, WeightError
 from hfq.core.spec import CodebookSpec, IntSpec, QuantSpec
+from hfq.nn import layout
 from hfq.nn.embedding import QuantEmbedding
 from hfq.nn.linear import QuantLinear
 
@@ -479,3 +482,29 @@ def test_offloaded_weights_are_used_as_they_are_stored(generator: torch.Generato
     assert all(p.shape == layout[k].shape for k, p in packed.packed_parameters("weight").items())
     assert packed.kernel("weight").name == "dequantize"
     assert all("offloaded" in reason for _, reason in packed.kernel_choice("weight").refused)
+
+
+class _Operators(TorchDispatchMode):
+    """Notes names of operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_kernel_lies_between_a_new_weight_and_the_first_product(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[Tensor] = []
+    monkeypatch.setattr(layout, "show_to_kernels", shown.append)
+    quantized(generator).prepare()
+    assert shown
+    monkeypatch.undo()
+    for device, kernels in (("cuda", 1), ("cpu", 0)):
+        with FakeTensorMode(), _Operators() as operators:
+            layout.show_to_kernels(torch.empty(4, device=device))
+        assert operators.names.count("aten.new_ones.default") == kernels
