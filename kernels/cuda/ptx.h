@@ -146,7 +146,7 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
 __device__ __forceinline__ void mbarrier_arrive_after_copies(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
-// The same; and the phase does not end before this many bytes more have come with copy_bulk.
+// Arrives; and the phase does not end before this many bytes more have come with copy_bulk.
 __device__ __forceinline__ void mbarrier_arrive_and_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
@@ -296,14 +296,6 @@ __device__ __forceinline__ float4 load_of_block(const float4* own, uint32_t rank
   return v;
 }
 
-// The same for one float.
-__device__ __forceinline__ float load_of_block(const float* own, uint32_t rank) {
-  float v;
-  asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %1, %2;\nld.shared::cluster.f32 %0, [there];\n}"
-               : "=f"(v)
-               : "r"(shared_address(own)), "r"(rank));
-  return v;
-}
 // Barriers that this thread has made are there for the other blocks after the next sync_cluster.
 __device__ __forceinline__ void fence_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 // Arrives at the barrier that block `rank` has where `own` points to in this one's. What a thread did before is there for those of the cluster that

@@ -23,7 +23,7 @@ int64_t groups_of_stage(const Weight& w) {
   return groups < w.groups ? groups : w.groups;
 }
 
-// With 2^split_bits blocks that share the columns, of which `blocks_of_one` share a multiprocessor.
+// With 2^split_bits blocks that share the columns, of which `blocks_of_one` share one multiprocessor: 2, of this kernel and the next one, or 1.
 StreamPlan plan_split(const LinearParams& params, uint32_t split_bits, uint32_t blocks_of_one) {
   const uint32_t splits = 1u << split_bits;
   const Weight& w = params.weight;
@@ -41,16 +41,14 @@ StreamPlan plan_split(const LinearParams& params, uint32_t split_bits, uint32_t 
   const uint32_t units = flush_mask(w, kStepUnits) + 1;  // 4, 2 or 1
   p.group_bits = units / 2;
   if (needs_x_sums(w.bits, w.zeros, w.codebook, params.x_dtype)) p.x_sums_bytes = p.slice_steps * kStepUnits / units * token_tiles * 64;
-  constexpr size_t kReserved = 1 << 10;  // of each thread block; of the device's most, too
   constexpr size_t kForOthers = 4 << 10;  // small kernels between two products would keep the next one from its place
-  const size_t all = most_shared_bytes() + kReserved, room = (all - (blocks_of_one > 1 ? kForOthers : 0)) / blocks_of_one - kReserved;
+  const size_t all = most_shared_bytes() + kReservedShared - (blocks_of_one > 1 ? kForOthers : 0), room = all / blocks_of_one - kReservedShared;
   const size_t fixed = stream_places(tiles, token_tiles, w.codebook && w.bits == 4).x + p.x_bytes + p.x_sums_bytes;
   const size_t stages = room < fixed ? 0 : (room - fixed) / p.stage_bytes;
   if (stages < kLeastStages || stages * p.stage_bytes < kLeastRing) return p;
   p.ring_stages = static_cast<uint32_t>(stages < kMostStreamStages ? stages : kMostStreamStages);
-  const size_t bytes = fixed + size_t{p.ring_stages} * p.stage_bytes, least = all / (blocks_of_one + 1) - kReserved + 128;
+  const size_t bytes = fixed + size_t{p.ring_stages} * p.stage_bytes, least = shared_bytes_for(blocks_of_one);
   p.shared_bytes = static_cast<uint32_t>(bytes < least ? least : bytes);  // no more than `blocks_of_one`, so that they are placed evenly
-  p.blocks_of_one = blocks_of_one;
   p.splits = splits, p.split_bits = split_bits;
   return p;
 }

@@ -5,8 +5,8 @@
 
 namespace hfq {
 
-constexpr int kStreamWarps = 8;             // warps that multiply
-constexpr int kStreamStepColumns = 128;   // of a warp in a stage
+constexpr int kStreamWarps = 8;          // that multiply
+constexpr int kStreamStepColumns = 128;  // of a warp in a stage
 constexpr int kStageColumns = kStreamWarps * kStreamStepColumns, kStageUnits = kStageColumns / kUnitColumns;
 constexpr uint32_t kMostStreamStages = 24;
 constexpr int64_t kMostStreamTokens = 16;
@@ -39,7 +39,6 @@ struct StreamPlan {
   uint32_t x_sums_bytes;       // of sums of activations, where they are needed
   uint32_t group_bits;         // 2^group_bits units have one such sum
   uint32_t shared_bytes;
-  uint32_t blocks_of_one;  // multiprocessor: 2, of this kernel and the next one, or 1
 };
 
 struct StreamParams : LinearParams {

@@ -290,13 +290,11 @@ struct StreamConsumer {
           Kind codes[kTiles];
           multiply_step<Kind, T, kZeros, 0>(p, operands, table, codes, sums);
         }
-        sync_warp();
-        if (lane == 0) mbarrier_arrive(shared.empty(turn.at));
+        arrive(shared.empty(turn.at));
       }
       if (round) mbarrier_wait(shared.partial_read(), (round - 1) % 2);
       store_sums(shared.partial(), sums);
-      sync_warp();
-      if (lane == 0) mbarrier_arrive(shared.summed());
+      arrive(shared.summed());
       mbarrier_wait(shared.summed(), round % 2);
       float all[kOfThread] = {};
 #pragma unroll
@@ -304,8 +302,7 @@ struct StreamConsumer {
         const int at = threadIdx.x + i * kThreads;
         if (at < kSums && token_of(at) < p.tokens) all[i] = sum_of_warps<kStreamWarps, kSums>(shared.partial(), at);
       }
-      sync_warp();
-      if (lane == 0) mbarrier_arrive(shared.partial_read());
+      arrive(shared.partial_read());
       if (p.plan.splits == 1) {
         store_outputs(all, tiles);
       } else {
@@ -317,6 +314,12 @@ struct StreamConsumer {
       mbarrier_wait_for_cluster(shared.cluster_summed(round - 1), (round - 1) / 2 % 2);
       store_of_cluster(tiles.first - kTiles, round - 1);
     }
+  }
+
+  // The warp, when all its lanes are here.
+  __device__ __forceinline__ void arrive(uint32_t barrier) const {
+    sync_warp();
+    if (lane == 0) mbarrier_arrive(barrier);
   }
 
   // Sums of activations over the units between two scales, [token tiles][groups][4 pairs of tokens][4]: those of the pair, twice.
@@ -335,8 +338,7 @@ struct StreamConsumer {
         float* const to = shared.x_sums_of(m / 8 * groups + piece / lanes) + m % 8 / 2 * 4 + m % 2;
         to[0] = to[2] = sum;
       }
-    sync_warp();
-    if (lane == 0) mbarrier_arrive(shared.x_summed());
+    arrive(shared.x_summed());
     mbarrier_wait(shared.x_summed(), 0);
   }
 
@@ -378,10 +380,8 @@ struct StreamConsumer {
       const uint32_t four = StreamSlice::rank(p) * share + i, rows = four % 4, token = four / 4 % (8 * kTokenTiles), tile = four / (32 * kTokenTiles);
       if (first_tile + tile >= all.end || token >= p.tokens) continue;
       const float4* const own = reinterpret_cast<const float4*>(shared.block_sums(round)) + four;
-      float4 sum = load_of_block(own, 0);
-      for (uint32_t block = 1; block < splits; ++block) sum = plus(sum, load_of_block(own, block));
       const int64_t n = (static_cast<int64_t>(first_tile) + tile) * kTileRows + 4 * rows;
-      if (n < p.weight.out_features) store_rows<T>(p, token, n, sum);
+      if (n < p.weight.out_features) store_rows<T>(p, token, n, sum_of_cluster(own, splits));
     }
   }
 };

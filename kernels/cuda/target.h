@@ -13,15 +13,19 @@
 
 namespace hfq {
 
+// That CUDA takes for each thread block; the most that a block may have is a multiprocessor's without it.
+constexpr size_t kReservedShared = 1 << 10;
+
+// The least shared memory of a thread block with which a multiprocessor has no room for more than `blocks` of them.
+inline size_t shared_bytes_for(size_t blocks) { return (most_shared_bytes() + kReservedShared) / (blocks + 1) - kReservedShared + 128; }
+
 // Shared memory of a thread block with which each multiprocessor has room for its share of `blocks` thread blocks and no more, for launch_early.
 // Those of a kernel that starts while another one ends go where there is room, by which multiprocessors have ended early, and that is not evenly:
 // 256 thread blocks of 14336 x 4096 took 15.9 us on an H200, 13.4 without overlap, and 11.7 so.
 inline size_t evenly(size_t shared_bytes, int64_t blocks) {
-  constexpr size_t kReserved = 1 << 10;  // of each thread block; of the device's most, too
   const int64_t found = multiprocessors(), count = found > 0 ? found : 1;
   const size_t each = static_cast<size_t>((blocks + count - 1) / count);
-  const size_t least = (most_shared_bytes() + kReserved) / (each + 1) - kReserved + 128;
-  return each > 1 && each < 8 && least > shared_bytes ? least : shared_bytes;
+  return each > 1 && each < 8 && shared_bytes_for(each) > shared_bytes ? shared_bytes_for(each) : shared_bytes;
 }
 
 }  // namespace hfq

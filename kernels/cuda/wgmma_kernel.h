@@ -179,20 +179,7 @@ __device__ __forceinline__ void store_outputs(const WgmmaParams& p, const Block&
     const int64_t n = static_cast<int64_t>(block.first_tile) * kTileRows + 4 * four, m = static_cast<int64_t>(block.first_token) + token;
     if (four >= kFours || n >= padded || m >= p.tokens) continue;
     const float4* const own = reinterpret_cast<const float4*>(partial + token * (Block::kRows + 4) + 4 * four);
-    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    if (splits == 1) {
-      sum = *own;
-    } else {
-      // Four on the way at a time: each takes some 200 clocks.
-      for (uint32_t i = 0; i < splits; i += 4) {
-        float4 parts[4];
-#pragma unroll
-        for (uint32_t j = 0; j < 4; ++j) parts[j] = i + j < splits ? load_of_block(own, i + j) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll
-        for (uint32_t j = 0; j < 4; ++j) sum = plus(sum, parts[j]);
-      }
-    }
-    store_rows<T>(p, m, n, sum);
+    store_rows<T>(p, m, n, splits == 1 ? *own : sum_of_cluster(own, splits));
   }
 }
 

@@ -129,6 +129,14 @@ def _check(
     assert (error <= bound).all(), (error / bound).max()
 
 
+def _take(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
+    """Products by the kernel STREAM or WGMMA; by neither where it is empty."""
+    if kernel == "STREAM" and not STREAM:
+        pytest.skip(NEEDS_STREAM)
+    for name in ("STREAM", "WGMMA"):
+        monkeypatch.setenv(f"HFQ_CUDA_{name}", "1" if name == kernel else "0")
+
+
 @pytest.fixture
 def check_products(
     make_weight: MakeWeight, generator: torch.Generator, cuda: torch.device
@@ -157,8 +165,7 @@ def test_products(
     kind: str,
 ) -> None:
     """By the kernels that all GPUs have."""
-    monkeypatch.setenv("HFQ_CUDA_STREAM", "0")
-    monkeypatch.setenv("HFQ_CUDA_WGMMA", "0")
+    _take(monkeypatch, "")
     check_products((0, 1, 3, 8, 9, 19, 40, 130), shape, kind)
 
 
@@ -174,8 +181,7 @@ def test_products_with_wgmma(
     """Each number of tokens of a thread block, filled and not; clusters of all sizes come from the shapes."""
     if torch.cuda.get_device_capability(cuda) != (9, 0):
         pytest.skip("wgmma needs compute capability 9.0")
-    monkeypatch.setenv("HFQ_CUDA_STREAM", "0")
-    monkeypatch.setenv("HFQ_CUDA_WGMMA", "1")
+    _take(monkeypatch, "WGMMA")
     check_products((9, 16, 27, 32, 40, 64, 100, 128, 130), shape, kind)
     monkeypatch.setenv("HFQ_CUDA_WGMMA_LARGE", "2")
     check_products((33, 64, 65, 128, 130, 400), shape, kind, True)
@@ -302,10 +308,7 @@ def test_in_a_cuda_graph(
     kernel: str,
 ) -> None:
     """Of 64 tokens, several thread blocks share the columns: sums meet in memory that PyTorch has lent, or in a cluster."""
-    if kernel == "STREAM" and not STREAM:
-        pytest.skip(NEEDS_STREAM)
-    for name in ("STREAM", "WGMMA"):
-        monkeypatch.setenv(f"HFQ_CUDA_{name}", "1" if name == kernel else "0")
+    _take(monkeypatch, kernel)
     weight = make_weight(1024, 4096, 128, kind="int4_zeros")
     x = torch.randn(tokens, 4096, generator=generator).to(cuda, torch.bfloat16)
     graph, y = captured(lambda: weight.linear(x))
@@ -327,10 +330,7 @@ def test_products_that_overlap(
     kernel: str,
 ) -> None:
     """Each product reads what the one before gives, and writes where an earlier one has been read: as if they did not overlap."""
-    if kernel == "STREAM" and not STREAM:
-        pytest.skip(NEEDS_STREAM)
-    for name in ("STREAM", "WGMMA"):
-        monkeypatch.setenv(f"HFQ_CUDA_{name}", "1" if name == kernel else "0")
+    _take(monkeypatch, kernel)
     weights = [make_weight(*shape, 128) for shape in ((3072, 4096), (4096, 3072)) * 3]
     x = torch.randn(tokens, 4096, generator=generator).to(cuda, torch.bfloat16)
 

@@ -483,7 +483,6 @@ void wgmma(T, float (&d)[n], const uint32_t (&a)[4], uint64_t descriptor, bool a
 inline void sync_cluster() { cuda_on_cpu::sync_cluster(); }
 inline void sync_cluster_only() { cuda_on_cpu::sync_cluster(); }
 inline float4 load_of_block(const float4* own, uint32_t rank) { return *static_cast<const float4*>(cuda_on_cpu::of_block(own, rank, 16)); }
-inline float load_of_block(const float* own, uint32_t rank) { return *static_cast<const float*>(cuda_on_cpu::of_block(own, rank, 4)); }
 inline void fence_barriers() { cuda_on_cpu::fence_barriers(); }
 inline void mbarrier_arrive_at_block(uint32_t own, uint32_t rank) { cuda_on_cpu::mbarrier_arrive_at_block(own, rank); }
 inline void mbarrier_wait_for_cluster(uint32_t barrier, uint32_t bit) { cuda_on_cpu::mbarrier_wait(barrier, bit); }

@@ -195,29 +195,29 @@ void arrive(Block& block, uint32_t place) {
   end_phase(block, place);
 }
 
+// `number`: of the copy, for those that ordinary reads see before wgmma does; or 0.
+void finish(Block& block, const Copy& copy, uint32_t number) {
+  if (copy.from)
+    std::memcpy(copy.to, copy.from, copy.bytes);
+  else
+    std::memset(copy.to, 0, copy.bytes);
+  const auto first = static_cast<uint32_t>(static_cast<uint8_t*>(copy.to) - block.shared_begin) / 4;
+  for (uint32_t word = first; word < first + copy.bytes / 4; ++word) block.copied[word] = number, block.stored[word] = kNobody;
+}
+
 void finish_oldest(Fiber& fiber) {
   Block& block = *fiber.block;
   const Copies group = std::move(fiber.groups.front());
   fiber.groups.erase(fiber.groups.begin());
   ++block.copies;
-  for (const Copy& copy : group.all) {
-    if (copy.from)
-      std::memcpy(copy.to, copy.from, copy.bytes);
-    else
-      std::memset(copy.to, 0, copy.bytes);
-    const auto first = static_cast<uint32_t>(static_cast<uint8_t*>(copy.to) - block.shared_begin) / 4;
-    for (uint32_t word = first; word < first + copy.bytes / 4; ++word) block.copied[word] = block.copies, block.stored[word] = kNobody;
-  }
+  for (const Copy& copy : group.all) finish(block, copy, block.copies);
   if (group.barrier != kNobody) arrive(block, group.barrier);
 }
 
 void finish_bulk_copy(Block& block, size_t number) {
   const BulkCopy bulk = block.bulk_copies[number];
   block.bulk_copies.erase(block.bulk_copies.begin() + static_cast<std::ptrdiff_t>(number));
-  std::memcpy(bulk.copy.to, bulk.copy.from, bulk.copy.bytes);
-  const auto first = static_cast<uint32_t>(static_cast<uint8_t*>(bulk.copy.to) - block.shared_begin) / 4;
-  // wgmma reads on the same way.
-  for (uint32_t word = first; word < first + bulk.copy.bytes / 4; ++word) block.copied[word] = 0, block.stored[word] = kNobody;
+  finish(block, bulk.copy, 0);
   block.mbarriers.at(bulk.barrier).bytes -= static_cast<int64_t>(bulk.copy.bytes);
   end_phase(block, bulk.barrier);
 }
