@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
-from cuda_emulator import Emulator, build
+from cuda_emulator import Emulator, SelfCheck, build, build_self_check
 
 from hfq.kernels import native
 
@@ -47,14 +48,26 @@ def isa_or_reference(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
-    """The CUDA kernels on the CPU, compiled once for all processes of a run."""
+def emulator_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where kernels are compiled for the CPU, once for all processes of a run."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
     folder /= "cuda_on_cpu"
     folder.mkdir(exist_ok=True)
-    return build(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def emulator(emulator_folder: Path) -> Emulator:
+    """The CUDA kernels on the CPU. Where HFQ_TEST_RACES is set, launches fail where nothing orders two accesses to memory."""
+    return build(emulator_folder, races="HFQ_TEST_RACES" in os.environ)
+
+
+@pytest.fixture(scope="session")
+def self_check(emulator_folder: Path) -> SelfCheck:
+    """Small kernels with mistakes."""
+    return build_self_check(emulator_folder)
 
 
 @pytest.fixture

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
+from cuda_emulator import SelfCheck
 from torch import Tensor
+
+
+@pytest.fixture
+def races(self_check: SelfCheck) -> Iterator[None]:
+    """Looks for them."""
+    self_check.watch_races(True)
+    yield
+    self_check.watch_races(False)
 
 
 @pytest.mark.parametrize(
@@ -32,44 +41,87 @@ from torch import Tensor
         ("bulk_ring_not_aligned", "misaligned copy_bulk"),
     ],
 )
-def test_mistakes_are_seen(emulator: Any, kernel: str, words: str) -> None:
+def test_mistakes_are_seen(self_check: SelfCheck, kernel: str, words: str) -> None:
     with pytest.raises(RuntimeError, match=words):
-        emulator.self_check(kernel, torch.zeros(128, dtype=torch.int32))
+        self_check.run(kernel, torch.zeros(128, dtype=torch.int32))
 
 
-def test_missing_barriers_are_seen(emulator: Any) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "words"),
+    [
+        ("neighbour_without_barrier", "thread .* reads shared memory, thread .* writes it"),
+        ("neighbours_shuffle", "thread .* reads shared memory, thread .* writes it"),
+        ("neighbours_one_barrier", "thread .* shared memory, thread .* it"),
+        ("copies", "thread .* reads shared memory, cp.async of thread .* writes it"),
+        ("wgmma_no_barrier", "wgmma of thread .* reads shared memory, .*thread .* writes it"),
+        ("wgmma_memory_changes", "thread .* shared memory, wgmma of thread .* reads it"),
+        ("ring_no_wait", "thread .* reads shared memory, cp.async of thread .* writes it"),
+        ("ring_filled_too_early", "cp.async of thread .* writes shared memory"),
+        ("bulk_ring_no_wait", "a copy in bulk writes shared memory, thread .* reads it"),
+        (
+            "sum_of_cluster_without_memory",
+            "block .* reads shared memory, thread .* of block .* writes",
+        ),
+        (
+            "sum_of_cluster_to_one_place",
+            "block .* writes global memory, thread .* of block .* writes",
+        ),
+        (
+            "arrival_from_cluster_for_the_block",
+            "reads shared memory, thread .* of block 1 writes it",
+        ),
+    ],
+)
+def test_races_are_seen(self_check: SelfCheck, races: None, kernel: str, words: str) -> None:
+    with pytest.raises(RuntimeError, match=f"a race: .*{words}.* nothing orders them"):
+        self_check.run(kernel, torch.zeros(256, dtype=torch.int32))
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        *("neighbours", "wgmma", "ring", "bulk_ring", "sum_of_cluster", "arrival_from_cluster"),
+        *("matrices", "early"),
+    ],
+)
+def test_what_barriers_order_is_no_race(self_check: SelfCheck, races: None, kernel: str) -> None:
+    x = torch.zeros(256, dtype=torch.int32)
+    self_check.run(kernel, x)
+
+
+def test_missing_barriers_are_seen(self_check: SelfCheck) -> None:
     x = torch.arange(128, dtype=torch.int32)
-    y = emulator.self_check("neighbour_without_barrier", x)
+    y = self_check.run("neighbour_without_barrier", x)
     assert not torch.equal(y[:32], x[:32].roll(-1))
 
 
-def test_copies_are_there_when_they_were_waited_for(emulator: Any) -> None:
+def test_copies_are_there_when_they_were_waited_for(self_check: SelfCheck) -> None:
     x = torch.arange(128, dtype=torch.int32)
-    before, first, second, after = emulator.self_check("copies", x).view(32, 4).unbind(1)
+    before, first, second, after = self_check.run("copies", x).view(32, 4).unbind(1)
     assert (before == -1).all() and (second == -1).all()
     assert torch.equal(first, x[::4]) and torch.equal(after, x[::4])
 
 
-def test_kernels_that_start_early_wait(emulator: Any) -> None:
+def test_kernels_that_start_early_wait(self_check: SelfCheck) -> None:
     x = torch.arange(128, dtype=torch.int32)
-    assert torch.equal(emulator.self_check("early", x)[:32], x[:32])
+    assert torch.equal(self_check.run("early", x)[:32], x[:32])
 
 
-def test_matrices_and_shuffles(emulator: Any, generator: torch.Generator) -> None:
+def test_matrices_and_shuffles(self_check: SelfCheck, generator: torch.Generator) -> None:
     x = torch.randint(1 << 30, (128,), generator=generator, dtype=torch.int32)
-    lanes = emulator.self_check("matrices", x).view(8, 4, 4)  # g, t, matrix
+    lanes = self_check.run("matrices", x).view(8, 4, 4)  # g, t, matrix
     assert torch.equal(lanes, x.view(4, 8, 4).permute(1, 2, 0))
-    shuffled = emulator.self_check("shuffle", x).view(32, 4)[:, 0]
+    shuffled = self_check.run("shuffle", x).view(32, 4)[:, 0]
     assert torch.equal(shuffled, x[torch.arange(32) ^ 5])
     x[:32] = torch.arange(32) * 4
     x[11], x[19] = 1003, 7
-    first, value = emulator.self_check("shuffle_from_first", x).view(32, 4)[:, :2].unbind(1)
+    first, value = self_check.run("shuffle_from_first", x).view(32, 4)[:, :2].unbind(1)
     assert (first == 11).all() and (value == 1003).all()
     with pytest.raises(RuntimeError, match="no lane is the first one"):
-        emulator.self_check("shuffle_from_first", torch.zeros_like(x))
+        self_check.run("shuffle_from_first", torch.zeros_like(x))
 
 
-def test_products_of_bytes(emulator: Any, generator: torch.Generator) -> None:
+def test_products_of_bytes(self_check: SelfCheck, generator: torch.Generator) -> None:
     """mma.m16n8k32: register r of lane 4g + t has row g + 8 (r % 2) of A from k = 16 (r // 2) + 4t on; B has columns g."""
     x = torch.randint(-(1 << 31), (1 << 31) - 1, (128,), generator=generator, dtype=torch.int32)
     lanes = x.view(torch.int8).view(8, 4, 2, 2, 4)  # g, t, k / 16, row / 8, byte
@@ -77,64 +129,64 @@ def test_products_of_bytes(emulator: Any, generator: torch.Generator) -> None:
     registers = x.view(torch.int8).view(8, 4, 4, 4)[:, :, 1:3]  # g, t, k / 16, byte
     b = registers.permute(2, 1, 3, 0).reshape(32, 8)
     d = (a.int() @ b.int()).view(2, 8, 4, 2).permute(1, 2, 0, 3)  # g, t, row / 8, column % 2
-    assert torch.equal(emulator.self_check("product_of_bytes", x), d.flatten())
+    assert torch.equal(self_check.run("product_of_bytes", x), d.flatten())
 
 
 # ---- wgmma, barriers in shared memory, clusters
 
 
-def test_wgmma_is_what_is_documented(emulator: Any, generator: torch.Generator) -> None:
+def test_wgmma_is_what_is_documented(self_check: SelfCheck, generator: torch.Generator) -> None:
     columns = torch.randn(16, 16, generator=generator).bfloat16()
-    y = emulator.self_check("wgmma", columns.view(torch.int32).view(-1)).view(torch.float32)
+    y = self_check.run("wgmma", columns.view(torch.int32).view(-1)).view(torch.float32)
     for warp, lane in itertools.product(range(4), range(32)):
         row, column = lane // 4 + warp % 2 * 8, warp // 2 * 8 + 2 * (lane % 4)
         assert y[32 * warp + lane] == columns[column, row], (warp, lane)
-    stored = emulator.self_check("wgmma_of_stores", columns.view(torch.int32).view(-1))
+    stored = self_check.run("wgmma_of_stores", columns.view(torch.int32).view(-1))
     assert torch.equal(stored.view(torch.float32), y)
-    early = emulator.self_check("wgmma_no_wait", columns.view(torch.int32).view(-1))
+    early = self_check.run("wgmma_no_wait", columns.view(torch.int32).view(-1))
     assert early.view(torch.float32).isnan().all()
 
 
-def _wrong(emulator: Any, kernel: str, x: Tensor, y: Tensor) -> bool:
+def _wrong(self_check: SelfCheck, kernel: str, x: Tensor, y: Tensor) -> bool:
     """Whether the kernel fails, or gives anything but `y`."""
     try:
-        return not torch.equal(emulator.self_check(kernel, x)[: len(y)], y)
+        return not torch.equal(self_check.run(kernel, x)[: len(y)], y)
     except RuntimeError:
         return True
 
 
-def test_a_missing_barrier_is_seen(emulator: Any, generator: torch.Generator) -> None:
+def test_a_missing_barrier_is_seen(self_check: SelfCheck, generator: torch.Generator) -> None:
     x = torch.randn(256, generator=generator).bfloat16().view(torch.int32)
-    assert _wrong(emulator, "wgmma_no_barrier", x, emulator.self_check("wgmma", x))
+    assert _wrong(self_check, "wgmma_no_barrier", x, self_check.run("wgmma", x))
 
 
-def test_barriers_in_shared_memory(emulator: Any, generator: torch.Generator) -> None:
+def test_barriers_in_shared_memory(self_check: SelfCheck, generator: torch.Generator) -> None:
     x = torch.randint(1 << 10, (128,), generator=generator, dtype=torch.int32)
     expected = torch.zeros(32, dtype=torch.int32)
     for i, j in itertools.product(range(7), range(3)):
         expected = 3 * expected + x[(torch.arange(32) + 32 * j + i) % 128]
-    assert torch.equal(emulator.self_check("ring", x)[:32], expected)
-    assert _wrong(emulator, "ring_no_wait", x, expected)
-    assert _wrong(emulator, "ring_filled_too_early", x, expected)
+    assert torch.equal(self_check.run("ring", x)[:32], expected)
+    assert _wrong(self_check, "ring_no_wait", x, expected)
+    assert _wrong(self_check, "ring_filled_too_early", x, expected)
     with pytest.raises(RuntimeError, match="threads wait for others"):
-        emulator.self_check("ring_too_many_expected", x)
+        self_check.run("ring_too_many_expected", x)
 
 
-def test_copies_in_bulk(emulator: Any, generator: torch.Generator) -> None:
+def test_copies_in_bulk(self_check: SelfCheck, generator: torch.Generator) -> None:
     x = torch.randint(1 << 10, (128,), generator=generator, dtype=torch.int32)
     expected = torch.zeros(32, dtype=torch.int32)
     for i in range(7):
         for j in range(1 if i % 2 else 2):
             expected = 3 * expected + x[4 * i + 32 * j :][:32]
-    assert torch.equal(emulator.self_check("bulk_ring", x)[:32], expected)
+    assert torch.equal(self_check.run("bulk_ring", x)[:32], expected)
     for mistake in ("nothing_expected", "no_wait", "filled_too_early"):
-        assert _wrong(emulator, f"bulk_ring_{mistake}", x, expected), mistake
+        assert _wrong(self_check, f"bulk_ring_{mistake}", x, expected), mistake
 
 
-def test_blocks_of_a_cluster_read_each_other(emulator: Any) -> None:
+def test_blocks_of_a_cluster_read_each_other(self_check: SelfCheck) -> None:
     x = torch.arange(128, dtype=torch.int32)
-    y = emulator.self_check("sum_of_cluster", x).view(torch.float32)[:32].view(4, 8)
+    y = self_check.run("sum_of_cluster", x).view(torch.float32)[:32].view(4, 8)
     expected = 15.0 * x[1:33:4] + 0 * 8 + 1 * 4 + 2 * 2 + 3
     assert torch.equal(y, expected.expand(4, 8))
     with pytest.raises(RuntimeError, match="read from a block that has ended"):
-        emulator.self_check("sum_of_cluster_that_ends", x)
+        self_check.run("sum_of_cluster_that_ends", x)

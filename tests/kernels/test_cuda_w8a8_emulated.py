@@ -63,13 +63,13 @@ def activations(
 # ---- codes
 
 
-def test_e4m3_as_float16(emulator: Any) -> None:
+def test_e4m3_as_float16(self_check: Any) -> None:
     """The second way stands for an instruction of newer GPUs."""
     codes = torch.arange(256, dtype=torch.uint8)
     x = torch.cat([codes.view(torch.int32), torch.zeros(64, dtype=torch.int32)])
-    halves = emulator.self_check("e4m3_as_halves", x).view(torch.float16)
+    halves = self_check.run("e4m3_as_halves", x).view(torch.float16)
     assert equal(halves, codes.view(E4M3).to(torch.float16))
-    shifted = emulator.self_check("e4m3_as_halves_by_shifts", x).view(torch.float16)
+    shifted = self_check.run("e4m3_as_halves_by_shifts", x).view(torch.float16)
     # Codes 0 and 2 of a word share a register.
     shifted = shifted.view(64, 2, 2).transpose(1, 2).flatten()
     numbers = ~halves.isnan()

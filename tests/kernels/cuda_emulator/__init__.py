@@ -12,19 +12,47 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .compiler import check_operators, compiled_kernels
+import torch
+from torch import Tensor
+
+from .compiler import check_operators, compiled_kernels, compiled_self_check
 from .decode import Decode
+from .launch import POINTER, Launchers
 from .linear import Linear
 from .spqr import Spqr
 from .w8a8 import W8A8
 
-__all__ = ["Emulator", "build", "check_operators"]
+__all__ = ["Emulator", "SelfCheck", "build", "build_self_check", "check_operators"]
 
 
 class Emulator(Linear, Spqr, W8A8, Decode):
-    """The launchers, with the arguments of the operators ``hfq::cuda_*``."""
+    """The launchers, with the arguments of the operators ``hfq::cuda_*``.
+
+    races: whether they fail where nothing orders two accesses to memory (cuda_on_cpu/races.h).
+    """
+
+    def __init__(self, library: Path, races: bool) -> None:
+        super().__init__(library)
+        self.races = races
+        self.watch_races(races)
 
 
-def build(folder: Path) -> Emulator:
-    """Kernels and emulator, compiled if no other process has done it."""
-    return Emulator(compiled_kernels(folder))
+class SelfCheck(Launchers):
+    """Kernels of cuda_on_cpu/self_check.cpp."""
+
+    def run(self, name: str, x: Tensor) -> Tensor:
+        """What one makes of int32 `[128]`."""
+        y = torch.zeros_like(x)
+        pointers = (POINTER(x.data_ptr()), POINTER(y.data_ptr()))
+        self.call("self_check", [x], [y], name.encode(), *pointers)
+        return y
+
+
+def build(folder: Path, *, races: bool = False) -> Emulator:
+    """Kernels and emulator, compiled if no other process has done it; `races` takes twice as long."""
+    return Emulator(compiled_kernels(folder, watched=races), races)
+
+
+def build_self_check(folder: Path) -> SelfCheck:
+    """The emulator and what shows that it sees mistakes; `watch_races` has it look for those of order."""
+    return SelfCheck(compiled_self_check(folder))

@@ -25,15 +25,30 @@ FLAGS = (
     *("-std=c++17", "-O1", "-ffp-contract=off", "-fPIC"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
 )
+# Each access of a kernel calls cuda_on_cpu/hooks.cpp.
+WATCHED = "-fsanitize=thread"
+RUNTIME = [EMULATOR / f"{name}.cpp" for name in ("fibers", "hooks", "races")]
+DEVICE = [*RUNTIME, EMULATOR / "device.cpp"]
 
 
-def compiled_kernels(folder: Path) -> Path:
-    """The library of launchers."""
-    own = [EMULATOR / name for name in ("fibers.cpp", "exports.cpp", "self_check.cpp")]
+def compiled_kernels(folder: Path, *, watched: bool) -> Path:
+    """The library of launchers, which can look for races if it is `watched`."""
     library = folder / "libcuda_on_cpu.so"
     with FileLock(folder / "lock"):
         if not library.exists():
-            _link(library, _compiled(folder, [*SOURCES, *own]))
+            options = [WATCHED] if watched else []
+            kernels = _compiled(folder, SOURCES, *options)
+            _link(library, [*kernels, *_compiled(folder, [*DEVICE, EMULATOR / "exports.cpp"])])
+    return library
+
+
+def compiled_self_check(folder: Path) -> Path:
+    """The library of small kernels with mistakes; it can look for races."""
+    library = folder / "libself_check.so"
+    with FileLock(folder / "lock"):
+        if not library.exists():
+            kernels = _compiled(folder, [EMULATOR / "self_check.cpp"], WATCHED)
+            _link(library, [*kernels, *_compiled(folder, DEVICE)])
     return library
 
 
@@ -63,7 +78,7 @@ def _compiled_operators(folder: Path) -> Path:
     with FileLock(folder / "lock"):
         if not library.exists():
             objects = _compiled(folder, [*bindings, EMULATOR / "operators.cpp"], device)
-            objects += [_object(folder, source) for source in (*SOURCES, EMULATOR / "fibers.cpp")]
+            objects += [_object(folder, source) for source in (*SOURCES, *RUNTIME)]
             _link(library, objects, str(Path(torch.__file__).parent / "lib/libtorch_cpu.so"))
     return library
 

@@ -79,6 +79,10 @@ class Launchers:
         """The GPU has `multiprocessors`, and gives a thread block `shared_bytes` of shared memory."""
         self._library.set_device(multiprocessors, ctypes.c_size_t(shared_bytes))
 
+    def watch_races(self, wanted: bool) -> None:
+        """Whether launches fail where nothing orders two accesses to memory (cuda_on_cpu/races.h)."""
+        self._library.watch_races(wanted)
+
     def threads_of_a_block(self) -> int:
         """Of the last launch: which kernel it was."""
         return int(self._library.threads_of_a_block())
@@ -113,10 +117,3 @@ class Launchers:
         error = launcher(*arguments)
         if error is not None:
             raise RuntimeError(error.decode())
-
-    def self_check(self, name: str, x: Tensor) -> Tensor:
-        """What a kernel of self_check.cpp makes of int32 `[128]`."""
-        y = torch.zeros_like(x)
-        pointers = (POINTER(x.data_ptr()), POINTER(y.data_ptr()))
-        self.call("self_check", [x], [y], name.encode(), *pointers)
-        return y

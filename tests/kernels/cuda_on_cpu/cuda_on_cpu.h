@@ -5,7 +5,7 @@
 // block to block, and shared memory starts as NaN: what is read before a barrier made it visible is wrong, or differs between runs. Global
 // memory is what the test has named (`allow`); all else is an error, as are misaligned accesses and threads that wait forever. Blocks of a
 // cluster run together. What goes on beside the threads, copies and wgmma, ends as late as waits allow, and wgmma may not see a change of what it
-// reads after it has begun.
+// reads after it has begun. What nothing orders is found as well, whatever came of it, where kernels are compiled for it (races.h).
 #pragma once
 
 #include <algorithm>
@@ -77,7 +77,9 @@ inline uint32_t shared_address(const void* shared) { return cuda_on_cpu::shared_
 template <class V>
 V load_shared(uint32_t at) {
   V v;
-  std::memcpy(&v, cuda_on_cpu::at_shared_address(at, sizeof(V)), sizeof(V));
+  const uint8_t* const from = cuda_on_cpu::at_shared_address(at, sizeof(V));
+  cuda_on_cpu::accessed(from, sizeof(V), false);
+  std::memcpy(&v, from, sizeof(V));
   return v;
 }
 
@@ -113,7 +115,7 @@ inline void wait_for_previous_kernel() { cuda_on_cpu::wait_for_previous_kernel()
 inline void sync_block() { cuda_on_cpu::sync_block(); }
 inline void sync_warp() {
   int nothing = 0;
-  cuda_on_cpu::together("sync_warp", &nothing, [](void**) {});
+  cuda_on_cpu::together("sync_warp", &nothing, [](void**) { cuda_on_cpu::order_warp(); });
 }
 inline uint32_t shuffle_xor(uint32_t v, int lanes) {
   struct Operands {
@@ -166,7 +168,7 @@ inline void copy_bulk(uint32_t shared, const void* global, uint32_t bytes, uint3
   cuda_on_cpu::check_range(global, bytes);
   cuda_on_cpu::copy_bulk(shared, global, bytes, barrier);
 }
-inline void mbarrier_wait(uint32_t barrier, uint32_t bit) { cuda_on_cpu::mbarrier_wait(barrier, bit); }
+inline void mbarrier_wait(uint32_t barrier, uint32_t bit) { cuda_on_cpu::mbarrier_wait(barrier, bit, false); }
 
 // ---- numbers ----
 
@@ -358,6 +360,7 @@ inline void ldmatrix(uint32_t (&v)[4], const void* row) {
       for (int matrix = 0; matrix < 4; ++matrix) {
         const void* from = static_cast<Operands*>(all[8 * matrix + lane / 4])->row;
         cuda_on_cpu::check_shared(from, 16);
+        if (lane % 4 == 0) cuda_on_cpu::accessed(from, 16, false);
         std::memcpy(&static_cast<Operands*>(all[lane])->v[matrix], static_cast<const uint8_t*>(from) + 4 * (lane % 4), 4);
       }
   });
@@ -404,7 +407,7 @@ inline uint16_t number_for_wgmma(uint32_t address) {
 // transposition its rows of k lie in 8 x 16 bytes ("core matrices"). With a swizzle, 8 rows of 32, 64 or 128 bytes follow each other, eight of them
 // `stride` bytes from the next eight, and bits 4 .. 6 of an address are changed by bits 7 .. 9 of the same. Without one, core matrices
 // are `leading` bytes apart along k and `stride` bytes along n.
-inline std::vector<uint16_t> second_operand(uint64_t descriptor, int columns) {
+inline std::vector<uint16_t> second_operand(uint64_t descriptor, int columns, bool starts) {
   const auto bits = [&](int from, int count) { return static_cast<uint32_t>(descriptor >> from & ((1u << count) - 1)); };
   const uint32_t start = bits(0, 14) << 4, leading = bits(16, 14) << 4, stride = bits(32, 14) << 4, base = bits(49, 3), mode = bits(62, 2);
   constexpr uint64_t kFields = 0x3fffull | 0x3fffull << 16 | 0x3fffull << 32 | 7ull << 49 | 3ull << 62;
@@ -417,6 +420,7 @@ inline std::vector<uint16_t> second_operand(uint64_t descriptor, int columns) {
     for (int k = 0; k < 16; ++k) {
       uint32_t address = start + n / 8 * stride + n % 8 * row_bytes + 2 * (mode ? k : k % 8) + (mode ? 0 : k / 8 * leading);
       address ^= (address >> 7 & (row_bytes / 16 - 1)) << 4;
+      if (starts && k % 8 == 0) cuda_on_cpu::read_by_wgmma(address, 16);
       b.push_back(number_for_wgmma(address));
     }
   return b;
@@ -453,10 +457,10 @@ void wgmma(T, float (&d)[n], const uint32_t (&a)[4], uint64_t descriptor, bool a
     }
     for (int lane = 0; lane < 32; ++lane)
       for (int i = 0; i < n; ++i) own->d[lane][i] = NAN;
-    const std::vector<uint16_t> b = second_operand(first.descriptor, 2 * n);
+    const std::vector<uint16_t> b = second_operand(first.descriptor, 2 * n, true);
     going_on.push_back(own);
     cuda_on_cpu::start_later(first.descriptor ^ n << 15 ^ (first.adds ? 1ull << 30 : 0), [=] {
-      if (second_operand(first.descriptor, 2 * n) != b) cuda_on_cpu::fail("shared memory changes while wgmma reads it");
+      if (second_operand(first.descriptor, 2 * n, false) != b) cuda_on_cpu::fail("shared memory changes while wgmma reads it");
       for (int lane = 0; lane < 32; ++lane)
         if (std::memcmp(own->a[lane], &registers[4 * lane], 16) != 0) cuda_on_cpu::fail("registers change while wgmma reads them");
       double rows[16][16];
@@ -480,12 +484,12 @@ void wgmma(T, float (&d)[n], const uint32_t (&a)[4], uint64_t descriptor, bool a
 
 // ---- clusters ----
 
-inline void sync_cluster() { cuda_on_cpu::sync_cluster(); }
-inline void sync_cluster_only() { cuda_on_cpu::sync_cluster(); }
+inline void sync_cluster() { cuda_on_cpu::sync_cluster(true); }
+inline void sync_cluster_only() { cuda_on_cpu::sync_cluster(false); }
 inline float4 load_of_block(const float4* own, uint32_t rank) { return *static_cast<const float4*>(cuda_on_cpu::of_block(own, rank, 16)); }
 inline void fence_barriers() { cuda_on_cpu::fence_barriers(); }
 inline void mbarrier_arrive_at_block(uint32_t own, uint32_t rank) { cuda_on_cpu::mbarrier_arrive_at_block(own, rank); }
-inline void mbarrier_wait_for_cluster(uint32_t barrier, uint32_t bit) { cuda_on_cpu::mbarrier_wait(barrier, bit); }
+inline void mbarrier_wait_for_cluster(uint32_t barrier, uint32_t bit) { cuda_on_cpu::mbarrier_wait(barrier, bit, true); }
 
 // ---- launch ----
 

@@ -1,4 +1,4 @@
-// What tests/kernels/cuda_emulator calls.
+// The launchers that tests/kernels/cuda_emulator calls.
 #include "../../../kernels/cuda/decode.h"
 #include "../../../kernels/cuda/experts.h"
 #include "../../../kernels/cuda/gemm.h"
@@ -7,7 +7,6 @@
 #include "../../../kernels/cuda/spqr.h"
 #include "../../../kernels/cuda/unpack.h"
 #include "../../../kernels/cuda/w8a8.h"
-#include "fibers.h"
 
 extern "C" {
 
@@ -29,14 +28,5 @@ const char* rotate(const hfq::RotateParams* both) { return hfq::launch_rotate(bo
 const char* gate(const hfq::GateParams* params) { return hfq::launch_gate(*params, nullptr); }
 int64_t attend_workspace(const hfq::AttendParams* params) { return hfq::attend_workspace(*params); }
 const char* attend(const hfq::AttendParams* params, float* workspace) { return hfq::launch_attend(*params, workspace, nullptr); }
-
-void allow(const void* p, size_t bytes, int access) { cuda_on_cpu::allow(p, bytes, static_cast<cuda_on_cpu::Access>(access)); }
-void forget_all() { cuda_on_cpu::forget_all(); }
-void set_device(int multiprocessors, size_t most_shared_bytes) {
-  cuda_on_cpu::multiprocessors = multiprocessors;
-  cuda_on_cpu::most_shared_bytes = most_shared_bytes;
-}
-unsigned threads_of_a_block() { return cuda_on_cpu::threads_of_a_block(); }
-void set_compute_capability(int capability) { cuda_on_cpu::compute_capability = capability; }
 
 }  // extern "C"

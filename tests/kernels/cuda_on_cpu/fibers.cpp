@@ -10,6 +10,8 @@
 #include <string>
 #include <vector>
 
+#include "races.h"
+
 namespace cuda_on_cpu {
 
 int multiprocessors = 1;
@@ -49,6 +51,7 @@ struct Fiber {
   bool waited;                 // for the kernel in front
   std::vector<Copy> copies;    // not committed
   std::vector<Copies> groups;  // committed, oldest first
+  uint32_t committed, finished;  // groups so far
 };
 
 struct Warp {
@@ -60,6 +63,7 @@ struct Warp {
   Later begun;                // not committed
   std::vector<Later> groups;  // committed, oldest first
   size_t started = 0;         // so far
+  uint32_t committed = 0;     // groups so far
   bool fenced = false;
 };
 
@@ -69,6 +73,12 @@ struct Mbarrier {
   unsigned maker;     // thread
   bool known;         // to copies in bulk
   bool shown;         // to the cluster
+  unsigned clock;     // of its phases
+  uint32_t made;      // at this time of its maker
+  // What those that wait learn: from arrivals of the block's threads, and from those of the cluster's; of the phase, and of the one that has ended.
+  struct Told {
+    races::Clock by_block, by_cluster;
+  } told, ended;
 };
 
 struct BulkCopy {
@@ -107,6 +117,7 @@ unsigned threads;  // of a block
 int in_cluster_barrier, done;
 bool starts_early;
 bool arrived;  // the thread that has just run, at a barrier in shared memory
+int quiet;  // what the emulator reads and writes for a kernel is not the kernel's
 const std::function<void()>* body;
 std::string message;
 
@@ -136,6 +147,7 @@ void start(unsigned number) {
   fiber.stored.clear();
   fiber.copies.clear();
   fiber.groups.clear();
+  fiber.committed = fiber.finished = 0;
   makecontext(&fiber.context, run_fiber, 0);
 }
 
@@ -143,6 +155,8 @@ bool within(const void* p, size_t bytes, const uint8_t* begin, size_t size) {
   const auto at = reinterpret_cast<uintptr_t>(p), first = reinterpret_cast<uintptr_t>(begin);
   return at >= first && at + bytes <= first + size;
 }
+
+unsigned number_of(const Fiber& fiber) { return static_cast<unsigned>(&fiber - fibers.data()); }
 
 Warp& current_warp() { return current->block->warps[current->thread / 32]; }
 
@@ -176,6 +190,10 @@ void end_phase(Block& block, uint32_t place) {
   if (barrier.left || barrier.bytes) return;
   barrier.left = barrier.count;
   ++barrier.phase;
+  if (races::wanted) {
+    races::tell_time(barrier.told.by_block, barrier.clock, barrier.phase);
+    barrier.ended = barrier.told;
+  }
   for (Fiber& fiber : fibers)
     if (fiber.state == State::kInMbarrier && fiber.block == &block && fiber.barrier == place) fiber.state = State::kReady;
 }
@@ -209,9 +227,15 @@ void finish_oldest(Fiber& fiber) {
   Block& block = *fiber.block;
   const Copies group = std::move(fiber.groups.front());
   fiber.groups.erase(fiber.groups.begin());
-  ++block.copies;
+  ++block.copies, ++fiber.finished;
   for (const Copy& copy : group.all) finish(block, copy, block.copies);
-  if (group.barrier != kNobody) arrive(block, group.barrier);
+  const unsigned number = number_of(fiber), clock = races::clock_of_copies(number);
+  if (group.barrier != kNobody) {
+    if (races::wanted) races::tell_time(block.mbarriers[group.barrier].told.by_block, clock, fiber.finished);
+    arrive(block, group.barrier);
+  } else if (races::wanted) {
+    races::learn_time(number, clock, fiber.finished);
+  }
 }
 
 void finish_bulk_copy(Block& block, size_t number) {
@@ -266,6 +290,7 @@ bool run_cluster(std::minstd_rand& random, bool apart) {
           again = apart;
           current = &fiber;
           swapcontext(&scheduler, &current->context);
+          current = nullptr;
           if (!message.empty()) return false;
           if (!arrived) continue;
           // What it did not wait for, and what its warp does later, others may have to do without.
@@ -305,9 +330,16 @@ const char* run_blocks(unsigned blocks, unsigned cluster_blocks, unsigned block_
   fibers.resize(cluster_blocks * threads);
   cluster.resize(cluster_blocks);
   while (stacks.size() < fibers.size()) stacks.push_back(std::make_unique<uint8_t[]>(kStack));
+  quiet = 0;
+  if (races::wanted) races::begin_launch();
   std::minstd_rand random(1);
   for (unsigned first = 0; first < blocks; first += cluster_blocks) {
     for (unsigned i = 0; i < cluster_blocks; ++i) clear(cluster[i], first + i);
+    if (races::wanted) {
+      std::vector<races::Memory> shared;
+      for (const Block& block : cluster) shared.push_back({block.shared_begin, shared_size});
+      races::begin_cluster(static_cast<unsigned>(fibers.size()), shared);
+    }
     if (!run_cluster(random, first / cluster_blocks % 2 == 0)) return message.c_str();
     if (std::any_of(cluster.begin(), cluster.end(), wrote_behind)) {
       message = "write behind the end of shared memory";
@@ -329,12 +361,14 @@ void sync_block() {
   Block& block = *current->block;
   if (++block.in_barrier < static_cast<int>(threads)) return leave(State::kInBlockBarrier);
   block.in_barrier = 0;
+  if (races::wanted) races::meet(number_of(*current) - current->thread, threads);
   wake(State::kInBlockBarrier, &block);
 }
 
-void sync_cluster() {
+void sync_cluster(bool memory) {
   if (++in_cluster_barrier < static_cast<int>(fibers.size())) return leave(State::kInClusterBarrier);
   in_cluster_barrier = 0;
+  if (races::wanted && memory) races::meet(0, static_cast<unsigned>(fibers.size()));
   wake(State::kInClusterBarrier, nullptr);
 }
 
@@ -345,10 +379,16 @@ void together(const char* name, void* operands, void (*work)(void** all)) {
   warp.operands[current->thread % 32] = operands;
   if (++warp.arrived < 32) return leave(State::kInWarp);
   warp.arrived = 0;
+  ++quiet;
   work(warp.operands);
+  --quiet;
   Fiber* const first = current - current->thread % 32;
   for (Fiber* fiber = first; fiber < first + 32; ++fiber)
     if (fiber->state == State::kInWarp) fiber->state = State::kReady;
+}
+
+void order_warp() {
+  if (races::wanted) races::meet(number_of(*current) / 32 * 32, 32);
 }
 
 uint8_t* shared_memory() { return current->block->shared_begin; }
@@ -409,13 +449,60 @@ void check_range(const void* p, size_t bytes) {
 
 void wait_for_previous_kernel() { current->waited = true; }
 
+namespace {
+
+// Memory of blocks that run, or that this kernel may write.
+bool is_watched(const void* p, size_t bytes) {
+  for (const Block& block : cluster)
+    if (within(p, bytes, block.shared_begin, shared_size)) return true;
+  return std::any_of(ranges.begin(), ranges.end(),
+                     [&](const Range& range) { return range.access == Access::kWritten && within(p, bytes, range.begin, range.bytes); });
+}
+
+void see(const char* race) {
+  if (race) fail(race);
+}
+
+void access_later(unsigned clock, uint32_t time, const void* p, size_t bytes, bool writes) {
+  if (races::wanted && is_watched(p, bytes)) see(races::access_later(number_of(*current), clock, time, p, bytes, writes));
+}
+
+// A barrier of a block of the cluster, of which this thread knows.
+Mbarrier& known(Mbarrier& barrier, unsigned block) {
+  if (!races::knows(number_of(*current), block * threads + barrier.maker, barrier.made)) fail("a barrier that may not have been made yet");
+  return barrier;
+}
+Mbarrier& known(Mbarrier& barrier) { return known(barrier, number_of(*current) / threads); }
+
+}  // namespace
+
+void accessed(const void* p, size_t bytes, bool writes) {
+  if (!races::wanted || !current || !is_watched(p, bytes)) return;
+  see(races::access(number_of(*current), p, bytes, writes));
+}
+
+void accessed_by_kernel(const void* p, size_t bytes, bool writes) {
+  if (!races::wanted || !current || quiet || within(p, 0, stacks[number_of(*current)].get(), kStack)) return;
+  if (is_watched(p, bytes)) return see(races::access(number_of(*current), p, bytes, writes));
+  if (writes) fail("write to memory that is no GPU's");
+}
+
+void read_by_wgmma(uint32_t address, size_t bytes) {
+  const unsigned warp = number_of(*current) / 32;
+  access_later(races::clock_of_wgmma(warp), current_warp().committed + 1, at_shared_address(address, bytes), bytes, false);
+}
+
 void copy_later(void* to, const void* from, size_t bytes) {
   check_shared(to, bytes);
+  const unsigned clock = races::clock_of_copies(number_of(*current));
+  access_later(clock, current->committed + 1, to, bytes, true);
+  if (from) access_later(clock, current->committed + 1, from, bytes, false);
   std::memset(to, kPoison, bytes);
   current->copies.push_back({to, from, bytes});
 }
 
 void commit_copies() {
+  ++current->committed;
   current->groups.push_back({std::move(current->copies), kNobody});
   current->copies.clear();
 }
@@ -425,7 +512,9 @@ void finish_copies(int pending) {
 }
 
 void store_shared(uint32_t address, const void* from, size_t bytes) {
-  std::memcpy(at_shared_address(address, bytes), from, bytes);
+  uint8_t* const to = at_shared_address(address, bytes);
+  accessed(to, bytes, true);
+  std::memcpy(to, from, bytes);
   for (uint32_t word = (address - kSharedBase) / 4; word < (address - kSharedBase + bytes) / 4; ++word) {
     current->block->copied[word] = 0;
     current->block->stored[word] = current->thread;
@@ -459,10 +548,15 @@ uint32_t place(uint32_t barrier) { return static_cast<uint32_t>(at_shared_addres
 
 void mbarrier_init(uint32_t barrier, uint32_t count) {
   if (count == 0) fail("a barrier of nobody");
-  current->block->mbarriers[place(barrier)] = {count, count, 0, 0, current->thread, false, false};
+  Mbarrier& made = current->block->mbarriers[place(barrier)] = {};
+  made.count = made.left = count;
+  made.maker = current->thread;
+  if (races::wanted) made.clock = races::clock_of_barrier(), made.made = races::time_of(number_of(*current));
 }
 
 void mbarrier_arrive(uint32_t barrier) {
+  const auto found = current->block->mbarriers.find(place(barrier));
+  if (races::wanted && found != current->block->mbarriers.end()) races::tell(number_of(*current), known(found->second).told.by_block);
   arrive(*current->block, place(barrier));
   if (!message.empty()) fail(message.c_str());
   arrived = true;
@@ -470,17 +564,23 @@ void mbarrier_arrive(uint32_t barrier) {
 }
 
 void mbarrier_arrive_after_copies(uint32_t barrier) {
+  const auto found = current->block->mbarriers.find(place(barrier));
+  if (races::wanted && found != current->block->mbarriers.end()) races::pass_on(number_of(*current), known(found->second).told.by_block);
+  ++current->committed;
   current->groups.push_back({std::move(current->copies), place(barrier)});
   current->copies.clear();
 }
 
-void mbarrier_wait(uint32_t barrier, uint32_t bit) {
+void mbarrier_wait(uint32_t barrier, uint32_t bit, bool cluster) {
   const auto found = current->block->mbarriers.find(place(barrier));
   if (found == current->block->mbarriers.end()) fail("wait at a barrier that nobody has made");
   while (found->second.phase % 2 == bit) {
     current->barrier = found->first;
     leave(State::kInMbarrier);
   }
+  if (!races::wanted) return;
+  races::learn(number_of(*current), known(found->second).ended.by_block);
+  if (cluster) races::learn(number_of(*current), found->second.ended.by_cluster);
 }
 
 void mbarrier_arrive_and_expect(uint32_t barrier, uint32_t bytes) {
@@ -495,6 +595,11 @@ void copy_bulk(uint32_t shared, const void* global, uint32_t bytes, uint32_t bar
   if (bytes == 0) fail("copy_bulk of nothing");
   uint8_t* const to = shared_memory() + (static_cast<int64_t>(shared) - kSharedBase);
   if (!within(to, bytes, shared_memory(), shared_size)) fail("copy_bulk outside of shared memory");
+  if (races::wanted) {
+    const Mbarrier& counts = known(found->second);
+    access_later(counts.clock, counts.phase + 1, to, bytes, true);
+    access_later(counts.clock, counts.phase + 1, global, bytes, false);
+  }
   std::memset(to, kPoison, bytes);
   current->block->bulk_copies.push_back({{to, global, bytes}, found->first});
 }
@@ -510,6 +615,7 @@ void mbarrier_arrive_at_block(uint32_t own, unsigned rank) {
   if (block.ended == static_cast<int>(threads)) fail("arrival at a block that has ended");
   const auto found = block.mbarriers.find(place(own));
   if (found == block.mbarriers.end() || !found->second.shown) fail("arrival at a barrier that the cluster does not know");
+  if (races::wanted) races::tell(number_of(*current), known(found->second, rank).told.by_cluster);
   arrive(block, found->first);
   if (!message.empty()) fail(message.c_str());
 }
@@ -529,6 +635,7 @@ void start_later(uint64_t what, const std::function<void()>& work) {
 void commit_later() {
   Warp& warp = current_warp();
   warp.fenced = false;
+  ++warp.committed;
   warp.groups.push_back(std::move(warp.begun));
   warp.begun.clear();
 }
@@ -539,6 +646,10 @@ void finish_later(int pending) {
     for (const auto& work : groups.front()) work();
     groups.erase(groups.begin());
   }
+  if (!races::wanted) return;
+  const unsigned first = number_of(*current) / 32 * 32;
+  const auto finished = static_cast<uint32_t>(current_warp().committed - groups.size());
+  for (unsigned i = first; i < first + 32; ++i) races::learn_time(i, races::clock_of_wgmma(first / 32), finished);
 }
 
 }  // namespace cuda_on_cpu

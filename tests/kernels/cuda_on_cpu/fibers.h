@@ -31,10 +31,13 @@ unsigned threads_of_a_block();
 [[noreturn]] void fail(const char* what);
 
 void sync_block();
-void sync_cluster();
+void sync_cluster(bool memory);  // `memory`: what was written before is there after
 
 // All 32 lanes of the warp meet; the last one calls `work` with the operands of each.
 void together(const char* name, void* operands, void (*work)(void** all));
+
+// The warp's lanes have met, and know of each other's memory.
+void order_warp();
 
 uint8_t* shared_memory();
 void check_shared(const void* p, size_t bytes);
@@ -55,6 +58,11 @@ void check_global(const void* p, size_t bytes, Way way);
 void check_range(const void* p, size_t bytes);  // to be read, of any size and alignment
 void wait_for_previous_kernel();
 
+// For races.h: accesses of a kernel's own code (hooks.cpp), and those that the emulator makes for a thread.
+void accessed_by_kernel(const void* p, size_t bytes, bool writes);
+void accessed(const void* p, size_t bytes, bool writes);
+void read_by_wgmma(uint32_t shared, size_t bytes);
+
 // cp.async, of zeros where `global` is null: the destination is NaN until the copy is finished, which is as late as the waits of its thread allow.
 void copy_later(void* shared, const void* global, size_t bytes);
 void commit_copies();
@@ -67,12 +75,11 @@ void fence_proxy_async();
 // Whether a copy or a store to these bytes is there for ordinary reads only, of this warp.
 bool unfenced(uint32_t address, size_t bytes);
 
-// Barriers in shared memory. Copies that a thread arrives with are finished when no thread can go on without, in any order among threads, or at some
-// thread's arrival. After an arrival other warps go on first.
+// Barriers in shared memory. Copies that a thread arrives with are finished when no thread can go on without, in any order among threads.
 void mbarrier_init(uint32_t barrier, uint32_t count);
 void mbarrier_arrive(uint32_t barrier);
 void mbarrier_arrive_after_copies(uint32_t barrier);
-void mbarrier_wait(uint32_t barrier, uint32_t bit);
+void mbarrier_wait(uint32_t barrier, uint32_t bit, bool cluster);  // `cluster`: for what other blocks' threads did as well
 // Other blocks of the cluster find a barrier after a fence_barriers of the thread that made it.
 void fence_barriers();
 void mbarrier_arrive_at_block(uint32_t own, unsigned rank);

@@ -75,6 +75,24 @@ void neighbour_without_barrier(Params p) {
   store(p.to + i, shared[(i + 1) % 32]);
 }
 
+// Each thread reads what its neighbour wrote. With a barrier it may; a shuffle is none, though lanes are side by side; and nobody may write again
+// before all have read.
+enum class Between { kBarrier, kShuffle, kOneBarrier };
+template <Between kBetween>
+void neighbours(Params p) {
+  uint32_t* shared = reinterpret_cast<uint32_t*>(shared_memory());
+  const unsigned i = threadIdx.x;
+  for (unsigned round = 0; round < 2; ++round) {
+    shared[i] = load(p.from + i) + round;
+    if (kBetween == Between::kShuffle)
+      shuffle_xor(0, 1);
+    else
+      sync_warp();
+    store(p.to + 32 * round + i, shared[(i + 1) % 32]);
+    if (kBetween == Between::kBarrier) sync_warp();
+  }
+}
+
 void barrier_for_some(Params) {
   if (threadIdx.x < 16) sync_block();
   if (threadIdx.x >= 16) sync_warp();
@@ -185,13 +203,41 @@ template <Mistake kMistake>
 void sum_of_cluster(Params p) {
   float* own = reinterpret_cast<float*>(shared_memory());
   own[threadIdx.x] = static_cast<float>(load(p.from + threadIdx.x) + blockIdx.x);
-  sync_cluster();
+  if (kMistake == Mistake::kNoFence)
+    sync_cluster_only();
+  else
+    sync_cluster();
   if (threadIdx.x >= 8) return kMistake == Mistake::kNoBarrier ? void() : sync_cluster_only();
   const float* from = own + 4 * threadIdx.x;
   float sum = 0;
   for (uint32_t i = 0; i < 4; ++i) sum = 2 * sum + load_of_block(reinterpret_cast<const float4*>(from), i).y;
-  store(p.to + 8 * blockIdx.x + threadIdx.x, as_bits(sum));
+  store(p.to + (kMistake == Mistake::kMemoryChanges ? 0 : 8 * blockIdx.x) + threadIdx.x, as_bits(sum));
   if (kMistake != Mistake::kNoBarrier) sync_cluster_only();
+}
+
+// The second block tells the first one by a barrier what it has written.
+template <Mistake kMistake>
+void arrival_from_cluster(Params p) {
+  uint32_t* own = reinterpret_cast<uint32_t*>(shared_memory());
+  const uint32_t written = shared_address(own + 64);
+  if (threadIdx.x == 0) {
+    mbarrier_init(written, 1);
+    fence_barriers();
+  }
+  sync_cluster();
+  if (blockIdx.x == 1) {
+    own[threadIdx.x] = load(p.from + threadIdx.x);
+    sync_warp();
+    if (threadIdx.x == 0) mbarrier_arrive_at_block(written, 0);
+  } else if (threadIdx.x < 8) {
+    if (kMistake == Mistake::kNone)
+      mbarrier_wait_for_cluster(written, 0);
+    else
+      mbarrier_wait(written, 0);
+    const float4 v = load_of_block(reinterpret_cast<const float4*>(own) + threadIdx.x, 1);
+    store(p.to + threadIdx.x, as_bits(v.x));
+  }
+  sync_cluster_only();
 }
 
 // Starts before the kernel has ended that gives `from` and reads what was in `to`.
@@ -234,6 +280,10 @@ constexpr struct {
     {"bulk_ring_not_aligned", bulk_ring<Mistake::kNotAligned>, 128},
     {"sum_of_cluster", sum_of_cluster<Mistake::kNone>, 32, 4},
     {"sum_of_cluster_that_ends", sum_of_cluster<Mistake::kNoBarrier>, 32, 4},
+    {"sum_of_cluster_without_memory", sum_of_cluster<Mistake::kNoFence>, 32, 4},
+    {"sum_of_cluster_to_one_place", sum_of_cluster<Mistake::kMemoryChanges>, 32, 4},
+    {"arrival_from_cluster", arrival_from_cluster<Mistake::kNone>, 32, 2},
+    {"arrival_from_cluster_for_the_block", arrival_from_cluster<Mistake::kNoWait>, 32, 2},
     {"early", early<Mistake::kNone>, 32, 1, true},
     {"early_write", early<Mistake::kMemoryChanges>, 32, 1, true},
     {"early_read", early<Mistake::kNoWait>, 32, 1, true},
@@ -246,6 +296,9 @@ constexpr struct {
     {"e4m3_as_halves_by_shifts", e4m3_as_halves_by_shifts},
     {"shuffle_from_first", shuffle_from_first},
     {"neighbour_without_barrier", neighbour_without_barrier},
+    {"neighbours", neighbours<Between::kBarrier>},
+    {"neighbours_shuffle", neighbours<Between::kShuffle>},
+    {"neighbours_one_barrier", neighbours<Between::kOneBarrier>},
     {"barrier_for_some", barrier_for_some},
     {"reads_too_far", reads_too_far},
     {"writes_what_is_read_only", writes_what_is_read_only},

@@ -1,0 +1,17 @@
+// What tests/kernels/cuda_emulator asks of the emulated GPU itself.
+#include "fibers.h"
+#include "races.h"
+
+extern "C" {
+
+void allow(const void* p, size_t bytes, int access) { cuda_on_cpu::allow(p, bytes, static_cast<cuda_on_cpu::Access>(access)); }
+void forget_all() { cuda_on_cpu::forget_all(); }
+void set_device(int multiprocessors, size_t most_shared_bytes) {
+  cuda_on_cpu::multiprocessors = multiprocessors;
+  cuda_on_cpu::most_shared_bytes = most_shared_bytes;
+}
+void watch_races(bool wanted) { cuda_on_cpu::races::wanted = wanted; }
+unsigned threads_of_a_block() { return cuda_on_cpu::threads_of_a_block(); }
+void set_compute_capability(int capability) { cuda_on_cpu::compute_capability = capability; }
+
+}  // extern "C"
