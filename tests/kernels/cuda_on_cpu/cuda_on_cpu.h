@@ -256,7 +256,7 @@ uint16_t from_float(T t, float f) {
   return from_double(t, f);
 }
 
-constexpr bool kConvertsE4M3 = true;
+inline bool converts_e4m3() { return cuda_on_cpu::compute_capability >= 89; }
 inline uint2 halves_of_e4m3(uint32_t codes) {
   uint32_t halves[2] = {};
   for (int i = 0; i < 4; ++i)
