@@ -15,7 +15,7 @@ from .cpu import CpuRows16
 from .cpu_int8 import CpuInt8
 from .cpu_spqr import CpuSpqr
 from .cuda import CudaFragments
-from .cuda_fp8 import CudaFp8, CudaFp8Library, CudaFp8Weights
+from .cuda_fp8 import CudaFp8, CudaFp8Library, CudaFp8Weights, CudaFp8Widened
 from .cuda_int8 import CudaInt8
 from .cuda_spqr import CudaSpqr
 from .neutral import Neutral
@@ -37,7 +37,7 @@ class Choice:
 # A plain table, not a cached function: `as_stored` is called inside forwards that a compiler traces.
 _ROWS: dict[type[Grid], tuple[KernelRow[Any], ...]] = {
     PackedGrid: (CpuRows16(), CpuInt8(), CudaFragments(), CudaInt8(), Neutral()),
-    Fp8Grid: (CudaFp8(), CudaFp8Library(), CudaFp8Weights(), NeutralFp8()),
+    Fp8Grid: (CudaFp8(), CudaFp8Library(), CudaFp8Widened(), CudaFp8Weights(), NeutralFp8()),
     SpqrGrid: (CpuSpqr(), CudaSpqr(), NeutralSpqr()),
 }
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..core.activations import quantize_tokens
 from ..core.float8 import E4M3, e4m3_values
 
-__all__ = ["TILE", "dequantize", "linear", "output", "product", "scaled_linear"]
+__all__ = ["TILE", "dequantize", "linear", "output", "product", "scaled_linear", "widened_linear"]
 
 # `torch._scaled_mm` on CUDA takes multiples of so many rows and columns of the weight.
 TILE = 16
@@ -26,6 +26,8 @@ TILE = 16
 # take little memory.
 _CHUNKS = {"cpu": 1 << 18}
 _CHUNK_ELSEWHERE = 1 << 24
+# Dequantized weights, or float32 sums, that `widened_linear` has at a time.
+_WIDENED = 1 << 25
 
 
 def dequantize(qweight: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -109,13 +111,9 @@ def scaled_linear(
     It sums in float32 and rounds to bfloat16; the bias is added after that. Tokens are rounded by a native kernel where there
     is one.
     """
-    tokens = x.reshape(-1, x.shape[-1]).contiguous()
-    if not len(tokens):
+    if not x.numel():
         return linear(x, qweight, scales, input_scale, bias)
-    if tokens.dtype == torch.float64:
-        # The rule reads activations as float32 whatever they are.
-        tokens = tokens.float()
-    codes, token_scales = torch.ops.hfq.cuda_fp8_quantize_tokens(tokens, input_scale)
+    codes, token_scales = _codes(x, input_scale)
     y = torch._scaled_mm(
         codes,
         qweight.squeeze(-1).view(E4M3).T,
@@ -126,3 +124,40 @@ def scaled_linear(
         use_fast_accum=False,
     )
     return output(y.to(x.dtype), bias, x)
+
+
+def widened_linear(
+    x: Tensor, qweight: Tensor, scales: Tensor, input_scale: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """`linear` by a product of bfloat16, which holds each E4M3, with float32 sums; some rows of W at a time.
+
+    Tokens are rounded by a native kernel where there is one.
+    """
+    codes, token_scales = _codes(x, input_scale)
+    tokens = codes.to(torch.bfloat16)
+    y = x.new_empty((len(tokens), len(qweight)))
+    step = max(1, _WIDENED // (TILE * max(1, *tokens.shape))) * TILE
+    for first in range(0, len(qweight), step):
+        part = slice(first, first + step)
+        weight = qweight[part].squeeze(-1).view(E4M3).to(torch.bfloat16)
+        sums = _float32_product(tokens, weight).mul_(token_scales * scales[part].T)
+        y[:, part] = sums if bias is None else sums.add_(bias[part])
+    return output(y, None, x)
+
+
+def _codes(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Tokens of `[..., K]`, rounded by a native kernel where there is one: E4M3 `[M, K]`, float32 `[M, 1]`."""
+    tokens = x.reshape(-1, x.shape[-1]).contiguous()
+    if tokens.dtype == torch.float64:
+        # The rule reads activations as float32 whatever they are.
+        tokens = tokens.float()
+    codes, token_scales = torch.ops.hfq.cuda_fp8_quantize_tokens(tokens, input_scale)
+    return codes, token_scales
+
+
+def _float32_product(x: Tensor, weight: Tensor) -> Tensor:
+    """``x W^T`` in float32, of bfloat16 `[M, K]` and `[N, K]`."""
+    with torch.autocast(x.device.type, enabled=False):
+        if x.is_cpu:  # has no such product
+            return x.float() @ weight.float().T
+        return torch.mm(x, weight.T, out_dtype=torch.float32)

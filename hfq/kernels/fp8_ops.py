@@ -5,6 +5,7 @@ M tokens, N out_features, K in_features; qweight uint8 [N, K, 1], scales float32
     fp8_dequantize            -> [N, K]                         PyTorch
     fp8_linear                x -> x W^T + bias                 a matrix product with dequantized rows; x as it is or rounded to E4M3
     fp8_scaled_linear         x -> x W^T + bias                 cuda_fp8_quantize_tokens, `torch._scaled_mm`
+    fp8_widened_linear        x -> x W^T + bias                 cuda_fp8_quantize_tokens, a matrix product of bfloat16 with float32 sums
     cuda_fp8_quantize_tokens  x [M, K] -> E4M3, float32 [M, 1]  native on CUDA; elsewhere hfq.core.activations, the same to the bit
     cuda_fp8_linear           x [M, K] -> x W^T + bias          native on CUDA; x rounded to E4M3, for few tokens
     cuda_fp8_experts_linear   x, counts, stacks -> [M, N]       native on CUDA; no gradient; see hfq.kernels.cuda_ops
@@ -37,6 +38,7 @@ for _schema in (
     "fp8_dequantize(Tensor qweight, Tensor scales, ScalarType dtype) -> Tensor",
     f"fp8_linear(Tensor x, {_OPERANDS}, Tensor? bias, bool fp8_activations) -> Tensor",
     f"fp8_scaled_linear(Tensor x, {_OPERANDS}, Tensor? bias) -> Tensor",
+    f"fp8_widened_linear(Tensor x, {_OPERANDS}, Tensor? bias) -> Tensor",
     "cuda_fp8_quantize_tokens(Tensor x, Tensor? input_scale) -> (Tensor, Tensor)",
     "cuda_fp8_experts_linear(Tensor x, Tensor counts, Tensor qweight, Tensor scales, Tensor? bias) -> Tensor",
 ):
@@ -84,6 +86,7 @@ for _name, _implementation in (
     ("fp8_dequantize", fp8.dequantize),
     ("fp8_linear", _linear),
     ("fp8_scaled_linear", fp8.scaled_linear),
+    ("fp8_widened_linear", fp8.widened_linear),
     ("cuda_fp8_quantize_tokens", _quantize_tokens),
     ("cuda_fp8_linear", fp8.linear),
     ("cuda_fp8_linear.inference", fp8.linear),
@@ -108,6 +111,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "fp8_dequantize": _fake_dequantize,
     "fp8_linear": _fake_linear,
     "fp8_scaled_linear": _fake_linear,
+    "fp8_widened_linear": _fake_linear,
     "cuda_fp8_quantize_tokens": _fake_quantize_tokens,
     "cuda_fp8_linear": _fake_linear,
     "cuda_fp8_linear.inference": _fake_linear,
@@ -123,5 +127,5 @@ def _weight(operands: tuple[Any, ...], sizes: tuple[Any, ...], dtype: torch.dtyp
     return weight
 
 
-for _name in ("fp8_linear", "fp8_scaled_linear", "cuda_fp8_linear"):
+for _name in ("fp8_linear", "fp8_scaled_linear", "fp8_widened_linear", "cuda_fp8_linear"):
     register_gradient(_name, 3, dequantized(_weight))

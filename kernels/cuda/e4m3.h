@@ -44,10 +44,7 @@ __device__ __forceinline__ uint2 halves_by_shifts(uint32_t codes) {
 
 // Four codes as float16s. Which of them share a register depends on the GPU only: the same ones of weights and tokens.
 __device__ __forceinline__ uint2 halves(uint32_t codes) {
-  if constexpr (kConvertsE4M3)
-    return halves_of_e4m3(codes);
-  else
-    return halves_by_shifts(codes);
+  return converts_e4m3() ? halves_of_e4m3(codes) : halves_by_shifts(codes);
 }
 
 }  // namespace hfq

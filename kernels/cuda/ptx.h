@@ -346,11 +346,13 @@ __device__ __forceinline__ uint32_t fma2(Float16, uint32_t a, uint32_t b, uint32
 }
 
 // Whether the GPU converts E4M3 itself (from compute capability 8.9 on).
+__device__ constexpr bool converts_e4m3() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
-constexpr bool kConvertsE4M3 = false;
+  return false;
 #else
-constexpr bool kConvertsE4M3 = true;
+  return true;
 #endif
+}
 // Four E4M3 as float16s in their order, two to a register.
 __device__ __forceinline__ uint2 halves_of_e4m3(uint32_t codes) {
   uint2 halves = {};

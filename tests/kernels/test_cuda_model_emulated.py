@@ -9,7 +9,7 @@ import pytest
 from cuda_emulator import check_operators
 
 # Each takes ten seconds.
-SLOW = ("nf4", "int8", "fp8", "fp8 both", "spqr")
+SLOW = ("nf4", "int8", "fp8", "fp8 both", "fp8 widened", "spqr")
 
 
 @pytest.mark.parametrize(

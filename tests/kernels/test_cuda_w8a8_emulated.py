@@ -207,6 +207,22 @@ def test_where_sums_are_exact_products_are_the_reference_to_the_bit(
             assert torch.equal(product(x, own, bias), kind.expected(x, own, bias))
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 7, 12, 33])
+def test_gpus_that_do_not_convert_e4m3_compute_the_same(
+    emulator: Any, generator: torch.Generator, tokens: int
+) -> None:
+    """Other codes share a register, the same ones of weights and tokens."""
+    for (rows, columns), dtype in itertools.product(SHAPES, FLOATS):
+        grid = FP8.stored(generator, rows, columns)
+        x = activations(tokens, columns, dtype, generator)
+        arguments = (x, grid.qweight, grid.scales, None, None, 1, E4M3)
+        converted, shifted = (
+            emulator.linear_w8a8(*arguments, capability=capability) for capability in (89, 80)
+        )
+        FP8.check(shifted, x, grid, None, roundings=columns / 16 + 3)
+        assert torch.equal(shifted, converted)
+
+
 @pytest.mark.parametrize("columns", [8192, 16384, 16400])
 def test_long_rows_quantized_on_either_side(
     kind: Kind, product: Product, generator: torch.Generator, columns: int

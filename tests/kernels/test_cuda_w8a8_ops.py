@@ -13,7 +13,8 @@ from w8a8_weights import (
     FLOATS,
     FP8,
     INT8,
-    KINDS,
+    ROWS,
+    WIDENED,
     K,
     Kind,
     N,
@@ -21,15 +22,16 @@ from w8a8_weights import (
     check_sums_schema,
     dense,
     prepared,
+    problem_of,
 )
 
 from hfq.core.weight import Fp8Grid
-from hfq.kernels import cuda_fp8, cuda_int8_ops, dispatch
+from hfq.kernels import cuda_fp8, cuda_int8_ops, dispatch, fp8
 from hfq.kernels.int8 import MAX_COLUMNS, _cuda_product
 from hfq.kernels.row import Problem
 
 
-@pytest.fixture(params=KINDS, ids=str)
+@pytest.fixture(params=ROWS, ids=str)
 def kind(request: pytest.FixtureRequest) -> Any:
     return request.param
 
@@ -126,7 +128,7 @@ def test_row(kind: Kind, generator: torch.Generator, static: float | None) -> No
     index = torch.randint(N, (5,), generator=generator)
     assert torch.equal(row.lookup(ready, index, torch.bfloat16), dense(grid, torch.bfloat16)[index])
     for dtype in (*FLOATS, torch.float64):
-        for shape in ((), (1,), (2, 16), (2, 17), (2, 0)):
+        for shape in ((), (1,), (2, 16), (2, 17), (2, 65), (2, 0)):
             x = torch.randn(*shape, K, generator=generator).to(dtype)
             for bias in (None, torch.randn(N, generator=generator)):
                 wanted = kind.expected_of_row(x, grid, bias)
@@ -177,7 +179,7 @@ def test_experts(kind: Kind, generator: torch.Generator) -> None:
 def test_stack(kind: Kind, generator: torch.Generator) -> None:
     row = kind.row
     # The matrix library takes rows of E4M3 in multiples of 16.
-    grids = [kind.stored(generator, rows=rows) for rows in (33 if kind is INT8 else 48, 16)]
+    grids = [kind.stored(generator, rows=rows) for rows in (48 if kind is FP8 else 33, 16)]
     stacked = row.stack([prepared(kind, grid) for grid in grids])
     assert stacked is not None
     whole, parts = stacked
@@ -226,4 +228,143 @@ def test_fp8_reasons_to_refuse(machine: Callable[..., None], generator: torch.Ge
     assert row.reject(wide) == "takes up to 67108864 columns, not 67108880"
     assert library.reject(wide) is None
     names = [each.name for each in dispatch.rows(Fp8Grid)]
-    assert names == ["cuda_fp8", "cuda_fp8_library", "cuda_fp8_weights", "dequantize_fp8"]
+    assert names == [
+        "cuda_fp8",
+        "cuda_fp8_library",
+        "cuda_fp8_widened",
+        "cuda_fp8_weights",
+        "dequantize_fp8",
+    ]
+
+
+# ---- E4M3 where the matrix library has no product of it
+
+
+def test_many_widened_tokens_go_some_rows_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    parts: list[int] = []
+    product = fp8._float32_product
+
+    def watched(x: Tensor, weight: Tensor) -> Tensor:
+        assert x.dtype == weight.dtype == torch.bfloat16
+        parts.append(len(weight))
+        return product(x, weight)
+
+    monkeypatch.setattr(fp8, "_float32_product", watched)
+    monkeypatch.setattr(fp8, "_WIDENED", 32 * K)
+    grid = WIDENED.stored(generator, rows=85)
+    bias = torch.randn(85, generator=generator)
+    for dtype in FLOATS:
+        for tokens, expected in ((128, []), (129, [32, 32, 21]), (3 * K, [16] * 5 + [5])):
+            x = (torch.randn(tokens, K, generator=generator) * 3).to(dtype)
+            x[5, 5] = torch.nan
+            parts.clear()
+            y = WIDENED.row.linear(x, grid, bias, False)
+            assert parts == expected
+            WIDENED.check(y, x, grid, bias, roundings=K)
+
+
+@pytest.mark.parametrize("static", [None, 0.004])
+@pytest.mark.parametrize("shape", [(1, 1), (33, 140), (16, 8), (5, 17), (48, 144)], ids=str)
+def test_any_shape_is_widened(
+    generator: torch.Generator, shape: tuple[int, int], static: float | None
+) -> None:
+    row, (rows, columns) = WIDENED.row, shape
+    grid = WIDENED.stored(generator, rows, columns, static=static)
+    ready, weight = prepared(WIDENED, grid), dense(grid)
+    as_stored = columns % 16 == 0
+    assert (ready.qweight.data_ptr() == grid.qweight.data_ptr()) == as_stored
+    assert (ready.qweight.dim() == grid.qweight.dim()) == as_stored
+    if not as_stored:
+        restored = row.restore(ready.qweight, tuple(grid.qweight.shape), 8)
+        assert torch.equal(restored, grid.qweight) and restored.is_contiguous()
+    assert torch.equal(row.dequantize(ready, torch.float32), weight)
+    index = torch.randint(rows, (5,), generator=generator)
+    assert torch.equal(row.lookup(ready, index, torch.float32), weight[index])
+    whole, parts = (None, []) if static else row.stack([ready, ready])
+    for tokens in (0, 1, 5, 129):
+        bias = torch.randn(rows, generator=generator) if tokens % 2 else None
+        for dtype in FLOATS:
+            x = torch.randn(tokens, columns, generator=generator).to(dtype)
+            y = row.linear(x, ready, bias, False)
+            WIDENED.check(y, x, grid, bias, roundings=columns + 3)
+            if whole is not None:
+                both = row.linear(x, whole, None, False).split(rows, dim=-1)
+                for one in (*both, *(row.linear(x, part, None, False) for part in parts)):
+                    WIDENED.check(one, x, grid, None, roundings=columns + 3)
+        x = torch.randn(tokens, columns, generator=generator, requires_grad=True)
+        grad = torch.randn(tokens, rows, generator=generator)
+        row.linear(x, ready, bias, False).backward(grad)
+        torch.testing.assert_close(x.grad, grad @ weight)
+
+
+def test_padded_rows_are_compiled(generator: torch.Generator) -> None:
+    grid = WIDENED.stored(generator, 33, 140)
+    ready = prepared(WIDENED, grid)
+
+    def linear(x: Tensor) -> Tensor:
+        return WIDENED.row.linear(x, ready, None, False)
+
+    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
+    for tokens in (1, 5, 129):
+        x = torch.randn(tokens, 140, generator=generator)
+        torch.testing.assert_close(compiled(x), linear(x))
+
+
+def test_widened_experts_of_any_shape(generator: torch.Generator) -> None:
+    for static in (None, 0.004):
+        experts = [WIDENED.stored(generator, 33, 140, static=static) for _ in range(3)]
+        stack = replace(
+            experts[0],
+            qweight=torch.stack([one.qweight for one in experts]),
+            scales=torch.stack([one.scales for one in experts]),
+            input_scale=None if static is None else torch.full((3, 1), static),
+        )
+        ready, x = prepared(WIDENED, stack), torch.randn(6, 140, generator=generator)
+        assert WIDENED.row.reads_counts_on_device(x, 6, ready) == (static is None)
+        y = WIDENED.row.experts(x, torch.tensor([3, 0, 3]), ready, None, False)
+        for tokens, expert in ((slice(0, 3), 0), (slice(3, 6), 2)):
+            WIDENED.check(y[tokens], x[tokens], experts[expert], None, roundings=143)
+
+
+def test_widened_reasons_to_refuse(machine: Callable[..., None]) -> None:
+    row, problem = WIDENED.row, problem_of(WIDENED, device="cuda")
+    for changes, words in (
+        ({"device": "cpu"}, "runs on cuda, the weight is on cpu"),
+        ({"activation": None}, "takes fp8 activations, this weight does not ask for them"),
+        ({"in_features": 0}, "takes up to 67108864 columns, not 0"),
+        ({"in_features": (1 << 26) + 1}, "takes up to 67108864 columns, not 67108865"),
+    ):
+        assert row.reject(replace(problem, **changes)) == words  # type: ignore[arg-type]
+    machine((8, 0), kernels=False)
+    assert row.reject(problem) == "native CUDA kernels are not loaded: no nvcc"
+    machine((7, 5))
+    assert row.reject(problem) == "needs GPUs of compute capability 8.0 or later, found 7.5"
+    for found in ((8, 0), (8, 6), (9, 0), (12, 0)):
+        machine(found)
+        assert row.reject(problem) is None
+        assert row.reject(replace(problem, in_features=7, out_features=1)) is None
+
+
+@pytest.mark.parametrize(
+    ("found", "changes", "name"),
+    [
+        ((8, 0), {}, "cuda_fp8_widened"),
+        ((8, 6), {"activation": "static"}, "cuda_fp8_widened"),
+        ((12, 0), {}, "cuda_fp8_widened"),
+        ((8, 9), {}, "cuda_fp8"),
+        ((9, 0), {}, "cuda_fp8"),
+        ((9, 0), {"out_features": 33}, "cuda_fp8_widened"),
+        ((9, 0), {"in_features": 72}, "cuda_fp8_widened"),
+        ((8, 0), {"activation": None}, "cuda_fp8_weights"),
+        ((7, 5), {}, "dequantize_fp8"),
+    ],
+)
+def test_every_gpu_has_its_row(
+    machine: Callable[..., None], found: tuple[int, int], changes: dict[str, Any], name: str
+) -> None:
+    machine(found)
+    # Not the function that keeps its choices: those are for the GPUs of this machine.
+    choice = dispatch.select.__wrapped__(problem_of(FP8, device="cuda", **changes))
+    assert choice.row.name == name

@@ -29,9 +29,14 @@ NAN, INF = float("nan"), float("inf")
 Product = Callable[..., Tensor]
 
 
-@pytest.fixture(params=["reference", "scaled"])
+@pytest.fixture(params=["reference", "scaled", "widened"])
 def product(request: pytest.FixtureRequest) -> Product:
-    return fp8.linear if request.param == "reference" else fp8.scaled_linear
+    products: dict[str, Product] = {
+        "reference": fp8.linear,
+        "scaled": fp8.scaled_linear,
+        "widened": fp8.widened_linear,
+    }
+    return products[request.param]
 
 
 def operands(rows: int, columns: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -73,6 +78,7 @@ def test_the_definition(
             atol = max(tolerance(product, expected), tolerance(fp8.scaled_linear, expected))
             atol = atol if dtype == torch.bfloat16 else tolerance(product, expected)
             atol = max(atol, expected.abs().max().item() * 2**-11) if tokens else atol
+            atol += torch.finfo(dtype).tiny * torch.finfo(dtype).eps
             torch.testing.assert_close(y.double(), expected, rtol=0, atol=atol)
 
 
@@ -185,7 +191,8 @@ def test_opcheck(tokens: int, static: Tensor | None, generator: torch.Generator)
     ops = torch.ops.hfq
     for rounded in (False, True):
         torch.library.opcheck(ops.fp8_linear.default, (x, codes, scales, static, bias, rounded))
-    torch.library.opcheck(ops.fp8_scaled_linear.default, (x, codes, scales, static, bias))
+    for op in (ops.fp8_scaled_linear, ops.fp8_widened_linear):
+        torch.library.opcheck(op.default, (x, codes, scales, static, bias))
     torch.library.opcheck(ops.fp8_dequantize.default, (codes, scales, torch.bfloat16))
 
 
@@ -197,6 +204,7 @@ def test_the_gradient_is_that_of_the_dequantized_weight(generator: torch.Generat
         (torch.ops.hfq.fp8_linear, (False,)),
         (torch.ops.hfq.fp8_linear, (True,)),
         (torch.ops.hfq.fp8_scaled_linear, ()),
+        (torch.ops.hfq.fp8_widened_linear, ()),
     ):
         own = x.clone().requires_grad_()
         bias = torch.randn(32, generator=generator, requires_grad=True)
@@ -253,7 +261,7 @@ def test_on_the_cpu_weights_are_dequantized() -> None:
         choice = dispatch.select(problem(device="cpu", activation=activation))
         assert choice.row.name == "dequantize_fp8"
         reasons = dict.fromkeys(
-            ("cuda_fp8", "cuda_fp8_library", "cuda_fp8_weights"),
+            ("cuda_fp8", "cuda_fp8_library", "cuda_fp8_widened", "cuda_fp8_weights"),
             "runs on cuda, the weight is on cpu",
         )
         assert dict(choice.refused) == reasons

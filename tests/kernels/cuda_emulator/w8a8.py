@@ -69,8 +69,12 @@ class W8A8(Launchers):
         bias: Tensor | None,
         multiprocessors: int = MANY,
         dtype: torch.dtype = torch.int8,
+        capability: int = 90,
     ) -> Tensor:
-        """`qweight`: uint8 `[N, K]`, two's complement or bytes of E4M3, as `dtype` says. Quantizes apart where the operator does."""
+        """`qweight`: uint8 `[N, K]`, two's complement or bytes of E4M3, as `dtype` says. Quantizes apart where the operator does.
+
+        `capability`: 80 for 8.0; from 89 on GPUs convert E4M3.
+        """
         tokens, in_features = x.shape
         kind, sizes = INT(dtype == E4M3), (SIZE(tokens), SIZE(in_features))
         inside = bool(self._library.quantizes_inside(kind, *sizes))
@@ -94,6 +98,7 @@ class W8A8(Launchers):
             x_dtype=x.dtype,
         )
         self.set_device(multiprocessors)
+        self._library.set_compute_capability(capability)
         self.launch("linear_fp8" if dtype == E4M3 else "linear_w8a8", params, y)
         return y
 

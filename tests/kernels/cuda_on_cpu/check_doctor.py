@@ -37,5 +37,6 @@ if __name__ == "__main__":
     check(PackedGrid, cuda_int8.CudaInt8, of("int8", 8, "dynamic"))
     check(Fp8Grid, cuda_fp8.CudaFp8Weights, of("fp8", 8))
     check(Fp8Grid, cuda_fp8.CudaFp8, of("fp8", 8, "dynamic"))
+    check(Fp8Grid, cuda_fp8.CudaFp8Widened, of("fp8", 8, "dynamic"))
     check(SpqrGrid, cuda_spqr.CudaSpqr, of("spqr", 3))
     sys.stdout.write("all checks passed\n")

@@ -31,6 +31,12 @@ CASES: dict[str, tuple[dict[str, Any], type[Any], type[Any], float]] = {
     "int8": ({"format": "int8", "activation": "dynamic"}, PackedGrid, cuda_int8.CudaInt8, 0.05),
     "fp8": ({"format": "fp8"}, Fp8Grid, cuda_fp8.CudaFp8Weights, 0.02),
     "fp8 both": ({"format": "fp8", "activation": "dynamic"}, Fp8Grid, cuda_fp8.CudaFp8, 0.08),
+    "fp8 widened": (
+        {"format": "fp8", "activation": "dynamic"},
+        Fp8Grid,
+        cuda_fp8.CudaFp8Widened,
+        0.08,
+    ),
     "spqr": ({"format": "spqr", "bits": 3}, SpqrGrid, cuda_spqr.CudaSpqr, 0.02),
 }
 

@@ -5,6 +5,7 @@ See operators_on_cpu.py.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from operators_on_cpu import (
     HALF,
     check_module,
+    emulated,
     linear_module,
     moved,
     on_cpu,
@@ -21,18 +23,31 @@ from operators_on_cpu import (
     strided,
 )
 from torch import Tensor
-from w8a8_weights import FLOATS, FP8, INT8, KINDS, K, Kind, N, check_schemas, check_sums_schema
+from w8a8_weights import (
+    FLOATS,
+    FP8,
+    INT8,
+    KINDS,
+    ROWS,
+    WIDENED,
+    K,
+    Kind,
+    N,
+    check_schemas,
+    check_sums_schema,
+    prepared,
+)
 
 from hfq.core.activations import quantize_tokens
 from hfq.kernels import cuda_int8_ops
 from hfq.nn.linear import QuantLinear
 
 cuda_int8_ops._SUMS = 4 * N * 25  # 40 tokens in two parts
-ROWS = {kind: on_cpu(type(kind.row)) for kind in KINDS}
+ON_CPU = {kind: on_cpu(type(kind.row)) for kind in ROWS}
 
 
-def module_of(kind: Kind, activation: str) -> QuantLinear:
-    module = linear_module(N, K, kind.format, replace(kind.spec, activation=activation))
+def module_of(kind: Kind, activation: str, rows: int = N, columns: int = K) -> QuantLinear:
+    module = linear_module(rows, columns, kind.format, replace(kind.spec, activation=activation))
     if activation == "static":
         static = {"weight_input_scale": torch.tensor([kind.static])}
         module.set_packed("weight", {**module.neutral_tensors("weight"), **static})
@@ -41,7 +56,7 @@ def module_of(kind: Kind, activation: str) -> QuantLinear:
 
 def check_modules(kind: Kind) -> None:
     for activation in ("dynamic", "static"):
-        module = module_of(kind, activation)
+        module = module_of(kind, activation, *((41, 140) if kind is WIDENED else (N, K)))
         neutral = {name: each.clone() for name, each in module.neutral_tensors("weight").items()}
         stored = replace(
             module.grid("weight"),
@@ -54,16 +69,18 @@ def check_modules(kind: Kind) -> None:
             return kind.expected(x, stored, bias)
 
         def bound(dtype: torch.dtype) -> float:
-            # Bfloat16 on the way where the matrix library multiplies E4M3.
+            # Bfloat16 on the way where the matrix library multiplies E4M3; sums in another order.
             return 0.0 if kind is INT8 else 2**-7 if dtype.itemsize == 2 else 1e-5
 
         counts, dtypes = (0, 1, 5, 32, 33, 40), (*FLOATS, torch.float64)
-        check_module(module, ROWS[kind], counts, dtypes, expected, bound)
+        if kind is WIDENED:
+            counts = (0, 1, 5, 33, 130)
+        check_module(module, ON_CPU[kind], counts, dtypes, expected, bound)
         assert torch.equal(module._parameters["qweight"], neutral["weight"])
 
 
 def check_arguments(kind: Kind) -> None:
-    grid = prepare(module_of(kind, "static"), ROWS[kind])
+    grid = prepare(module_of(kind, "static"), ON_CPU[kind])
     static = grid.input_scale
     assert static is not None
     x = moved(torch.randn(6, K, dtype=HALF), 1)
@@ -136,11 +153,47 @@ def check_sums() -> None:
         check_sums_schema(tokens, scales)
 
 
-for kind in KINDS:
+def check_widened() -> None:
+    """Any shape, few and many tokens, siblings, experts: one rounding behind float32 sums."""
+    row = ON_CPU[WIDENED]
+    for rows, columns in ((41, 140), (5, 7), (33, 528)):
+        grids = [WIDENED.stored(torch.Generator(), rows, columns) for _ in range(3)]
+        for grid in grids:
+            grid.scales.mul_(torch.rand(rows, 1))
+        stack = replace(
+            grids[0],
+            qweight=torch.stack([grid.qweight for grid in grids]),
+            scales=torch.stack([grid.scales for grid in grids]),
+        )
+        ready, experts = [prepared(WIDENED, grid) for grid in grids], prepared(WIDENED, stack)
+        whole, _ = row.stack(ready)
+        static = torch.tensor([WIDENED.static])
+        for tokens, dtype in itertools.product((1, 3, 7, 33, 129), FLOATS):
+            x = torch.randn(tokens, columns).to(dtype)
+            bias = torch.randn(3, rows).to(dtype) if tokens % 2 else None
+            own = None if bias is None else bias[0]
+            for scale in (None, static):
+                y = row.linear(x, replace(ready[0], input_scale=scale), own, False)
+                wanted = replace(grids[0], input_scale=scale)
+                WIDENED.check(y, x, wanted, own, roundings=columns + 3)
+            joined = row.linear(x, whole, None, False).split(rows, dim=-1)
+            for part, grid in zip(joined, grids, strict=True):
+                WIDENED.check(part, x, grid, None, roundings=columns + 3)
+            counts = torch.tensor([tokens // 3, 0, tokens - tokens // 3])
+            assert row.reads_counts_on_device(x, tokens, experts)
+            y = row.experts(x, counts, experts, bias, False)
+            for expert, part in enumerate(torch.arange(tokens).split(counts.tolist())):
+                own = None if bias is None else bias[expert]
+                WIDENED.check(y[part], x[part], grids[expert], own, roundings=columns + 3)
+
+
+for kind in ROWS:
+    emulated.set_compute_capability(80 if kind is WIDENED else 89)
     check_modules(kind)
-    check_arguments(kind)
+    if kind in KINDS:
+        check_arguments(kind)
     for activation in ("dynamic", "static"):
-        grid = prepare(module_of(kind, activation), ROWS[kind])
+        grid = prepare(module_of(kind, activation), ON_CPU[kind])
         for tokens in (0, 3, 40):
             x = torch.randn(tokens, K).bfloat16().requires_grad_()
             check_schemas(kind, grid, x)
@@ -148,5 +201,6 @@ for kind in KINDS:
                 scaled = torch.ops.hfq.fp8_scaled_linear.default
                 arguments = kind.arguments(grid, torch.zeros(N).requires_grad_())
                 torch.library.opcheck(scaled, (x, *arguments))
+check_widened()
 check_sums()
 sys.stdout.write("all checks passed\n")

@@ -261,7 +261,7 @@ uint32_t from_floats(T t, float low, float high) {
   return from_float(t, low) | static_cast<uint32_t>(from_float(t, high)) << 16;
 }
 
-constexpr bool kConvertsE4M3 = true;
+inline bool converts_e4m3() { return cuda_on_cpu::compute_capability >= 89; }
 inline uint2 halves_of_e4m3(uint32_t codes) {
   uint32_t halves[2] = {};
   for (int i = 0; i < 4; ++i)
