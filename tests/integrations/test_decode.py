@@ -19,9 +19,11 @@ from transformers import (
     DynamicCache,
     Gemma2Config,
     GemmaConfig,
+    Glm4MoeConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    NemotronConfig,
     Olmo2Config,
     Phi3Config,
     PreTrainedModel,
@@ -171,6 +173,31 @@ def test_what_computes_something_else_is_left_alone() -> None:
     Tempered(layers[1].self_attn)
     layers[0].mlp.act_fn = nn.GELU()
     assert decode.install(model) == {"norms": 5, "gates": 1, "attentions": 1}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: NemotronConfig(**SIZES, head_dim=32, partial_rotary_factor=0.5),
+        lambda: Glm4MoeConfig(
+            **SIZES | {"num_hidden_layers": 1},
+            head_dim=32,
+            partial_rotary_factor=0.5,
+            use_qk_norm=True,
+            first_k_dense_replace=1,
+        ),
+    ],
+    ids=["nemotron", "glm4_moe"],
+)
+def test_rotary_embeddings_of_a_part_of_each_head(make: Any, calls: dict[str, int]) -> None:
+    """Only a call shows how much of a head turns: stand-ins turn all of it."""
+    model = model_of(make)
+    expected = generate(model, 9, 5)
+    assert decode.install(model)["attentions"] == model.config.num_hidden_layers
+    assert_same(generate(model, 9, 5), expected)
+    calls.update(dict.fromkeys(calls, 0))
+    generate(model, 9, 5)
+    assert calls["attention"] == 0
 
 
 def test_defaults_of_the_caller_change_nothing() -> None:
