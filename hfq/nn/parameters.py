@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from ..core.activations import check_input_scale
-from ..core.errors import CheckpointError, WeightError
+from ..core.errors import CheckpointError, KernelError, WeightError
 from ..core.weight import Grid
 from ..formats import FORMATS, INPUT_SCALE, check_tensors
 from ..kernels import dispatch
 from ..kernels.row import KernelRow, Problem
 from .layout import as_bits, as_float, in_kernel_layout, neutral_grid, to_kernel, to_neutral
-from .siblings import Siblings
+from .siblings import Siblings, is_capturing
 from .slot import PackedSlot
 
 __all__ = ["Operands", "PackedParameters", "frozen"]
@@ -248,12 +248,18 @@ class PackedParameters(nn.Module):
         slot, parameters = self.slots[base], self.packed_parameters(base)
         if not all(isinstance(parameter, nn.Parameter) for parameter in parameters.values()):
             return  # lent for one call by `torch.func.functional_call`
+        if is_capturing(parameters["weight"]):
+            # It would be done in each replay, from memory that is somebody else's by then.
+            raise KernelError(
+                "a weight cannot be brought into its kernel's layout while a CUDA graph is captured: run the model once before"
+            )
         held = self._held_neutral(base)
         # Whatever put them in place: a kernel follows the indices in them without looking.
         self._check_values(base, held)
         grid = neutral_grid(slot, held)
         choice = self._choose(grid)
         grid, held = to_kernel(grid, held, choice.row)
+        _wait(parameters["weight"])
         for key, parameter in parameters.items():
             shared: bool = parameter.is_shared()  # type: ignore[no-untyped-call]
             parameter.data = held[key].share_memory_() if shared else held[key]  # type: ignore[no-untyped-call]
@@ -274,10 +280,14 @@ class PackedParameters(nn.Module):
         holder = self._owner[0] if self._owner else self
         with _PREPARING, torch.inference_mode(False):
             for base in holder.slots:
-                held = holder._held_neutral(base)
-                for key, parameter in holder.packed_parameters(base).items():
-                    if parameter.dim() != held[key].dim():
-                        parameter.data = held[key]
+                held, parameters = holder._held_neutral(base), holder.packed_parameters(base)
+                moved = [
+                    key for key, held_by in parameters.items() if held_by.dim() != held[key].dim()
+                ]
+                if moved:
+                    _wait(parameters["weight"])
+                for key in moved:
+                    parameters[key].data = held[key]
             holder._prepared.clear()
 
     def operands(self, base: str) -> Operands:
@@ -326,6 +336,12 @@ class PackedParameters(nn.Module):
             codes=grid.qweight,
             copies={},
         )
+
+
+def _wait(weight: Tensor) -> None:
+    """Before a weight's memory is given away: streams may still read it, and none is told to wait for the new one."""
+    if weight.is_cuda:
+        torch.cuda.synchronize(weight.device)
 
 
 def _is_exporting() -> bool:

@@ -6,7 +6,7 @@ right after the other. Their weights then move into one memory, of which each Pa
 that sees a new input computes the outputs of all; the others fetch theirs. Each value is what the module alone would give,
 bit by bit, and hooks, adapters and replaced modules go on as before: the modules stay who they are.
 
-It happens where Python takes the time: few tokens, no gradients, no compiler. Modules stop sharing for good once an output
+It happens where Python takes the time: few tokens, no gradients, no compiler, no graph being captured. Modules stop sharing for good once an output
 was not fetched twice; when one of them gets other tensors, all learn again.
 """
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .linear import QuantLinear
     from .parameters import Operands
 
-__all__ = ["MOST_TOKENS", "Siblings", "shared_output"]
+__all__ = ["MOST_TOKENS", "Siblings", "is_capturing", "shared_output"]
 
 # More of them take so long that a call costs nothing beside it.
 MOST_TOKENS = 32
@@ -95,22 +95,30 @@ def shared_output(
         or x.is_inference()  # has no version
     ):
         return None
+    if is_capturing(x):
+        # A graph keeps the addresses of the weights: they must not move any more. And it has no product where an output is
+        # fetched that was computed before, or in another graph.
+        if group is None:
+            siblings.leave(for_good=True)
+        return None
     if group is not None:
         y = group.output(siblings.place, x, int8_activations)
         if siblings.group is not None:
             return y
-    if _is_capturing(x):
-        # A graph keeps the addresses of the weights: they must not move any more.
-        siblings.leave(for_good=True)
     # Not of weights that are fetched for each call, nor of those that belong to another module.
-    elif siblings.alone < _PATIENCE and module._prepared.get("weight") is operands:
+    if siblings.alone < _PATIENCE and module._prepared.get("weight") is operands:
         _notice(module, x)
     return None
 
 
-def _is_capturing(x: Tensor) -> bool:
+def is_capturing(x: Tensor) -> bool:
     """Whether the work on x goes into a CUDA graph."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _stream(x: Tensor) -> int:
+    """What tells apart streams that work on x may be in."""
+    return int(torch._C._cuda_getCurrentRawStream(x.device.index)) if x.is_cuda else 0
 
 
 def _notice(module: QuantLinear, x: Tensor) -> None:
@@ -163,10 +171,16 @@ def _join(modules: Sequence[QuantLinear]) -> bool:
         ):
             return False
         row = members[0].choice.row
-        stacked = row.stack([operands.grid for operands in members])
+        try:
+            stacked = row.stack([operands.grid for operands in members])
+        except torch.OutOfMemoryError:
+            return False  # a model that fits runs without
         if stacked is None:
             return False
         grid, parts = stacked
+        if grid.qweight.is_cuda:
+            # Nobody has asked for this copy, so nobody makes other streams wait for it, and some may still read what is freed now.
+            torch.cuda.synchronize(grid.qweight.device)
         joined = [
             _moved(module, operands, part)
             for module, operands, part in zip(modules, members, parts, strict=True)
@@ -220,7 +234,8 @@ class Group:
         # One look: another thread may put its own there.
         waiting = self.waiting
         if waiting is not None and waiting.x is x and waiting.version == x._version:
-            y = waiting.parts[place] if waiting.int8 == int8_activations else None
+            same = waiting.int8 == int8_activations and waiting.stream == _stream(x)
+            y = waiting.parts[place] if same else None
             waiting.parts[place] = None
             if not any(part is not None for part in waiting.parts):
                 self.waiting = None
@@ -289,7 +304,8 @@ class Group:
 class _Outputs:
     """Outputs for one input that wait for their modules."""
 
-    __slots__ = ("int8", "parts", "version", "x")
+    __slots__ = ("int8", "parts", "stream", "version", "x")
 
     def __init__(self, x: Tensor, int8: bool, parts: list[Tensor | None]) -> None:
         self.x, self.version, self.int8, self.parts = x, x._version, int8, parts
+        self.stream = _stream(x)  # others would have to wait for it

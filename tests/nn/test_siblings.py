@@ -290,7 +290,7 @@ def test_weights_in_a_cuda_graph_do_not_move(
     block(tokens(1, generator))  # noticed, but not joined yet
     before, before_joined = addresses(block), addresses(joined)
     with monkeypatch.context() as capturing:
-        capturing.setattr(siblings, "_is_capturing", lambda x: True)
+        capturing.setattr(siblings, "is_capturing", lambda x: True)
         x = tokens(1, generator)
         for each in (block, joined):
             assert torch.equal(each(x.clone()), alone(each, x))
@@ -298,6 +298,92 @@ def test_weights_in_a_cuda_graph_do_not_move(
         block(tokens(1, generator))
     assert group_of(block.q) is None and addresses(block) == before
     assert group_of(joined.q) is not None and addresses(joined) == before_joined
+
+
+def test_nothing_is_fetched_while_a_graph_is_captured(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each module may be captured into a graph of its own, all with one input."""
+    block, x = learnt(Block(generator), generator), tokens(1, generator)
+    row = block.q.operands("weight").choice.row
+    linear, calls = type(row).linear, []
+
+    def counted(self: object, x: Tensor, grid: object, *rest: object) -> Tensor:
+        calls.append(grid)
+        return linear(self, x, grid, *rest)
+
+    monkeypatch.setattr(type(row), "linear", counted)
+    block.q(x)  # outputs of k and v wait
+    with monkeypatch.context() as capturing:
+        capturing.setattr(siblings, "is_capturing", lambda x: True)
+        for module in block.children():
+            calls.clear()
+            module(x)
+            assert len(calls) == 1 and calls[0] is module.operands("weight").grid
+    calls.clear()
+    block.k(x), block.v(x)
+    assert not calls and group_of(block.q) is not None
+
+
+def test_outputs_are_fetched_in_the_stream_that_computes_them(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block, x = learnt(Block(generator), generator), tokens(1, generator)
+    expected = alone(block, x)
+    streams = iter([1, 1, 2])
+    current = [0]
+    monkeypatch.setattr(siblings, "_stream", lambda x: current[0])
+    outputs = []
+    for module in block.children():
+        current[0] = next(streams)
+        outputs.append(module(x))
+    group = group_of(block.q)
+    assert torch.equal(torch.cat(outputs, -1), expected)
+    assert group is not None and group.waiting is None
+
+
+def test_without_room_for_a_copy_each_goes_alone(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: object, grids: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    block = Block(generator)
+    monkeypatch.setattr(type(block.q.operands("weight").choice.row), "stack", full)
+    for _ in range(4):
+        x = tokens(1, generator)
+        assert torch.equal(block(x), alone(block, x))
+    assert group_of(block.q) is None
+
+
+@pytest.mark.gpu
+def test_graphs_of_single_modules(generator: torch.Generator, cuda: torch.device) -> None:
+    block = Block(generator).to(cuda)
+    for _ in range(2):
+        block(tokens(1, generator).to(cuda))
+    x, graphs, outputs = tokens(1, generator).to(cuda), [], []
+    for module in block.children():
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            outputs.append(module(x))
+    x.copy_(tokens(1, generator))
+    for graph in graphs:
+        graph.replay()
+    expected = alone(block, x)
+    torch.testing.assert_close(torch.cat(outputs, -1), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.gpu
+def test_siblings_in_other_streams(generator: torch.Generator, cuda: torch.device) -> None:
+    block, side = Block(generator).to(cuda), torch.cuda.Stream()
+    for _ in range(4):
+        x = tokens(1, generator).to(cuda)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            found = block(x)
+        torch.cuda.current_stream().wait_stream(side)
+        torch.testing.assert_close(found, alone(block, x), rtol=1e-2, atol=1e-2)
+    assert group_of(block.q) is not None
 
 
 @pytest.mark.gpu
