@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import platform
-import re
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -17,7 +16,7 @@ from packaging.version import Version
 
 from .._version import __version__
 from ..core.errors import KernelError
-from ..kernels import huge_pages, native
+from ..kernels import cuda_machine, gpu_code, huge_pages, native
 from ..table import format_bytes, format_table, wrapped
 from . import machine
 from .selftest import self_test
@@ -196,7 +195,13 @@ def _cuda() -> Iterator[Check]:
     if isinstance(status, KernelError):
         return
     built = status.build.get("cuda", {})
-    if status.cuda:
+    why_not = cuda_machine.reason() if status.cuda else None
+    if why_not is not None:
+        remedy = "the PyTorch reference runs instead, slowly"
+        if len(capabilities) > 1:
+            remedy += "; CUDA_VISIBLE_DEVICES hides GPUs from a program"
+        yield Check(name="CUDA kernels", status="missing", found=why_not, remedy=remedy)
+    elif status.cuda:
         archs = built.get("archs", ())
         found = f"built for {', '.join(archs)} by {built.get('compiler', '?')}"
         yield Check(
@@ -207,7 +212,7 @@ def _cuda() -> Iterator[Check]:
         yield Check(name="CUDA kernels", status="missing", found=status.cuda_reason, remedy=remedy)
     else:
         remedy = (
-            "reinstall hfq for this PyTorch"
+            "reinstall hfq for this PyTorch and this driver"
             if built.get("built")
             else "the PyTorch reference runs instead, slowly; put nvcc on the PATH and reinstall hfq"
         )
@@ -217,30 +222,16 @@ def _cuda() -> Iterator[Check]:
 
 def _late(archs: Iterable[str], capabilities: Iterable[tuple[int, int]]) -> str:
     """What to know where the driver has to compile the kernels for a GPU; empty if it does not."""
-    late = [
-        f"{major}{minor}"
-        for major, minor in sorted(capabilities)
-        if not _has_code(archs, major, minor)
-    ]
+    here = sorted(capabilities)
+    late = [f"sm_{gpu[0]}{gpu[1]}" for gpu in here if not gpu_code.has_code(archs, gpu)]
     if not late:
         return ""
+    # All that are here: a build for some runs on no other.
+    wanted = ";".join(f"{gpu_code.architecture(gpu)}-real" for gpu in here)
     return (
-        f"the driver compiles them for sm_{', sm_'.join(late)} when they are first used, which takes minutes once; "
-        f"to spare that, build with -DCMAKE_CUDA_ARCHITECTURES={late[0]}-real"
+        f"the driver compiles them for {', '.join(late)} when they are first used, which takes minutes once; "
+        f"to spare that, reinstall hfq with CMAKE_ARGS='-DCMAKE_CUDA_ARCHITECTURES={wanted}'"
     )
-
-
-def _has_code(archs: Iterable[str], major: int, minor: int) -> bool:
-    """Whether a library that was built for these names of CMake has machine code for GPUs of a compute capability."""
-    for arch in archs:
-        found = re.fullmatch(r"(\d+)(\d)(a?)(-real)?", arch)
-        if found is None:
-            continue  # -virtual: PTX
-        same = int(found[1]) == major and int(found[2]) <= minor
-        # Code with "a" runs on this one capability.
-        if same and (not found[3] or int(found[2]) == minor):
-            return True
-    return False
 
 
 def _self_tests() -> Iterator[Check]:

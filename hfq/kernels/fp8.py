@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..core.activations import quantize_tokens
 from ..core.float8 import E4M3, e4m3_values
+from . import cuda_machine
 
 __all__ = ["TILE", "dequantize", "linear", "output", "product", "scaled_linear"]
 
@@ -115,7 +116,10 @@ def scaled_linear(
     if tokens.dtype == torch.float64:
         # The rule reads activations as float32 whatever they are.
         tokens = tokens.float()
-    codes, token_scales = torch.ops.hfq.cuda_fp8_quantize_tokens(tokens, input_scale)
+    if cuda_machine.reason() is None:
+        codes, token_scales = torch.ops.hfq.cuda_fp8_quantize_tokens(tokens, input_scale)
+    else:
+        codes, token_scales = quantize_tokens(tokens, input_scale, E4M3)
     y = torch._scaled_mm(
         codes,
         qweight.squeeze(-1).view(E4M3).T,

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from ..core.errors import KernelError
+from .gpu_code import driver_problem
 
 __all__ = [
     "CUDA_VARIABLE",
@@ -55,6 +56,7 @@ class NativeStatus:
         isa: instruction set that the CPU kernels use, empty without them.
         isas: those that this build and this processor support, best first.
         build: build_info.json of the installed libraries; empty if there is none.
+        cuda_versions: of the runtime in the library and of the driver, such as 12040; 0 if unknown.
     """
 
     cpu: bool
@@ -64,6 +66,7 @@ class NativeStatus:
     isa: str = ""
     isas: tuple[str, ...] = ()
     build: Mapping[str, Any] = field(default_factory=dict)
+    cuda_versions: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +142,7 @@ def _load() -> _Loaded:
     folder = _library_folder()
     build = _build_info(folder)
     library, cpu_reason = _load_cpu(folder, build)
-    cuda_reason = _load_cuda(folder, build)
+    cuda_reason, cuda_versions = _load_cuda(folder, build)
     status = NativeStatus(
         cpu=library is not None,
         cuda=not cuda_reason,
@@ -148,6 +151,7 @@ def _load() -> _Loaded:
         isa="" if library is None else _selected,
         isas=() if library is None else _isas(library),
         build=MappingProxyType(build),
+        cuda_versions=cuda_versions,
     )
     return _Loaded(status=status, library=library)
 
@@ -176,21 +180,27 @@ def _load_cpu(folder: Path | None, build: Mapping[str, Any]) -> tuple[ctypes.CDL
     return library, ""
 
 
-def _load_cuda(folder: Path | None, build: Mapping[str, Any]) -> str:
-    """Load the CUDA kernels; returns why not, or an empty string."""
+def _load_cuda(folder: Path | None, build: Mapping[str, Any]) -> tuple[str, tuple[int, int]]:
+    """Load the CUDA kernels; returns why not, or an empty string, and the versions of CUDA."""
+    unknown = (0, 0)
     if cuda_is_off():
-        return f"{CUDA_VARIABLE}=off leaves them out"
+        return f"{CUDA_VARIABLE}=off leaves them out", unknown
     path, reason = _find(folder, build, "cuda")
     if path is None:
-        return reason
+        return reason, unknown
     if torch.version.cuda is None:
-        return f"this PyTorch ({torch.__version__}) is built without CUDA"
+        return f"this PyTorch ({torch.__version__}) is built without CUDA", unknown
     reason = _load_library(path)
     if reason:
-        return reason
-    if not ctypes.CDLL(str(path)).hfq_cuda_registered():
-        return f"{path.name} could not register its operators with torch {torch.__version__} (2.11 or later needed)"
-    return ""
+        return reason, unknown
+    library = ctypes.CDLL(str(path))
+    if not library.hfq_cuda_registered():
+        return (
+            f"{path.name} could not register its operators with torch {torch.__version__} (2.11 or later needed)",
+            unknown,
+        )
+    versions = (library.hfq_cuda_runtime_version(), library.hfq_cuda_driver_version())
+    return driver_problem(*versions) or "", versions
 
 
 def _library_folder() -> Path | None:
