@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import affine
-from ..core.errors import WeightError
+from ..core.errors import KernelError, WeightError
 from ..core.weight import QuantizedWeight
 from ..formats import INPUT_SCALE
 from .layout import as_bits
@@ -151,6 +151,13 @@ class PackedModule(PackedParameters):
         """Copies and pickles hold the neutral layout: the reader may have other kernels."""
         self.restore()
         return self.__dict__.copy()
+
+    def _replicate_for_data_parallel(self) -> PackedModule:
+        """Replicas would have no Parameters, only views of what was sent to their GPUs for one call."""
+        raise KernelError(
+            "nn.DataParallel cannot copy packed weights to other GPUs. Start a process for each GPU (torchrun, accelerate launch), "
+            "or show the program one of them (CUDA_VISIBLE_DEVICES=0): Transformers' Trainer takes DataParallel where it sees several"
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
         """Move packed tensors; casts do not reach them, `compute_dtype` follows instead."""

@@ -179,6 +179,12 @@ def test_prepared_in_inference_mode_and_trained_later(generator: torch.Generator
     torch.testing.assert_close(x.grad, packed.dequantize().sum(0).expand(3, 32))
 
 
+def test_data_parallel_is_refused_in_words(generator: torch.Generator) -> None:
+    for module in (quantized(generator), tied(generator)["table"]):
+        with pytest.raises(KernelError, match=r"torchrun.*CUDA_VISIBLE_DEVICES"):
+            module._replicate_for_data_parallel()
+
+
 def test_replaced_parameters_are_used(generator: torch.Generator) -> None:
     """Loaders and sharding put other Parameters in place, some of them behind the module's back."""
     packed, other = quantized(generator), quantized(generator)
