@@ -67,6 +67,36 @@ def test_cuda_can_be_switched_off(tmp_path: Path) -> None:
         assert (info["cuda"]["built"], info["cuda"]["reason"]) == (False, "HFQ_CUDA=OFF")
 
 
+def test_a_reason_of_whoever_switches_cuda_off_is_kept(tmp_path: Path) -> None:
+    """The second try of `pip install`, after nvcc has failed."""
+    if shutil.which("c++") is None:
+        pytest.skip("needs a C++ compiler")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    (again,) = project["tool"]["scikit-build"]["overrides"]
+    defines = again["cmake"]["define"]
+    assert again["if"] == {"failed": True} and defines["HFQ_CUDA"] == "OFF"
+    options = [f"-D{name}={value}" for name, value in defines.items()]
+    info = _configure(tmp_path / "build", os.environ["PATH"], *options)
+    assert (info["cpu"]["built"], info["cuda"]["built"]) == (True, False)
+    assert info["cuda"]["reason"] == defines["HFQ_CUDA_REASON"]
+
+
+def test_a_compiler_that_was_not_there_before_is_found(tmp_path: Path) -> None:
+    if shutil.which("c++") is None:
+        pytest.skip("needs a C++ compiler")
+    for path, built in ((str(tmp_path), False), (os.environ["PATH"], True)):
+        info = _configure(tmp_path / "build", path, HFQ_CUDA="OFF")
+        assert info["cpu"]["built"] is built
+
+
+def test_nvcc_need_not_be_on_the_path(tmp_path: Path) -> None:
+    toolkits = [path for path in Path("/usr/local").glob("cuda*") if (path / "bin/nvcc").is_file()]
+    if not toolkits or shutil.which("c++", path="/usr/bin:/bin") is None:
+        pytest.skip("needs a CUDA toolkit in /usr/local and a C++ compiler")
+    info = _configure(tmp_path / "build", "/usr/bin:/bin", CUDA_HOME=str(toolkits[0]))
+    assert info["cuda"]["built"] is True, info["cuda"]["reason"]
+
+
 def test_exported_symbols_are_ours() -> None:
     """An exported C++ symbol could be merged with one of another library."""
     nm = shutil.which("nm")
