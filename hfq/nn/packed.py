@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from .parameters import PackedParameters, frozen
 from .slot import PackedSlot
 from .virtual_weight import VirtualWeight
 
-__all__ = ["KERNEL_MODES", "PackedModule"]
+__all__ = ["KERNEL_MODES", "PackedModule", "packed_names"]
 
 # How a kernel may treat activations of few tokens:
 #   exact  in float32
@@ -230,3 +230,12 @@ class PackedModule(PackedParameters):
         )
         if was_prepared:
             self.prepare()
+
+
+def packed_names(model: nn.Module) -> Iterator[str]:
+    """Names of all packed Parameters of a model."""
+    for name, module in model.named_modules():
+        if isinstance(module, PackedModule):
+            for base, slot in module.slots.items():
+                for key in module.packed_parameters(base):
+                    yield f"{name}.{slot.attribute(key)}" if name else slot.attribute(key)
