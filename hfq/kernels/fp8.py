@@ -116,10 +116,10 @@ def scaled_linear(
     if tokens.dtype == torch.float64:
         # The rule reads activations as float32 whatever they are.
         tokens = tokens.float()
-    if cuda_machine.reason() is None:
-        codes, token_scales = torch.ops.hfq.cuda_fp8_quantize_tokens(tokens, input_scale)
-    else:
+    if tokens.is_cuda and cuda_machine.reason() is not None:
         codes, token_scales = quantize_tokens(tokens, input_scale, E4M3)
+    else:
+        codes, token_scales = torch.ops.hfq.cuda_fp8_quantize_tokens(tokens, input_scale)
     y = torch._scaled_mm(
         codes,
         qweight.squeeze(-1).view(E4M3).T,

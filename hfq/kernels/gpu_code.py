@@ -16,6 +16,9 @@ __all__ = ["architecture", "driver_problem", "gpu_problem", "has_code"]
 # Names of CMake: 80-real is machine code, 90-virtual PTX, 120 both.
 _NAME = re.compile(r"(\d+)(\d)([af]?)(-real|-virtual)?")
 
+# GPUs of Jetson boards: their machine code and that of other GPUs run on nothing else.
+_JETSON = {(7, 2), (8, 7), (10, 1), (11, 0)}
+
 
 def driver_problem(runtime: int, driver: int) -> str | None:
     """Why a CUDA runtime launches nothing with a driver, or None.
@@ -59,8 +62,9 @@ def gpu_problem(
 def has_code(archs: Iterable[str], capability: tuple[int, int]) -> bool:
     """Whether there is machine code for GPUs of a compute capability."""
     for major, minor, kind, form in _parsed(archs):
-        same = major == capability[0] and minor <= capability[1]
-        if form != "-virtual" and same and (kind != "a" or minor == capability[1]):
+        alone = kind == "a" or not _JETSON.isdisjoint({(major, minor), capability})
+        later = major == capability[0] and minor < capability[1]
+        if form != "-virtual" and ((major, minor) == capability or (later and not alone)):
             return True
     return False
 

@@ -199,7 +199,10 @@ def _load_cuda(folder: Path | None, build: Mapping[str, Any]) -> tuple[str, tupl
             f"{path.name} could not register its operators with torch {torch.__version__} (2.11 or later needed)",
             unknown,
         )
-    versions = (library.hfq_cuda_runtime_version(), library.hfq_cuda_driver_version())
+    try:
+        versions = (library.hfq_cuda_runtime_version(), library.hfq_cuda_driver_version())
+    except AttributeError:  # a checkout that has changed
+        return f"{path.name} was built from other sources of hfq: build it again", unknown
     return driver_problem(*versions) or "", versions
 
 

@@ -83,7 +83,16 @@ def test_huge_pages_that_are_off(monkeypatch):
 
 @pytest.mark.parametrize(
     ("capability", "code"),
-    [((8, 0), 1), ((8, 6), 1), ((8, 9), 1), ((9, 0), 1), ((9, 1), 0), ((10, 0), 0), ((7, 5), 0)],
+    [
+        ((8, 0), 1),
+        ((8, 6), 1),
+        ((8, 9), 1),
+        ((8, 7), 0),
+        ((9, 0), 1),
+        ((9, 1), 0),
+        ((10, 0), 0),
+        ((7, 5), 0),
+    ],
 )
 def test_machine_code_for_a_gpu(capability, code):
     archs = ["80-real", "89-real", "90a-real", "90-virtual"]

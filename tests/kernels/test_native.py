@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hfq
@@ -100,7 +101,7 @@ def test_every_symbol_exists_in_this_pytorch(library: Path) -> None:
     symbols = set(re.findall(r"\b((?:aoti_torch|torch)_\w+)\s*\(", text))
     assert len(symbols) > 15
     torch_cpu = ctypes.CDLL(str(TORCH_LIBRARIES / "libtorch_cpu.so"))
-    since_213 = {"torch_delete_stable_ivalue"}
+    since_213 = {"torch_delete_stable_ivalue", "torch_exception_get_what_without_backtrace"}
     missing = {
         s for s in symbols if "cuda" not in s or "device_type" in s if not hasattr(torch_cpu, s)
     }
@@ -114,6 +115,29 @@ def test_library_needs_pytorch_and_not_python(library: Path) -> None:
     assert b"libtorch_cpu.so" in content
     assert b"libpython" not in content
     assert b"libc10" not in content  # no C++ interface of PyTorch
+
+
+def test_out_of_memory_is_said_in_pytorchs_words(library: Path, run_code: Run) -> None:
+    """Programs that try again with less look for them."""
+    code = """
+import resource, torch
+from hfq.core.bits import pack
+from hfq.kernels import native, ops, rows16
+native.load()
+codes = rows16.to_rows16(pack(torch.zeros(16, 1024, dtype=torch.uint8), 4).unsqueeze(-1))
+scales = rows16.to_rows16(torch.ones(16, 8))
+index = torch.zeros(1 << 22, dtype=torch.int64)
+resource.setrlimit(resource.RLIMIT_DATA, (8 << 30, 8 << 30))
+torch.ops.hfq.cpu_lookup(index, codes, scales, None, None, 4, 128, 1024, 16, torch.float32)
+"""
+    run = run_code(code)
+    assert (
+        run.returncode and "RuntimeError: hfq: no memory for a tensor of 4294967296" in run.stderr
+    )
+    if Version(torch.__version__).release >= (2, 13):
+        assert (
+            "DefaultCPUAllocator: can't allocate memory" in run.stderr.rsplit("RuntimeError", 1)[1]
+        )
 
 
 def test_use_isa_selects_and_restores(library: Path) -> None:
@@ -208,6 +232,7 @@ def test_a_library_that_this_machine_cannot_run() -> None:
         (["90a-virtual"], (12, 0)),
         (["100a-real"], (10, 3)),
         (["120-virtual"], (10, 0)),
+        (built, (8, 7)),
     ):
         problem = gpu_code.gpu_problem(archs, capability, 13000, 13000)
         assert problem is not None and archs[0] in problem
