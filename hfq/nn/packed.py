@@ -125,6 +125,9 @@ class PackedModule(PackedParameters):
         slots: Mapping[str, PackedSlot] = self.__dict__.get("slots", {})
         if name == "weight" and "weight" in slots:
             return self._assign_weight(value)
+        if name == "_hf_hook" and slots:
+            super().__setattr__(name, value)
+            return self._follow_offloading()
         if isinstance(value, nn.Parameter) and any(
             name == slot.attribute(key) for slot in slots.values() for key in slot.layout()
         ):

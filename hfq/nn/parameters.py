@@ -223,11 +223,33 @@ class PackedParameters(nn.Module):
     @property
     def is_offloaded(self) -> bool:
         """Weights that a hook fetches for each call are used as they are stored."""
-        hook = getattr(self, "_hf_hook", None)
-        hooks = getattr(hook, "hooks", (hook,))
-        if any(getattr(one, "offload", False) for one in hooks):
+        if self._offloading_hooks():
             return True
         return any(p.is_meta for base in self.slots for p in self.packed_parameters(base).values())
+
+    def _offloading_hooks(self) -> list[Any]:
+        """Those of accelerate that fetch the weights for each call."""
+        hook = getattr(self, "_hf_hook", None)
+        hooks = getattr(hook, "hooks", (hook,))
+        return [one for one in hooks if getattr(one, "offload", False)]
+
+    def _follow_offloading(self) -> None:
+        """A hook has put Parameters on meta, bits in whatever layout they were in. It will bring what stood in the state dict,
+        neutral floats, and would cast them, number by number, to integers: on meta they are to be what it brings.
+        """
+        maps = [hook.weights_map for hook in self._offloading_hooks() if hook.weights_map]
+        for base, slot in self.slots.items():
+            layout = slot.layout()
+            for key, held in self.packed_parameters(base).items():
+                entry, name = layout[key], slot.attribute(key)
+                expected = (tuple(entry.shape), entry.dtype)
+                if not held.is_meta or (tuple(held.shape), held.dtype) == expected:
+                    continue
+                found = [weights[name] for weights in maps if name in weights]
+                if found and (tuple(found[0].shape), found[0].dtype) == expected:
+                    empty = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+                    self._parameters[name] = frozen(empty, like=held)
+                    self._prepared.pop(base, None)
 
     def prepare(self) -> None:
         """Choose a kernel for each slot and bring its tensors into that kernel's layout, in place."""
