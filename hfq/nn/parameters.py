@@ -237,7 +237,7 @@ class PackedParameters(nn.Module):
         """A hook has put Parameters on meta, bits in whatever layout they were in. It will bring what stood in the state dict,
         neutral floats, and would cast them, number by number, to integers: on meta they are to be what it brings.
         """
-        maps = [hook.weights_map for hook in self._offloading_hooks() if hook.weights_map]
+        maps = [getattr(hook, "weights_map", None) or {} for hook in self._offloading_hooks()]
         for base, slot in self.slots.items():
             layout = slot.layout()
             for key, held in self.packed_parameters(base).items():
@@ -245,8 +245,8 @@ class PackedParameters(nn.Module):
                 expected = (tuple(entry.shape), entry.dtype)
                 if not held.is_meta or (tuple(held.shape), held.dtype) == expected:
                     continue
-                found = [weights[name] for weights in maps if name in weights]
-                if found and (tuple(found[0].shape), found[0].dtype) == expected:
+                brought = [tensor for each in maps if (tensor := each.get(name)) is not None]
+                if brought and (tuple(brought[0].shape), brought[0].dtype) == expected:
                     empty = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
                     self._parameters[name] = frozen(empty, like=held)
                     self._prepared.pop(base, None)
