@@ -178,9 +178,11 @@ def _quietly() -> Iterator[None]:
 
 
 def _cuda() -> Iterator[Check]:
-    if not torch.cuda.is_available():
+    available, said = _cuda_is_available()
+    if not available:
         why = "no CUDA device" if torch.version.cuda else f"PyTorch {torch.__version__} has no CUDA"
-        yield Check(name="CUDA", status="missing", found=f"{why}; models run on the CPU")
+        found = "; ".join([why, *said, "models run on the CPU"])
+        yield Check(name="CUDA", status="missing", found=found)
         return
     capabilities = set()
     for index in range(torch.cuda.device_count()):
@@ -220,6 +222,14 @@ def _cuda() -> Iterator[Check]:
         yield Check(name="CUDA kernels", status=state, found=status.cuda_reason, remedy=remedy)
 
 
+def _cuda_is_available() -> tuple[bool, list[str]]:
+    """And what PyTorch warns of meanwhile: a driver that is too old for it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        available = torch.cuda.is_available()
+    return available, [" ".join(str(each.message).split()) for each in caught]
+
+
 def _late(archs: Iterable[str], capabilities: Iterable[tuple[int, int]]) -> str:
     """What to know where the driver has to compile the kernels for a GPU; empty if it does not."""
     here = sorted(capabilities)
@@ -236,7 +246,7 @@ def _late(archs: Iterable[str], capabilities: Iterable[tuple[int, int]]) -> str:
 
 def _self_tests() -> Iterator[Check]:
     """One line for each device, and one for each weight whose products are wrong there."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = torch.cuda.device_count() if _cuda_is_available()[0] else 0
     for device in ("cpu", *(f"cuda:{index}" for index in range(gpus))):
         name, start = f"self-test, {device}", time.perf_counter()
         with _quietly():

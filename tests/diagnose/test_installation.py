@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -120,6 +121,20 @@ def test_a_gpu_that_is_newer_than_the_build(monkeypatch):
     assert {"self-test, cpu", "self-test, cuda:0", "self-test, cuda:1"} <= {
         each.name for each in diagnosis.checks
     }
+
+
+def test_a_driver_that_pytorch_finds_too_old(monkeypatch):
+    def old():
+        warnings.warn(
+            "CUDA initialization: The NVIDIA driver\non your system is too old", stacklevel=1
+        )
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", old)
+    found = check(doctor(), "CUDA")
+    assert (
+        found.status == "missing" and "driver on your system is too old; models run" in found.found
+    )
 
 
 def test_gpus_that_cannot_run_the_kernels(monkeypatch):
