@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import peft
 import pytest
 import torch
@@ -164,6 +165,30 @@ class Tempered(nn.Module):
 
         attention.__class__ = type("Tempered", (plain,), {"forward": forward})
         return attention
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral"])
+def test_in_modules_that_accelerate_has_hooked(family: str, calls: dict[str, int]) -> None:
+    """As all modules are whose model is spread over several GPUs."""
+    model = model_of(FAMILIES[family][0])
+    expected = generate(model, 9, 5)
+    accelerate.dispatch_model(
+        model, {"model": "cpu", "lm_head": torch.device("cpu")}, main_device="cpu"
+    )
+    assert hasattr(model.model.layers[0].self_attn, "_hf_hook")
+    for _ in range(2):
+        assert decode.install(model)["attentions"] == 2
+        calls.update(dict.fromkeys(calls, 0))
+        assert_same(generate(model, 9, 5), expected)
+        assert calls["attention"] == 19 * 2 and calls["norm"]
+        decode.remove(model)
+        calls.update(dict.fromkeys(calls, 0))
+        assert_same(generate(model, 9, 5), expected)
+        assert not any(calls.values())
+    decode.install(model)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert_same(generate(model, 9, 5), expected)
+    assert calls["attention"] == 19 * 2
 
 
 def test_what_computes_something_else_is_left_alone() -> None:
