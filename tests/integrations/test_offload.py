@@ -122,6 +122,25 @@ def test_parts_in_memory_for_a_gpu(
     assert torch.equal(logits(load(tmp_path / "second")), logits(whole))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [{}, {"format": "nf4"}, {"format": "spqr", "method": "rtn"}])
+def test_parts_in_memory_beside_a_gpu(
+    settings: dict[str, Any], tmp_path: Path, cuda: torch.device
+) -> None:
+    build("llama").save_pretrained(tmp_path / "float")
+    whole = quantize(tmp_path / "float", settings)
+    expected = logits(whole)
+    whole.save_pretrained(tmp_path / "packed")
+    places: dict[str, Any] = dict.fromkeys(MAPS["llama"], 0) | {"model.layers.1": "cpu"}
+    for folder, config in (
+        ("float", {"quantization_config": HfqConfig(**settings)}),
+        ("packed", {}),
+    ):
+        model = load(tmp_path / folder, device_map=places, dtype=torch.float32, **config)
+        for _ in range(2):
+            torch.testing.assert_close(logits(model).cpu(), expected, atol=1e-3, rtol=1e-3)
+
+
 def test_a_loaded_model_is_offloaded_and_fetched_back(tmp_path: Path) -> None:
     build("llama").save_pretrained(tmp_path / "float")
     model = quantize(tmp_path / "float", {})

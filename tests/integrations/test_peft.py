@@ -201,6 +201,22 @@ def test_training_in_several_processes(
     assert model._ddp_params_and_buffers_to_ignore == ["x"]
 
 
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")
+def test_training_in_several_processes_on_gpus(
+    checkpoint: Path, ids: Tensor, cuda: torch.device
+) -> None:
+    model = with_lora(load(checkpoint, torch.bfloat16, device_map=0))
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
+    try:
+        together = nn.parallel.DistributedDataParallel(model, device_ids=[0])
+        together(input_ids=ids.to(cuda), labels=ids.to(cuda)).loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_are_those_of_the_dequantized_model(
     checkpoint: Path, ids: Tensor, dtype: torch.dtype
