@@ -213,11 +213,11 @@ def _cuda() -> Iterator[Check]:
         remedy = f"unset {native.CUDA_VARIABLE} to use them; the PyTorch reference is slow"
         yield Check(name="CUDA kernels", status="missing", found=status.cuda_reason, remedy=remedy)
     else:
-        remedy = (
-            "reinstall hfq for this PyTorch and this driver"
-            if built.get("built")
-            else "the PyTorch reference runs instead, slowly; put nvcc on the PATH and reinstall hfq"
-        )
+        remedy = "the PyTorch reference runs instead, slowly"
+        if built.get("built"):
+            remedy = "reinstall hfq for this PyTorch and this driver"
+        elif "was found" in status.cuda_reason:
+            remedy += "; put nvcc on the PATH and reinstall hfq"
         state = "broken" if built.get("built") else "missing"
         yield Check(name="CUDA kernels", status=state, found=status.cuda_reason, remedy=remedy)
 

@@ -1,5 +1,6 @@
 # libhfq_cuda.so. Real code for the generations that kernels are tuned for, and PTX of the last for what follows, which the driver compiles
-# when the library is first used. Each generation adds a third to the time of the build; a wheel for others names its own:
+# when the library is first used; real code for that, too, where this machine has such a GPU. Each generation adds a third to the time of the
+# build; a wheel for others names its own:
 # -DCMAKE_CUDA_ARCHITECTURES="80-real;90a-real;100a-real;120a-real;90-virtual".
 if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
   set(CMAKE_CUDA_ARCHITECTURES OFF)  # chosen below, once nvcc can be asked
@@ -25,6 +26,32 @@ if(choose_archs)
     endif()
   endforeach()
   list(APPEND archs 90-virtual)
+  # What the GPUs of this machine want beside it. Where they are all too old, minutes of compiling are for nothing.
+  find_program(HFQ_NVIDIA_SMI nvidia-smi)
+  set(gpus "")
+  if(HFQ_NVIDIA_SMI)
+    execute_process(COMMAND "${HFQ_NVIDIA_SMI}" --query-gpu=compute_cap --format=csv,noheader OUTPUT_VARIABLE found ERROR_QUIET)
+    string(REGEX MATCHALL "[^\n]+" found "${found}")
+    foreach(line ${found})
+      if(line MATCHES "^ *([0-9]+)\\.([0-9]) *$")
+        list(APPEND gpus "${CMAKE_MATCH_1}${CMAKE_MATCH_2}")
+      endif()
+    endforeach()
+    list(REMOVE_DUPLICATES gpus)
+  endif()
+  set(young "")
+  foreach(gpu ${gpus})
+    if(NOT gpu LESS 80)
+      list(APPEND young ${gpu})
+    endif()
+    if((gpu GREATER 90 OR gpu EQUAL 87) AND known MATCHES "sm_${gpu}")
+      list(APPEND archs ${gpu}-real)
+    endif()
+  endforeach()
+  if(gpus AND NOT young)
+    set(cuda_reason "they need compute capability 8.0, which no GPU of the machine had that hfq was installed on; CMAKE_CUDA_ARCHITECTURES builds for others")
+    return()
+  endif()
 else()
   set(archs ${CMAKE_CUDA_ARCHITECTURES})
 endif()
