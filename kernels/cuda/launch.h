@@ -156,8 +156,7 @@ int active_clusters(int cluster, unsigned threads, size_t shared_bytes, int regi
 
 // Enqueues a copy within the memory of the device.
 inline const char* launch_copy(void* to, const void* from, size_t bytes, cudaStream_t stream) {
-  const cudaError_t error = cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream);
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return described(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream));
 }
 
 // Multiprocessors of the current device.
