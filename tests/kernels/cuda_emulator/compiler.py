@@ -28,8 +28,7 @@ FLAGS = (
 )
 # Each access of a kernel calls cuda_on_cpu/hooks.cpp.
 WATCHED = "-fsanitize=thread"
-RUNTIME = [EMULATOR / f"{name}.cpp" for name in ("fibers", "hooks", "races")]
-DEVICE = [*RUNTIME, EMULATOR / "device.cpp"]
+DEVICE = [EMULATOR / f"{name}.cpp" for name in ("device", "fibers", "hooks", "races")]
 
 
 def compiled_kernels(folder: Path, *, watched: bool) -> Path:
@@ -79,7 +78,7 @@ def _compiled_operators(folder: Path) -> Path:
     with FileLock(folder / "lock"):
         if not library.exists():
             objects = _compiled(folder, [*bindings, EMULATOR / "operators.cpp"], device)
-            objects += [_object(folder, source) for source in (*SOURCES, *RUNTIME)]
+            objects += [_object(folder, source) for source in (*SOURCES, *DEVICE)]
             _link(library, objects, str(Path(torch.__file__).parent / "lib/libtorch_cpu.so"))
     return library
 

@@ -34,7 +34,5 @@ const bool registered = [] {
 extern "C" {
 
 int operators_registered() { return registered; }
-void set_multiprocessors(int count) { cuda_on_cpu::multiprocessors = count; }
-void set_compute_capability(int capability) { cuda_on_cpu::compute_capability = capability; }
 
 }  // extern "C"
