@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import platform
-import re
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -17,7 +16,7 @@ from packaging.version import Version
 
 from .._version import __version__
 from ..core.errors import KernelError
-from ..kernels import huge_pages, native
+from ..kernels import cuda_machine, gpu_code, huge_pages, native
 from ..table import format_bytes, format_table, wrapped
 from . import machine
 from .selftest import self_test
@@ -179,9 +178,11 @@ def _quietly() -> Iterator[None]:
 
 
 def _cuda() -> Iterator[Check]:
-    if not torch.cuda.is_available():
+    available, said = _cuda_is_available()
+    if not available:
         why = "no CUDA device" if torch.version.cuda else f"PyTorch {torch.__version__} has no CUDA"
-        yield Check(name="CUDA", status="missing", found=f"{why}; models run on the CPU")
+        found = "; ".join([why, *said, "models run on the CPU"])
+        yield Check(name="CUDA", status="missing", found=found)
         return
     capabilities = set()
     for index in range(torch.cuda.device_count()):
@@ -196,7 +197,13 @@ def _cuda() -> Iterator[Check]:
     if isinstance(status, KernelError):
         return
     built = status.build.get("cuda", {})
-    if status.cuda:
+    why_not = cuda_machine.reason() if status.cuda else None
+    if why_not is not None:
+        remedy = "the PyTorch reference runs instead, slowly"
+        if len(capabilities) > 1:
+            remedy += "; CUDA_VISIBLE_DEVICES hides GPUs from a program"
+        yield Check(name="CUDA kernels", status="missing", found=why_not, remedy=remedy)
+    elif status.cuda:
         archs = built.get("archs", ())
         found = f"built for {', '.join(archs)} by {built.get('compiler', '?')}"
         yield Check(
@@ -206,46 +213,40 @@ def _cuda() -> Iterator[Check]:
         remedy = f"unset {native.CUDA_VARIABLE} to use them; the PyTorch reference is slow"
         yield Check(name="CUDA kernels", status="missing", found=status.cuda_reason, remedy=remedy)
     else:
-        remedy = (
-            "reinstall hfq for this PyTorch"
-            if built.get("built")
-            else "the PyTorch reference runs instead, slowly; put nvcc on the PATH and reinstall hfq"
-        )
+        remedy = "the PyTorch reference runs instead, slowly"
+        if built.get("built"):
+            remedy = "reinstall hfq for this PyTorch and this driver"
+        elif "was found" in status.cuda_reason:
+            remedy += "; put nvcc on the PATH and reinstall hfq"
         state = "broken" if built.get("built") else "missing"
         yield Check(name="CUDA kernels", status=state, found=status.cuda_reason, remedy=remedy)
 
 
+def _cuda_is_available() -> tuple[bool, list[str]]:
+    """And what PyTorch warns of meanwhile: a driver that is too old for it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        available = torch.cuda.is_available()
+    return available, [" ".join(str(each.message).split()) for each in caught]
+
+
 def _late(archs: Iterable[str], capabilities: Iterable[tuple[int, int]]) -> str:
     """What to know where the driver has to compile the kernels for a GPU; empty if it does not."""
-    late = [
-        f"{major}{minor}"
-        for major, minor in sorted(capabilities)
-        if not _has_code(archs, major, minor)
-    ]
+    here = sorted(capabilities)
+    late = [f"sm_{gpu[0]}{gpu[1]}" for gpu in here if not gpu_code.has_code(archs, gpu)]
     if not late:
         return ""
+    # All that are here: a build for some runs on no other.
+    wanted = ";".join(f"{gpu_code.architecture(gpu)}-real" for gpu in here)
     return (
-        f"the driver compiles them for sm_{', sm_'.join(late)} when they are first used, which takes minutes once; "
-        f"to spare that, build with -DCMAKE_CUDA_ARCHITECTURES={late[0]}-real"
+        f"the driver compiles them for {', '.join(late)} when they are first used, which takes minutes once; "
+        f"to spare that, reinstall hfq with CMAKE_ARGS='-DCMAKE_CUDA_ARCHITECTURES={wanted}'"
     )
-
-
-def _has_code(archs: Iterable[str], major: int, minor: int) -> bool:
-    """Whether a library that was built for these names of CMake has machine code for GPUs of a compute capability."""
-    for arch in archs:
-        found = re.fullmatch(r"(\d+)(\d)(a?)(-real)?", arch)
-        if found is None:
-            continue  # -virtual: PTX
-        same = int(found[1]) == major and int(found[2]) <= minor
-        # Code with "a" runs on this one capability.
-        if same and (not found[3] or int(found[2]) == minor):
-            return True
-    return False
 
 
 def _self_tests() -> Iterator[Check]:
     """One line for each device, and one for each weight whose products are wrong there."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = torch.cuda.device_count() if _cuda_is_available()[0] else 0
     for device in ("cpu", *(f"cuda:{index}" for index in range(gpus))):
         name, start = f"self-test, {device}", time.perf_counter()
         with _quietly():

@@ -97,10 +97,10 @@ def measure_rates(
     moment = x.T @ x / _TOKENS
     order = {recipe_key(recipe): recipe for recipe in recipes}
     return Rates(
-        forward=products / _seconds(lambda: nn.functional.linear(*typed)),
-        float32=products / _seconds(lambda: x.T @ x),
-        moments=products / _seconds(lambda: sums.add(typed[0], typed[0])),
-        factor=_SIZE**3 / _seconds(lambda: _statistics(moment).factor(0.01, False)),
+        forward=products / _seconds(lambda: nn.functional.linear(*typed), device),
+        float32=products / _seconds(lambda: x.T @ x, device),
+        moments=products / _seconds(lambda: sums.add(typed[0], typed[0]), device),
+        factor=_SIZE**3 / _seconds(lambda: _statistics(moment).factor(0.01, False), device),
         read=_read_rate(file),
         choosing={key: _choosing(recipe, x, weight) for key, recipe in order.items()},
     )
@@ -133,7 +133,7 @@ def _choosing(recipe: Recipe, x: Tensor, weight: Tensor) -> Choosing:
             FORMATS.get(recipe.format).pack(codes)
 
         once()
-        return _seconds(once)
+        return _seconds(once, x.device)
 
     few, many = choose(_FEW), choose(_MANY)
     per_row = max(0.0, many - few) / (_MANY - _FEW)
@@ -157,13 +157,13 @@ def _read_rate(file: Path) -> float:
     return count / max(time.perf_counter() - start, 1e-9)
 
 
-def _seconds(work: Callable[[], object]) -> float:
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
     """The best of some turns: what disturbs only ever takes time."""
     found: list[float] = []
     while len(found) < _LEAST_TURNS or sum(found) < _LEAST_SECONDS:
         start = time.perf_counter()
         work()
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.synchronize()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         found.append(time.perf_counter() - start)
     return max(min(found), 1e-9)

@@ -52,7 +52,7 @@ def install(model: nn.Module) -> dict[str, int]:
                 verdicts[key] = examine(module)
             settings = verdicts[key]
             if settings is not None:
-                module.__class__ = native_class(type(module), kind, settings)
+                _change_class(module, native_class(type(module), kind, settings))
                 found[name] += 1
                 break
     return found
@@ -62,7 +62,15 @@ def remove(model: nn.Module) -> None:
     """Give all modules their own classes back."""
     for module in model.modules():
         if isinstance(module, Native):
-            module.__class__ = module.plain  # type: ignore[assignment]
+            _change_class(module, module.plain)
+
+
+def _change_class(module: nn.Module, new: Any) -> None:
+    """Where accelerate has hooked the module (several GPUs), it keeps the forward that the module had then."""
+    hooked = module.__dict__.get("_old_forward")
+    if getattr(hooked, "__func__", None) is type(module).forward:
+        module._old_forward = new.forward.__get__(module)
+    module.__class__ = new
 
 
 def _traits(module: nn.Module) -> Iterator[Any]:

@@ -188,6 +188,8 @@ def _attends(
         and hidden_states.dim() == 3
         and hidden_states.shape[1] == 1
         and position_embeddings[0].dtype == hidden_states.dtype
+        # Fewer columns turn a part of each head only.
+        and position_embeddings[0].shape[-1] == module.head_dim
         and _mask_fits(attention_mask, hidden_states)
         and (hidden_states.is_cpu or _attends_on_cuda(hidden_states, position_embeddings[0]))
         and module.config._attn_implementation == "sdpa"

@@ -1,4 +1,4 @@
-"""Saving and publishing quantized models: complete or unchanged folders, one commit, a card."""
+"""Saving and publishing quantized models: complete or unchanged folders, one commit, a card; what other libraries ask of such a model."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, ClassVar, cast
 from huggingface_hub import CommitInfo
 from transformers import PreTrainedModel
 
+from ..nn.packed import packed_names
 from .card import CARD, has_foreign_card, model_card
 from .staging import files_of, staged
 from .upload import Destination, check_complete, upload
@@ -84,10 +85,27 @@ def push_to_hub(
     return upload(folder, files, to)
 
 
+# What stands before the names of a model's parameters in adapters of PEFT, which answer questions for attributes by asking the model.
+_ADAPTERS = ("", "base_model.", "base_model.model.")
+
+
+class _Unsynced:
+    """Names of Parameters that `nn.parallel.DistributedDataParallel` leaves as they are, as long as nobody says others.
+
+    It sends all of them from the first process to the others, and neither NCCL nor Gloo sends the 16-bit integers in which packed
+    modules hold scales. (No property: whoever sets the attribute of a model is to be heard.)
+    """
+
+    def __get__(self, model: Any, owner: type[Any]) -> list[str]:
+        names = () if model is None else tuple(packed_names(model))
+        return [prefix + name for prefix in _ADAPTERS for name in names]
+
+
 class _Publishing:
-    """Mixin before a model's own class: saving and pushing by hfq."""
+    """Mixin before a model's own class: saving and pushing by hfq, training in several processes."""
 
     stock_class: ClassVar[type[Any]]
+    _ddp_params_and_buffers_to_ignore = _Unsynced()
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """See `hfq.integrations.hub._save_pretrained`."""

@@ -142,8 +142,10 @@ def _quantize(run: _Run, command: str | None) -> Report:
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    """PyTorch has a class for it on accelerators only; safetensors maps files with the system's words."""
-    words = ("can't allocate memory", "Cannot allocate memory")
+    """PyTorch has a class for it on accelerators only, which native operators pass on as words; safetensors maps files with
+    the system's.
+    """
+    words = ("can't allocate memory", "Cannot allocate memory", " out of memory.")
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 

@@ -7,15 +7,15 @@ experts of a layer go through one launch that finds each expert's on the device 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..core.weight import Grid, PackedGrid
-from . import fragments, native
+from . import fragments
 from .cpu import call
+from .cuda_machine import no_native_code
 from .cuda_ops import fragments_weight
 from .ops import native_dtype
 from .row import AllAtOnce, Problem, stack_tiles
@@ -42,8 +42,6 @@ _EXPERT_PRODUCTS = 1 << 32
 # What the kernel takes (kernels/cuda/experts.h).
 _MOST_EXPERTS, _MOST_EXPERT_TOKENS = 1024, 1 << 20
 
-# The tensor cores' product of bfloat16 with float32 sums, and asynchronous copies.
-_CAPABILITY = (8, 0)
 _MOST_COLUMNS = 1 << 20
 # Columns that two matrix instructions take: groups end with them.
 _UNIT = 32
@@ -142,29 +140,3 @@ def most_expert_tokens(grid: Grid) -> int:
 
 def _sizes(grid: PackedGrid) -> tuple[int, int, int, int]:
     return (grid.bits, grid.group_size, grid.in_features, grid.out_features)
-
-
-def no_native_code() -> str | None:
-    """Why the kernels cannot run at all, or None. That models on GPUs are slow then is said once."""
-    reason = _reason()
-    if reason is not None and not native.cuda_is_off():
-        # `hfq doctor` has the remedy of each reason.
-        warnings.warn(
-            f"hfq runs without its CUDA kernels, on slower PyTorch code: {reason}; see hfq doctor",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return reason
-
-
-def _reason() -> str | None:
-    status = native.load()
-    if not status.cuda:
-        return f"native CUDA kernels are not loaded: {status.cuda_reason}"
-    # A problem does not say which GPU: all have to run the kernels.
-    found = min(
-        torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())
-    )
-    if found < _CAPABILITY:
-        return f"needs GPUs of compute capability 8.0 or later, found {found[0]}.{found[1]}"
-    return None

@@ -18,7 +18,8 @@ from torch import Tensor
 from ..core.weight import Fp8Grid
 from . import fragments
 from .cpu import call
-from .cuda import CudaFragments, most_expert_tokens, no_native_code, takes_all_experts
+from .cuda import CudaFragments, most_expert_tokens, takes_all_experts
+from .cuda_machine import no_native_code
 from .fp8 import TILE
 from .neutral_fp8 import NeutralFp8
 from .row import AllAtOnce, Problem, stack_tiles

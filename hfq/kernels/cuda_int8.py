@@ -20,8 +20,9 @@ from torch import Tensor
 from ..core.weight import PackedGrid
 from . import fragments
 from .cpu import call
-from .cuda import most_expert_tokens, no_native_code, takes_all_experts
+from .cuda import most_expert_tokens, takes_all_experts
 from .cuda_int8_ops import PIECE, signed_weight, switched
+from .cuda_machine import no_native_code
 from .int8 import MAX_COLUMNS
 from .row import AllAtOnce, Problem, stack_tiles
 

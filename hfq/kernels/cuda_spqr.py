@@ -12,7 +12,8 @@ from torch import Tensor
 from ..core.weight import SpqrGrid
 from . import fragments, spqr_fragments
 from .cpu import call
-from .cuda import no_native_code, takes_all_experts
+from .cuda import takes_all_experts
+from .cuda_machine import no_native_code
 from .cuda_spqr_ops import spqr_fragments_weight
 from .neutral_spqr import operands, sizes
 from .ops import native_dtype

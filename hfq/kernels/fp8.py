@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..core.activations import quantize_tokens
 from ..core.float8 import E4M3, e4m3_values
+from . import cuda_machine
 
 __all__ = ["TILE", "dequantize", "linear", "output", "product", "scaled_linear", "widened_linear"]
 
@@ -151,6 +152,8 @@ def _codes(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     if tokens.dtype == torch.float64:
         # The rule reads activations as float32 whatever they are.
         tokens = tokens.float()
+    if tokens.is_cuda and cuda_machine.reason() is not None:
+        return quantize_tokens(tokens, input_scale, E4M3)
     codes, token_scales = torch.ops.hfq.cuda_fp8_quantize_tokens(tokens, input_scale)
     return codes, token_scales
 

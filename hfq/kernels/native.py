@@ -24,11 +24,13 @@ from typing import Any
 import torch
 
 from ..core.errors import KernelError
+from .gpu_code import driver_problem
 
 __all__ = [
     "CUDA_VARIABLE",
     "ISA_VARIABLE",
     "NativeStatus",
+    "cuda_graph",
     "cuda_is_off",
     "has_tiles",
     "isa",
@@ -55,6 +57,7 @@ class NativeStatus:
         isa: instruction set that the CPU kernels use, empty without them.
         isas: those that this build and this processor support, best first.
         build: build_info.json of the installed libraries; empty if there is none.
+        cuda_versions: of the runtime in the library and of the driver, such as 12040; 0 if unknown.
     """
 
     cpu: bool
@@ -64,12 +67,14 @@ class NativeStatus:
     isa: str = ""
     isas: tuple[str, ...] = ()
     build: Mapping[str, Any] = field(default_factory=dict)
+    cuda_versions: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Loaded:
     status: NativeStatus
     library: ctypes.CDLL | None
+    cuda_library: ctypes.CDLL | None
 
 
 def load() -> NativeStatus:
@@ -93,6 +98,13 @@ def isa() -> str:
     """The instruction set that the CPU kernels use now, empty without them; see `load`."""
     load()
     return _selected
+
+
+def cuda_graph(stream: int) -> int:
+    """The number of the CUDA graph into which the work of a stream (its handle) is captured; 0 if there is none, or nobody knows."""
+    load()
+    assert _loaded is not None
+    return 0 if _loaded.cuda_library is None else int(_loaded.cuda_library.hfq_cuda_capture(stream))
 
 
 def cuda_is_off() -> bool:
@@ -139,17 +151,18 @@ def _load() -> _Loaded:
     folder = _library_folder()
     build = _build_info(folder)
     library, cpu_reason = _load_cpu(folder, build)
-    cuda_reason = _load_cuda(folder, build)
+    cuda_library, cuda_reason, cuda_versions = _load_cuda(folder, build)
     status = NativeStatus(
         cpu=library is not None,
-        cuda=not cuda_reason,
+        cuda=cuda_library is not None,
         cpu_reason=cpu_reason,
         cuda_reason=cuda_reason,
         isa="" if library is None else _selected,
         isas=() if library is None else _isas(library),
         build=MappingProxyType(build),
+        cuda_versions=cuda_versions,
     )
-    return _Loaded(status=status, library=library)
+    return _Loaded(status=status, library=library, cuda_library=cuda_library)
 
 
 def _load_cpu(folder: Path | None, build: Mapping[str, Any]) -> tuple[ctypes.CDLL | None, str]:
@@ -176,21 +189,33 @@ def _load_cpu(folder: Path | None, build: Mapping[str, Any]) -> tuple[ctypes.CDL
     return library, ""
 
 
-def _load_cuda(folder: Path | None, build: Mapping[str, Any]) -> str:
-    """Load the CUDA kernels; returns why not, or an empty string."""
+def _load_cuda(
+    folder: Path | None, build: Mapping[str, Any]
+) -> tuple[ctypes.CDLL | None, str, tuple[int, int]]:
+    """Load the CUDA kernels; None and why not, or the library and an empty string; the versions of CUDA."""
+    unknown = (0, 0)
     if cuda_is_off():
-        return f"{CUDA_VARIABLE}=off leaves them out"
+        return None, f"{CUDA_VARIABLE}=off leaves them out", unknown
     path, reason = _find(folder, build, "cuda")
     if path is None:
-        return reason
+        return None, reason, unknown
     if torch.version.cuda is None:
-        return f"this PyTorch ({torch.__version__}) is built without CUDA"
+        return None, f"this PyTorch ({torch.__version__}) is built without CUDA", unknown
     reason = _load_library(path)
     if reason:
-        return reason
-    if not ctypes.CDLL(str(path)).hfq_cuda_registered():
-        return f"{path.name} could not register its operators with torch {torch.__version__} (2.11 or later needed)"
-    return ""
+        return None, reason, unknown
+    library = ctypes.CDLL(str(path))
+    if not library.hfq_cuda_registered():
+        reason = f"{path.name} could not register its operators with torch {torch.__version__} (2.11 or later needed)"
+        return None, reason, unknown
+    try:
+        versions = (library.hfq_cuda_runtime_version(), library.hfq_cuda_driver_version())
+        library.hfq_cuda_capture.argtypes = [ctypes.c_void_p]
+        library.hfq_cuda_capture.restype = ctypes.c_uint64
+    except AttributeError:  # a checkout that has changed
+        return None, f"{path.name} was built from other sources of hfq: build it again", unknown
+    problem = driver_problem(*versions)
+    return (None, problem, versions) if problem else (library, "", versions)
 
 
 def _library_folder() -> Path | None:

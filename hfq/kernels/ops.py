@@ -6,7 +6,8 @@ M tokens, N out_features, K in_features, G groups per row. A weight is ``(code -
     neutral   qweight uint8 [N, B, 1], scales/zeros [N, G]               as stored (hfq.core.bits)
     rows16    qweight uint8 [N16, W, 16, 4], scales/zeros [N16, G, 16]   CPU kernels (hfq.kernels.rows16)
 
-    dequantize               neutral -> [N, K]                    PyTorch reference; CUDA kernel where built
+    dequantize               neutral -> [N, K]                    PyTorch reference; the next one where it runs
+    cuda_dequantize_neutral  neutral -> [N, K]                    native on CUDA; elsewhere the reference
     linear                   x, neutral -> x W^T + bias           dequantize, then a matrix product
     cpu_dequantize           rows16 -> [N, K]                     native
     cpu_dequantize_into      out [N, K], rows16                   native; into memory of the caller
@@ -31,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import int8, reference
+from . import cuda_machine, int8, reference
 from .scratch import scratch
 
 __all__ = [
@@ -59,6 +60,7 @@ _ROWS16 = f"{GRID}, Tensor? bias, {SIZES}, int out_features"
 
 for _schema in (
     f"dequantize({GRID}, Tensor? g_idx, {SIZES}, ScalarType dtype) -> Tensor",
+    f"cuda_dequantize_neutral({GRID}, Tensor? g_idx, {SIZES}, ScalarType dtype) -> Tensor",
     f"linear(Tensor x, {GRID}, Tensor? g_idx, Tensor? bias, {SIZES}) -> Tensor",
     f"cpu_dequantize({GRID}, {SIZES}, int out_features, ScalarType dtype) -> Tensor",
     f"cpu_dequantize_into(Tensor(a!) out, {GRID}, {SIZES}, int out_features) -> ()",
@@ -87,6 +89,13 @@ define_product(f"cpu_int8_linear({_INT8}, int in_features, int out_features) -> 
 
 
 # ---- implementations in PyTorch
+
+
+def _dequantize(qweight: Tensor, *arguments: Any) -> Tensor:
+    if qweight.is_cuda and cuda_machine.reason() is None:
+        weight: Tensor = torch.ops.hfq.cuda_dequantize_neutral(qweight, *arguments)
+        return weight
+    return reference.dequantize(qweight, *arguments)
 
 
 def _linear(
@@ -190,7 +199,8 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-LIBRARY.impl("dequantize", reference.dequantize, "CompositeExplicitAutograd")
+LIBRARY.impl("dequantize", _dequantize, "CompositeExplicitAutograd")
+LIBRARY.impl("cuda_dequantize_neutral", reference.dequantize, "CompositeExplicitAutograd")
 LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
 LIBRARY.impl("int8_linear", int8.int8_linear, "CompositeExplicitAutograd")
 LIBRARY.impl("cpu_linear_dequantized", _cpu_linear_dequantized, "CPU")
@@ -237,6 +247,7 @@ def _fake_cpu_linear_dequantized(x: Tensor, *rest: Any) -> Tensor:
 
 _FAKES: dict[str, Callable[..., Tensor | None]] = {
     "dequantize": _fake_dequantize,
+    "cuda_dequantize_neutral": _fake_dequantize,
     "linear": _fake_linear,
     "cpu_dequantize": _fake_cpu_dequantize,
     "cpu_dequantize_into": _fake_cpu_dequantize_into,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core import affine
-from ..core.errors import WeightError
+from ..core.errors import KernelError, WeightError
 from ..core.weight import QuantizedWeight
 from ..formats import INPUT_SCALE
 from .layout import as_bits
@@ -19,7 +19,7 @@ from .parameters import PackedParameters, frozen
 from .slot import PackedSlot
 from .virtual_weight import VirtualWeight
 
-__all__ = ["KERNEL_MODES", "PackedModule"]
+__all__ = ["KERNEL_MODES", "PackedModule", "packed_names"]
 
 # How a kernel may treat activations of few tokens:
 #   exact  in float32
@@ -125,6 +125,9 @@ class PackedModule(PackedParameters):
         slots: Mapping[str, PackedSlot] = self.__dict__.get("slots", {})
         if name == "weight" and "weight" in slots:
             return self._assign_weight(value)
+        if name == "_hf_hook" and slots:
+            super().__setattr__(name, value)
+            return self._follow_offloading()
         if isinstance(value, nn.Parameter) and any(
             name == slot.attribute(key) for slot in slots.values() for key in slot.layout()
         ):
@@ -151,6 +154,13 @@ class PackedModule(PackedParameters):
         """Copies and pickles hold the neutral layout: the reader may have other kernels."""
         self.restore()
         return self.__dict__.copy()
+
+    def _replicate_for_data_parallel(self) -> PackedModule:
+        """Replicas would have no Parameters, only views of what was sent to their GPUs for one call."""
+        raise KernelError(
+            "nn.DataParallel cannot copy packed weights to other GPUs. Start a process for each GPU (torchrun, accelerate launch), "
+            "or show the program one of them (CUDA_VISIBLE_DEVICES=0): Transformers' Trainer takes DataParallel where it sees several"
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
         """Move packed tensors; casts do not reach them, `compute_dtype` follows instead."""
@@ -223,3 +233,12 @@ class PackedModule(PackedParameters):
         )
         if was_prepared:
             self.prepare()
+
+
+def packed_names(model: nn.Module) -> Iterator[str]:
+    """Names of all packed Parameters of a model."""
+    for name, module in model.named_modules():
+        if isinstance(module, PackedModule):
+            for base, slot in module.slots.items():
+                for key in module.packed_parameters(base):
+                    yield f"{name}.{slot.attribute(key)}" if name else slot.attribute(key)

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from ..core.activations import check_input_scale
-from ..core.errors import CheckpointError, WeightError
+from ..core.errors import CheckpointError, KernelError, WeightError
 from ..core.weight import Grid
 from ..formats import FORMATS, INPUT_SCALE, check_tensors
 from ..kernels import dispatch
 from ..kernels.row import KernelRow, Problem
 from .layout import as_bits, as_float, in_kernel_layout, neutral_grid, to_kernel, to_neutral
-from .siblings import Siblings
+from .siblings import Siblings, is_capturing
 from .slot import PackedSlot
 
 __all__ = ["Operands", "PackedParameters", "frozen"]
@@ -223,11 +223,33 @@ class PackedParameters(nn.Module):
     @property
     def is_offloaded(self) -> bool:
         """Weights that a hook fetches for each call are used as they are stored."""
-        hook = getattr(self, "_hf_hook", None)
-        hooks = getattr(hook, "hooks", (hook,))
-        if any(getattr(one, "offload", False) for one in hooks):
+        if self._offloading_hooks():
             return True
         return any(p.is_meta for base in self.slots for p in self.packed_parameters(base).values())
+
+    def _offloading_hooks(self) -> list[Any]:
+        """Those of accelerate that fetch the weights for each call."""
+        hook = getattr(self, "_hf_hook", None)
+        hooks = getattr(hook, "hooks", (hook,))
+        return [one for one in hooks if getattr(one, "offload", False)]
+
+    def _follow_offloading(self) -> None:
+        """A hook has put Parameters on meta, bits in whatever layout they were in. It will bring what stood in the state dict,
+        neutral floats, and would cast them, number by number, to integers: on meta they are to be what it brings.
+        """
+        maps = [getattr(hook, "weights_map", None) or {} for hook in self._offloading_hooks()]
+        for base, slot in self.slots.items():
+            layout = slot.layout()
+            for key, held in self.packed_parameters(base).items():
+                entry, name = layout[key], slot.attribute(key)
+                expected = (tuple(entry.shape), entry.dtype)
+                if not held.is_meta or (tuple(held.shape), held.dtype) == expected:
+                    continue
+                brought = [tensor for each in maps if (tensor := each.get(name)) is not None]
+                if brought and (tuple(brought[0].shape), brought[0].dtype) == expected:
+                    empty = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+                    self._parameters[name] = frozen(empty, like=held)
+                    self._prepared.pop(base, None)
 
     def prepare(self) -> None:
         """Choose a kernel for each slot and bring its tensors into that kernel's layout, in place."""
@@ -248,12 +270,18 @@ class PackedParameters(nn.Module):
         slot, parameters = self.slots[base], self.packed_parameters(base)
         if not all(isinstance(parameter, nn.Parameter) for parameter in parameters.values()):
             return  # lent for one call by `torch.func.functional_call`
+        if is_capturing(parameters["weight"]):
+            # It would be done in each replay, from memory that is somebody else's by then.
+            raise KernelError(
+                "a weight cannot be brought into its kernel's layout while a CUDA graph is captured: run the model once before"
+            )
         held = self._held_neutral(base)
         # Whatever put them in place: a kernel follows the indices in them without looking.
         self._check_values(base, held)
         grid = neutral_grid(slot, held)
         choice = self._choose(grid)
         grid, held = to_kernel(grid, held, choice.row)
+        _wait(parameters["weight"])
         for key, parameter in parameters.items():
             shared: bool = parameter.is_shared()  # type: ignore[no-untyped-call]
             parameter.data = held[key].share_memory_() if shared else held[key]  # type: ignore[no-untyped-call]
@@ -274,10 +302,14 @@ class PackedParameters(nn.Module):
         holder = self._owner[0] if self._owner else self
         with _PREPARING, torch.inference_mode(False):
             for base in holder.slots:
-                held = holder._held_neutral(base)
-                for key, parameter in holder.packed_parameters(base).items():
-                    if parameter.dim() != held[key].dim():
-                        parameter.data = held[key]
+                held, parameters = holder._held_neutral(base), holder.packed_parameters(base)
+                moved = [
+                    key for key, held_by in parameters.items() if held_by.dim() != held[key].dim()
+                ]
+                if moved:
+                    _wait(parameters["weight"])
+                for key in moved:
+                    parameters[key].data = held[key]
             holder._prepared.clear()
 
     def operands(self, base: str) -> Operands:
@@ -326,6 +358,12 @@ class PackedParameters(nn.Module):
             codes=grid.qweight,
             copies={},
         )
+
+
+def _wait(weight: Tensor) -> None:
+    """Before a weight's memory is given away: streams may still read it, and none is told to wait for the new one."""
+    if weight.is_cuda:
+        torch.cuda.synchronize(weight.device)
 
 
 def _is_exporting() -> bool:

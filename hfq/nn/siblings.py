@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..core.weight import Grid
+from ..kernels import native
 from ..kernels.row import KernelRow, Problem
 from .layout import as_bits, show_to_kernels
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from .linear import QuantLinear
     from .parameters import Operands
 
-__all__ = ["MOST_TOKENS", "Siblings", "shared_output"]
+__all__ = ["MOST_TOKENS", "Siblings", "is_capturing", "shared_output"]
 
 # More of them take so long that a call costs nothing beside it.
 MOST_TOKENS = 32
@@ -95,22 +96,38 @@ def shared_output(
         or x.is_inference()  # has no version
     ):
         return None
-    if group is not None:
-        y = group.output(siblings.place, x, int8_activations)
+    work = _work(x)
+    if group is not None and work is not None:
+        y = group.output(siblings.place, x, int8_activations, work)
         if siblings.group is not None:
             return y
-    if _is_capturing(x):
+    if is_capturing(x):
         # A graph keeps the addresses of the weights: they must not move any more.
-        siblings.leave(for_good=True)
+        if siblings.group is None:
+            siblings.leave(for_good=True)
+        return None
     # Not of weights that are fetched for each call, nor of those that belong to another module.
-    elif siblings.alone < _PATIENCE and module._prepared.get("weight") is operands:
+    if siblings.alone < _PATIENCE and module._prepared.get("weight") is operands:
         _notice(module, x)
     return None
 
 
-def _is_capturing(x: Tensor) -> bool:
+def is_capturing(x: Tensor) -> bool:
     """Whether the work on x goes into a CUDA graph."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _work(x: Tensor) -> tuple[int, int] | None:
+    """The stream and the CUDA graph that work on x goes into: an output is there for others of the same only. None: a graph that
+    nothing tells from another one.
+    """
+    if not x.is_cuda:
+        return 0, 0
+    stream = int(torch._C._cuda_getCurrentRawStream(x.device.index))
+    if not is_capturing(x):
+        return stream, 0
+    graph = native.cuda_graph(stream)
+    return (stream, graph) if graph else None
 
 
 def _notice(module: QuantLinear, x: Tensor) -> None:
@@ -163,10 +180,16 @@ def _join(modules: Sequence[QuantLinear]) -> bool:
         ):
             return False
         row = members[0].choice.row
-        stacked = row.stack([operands.grid for operands in members])
+        try:
+            stacked = row.stack([operands.grid for operands in members])
+        except torch.OutOfMemoryError:
+            return False  # a model that fits runs without
         if stacked is None:
             return False
         grid, parts = stacked
+        if grid.qweight.is_cuda:
+            # Nobody has asked for this copy, so nobody makes other streams wait for it, and some may still read what is freed now.
+            torch.cuda.synchronize(grid.qweight.device)
         joined = [
             _moved(module, operands, part)
             for module, operands, part in zip(modules, members, parts, strict=True)
@@ -215,11 +238,17 @@ class Group:
         self.waiting: _Outputs | None = None
         self.missed = 0
 
-    def output(self, place: int, x: Tensor, int8_activations: bool) -> Tensor | None:
-        """What member `place` gives for x; None where it has to compute that itself."""
+    def output(
+        self, place: int, x: Tensor, int8_activations: bool, work: tuple[int, int]
+    ) -> Tensor | None:
+        """What member `place` gives for x, in the stream and graph `work`; None where it has to compute that itself."""
         # One look: another thread may put its own there.
         waiting = self.waiting
-        if waiting is not None and waiting.x is x and waiting.version == x._version:
+        if (
+            waiting is not None
+            and waiting.x is x
+            and (waiting.version, waiting.work) == (x._version, work)
+        ):
             y = waiting.parts[place] if waiting.int8 == int8_activations else None
             waiting.parts[place] = None
             if not any(part is not None for part in waiting.parts):
@@ -237,7 +266,7 @@ class Group:
             return None
         parts: list[Tensor | None] = [part.contiguous() for part in outputs]
         asked, parts[place] = parts[place], None
-        self.waiting = _Outputs(x, int8_activations, parts)
+        self.waiting = _Outputs(x, int8_activations, work, parts)
         return asked
 
     def outputs(
@@ -289,7 +318,9 @@ class Group:
 class _Outputs:
     """Outputs for one input that wait for their modules."""
 
-    __slots__ = ("int8", "parts", "version", "x")
+    __slots__ = ("int8", "parts", "version", "work", "x")
 
-    def __init__(self, x: Tensor, int8: bool, parts: list[Tensor | None]) -> None:
-        self.x, self.version, self.int8, self.parts = x, x._version, int8, parts
+    def __init__(
+        self, x: Tensor, int8: bool, work: tuple[int, int], parts: list[Tensor | None]
+    ) -> None:
+        self.x, self.version, self.int8, self.work, self.parts = x, x._version, int8, work, parts

@@ -1,4 +1,4 @@
-// hfq::dequantize on CUDA: neutral (stored) layout to a dense matrix.
+// hfq::cuda_dequantize_neutral: neutral (stored) layout to a dense matrix.
 #pragma once
 
 #include "dtype.h"

@@ -64,12 +64,21 @@ void prefer_shared(void (*kernel)(Params)) {
   facts.prefers_shared = true;
 }
 
-// Whether `kernel` may start before the one in front of it has ended: on GPUs that can, unless HFQ_CUDA_OVERLAP is 0. It has to have been compiled
-// for them: code for older ones does not wait (wait_for_previous_kernel).
+// Whether drivers take such launches into graphs: those of CUDA 12.3 and later.
+inline bool driver_overlaps() {
+  static const int version = [] {
+    int found = 0;
+    return cudaDriverGetVersion(&found) == cudaSuccess ? found : 0;
+  }();
+  return version >= 12030;
+}
+
+// Whether `kernel` may start before the one in front of it has ended: on GPUs and drivers that can, unless HFQ_CUDA_OVERLAP is 0. It has to have
+// been compiled for them: code for older ones does not wait (wait_for_previous_kernel).
 template <class Params>
 bool may_start_early(void (*kernel)(Params)) {
   const char* wanted = std::getenv("HFQ_CUDA_OVERLAP");
-  return (!wanted || wanted[0] != '0') && facts_of(kernel).architecture >= 90;
+  return (!wanted || wanted[0] != '0') && driver_overlaps() && facts_of(kernel).architecture >= 90;
 }
 
 // Null, or CUDA's description of the error, which the next launch is not to find.
@@ -156,8 +165,7 @@ int active_clusters(int cluster, unsigned threads, size_t shared_bytes, int regi
 
 // Enqueues a copy within the memory of the device.
 inline const char* launch_copy(void* to, const void* from, size_t bytes, cudaStream_t stream) {
-  const cudaError_t error = cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream);
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return described(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream));
 }
 
 // Multiprocessors of the current device.

@@ -18,8 +18,14 @@ constexpr uint64_t kTorch211 = (2ull << 56) | (11ull << 48);  // the version who
 
 [[noreturn]] inline void fail(const std::string& message) { throw std::runtime_error(message); }
 
+// What PyTorch says of the error that has just been, or `otherwise`. Programs look for words of it: "CUDA out of memory."
+inline std::string error_text(const char* otherwise) {
+  const char* const text = torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace() : nullptr;
+  return text && *text ? text : otherwise;
+}
+
 inline void check_shim(AOTITorchError error, const char* what) {
-  if (error != 0) fail(std::string("hfq: PyTorch reported an error in ") + what);
+  if (error != 0) fail(std::string("hfq: PyTorch reported an error in ") + what + ": " + error_text("it is on standard error"));
 }
 
 // One tensor argument, owned. `name` appears in messages. An absent optional has no handle.
@@ -147,7 +153,8 @@ inline StableIValue empty_tensor(const int64_t* sizes, int64_t dims, int32_t dty
     stride *= sizes[i] > 1 ? sizes[i] : 1;
   }
   AtenTensorHandle out = nullptr;
-  check_shim(aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type, device_index, &out), "empty_strided (out of memory?)");
+  if (aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type, device_index, &out) != 0)
+    fail("hfq: no memory for a tensor of " + std::to_string(stride) + " elements: " + error_text("the device is out of memory."));
   if (aoti_torch_get_data_ptr(out, data) != 0) {
     aoti_torch_delete_tensor_object(out);
     fail("hfq: PyTorch reported an error in data_ptr");

@@ -50,6 +50,7 @@ void set_x(const Operands& operands, const Tensor& x, Params& p) {
   if (p.x_dtype != kFloat16 && p.x_dtype != kBFloat16) x.refuse("float16 or bfloat16");
   if (x.dim() != 2 || x.size(1) != p.weight.in_features) x.refuse("of shape [M, " + std::to_string(p.weight.in_features) + "]");
   operands.expect_device(x);
+  if (x.numel() >= int64_t{1} << 35) x.refuse("below 64 GiB");  // kernels count pieces of 16 bytes with 32 bits
   p.x = x.data(aoti_torch_device_type_cuda(), 2);
   p.tokens = x.size(0);
 }

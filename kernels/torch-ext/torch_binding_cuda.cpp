@@ -5,10 +5,10 @@
 namespace hfq {
 namespace {
 
-// hfq::dequantize(qweight [..., N, B, 1], scales [..., N, G], zeros?, codebook?, g_idx? [K], bits, group_size, in_features, dtype)
+// hfq::cuda_dequantize_neutral(qweight [..., N, B, 1], scales [..., N, G], zeros?, codebook?, g_idx? [K], bits, group_size, in_features, dtype)
 //   -> [..., N, K]
 void dequantize(StableIValue* stack, uint64_t, uint64_t) {
-  constexpr const char* op = "dequantize";
+  constexpr const char* op = "cuda_dequantize_neutral";
   constexpr int64_t kMaxDims = 8;
   const Tensor qweight(op, "qweight", stack[0]), scales(op, "scales", stack[1]);
   const Tensor zeros(op, "zeros", Tensor::unwrap(stack[2])), codebook(op, "codebook", Tensor::unwrap(stack[3]));
@@ -43,12 +43,15 @@ void dequantize(StableIValue* stack, uint64_t, uint64_t) {
     sizes[i] = i < dims - 2 ? qweight.size(i) : 0;
     if (i < dims - 2) p.rows *= sizes[i];
   }
+  const auto expect_device = [&](const Tensor& tensor) {
+    if (tensor.device_index() != qweight.device_index()) tensor.refuse("on the device of qweight");
+  };
   p.groups = scales.dim() > 0 ? scales.size(scales.dim() - 1) : 0;
   const auto per_group = [&](const Tensor& tensor) {
     bool same = tensor.dim() == dims - 1 && tensor.size(dims - 2) == p.groups;
     for (int64_t i = 0; same && i < dims - 2; ++i) same = tensor.size(i) == sizes[i];
     if (!same) tensor.refuse("of shape [..., N, G] with the leading sizes of qweight " + qweight.shape_text());
-    if (tensor.device_index() != qweight.device_index()) tensor.refuse("on the device of qweight");
+    expect_device(tensor);
     return tensor.data(cuda, element_size(p.scale_dtype));
   };
   p.scales = per_group(scales);
@@ -62,11 +65,13 @@ void dequantize(StableIValue* stack, uint64_t, uint64_t) {
   } else {
     if (g_idx.dtype() != aoti_torch_dtype_int32()) g_idx.refuse("int32");
     g_idx.expect_shape({in_features});
+    expect_device(g_idx);
     p.g_idx = static_cast<const int32_t*>(g_idx.data(cuda, 4));
   }
   if (codebook.defined()) {
     if (codebook.dtype() != aoti_torch_dtype_float32()) codebook.refuse("float32");
     codebook.expect_shape({int64_t{1} << bits});
+    expect_device(codebook);
     expect(!zeros.defined(), op, "a codebook takes no zeros");
     p.codebook = static_cast<const float*>(codebook.data(cuda, 4));
   }
@@ -80,7 +85,7 @@ void dequantize(StableIValue* stack, uint64_t, uint64_t) {
 bool register_all() {
   TorchLibraryHandle library = nullptr;  // lives as long as the process, like the operators
   if (aoti_torch_library_init_impl("hfq", "CUDA", __FILE__, __LINE__, &library) != 0) return false;
-  return register_impl(library, "dequantize", dequantize) && register_fragments(library) && register_int8(library) &&
+  return register_impl(library, "cuda_dequantize_neutral", dequantize) && register_fragments(library) && register_int8(library) &&
          register_fp8(library) && register_spqr_fragments(library) && register_decode(library);
 }
 

@@ -10,7 +10,11 @@ extern "C" {
 typedef struct AtenTensorOpaque* AtenTensorHandle;
 typedef class TorchLibraryOpaque* TorchLibraryHandle;
 typedef uint64_t StableIValue;     // one argument or result of a boxed operator; see boxed_call.h
-typedef int32_t AOTITorchError;    // 0: success; the failure's text goes to stderr
+typedef int32_t AOTITorchError;    // 0: success; the failure's text goes to stderr, too
+
+// ---- errors ----
+// Since 2.13, hence weak: the text of the latest failure in this thread.
+__attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 // ---- operator registration ----
 AOTITorchError aoti_torch_library_init_impl(const char* ns, const char* dispatch_key, const char* file, uint32_t line, TorchLibraryHandle* out);

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
 
 from hfq.core.errors import KernelError
 from hfq.diagnose import Check, Diagnosis, doctor, installation, machine
-from hfq.kernels import huge_pages, native
+from hfq.kernels import gpu_code, huge_pages, native
 
 
 def check(diagnosis, name):
@@ -83,12 +84,21 @@ def test_huge_pages_that_are_off(monkeypatch):
 
 @pytest.mark.parametrize(
     ("capability", "code"),
-    [((8, 0), 1), ((8, 6), 1), ((8, 9), 1), ((9, 0), 1), ((9, 1), 0), ((10, 0), 0), ((7, 5), 0)],
+    [
+        ((8, 0), 1),
+        ((8, 6), 1),
+        ((8, 9), 1),
+        ((8, 7), 0),
+        ((9, 0), 1),
+        ((9, 1), 0),
+        ((10, 0), 0),
+        ((7, 5), 0),
+    ],
 )
 def test_machine_code_for_a_gpu(capability, code):
     archs = ["80-real", "89-real", "90a-real", "90-virtual"]
-    assert installation._has_code(archs, *capability) == bool(code)
-    assert installation._has_code(["120"], 12, 0) and not installation._has_code(["120"], 10, 0)
+    assert gpu_code.has_code(archs, capability) == bool(code)
+    assert gpu_code.has_code(["120"], (12, 0)) and not gpu_code.has_code(["120"], (10, 0))
 
 
 def test_a_gpu_that_is_newer_than_the_build(monkeypatch):
@@ -105,10 +115,42 @@ def test_a_gpu_that_is_newer_than_the_build(monkeypatch):
     diagnosis = doctor()
     found = check(diagnosis, "CUDA kernels")
     assert found.status == "ok" and "sm_120 when" in found.remedy
+    # Of both: what is built for one runs on no other.
+    assert "'-DCMAKE_CUDA_ARCHITECTURES=80-real;120-real'" in found.remedy
     assert check(diagnosis, "CUDA device 1").status == "ok"
     assert {"self-test, cpu", "self-test, cuda:0", "self-test, cuda:1"} <= {
         each.name for each in diagnosis.checks
     }
+
+
+def test_a_driver_that_pytorch_finds_too_old(monkeypatch):
+    def old():
+        warnings.warn(
+            "CUDA initialization: The NVIDIA driver\non your system is too old", stacklevel=1
+        )
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", old)
+    found = check(doctor(), "CUDA")
+    assert (
+        found.status == "missing" and "driver on your system is too old; models run" in found.found
+    )
+
+
+def test_gpus_that_cannot_run_the_kernels(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9 - index, 5 * index))
+    monkeypatch.setattr(installation, "self_test", lambda device: iter(()))
+    for archs, words in ((["80-real"], "GPUs of compute capability 9.0 do not run"), ([], "")):
+        status = native.NativeStatus(
+            cpu=True, cuda=True, build={"cuda": {"built": True, "archs": archs}}
+        )
+        monkeypatch.setattr(native, "load", lambda status=status: status)
+        found = check(doctor(), "CUDA kernels")
+        assert (found.status == "missing") == bool(words) and words in found.found
+        assert not words or "CUDA_VISIBLE_DEVICES" in found.remedy
 
 
 def test_cuda_kernels_that_are_left_out(monkeypatch):

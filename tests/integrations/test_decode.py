@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import peft
 import pytest
 import torch
@@ -19,9 +20,11 @@ from transformers import (
     DynamicCache,
     Gemma2Config,
     GemmaConfig,
+    Glm4MoeConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    NemotronConfig,
     Olmo2Config,
     Phi3Config,
     PreTrainedModel,
@@ -164,6 +167,30 @@ class Tempered(nn.Module):
         return attention
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral"])
+def test_in_modules_that_accelerate_has_hooked(family: str, calls: dict[str, int]) -> None:
+    """As all modules are whose model is spread over several GPUs."""
+    model = model_of(FAMILIES[family][0])
+    expected = generate(model, 9, 5)
+    accelerate.dispatch_model(
+        model, {"model": "cpu", "lm_head": torch.device("cpu")}, main_device="cpu"
+    )
+    assert hasattr(model.model.layers[0].self_attn, "_hf_hook")
+    for _ in range(2):
+        assert decode.install(model)["attentions"] == 2
+        calls.update(dict.fromkeys(calls, 0))
+        assert_same(generate(model, 9, 5), expected)
+        assert calls["attention"] == 19 * 2 and calls["norm"]
+        decode.remove(model)
+        calls.update(dict.fromkeys(calls, 0))
+        assert_same(generate(model, 9, 5), expected)
+        assert not any(calls.values())
+    decode.install(model)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert_same(generate(model, 9, 5), expected)
+    assert calls["attention"] == 19 * 2
+
+
 def test_what_computes_something_else_is_left_alone() -> None:
     assert decode.install(Scaled()) == {"norms": 0, "gates": 0, "attentions": 0}
     model = model_of(FAMILIES["llama"][0])
@@ -171,6 +198,31 @@ def test_what_computes_something_else_is_left_alone() -> None:
     Tempered(layers[1].self_attn)
     layers[0].mlp.act_fn = nn.GELU()
     assert decode.install(model) == {"norms": 5, "gates": 1, "attentions": 1}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: NemotronConfig(**SIZES, head_dim=32, partial_rotary_factor=0.5),
+        lambda: Glm4MoeConfig(
+            **SIZES | {"num_hidden_layers": 1},
+            head_dim=32,
+            partial_rotary_factor=0.5,
+            use_qk_norm=True,
+            first_k_dense_replace=1,
+        ),
+    ],
+    ids=["nemotron", "glm4_moe"],
+)
+def test_rotary_embeddings_of_a_part_of_each_head(make: Any, calls: dict[str, int]) -> None:
+    """Only a call shows how much of a head turns: stand-ins turn all of it."""
+    model = model_of(make)
+    expected = generate(model, 9, 5)
+    assert decode.install(model)["attentions"] == model.config.num_hidden_layers
+    assert_same(generate(model, 9, 5), expected)
+    calls.update(dict.fromkeys(calls, 0))
+    generate(model, 9, 5)
+    assert calls["attention"] == 0
 
 
 def test_defaults_of_the_caller_change_nothing() -> None:

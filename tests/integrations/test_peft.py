@@ -165,6 +165,58 @@ def test_adapters_of_a_packed_checkpoint(checkpoint: Path, ids: Tensor, tmp_path
     close(native(ids).logits, AutoModelForCausalLM.from_pretrained(tmp_path / "base")(ids).logits)
 
 
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+# Gloo, as NCCL, has no integers of 16 bits.
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["lora", "prompt", "spqr"])
+def test_training_in_several_processes(
+    checkpoint: Path, ids: Tensor, process_group: None, kind: str
+) -> None:
+    settings = {"format": "spqr", "method": "rtn"} if kind == "spqr" else {}
+    model = load(checkpoint, **settings)
+    scales = model.model.layers[0].self_attn.q_proj.packed_parameters("weight")
+    assert any(held.dtype == torch.int16 for held in scales.values())
+    if kind == "prompt":
+        prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+        adapted = get_peft_model(model, prompts)
+    else:
+        adapted = with_lora(model)
+    before = packed_state(model)
+    together = nn.parallel.DistributedDataParallel(adapted)
+    together(input_ids=ids, labels=ids).loss.backward()
+    learnt = [p for p in adapted.parameters() if p.requires_grad]
+    assert learnt and all(p.grad is not None for p in learnt)
+    assert same(packed_state(model), before)
+    # The last word is the user's.
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["x"])
+    assert model._ddp_params_and_buffers_to_ignore == ["x"]
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")
+def test_training_in_several_processes_on_gpus(
+    checkpoint: Path, ids: Tensor, cuda: torch.device
+) -> None:
+    model = with_lora(load(checkpoint, torch.bfloat16, device_map=0))
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
+    try:
+        together = nn.parallel.DistributedDataParallel(model, device_ids=[0])
+        together(input_ids=ids.to(cuda), labels=ids.to(cuda)).loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_are_those_of_the_dequantized_model(
     checkpoint: Path, ids: Tensor, dtype: torch.dtype

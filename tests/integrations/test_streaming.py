@@ -277,10 +277,13 @@ def unfinished(
     return tmp_path / "out"
 
 
+@pytest.mark.parametrize("native", [False, True])
 def test_a_run_out_of_memory_says_so_and_keeps_its_blocks(
-    source: Path, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, native: bool
 ) -> None:
     def full(self: resume.Resume, index: int, *args: Any) -> None:
+        if index == 1 and native:
+            raise RuntimeError("hfq: no memory for a tensor of 8 elements: CUDA out of memory. ...")
         if index == 1:
             torch.empty(1 << 60, dtype=torch.uint8)  # more than any machine has
         finish(self, index, *args)

@@ -67,6 +67,75 @@ def test_cuda_can_be_switched_off(tmp_path: Path) -> None:
         assert (info["cuda"]["built"], info["cuda"]["reason"]) == (False, "HFQ_CUDA=OFF")
 
 
+def test_a_reason_of_whoever_switches_cuda_off_is_kept(tmp_path: Path) -> None:
+    """The second try of `pip install`, after nvcc has failed."""
+    if shutil.which("c++") is None:
+        pytest.skip("needs a C++ compiler")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    (again,) = project["tool"]["scikit-build"]["overrides"]
+    defines = again["cmake"]["define"]
+    assert again["if"] == {"failed": True} and defines["HFQ_CUDA"] == "OFF"
+    options = [f"-D{name}={value}" for name, value in defines.items()]
+    info = _configure(tmp_path / "build", os.environ["PATH"], *options)
+    assert (info["cpu"]["built"], info["cuda"]["built"]) == (True, False)
+    assert info["cuda"]["reason"] == defines["HFQ_CUDA_REASON"]
+
+
+def test_a_compiler_that_was_not_there_before_is_found(tmp_path: Path) -> None:
+    if shutil.which("c++") is None:
+        pytest.skip("needs a C++ compiler")
+    for path, built in ((str(tmp_path), False), (os.environ["PATH"], True)):
+        info = _configure(tmp_path / "build", path, HFQ_CUDA="OFF")
+        assert info["cpu"]["built"] is built
+
+
+def test_nvcc_need_not_be_on_the_path(tmp_path: Path) -> None:
+    toolkits = [path for path in Path("/usr/local").glob("cuda*") if (path / "bin/nvcc").is_file()]
+    if not toolkits or shutil.which("c++", path="/usr/bin:/bin") is None:
+        pytest.skip("needs a CUDA toolkit in /usr/local and a C++ compiler")
+    info = _configure(tmp_path / "build", "/usr/bin:/bin", CUDA_HOME=str(toolkits[0]))
+    assert info["cuda"]["built"] is True, info["cuda"]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted"),
+    [
+        ("8.6\n8.6\n", []),
+        ("9.0\n12.0\n", ["120-real"]),
+        ("8.7\n", ["87-real"]),
+        ("99.9\n", []),
+        (
+            "Failed to initialize NVML: Driver/library version mismatch\nNVML library version: 550.5\n",
+            [],
+        ),
+        ("7.5\n", None),
+        ("7.5\n8.0\n", []),
+    ],
+)
+def test_code_for_the_gpus_of_the_machine(
+    tmp_path: Path, found: str, wanted: list[str] | None
+) -> None:
+    """What the driver would compile for minutes when it is first used; none where no GPU could run it."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("needs nvcc")
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True)
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text(f"#!/bin/sh\nprintf '{found}'\n")
+    smi.chmod(0o755)
+    info = _configure(tmp_path / "build", f"{smi.parent}{os.pathsep}{os.environ['PATH']}")["cuda"]
+    if wanted is None:
+        assert info["built"] is False and "8.0, which no GPU of the machine had" in str(
+            info["reason"]
+        )
+        return
+    archs = info["archs"]
+    assert isinstance(archs, list) and "80-real" in archs and "90-virtual" in archs
+    expected = [arch for arch in wanted if f"sm_{arch.removesuffix('-real')}" in known.stdout]
+    assert archs[archs.index("90-virtual") + 1 :] == expected
+
+
 def test_exported_symbols_are_ours() -> None:
     """An exported C++ symbol could be merged with one of another library."""
     nm = shutil.which("nm")

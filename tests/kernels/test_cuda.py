@@ -279,6 +279,34 @@ def test_activations_that_begin_anywhere(
     assert torch.equal(weight.linear(x), weight.linear(x.clone()))
 
 
+@pytest.mark.parametrize("kind", ["int4", "int3_zeros", "nf4", "int8", "e4m3"])
+def test_on_another_gpu_than_the_current_one(
+    make_weight: MakeWeight, generator: torch.Generator, kind: str
+) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    here, there = torch.device("cuda", 0), torch.device("cuda", 1)
+    weight = make_weight(1040, 4096, 128, kind=kind)
+    operands, neutral = (
+        tuple(None if tensor is None else tensor.to(there) for tensor in tensors)
+        for tensors in (weight.operands, weight.neutral)
+    )
+    moved, stream = Weight(operands, weight.sizes, neutral), torch.cuda.Stream(there)
+    torch.cuda.synchronize(there)
+    assert torch.cuda.current_device() == 0
+    for tokens in (1, 8, 9, 64):
+        x = torch.randn(tokens, 4096, generator=generator).to(there, torch.bfloat16)
+        torch.cuda.synchronize(there)
+        with torch.cuda.stream(stream), torch.cuda.device(here):
+            y = moved.linear(x)
+        torch.cuda.synchronize(there)
+        assert y.device == there and torch.cuda.current_device() == 0
+        _check(y, x, moved)
+    for mixed, other in ((moved, x.to(here)), (weight, x)):
+        with pytest.raises(RuntimeError, match="x must be on the device of qweight"):
+            mixed.linear(other)
+
+
 def test_opcheck(make_weight: MakeWeight, generator: torch.Generator, cuda: torch.device) -> None:
     check, hfq = torch.library.opcheck, torch.ops.hfq
     for kind in ("int3", "int4_zeros", "nf4", "e4m3"):

@@ -77,11 +77,16 @@ def test_races_are_seen(self_check: SelfCheck, races: None, kernel: str, words: 
         self_check.run(kernel, torch.zeros(256, dtype=torch.int32))
 
 
+def test_waits_that_may_come_too_late_are_seen(self_check: SelfCheck, races: None) -> None:
+    with pytest.raises(RuntimeError, match="so late that its phase is over"):
+        self_check.run("turns_that_are_missed", torch.zeros(128, dtype=torch.int32))
+
+
 @pytest.mark.parametrize(
     "kernel",
     [
         *("neighbours", "wgmma", "ring", "bulk_ring", "sum_of_cluster", "arrival_from_cluster"),
-        *("matrices", "early"),
+        *("matrices", "early", "turns"),
     ],
 )
 def test_what_barriers_order_is_no_race(self_check: SelfCheck, races: None, kernel: str) -> None:

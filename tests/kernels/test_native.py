@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hfq
 from hfq.core.errors import KernelError
-from hfq.kernels import cuda, huge_pages, native, ops, rows16
+from hfq.kernels import cuda, gpu_code, huge_pages, native, ops, rows16
 
 assert ops.LIBRARY is not None  # defines torch.ops.hfq
 TORCH_LIBRARIES = Path(torch.__file__).parent / "lib"
@@ -99,7 +101,7 @@ def test_every_symbol_exists_in_this_pytorch(library: Path) -> None:
     symbols = set(re.findall(r"\b((?:aoti_torch|torch)_\w+)\s*\(", text))
     assert len(symbols) > 15
     torch_cpu = ctypes.CDLL(str(TORCH_LIBRARIES / "libtorch_cpu.so"))
-    since_213 = {"torch_delete_stable_ivalue"}
+    since_213 = {"torch_delete_stable_ivalue", "torch_exception_get_what_without_backtrace"}
     missing = {
         s for s in symbols if "cuda" not in s or "device_type" in s if not hasattr(torch_cpu, s)
     }
@@ -113,6 +115,29 @@ def test_library_needs_pytorch_and_not_python(library: Path) -> None:
     assert b"libtorch_cpu.so" in content
     assert b"libpython" not in content
     assert b"libc10" not in content  # no C++ interface of PyTorch
+
+
+def test_out_of_memory_is_said_in_pytorchs_words(library: Path, run_code: Run) -> None:
+    """Programs that try again with less look for them."""
+    code = """
+import resource, torch
+from hfq.core.bits import pack
+from hfq.kernels import native, ops, rows16
+native.load()
+codes = rows16.to_rows16(pack(torch.zeros(16, 1024, dtype=torch.uint8), 4).unsqueeze(-1))
+scales = rows16.to_rows16(torch.ones(16, 8))
+index = torch.zeros(1 << 22, dtype=torch.int64)
+resource.setrlimit(resource.RLIMIT_DATA, (8 << 30, 8 << 30))
+torch.ops.hfq.cpu_lookup(index, codes, scales, None, None, 4, 128, 1024, 16, torch.float32)
+"""
+    run = run_code(code)
+    assert (
+        run.returncode and "RuntimeError: hfq: no memory for a tensor of 4294967296" in run.stderr
+    )
+    if Version(torch.__version__).release >= (2, 13):
+        assert (
+            "DefaultCPUAllocator: can't allocate memory" in run.stderr.rsplit("RuntimeError", 1)[1]
+        )
 
 
 def test_use_isa_selects_and_restores(library: Path) -> None:
@@ -165,6 +190,54 @@ def test_a_gpu_without_kernels_is_told_unless_they_are_left_out(
     told = [str(each.message) for each in caught]
     expected = "hfq runs without its CUDA kernels, on slower PyTorch code: native CUDA kernels are not loaded: no nvcc was found"
     assert told == ([] if wanted == "off" else [f"{expected}; see hfq doctor"])
+
+
+def test_native_code_on_cuda_only_where_it_runs(
+    machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's rows ask the library, too, once it is loaded; on an older GPU it launches nothing."""
+    referred: list[torch.device] = []
+    monkeypatch.setattr(
+        ops.reference, "dequantize", lambda codes, *_: referred.append(codes.device)
+    )
+    for gpus, kernels, natively in (
+        ([(8, 0)], True, True),
+        ([(7, 5)], True, False),
+        ([(9, 0), (7, 5)], True, False),
+        ([], True, False),
+        ([(8, 0)], False, False),
+    ):
+        machine(*gpus, kernels=kernels)
+        with FakeTensorMode():
+            codes = torch.empty(4, 8, 1, dtype=torch.uint8, device="cuda")
+            scales = torch.empty(4, 1, device="cuda")
+            y = ops._dequantize(codes, scales, None, None, None, 4, 16, 16, torch.bfloat16)
+        assert (y is not None) == natively and len(referred) == (not natively)
+        referred.clear()
+
+
+def test_a_library_that_this_machine_cannot_run() -> None:
+    built = ("80-real", "89-real", "90a-real", "90-virtual")
+    assert gpu_code.driver_problem(13000, 12040) is not None
+    for versions in ((13000, 13000), (12080, 12040), (12080, 13000), (13000, 0)):
+        assert gpu_code.driver_problem(*versions) is None
+    for capability in ((8, 0), (8, 6), (9, 0)):
+        assert gpu_code.gpu_problem(built, capability, 12080, 12040) is None
+    assert gpu_code.gpu_problem(built, (12, 0), 12080, 12080) is None
+    older = gpu_code.gpu_problem(built, (12, 0), 12090, 12080)
+    assert older is not None and "ARCHITECTURES=120-real" in older and "CUDA 12.8" in older
+    for archs, capability in (
+        (["120-real"], (9, 0)),
+        (["90a-real"], (10, 0)),
+        (["90a-virtual"], (12, 0)),
+        (["100a-real"], (10, 3)),
+        (["120-virtual"], (10, 0)),
+        (built, (8, 7)),
+    ):
+        problem = gpu_code.gpu_problem(archs, capability, 13000, 13000)
+        assert problem is not None and archs[0] in problem
+    for archs in ([], ["native"], ["100f-real"], ["103"], ["100-virtual"]):
+        assert gpu_code.gpu_problem(archs, (10, 3), 13000, 13000) is None
 
 
 def test_import_loads_no_library(run_code: Run) -> None:
@@ -240,7 +313,7 @@ def test_cuda_dequantize_agrees_with_the_reference(
                 sizes = (bits, group_size, columns, dtype)
                 expected = torch.ops.hfq.dequantize(codes, scales, *extra, *sizes)
                 on_gpu = [None if t is None else t.to(cuda) for t in (codes, scales, *extra)]
-                y = torch.ops.hfq.dequantize(*on_gpu, *sizes)
+                y = torch.ops.hfq.cuda_dequantize_neutral(*on_gpu, *sizes)
                 torch.testing.assert_close(y.cpu(), expected, rtol=0, atol=0)
 
 
@@ -252,7 +325,9 @@ def test_cuda_dequantize_refuses_bad_arguments(cuda: torch.device) -> None:
     scales = torch.ones(4, 2, device=cuda)
 
     def run(codes: torch.Tensor, scales: torch.Tensor, *sizes: object) -> None:
-        torch.ops.hfq.dequantize(codes, scales, None, None, None, *sizes, torch.float16)
+        torch.ops.hfq.cuda_dequantize_neutral(
+            codes, scales, None, None, None, *sizes, torch.float16
+        )
 
     run(codes, scales, 4, 32, 64)
     with pytest.raises(RuntimeError, match="bits must be 1 to 8"):
@@ -263,6 +338,12 @@ def test_cuda_dequantize_refuses_bad_arguments(cuda: torch.device) -> None:
         run(codes, scales, 4, 16, 64)
     with pytest.raises(RuntimeError, match="scales must be on the device"):
         run(codes, scales.cpu(), 4, 32, 64)
+    g_idx, table = torch.zeros(64, dtype=torch.int32), torch.zeros(16)
+    for name, extra in (("codebook", (table, None)), ("g_idx", (None, g_idx))):
+        with pytest.raises(RuntimeError, match=f"{name} must be on the device of qweight"):
+            torch.ops.hfq.cuda_dequantize_neutral(
+                codes, scales, None, *extra, 4, 32, 64, torch.float16
+            )
 
 
 # ---- huge pages

@@ -198,6 +198,7 @@ def test_opcheck_dequantize(grid: PackedGrid) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         arguments = (*operands(grid), *sizes(grid), dtype)
         torch.library.opcheck(torch.ops.hfq.dequantize.default, arguments)
+        torch.library.opcheck(torch.ops.hfq.cuda_dequantize_neutral.default, arguments)
 
 
 @pytest.mark.parametrize(
@@ -261,6 +262,7 @@ def test_every_operator_has_a_schema_and_a_line_in_the_docstring() -> None:
     assert ops.__doc__ is not None
     for name in (
         "dequantize",
+        "cuda_dequantize_neutral",
         "linear",
         "cpu_dequantize",
         "cpu_linear",

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hfq.core.errors import CheckpointError, WeightError
+from hfq.core.errors import CheckpointError, KernelError, WeightError
 from hfq.core.spec import CodebookSpec, IntSpec, QuantSpec
-from hfq.nn import layout
+from hfq.nn import layout, parameters
 from hfq.nn.embedding import QuantEmbedding
 from hfq.nn.linear import QuantLinear
 
@@ -116,6 +116,55 @@ def from_threads(module: nn.Module, x: Tensor, count: int) -> list[Tensor]:
     return results
 
 
+def test_a_graph_is_no_place_to_prepare(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed, x = quantized(generator), torch.randn(2, 32, generator=generator)
+    with monkeypatch.context() as capturing:
+        capturing.setattr(parameters, "is_capturing", lambda weight: True)
+        with pytest.raises(KernelError, match="run the model once before"):
+            packed(x)
+        packed.restore()
+    wanted = packed(x)
+    monkeypatch.setattr(parameters, "is_capturing", lambda weight: True)
+    assert torch.equal(packed(x), wanted)
+
+
+def test_streams_are_waited_for_before_memory_is_given_away(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = quantized(generator)
+    addresses: list[int] = []
+    monkeypatch.setattr(parameters, "_wait", lambda weight: addresses.append(weight.data_ptr()))
+    neutral = packed.W_q.data_ptr()
+    packed.prepare()
+    prepared = packed.W_q.data_ptr()
+    packed.prepare()
+    if prepared == neutral:
+        pytest.skip("no native kernels: layouts are the same")
+    packed.restore()
+    packed.restore()
+    assert addresses == [neutral, prepared]
+
+
+@pytest.mark.gpu
+def test_prepared_in_one_stream_and_read_in_another(
+    generator: torch.Generator, cuda: torch.device
+) -> None:
+    packed = quantized(generator, rows=4096, columns=4096).to(cuda)
+    x = torch.randn(2, 4096, generator=generator).to(cuda, torch.bfloat16)
+    wanted, side = packed(x), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    for _ in range(10):
+        packed.restore()
+        with torch.cuda.stream(side):
+            found = packed(x)
+        # What the neutral weight was in may be anybody's now.
+        torch.full((4096 * 2048,), 255, dtype=torch.uint8, device=cuda)
+        torch.cuda.synchronize()
+        assert torch.equal(found, wanted)
+
+
 def test_prepared_in_inference_mode_and_trained_later(generator: torch.Generator) -> None:
     packed = quantized(generator)
     x = torch.randn(3, 32, generator=generator)
@@ -128,6 +177,12 @@ def test_prepared_in_inference_mode_and_trained_later(generator: torch.Generator
     x.requires_grad_(True)
     packed(x).sum().backward()
     torch.testing.assert_close(x.grad, packed.dequantize().sum(0).expand(3, 32))
+
+
+def test_data_parallel_is_refused_in_words(generator: torch.Generator) -> None:
+    for module in (quantized(generator), tied(generator)["table"]):
+        with pytest.raises(KernelError, match=r"torchrun.*CUDA_VISIBLE_DEVICES"):
+            module._replicate_for_data_parallel()
 
 
 def test_replaced_parameters_are_used(generator: torch.Generator) -> None:

@@ -290,7 +290,7 @@ def test_weights_in_a_cuda_graph_do_not_move(
     block(tokens(1, generator))  # noticed, but not joined yet
     before, before_joined = addresses(block), addresses(joined)
     with monkeypatch.context() as capturing:
-        capturing.setattr(siblings, "_is_capturing", lambda x: True)
+        capturing.setattr(siblings, "is_capturing", lambda x: True)
         x = tokens(1, generator)
         for each in (block, joined):
             assert torch.equal(each(x.clone()), alone(each, x))
@@ -298,6 +298,113 @@ def test_weights_in_a_cuda_graph_do_not_move(
         block(tokens(1, generator))
     assert group_of(block.q) is None and addresses(block) == before
     assert group_of(joined.q) is not None and addresses(joined) == before_joined
+
+
+@pytest.fixture
+def products(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Weights of the products that blocks compute, in their order."""
+    row = Block(generator).q.operands("weight").choice.row
+    linear, weights = type(row).linear, []
+
+    def noted(self: object, x: Tensor, grid: object, *rest: object) -> Tensor:
+        weights.append(grid)
+        return linear(self, x, grid, *rest)
+
+    monkeypatch.setattr(type(row), "linear", noted)
+    return weights
+
+
+def test_outputs_are_fetched_in_the_graph_that_computes_them(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, products: list[object]
+) -> None:
+    """Each module may be captured into a graph of its own, all with one input; and nobody may know which graph it is."""
+    block, x = learnt(Block(generator), generator), tokens(1, generator)
+    expected, group = alone(block, x), group_of(block.q)
+    assert group is not None
+    for work, count in (([(7, 1)] * 3, 1), ([(7, 2), (7, 3), (7, 3)], 2), ([None] * 3, 3)):
+        left = iter(work)
+        monkeypatch.setattr(siblings, "_work", lambda x, left=left: next(left))
+        monkeypatch.setattr(siblings, "is_capturing", lambda x: True)
+        products.clear()
+        group.missed = 0
+        outputs = [module(x) for module in block.children()]
+        assert torch.equal(torch.cat(outputs, -1), expected)
+        assert len(products) == count
+        assert any(each is group.grid for each in products) == (work[0] is not None)
+    assert group_of(block.q) is group
+
+
+def test_outputs_are_fetched_in_the_stream_that_computes_them(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, products: list[object]
+) -> None:
+    block, x = learnt(Block(generator), generator), tokens(1, generator)
+    expected, streams = alone(block, x), iter([1, 1, 2])
+    monkeypatch.setattr(siblings, "_work", lambda x: (next(streams), 0))
+    products.clear()
+    outputs = [module(x) for module in block.children()]
+    assert torch.equal(torch.cat(outputs, -1), expected)
+    assert len(products) == 2
+
+
+def test_without_room_for_a_copy_each_goes_alone(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: object, grids: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    block = Block(generator)
+    monkeypatch.setattr(type(block.q.operands("weight").choice.row), "stack", full)
+    for _ in range(4):
+        x = tokens(1, generator)
+        assert torch.equal(block(x), alone(block, x))
+    assert group_of(block.q) is None
+
+
+@pytest.mark.gpu
+def test_siblings_share_a_call_in_a_graph(
+    generator: torch.Generator, cuda: torch.device, products: list[object]
+) -> None:
+    block = Block(generator).to(cuda)
+    for _ in range(3):
+        block(tokens(1, generator).to(cuda))
+    x, graph = tokens(1, generator).to(cuda), torch.cuda.CUDAGraph()
+    products.clear()
+    with torch.cuda.graph(graph):
+        y = block(x)
+    assert len(products) == 1
+    x.copy_(tokens(1, generator))
+    graph.replay()
+    torch.testing.assert_close(y, alone(block, x), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.gpu
+def test_graphs_of_single_modules(generator: torch.Generator, cuda: torch.device) -> None:
+    block = Block(generator).to(cuda)
+    for _ in range(2):
+        block(tokens(1, generator).to(cuda))
+    x, graphs, outputs = tokens(1, generator).to(cuda), [], []
+    for module in block.children():
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            outputs.append(module(x))
+    x.copy_(tokens(1, generator))
+    for graph in graphs:
+        graph.replay()
+    expected = alone(block, x)
+    torch.testing.assert_close(torch.cat(outputs, -1), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.gpu
+def test_siblings_in_other_streams(generator: torch.Generator, cuda: torch.device) -> None:
+    block, side = Block(generator).to(cuda), torch.cuda.Stream()
+    for _ in range(4):
+        x = tokens(1, generator).to(cuda)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            found = block(x)
+        torch.cuda.current_stream().wait_stream(side)
+        torch.testing.assert_close(found, alone(block, x), rtol=1e-2, atol=1e-2)
+    assert group_of(block.q) is not None
 
 
 @pytest.mark.gpu

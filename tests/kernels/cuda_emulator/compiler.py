@@ -18,8 +18,9 @@ from filelock import FileLock
 TESTS = Path(__file__).parents[1]
 EMULATOR = TESTS / "cuda_on_cpu"
 KERNELS = TESTS.parents[1] / "kernels"
-# The first CUDA kernel, for the neutral layout, is written against CUDA's own types.
-SOURCES = sorted(set((KERNELS / "cuda").glob("*.cu")) - {KERNELS / "cuda/dequantize.cu"})
+# The first CUDA kernel, for the neutral layout, is written against CUDA's own types; the other file has no kernel.
+NOT_EMULATED = {KERNELS / "cuda" / name for name in ("dequantize.cu", "runtime.cu")}
+SOURCES = sorted(set((KERNELS / "cuda").glob("*.cu")) - NOT_EMULATED)
 # The GPU contracts multiplications and additions where kernels let it; they say where that is wrong.
 FLAGS = (
     *("-std=c++17", "-O1", "-ffp-contract=off", "-fPIC"),
@@ -27,8 +28,7 @@ FLAGS = (
 )
 # Each access of a kernel calls cuda_on_cpu/hooks.cpp.
 WATCHED = "-fsanitize=thread"
-RUNTIME = [EMULATOR / f"{name}.cpp" for name in ("fibers", "hooks", "races")]
-DEVICE = [*RUNTIME, EMULATOR / "device.cpp"]
+DEVICE = [EMULATOR / f"{name}.cpp" for name in ("device", "fibers", "hooks", "races")]
 
 
 def compiled_kernels(folder: Path, *, watched: bool) -> Path:
@@ -78,7 +78,7 @@ def _compiled_operators(folder: Path) -> Path:
     with FileLock(folder / "lock"):
         if not library.exists():
             objects = _compiled(folder, [*bindings, EMULATOR / "operators.cpp"], device)
-            objects += [_object(folder, source) for source in (*SOURCES, *RUNTIME)]
+            objects += [_object(folder, source) for source in (*SOURCES, *DEVICE)]
             _link(library, objects, str(Path(torch.__file__).parent / "lib/libtorch_cpu.so"))
     return library
 

@@ -77,7 +77,8 @@ class Launchers:
 
     def set_device(self, multiprocessors: int, shared_bytes: int = H100) -> None:
         """The GPU has `multiprocessors`, and gives a thread block `shared_bytes` of shared memory."""
-        self._library.set_device(multiprocessors, ctypes.c_size_t(shared_bytes))
+        self._library.set_multiprocessors(multiprocessors)
+        self._library.set_shared_bytes(ctypes.c_size_t(shared_bytes))
 
     def watch_races(self, wanted: bool) -> None:
         """Whether launches fail where nothing orders two accesses to memory (cuda_on_cpu/races.h)."""

@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 
 import torch
-from operators_on_cpu import emulated, on_cpu, refused, strided
+from operators_on_cpu import emulated, given_before, on_cpu, refused, strided
 from torch import Tensor, nn
 
 from hfq.core import affine
@@ -74,7 +74,8 @@ def check_products(name: str) -> None:
             x = torch.randn(int(counts.sum()) + behind, columns).to(dtype)
             emulated.set_multiprocessors(1 if behind else 100)
             own = bias if rows % 2 else None
-            y = product(x, counts, codes, scales, own)
+            with given_before(counts):
+                y = product(x, counts, codes, scales, own)
             wanted = expected(name, x, counts, codes, scales, own)
             assert y.dtype == dtype and y.shape == wanted.shape
             if name == "int8":
@@ -122,7 +123,8 @@ def check_spqr() -> None:
         behind = 5 if dtype == torch.float16 else 0
         x = torch.randn(int(counts.sum()) + behind, columns).to(dtype)
         assert SPQR.reads_counts_on_device(x, len(x), grid)
-        y = SPQR.experts(x, counts, grid, bias, False)
+        with given_before(counts):
+            y = SPQR.experts(x, counts, grid, bias, False)
         wanted = torch.zeros(len(x), rows, dtype=dtype)
         for expert, part in enumerate(torch.arange(len(x) - behind).split(counts.tolist())):
             weight = SPQR.dequantize(grid.expert(expert), torch.float32)

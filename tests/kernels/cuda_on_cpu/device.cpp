@@ -1,4 +1,4 @@
-// What tests/kernels/cuda_emulator asks of the emulated GPU itself.
+// What tests ask of the emulated GPU itself.
 #include "fibers.h"
 #include "races.h"
 
@@ -6,10 +6,8 @@ extern "C" {
 
 void allow(const void* p, size_t bytes, int access) { cuda_on_cpu::allow(p, bytes, static_cast<cuda_on_cpu::Access>(access)); }
 void forget_all() { cuda_on_cpu::forget_all(); }
-void set_device(int multiprocessors, size_t most_shared_bytes) {
-  cuda_on_cpu::multiprocessors = multiprocessors;
-  cuda_on_cpu::most_shared_bytes = most_shared_bytes;
-}
+void set_multiprocessors(int count) { cuda_on_cpu::multiprocessors = count; }
+void set_shared_bytes(size_t most) { cuda_on_cpu::most_shared_bytes = most; }
 void watch_races(bool wanted) { cuda_on_cpu::races::wanted = wanted; }
 unsigned threads_of_a_block() { return cuda_on_cpu::threads_of_a_block(); }
 void set_compute_capability(int capability) { cuda_on_cpu::compute_capability = capability; }

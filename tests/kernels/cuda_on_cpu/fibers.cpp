@@ -79,6 +79,14 @@ struct Mbarrier {
   struct Told {
     races::Clock by_block, by_cluster;
   } told, ended;
+  races::Clock arrived;  // how far those had come that have arrived
+  bool of_copies;        // some of them by cp.async: `told` has less
+  // Who waits for this phase or has waited for the one before, and at which time of its own it went on; 0: not yet.
+  struct Wait {
+    unsigned thread;
+    uint32_t phase, time;
+  };
+  std::vector<Wait> waits;
 };
 
 struct BulkCopy {
@@ -184,10 +192,21 @@ void wake(State waiting, const Block* of) {
     if (fiber.state == waiting && (!of || fiber.block == of)) fiber.state = State::kReady;
 }
 
+// Who waits names the last bit of its phase. If it has not seen that the phase has ended when the next one does, it waits for one more.
+void see_late_waits(Mbarrier& barrier) {
+  for (const Mbarrier::Wait& wait : barrier.waits) {
+    const uint32_t known = wait.thread < barrier.arrived.size() ? barrier.arrived[wait.thread] : 0;
+    if (wait.phase + 1 == barrier.phase && (wait.time == 0 || wait.time > known)) message = "a thread may wait so late that its phase is over";
+  }
+  const auto is_over = [&](const Mbarrier::Wait& wait) { return wait.phase + 1 <= barrier.phase; };
+  barrier.waits.erase(std::remove_if(barrier.waits.begin(), barrier.waits.end(), is_over), barrier.waits.end());
+}
+
 // If all have come.
 void end_phase(Block& block, uint32_t place) {
   Mbarrier& barrier = block.mbarriers.at(place);
   if (barrier.left || barrier.bytes) return;
+  if (races::wanted) see_late_waits(barrier);
   barrier.left = barrier.count;
   ++barrier.phase;
   if (races::wanted) {
@@ -556,7 +575,11 @@ void mbarrier_init(uint32_t barrier, uint32_t count) {
 
 void mbarrier_arrive(uint32_t barrier) {
   const auto found = current->block->mbarriers.find(place(barrier));
-  if (races::wanted && found != current->block->mbarriers.end()) races::tell(number_of(*current), known(found->second).told.by_block);
+  if (races::wanted && found != current->block->mbarriers.end()) {
+    Mbarrier& told = known(found->second);
+    races::tell_steps(number_of(*current), told.arrived);
+    races::tell(number_of(*current), told.told.by_block);
+  }
   arrive(*current->block, place(barrier));
   if (!message.empty()) fail(message.c_str());
   arrived = true;
@@ -565,7 +588,12 @@ void mbarrier_arrive(uint32_t barrier) {
 
 void mbarrier_arrive_after_copies(uint32_t barrier) {
   const auto found = current->block->mbarriers.find(place(barrier));
-  if (races::wanted && found != current->block->mbarriers.end()) races::pass_on(number_of(*current), known(found->second).told.by_block);
+  if (races::wanted && found != current->block->mbarriers.end()) {
+    Mbarrier& told = known(found->second);
+    told.of_copies = true;
+    races::tell_steps(number_of(*current), told.arrived);
+    races::pass_on(number_of(*current), told.told.by_block);
+  }
   ++current->committed;
   current->groups.push_back({std::move(current->copies), place(barrier)});
   current->copies.clear();
@@ -574,13 +602,19 @@ void mbarrier_arrive_after_copies(uint32_t barrier) {
 void mbarrier_wait(uint32_t barrier, uint32_t bit, bool cluster) {
   const auto found = current->block->mbarriers.find(place(barrier));
   if (found == current->block->mbarriers.end()) fail("wait at a barrier that nobody has made");
+  const unsigned number = number_of(*current);
+  const uint32_t phase = found->second.phase - (found->second.phase % 2 == bit ? 0 : 1);
+  if (races::wanted) found->second.waits.push_back({number, phase, 0});
   while (found->second.phase % 2 == bit) {
     current->barrier = found->first;
     leave(State::kInMbarrier);
   }
   if (!races::wanted) return;
-  races::learn(number_of(*current), known(found->second).ended.by_block);
-  if (cluster) races::learn(number_of(*current), found->second.ended.by_cluster);
+  for (Mbarrier::Wait& wait : found->second.waits)
+    if (wait.thread == number && wait.phase == phase) wait.time = races::time_of(number);
+  races::learn(number, known(found->second).ended.by_block);
+  if (found->second.of_copies) races::learn_steps(number, found->second.arrived);
+  if (cluster) races::learn(number, found->second.ended.by_cluster);
 }
 
 void mbarrier_arrive_and_expect(uint32_t barrier, uint32_t bytes) {
@@ -615,7 +649,11 @@ void mbarrier_arrive_at_block(uint32_t own, unsigned rank) {
   if (block.ended == static_cast<int>(threads)) fail("arrival at a block that has ended");
   const auto found = block.mbarriers.find(place(own));
   if (found == block.mbarriers.end() || !found->second.shown) fail("arrival at a barrier that the cluster does not know");
-  if (races::wanted) races::tell(number_of(*current), known(found->second, rank).told.by_cluster);
+  if (races::wanted) {
+    Mbarrier& told = known(found->second, rank);
+    races::tell_steps(number_of(*current), told.arrived);
+    races::tell(number_of(*current), told.told.by_cluster);
+  }
   arrive(block, found->first);
   if (!message.empty()) fail(message.c_str());
 }

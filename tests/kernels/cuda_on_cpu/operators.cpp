@@ -3,12 +3,23 @@
 #include "../../../kernels/torch-ext/cuda_arguments.h"
 #include "fibers.h"
 
+namespace {
+
+// What the kernel in front of the next ones gives.
+const void* given = nullptr;
+size_t given_bytes = 0;
+
+}  // namespace
+
 extern "C" {
+
+void set_given(const void* p, size_t bytes) { given = p, given_bytes = bytes; }
 
 AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** out_stream) {
   // Asked for before each launch. Which tensors a launch may touch is known to the operator only.
   cuda_on_cpu::forget_all();
-  // What is read may be a weight.
+  cuda_on_cpu::allow(given, given_bytes, cuda_on_cpu::Access::kFromBefore);
+  // What else is read may be a weight.
   for (const auto access : {cuda_on_cpu::Access::kConstant, cuda_on_cpu::Access::kWritten}) cuda_on_cpu::allow(nullptr, SIZE_MAX, access);
   *out_stream = nullptr;
   return 0;
@@ -34,7 +45,5 @@ const bool registered = [] {
 extern "C" {
 
 int operators_registered() { return registered; }
-void set_multiprocessors(int count) { cuda_on_cpu::multiprocessors = count; }
-void set_compute_capability(int capability) { cuda_on_cpu::compute_capability = capability; }
 
 }  // extern "C"

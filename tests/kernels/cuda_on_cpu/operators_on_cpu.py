@@ -5,11 +5,12 @@ The script's argument is the library of operators; cuda_emulator.check_operators
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -64,6 +65,14 @@ def moved(tensor: Tensor, numbers: int) -> Tensor:
     """The same numbers, contiguous, so many behind the beginning of an allocation."""
     storage = tensor.new_zeros(tensor.numel() + numbers)
     return storage[numbers:].view(tensor.shape).copy_(tensor)
+
+
+@contextlib.contextmanager
+def given_before(tensor: Tensor) -> Iterator[None]:
+    """Kernels that start early have to wait for this tensor, which the one in front gives."""
+    emulated.set_given(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes))
+    yield
+    emulated.set_given(None, ctypes.c_size_t(0))
 
 
 def linear_module(

@@ -23,7 +23,7 @@ using Accesses = std::vector<Access>;
 
 unsigned threads, barriers;
 uint32_t cluster;  // its number
-std::vector<Clock> clocks;
+std::vector<Clock> clocks, steps;  // of threads; `steps`: how far others have come, whatever may be seen of what they wrote
 struct Watched {
   Memory memory;
   std::vector<Accesses> words;
@@ -108,6 +108,7 @@ void begin_cluster(unsigned count, std::vector<Memory> memory) {
   ++cluster;
   threads = count, barriers = 0;
   clocks.resize(threads);
+  steps.assign(threads, {});
   for (unsigned i = 0; i < threads; ++i) {
     clocks[i].assign(2 * threads + threads / 32 + kBarriers, 0);
     clocks[i][i] = 1;
@@ -121,13 +122,16 @@ unsigned clock_of_wgmma(unsigned warp) { return 2 * threads + warp; }
 unsigned clock_of_barrier() { return 2 * threads + threads / 32 + barriers++ % kBarriers; }
 
 void meet(unsigned first, unsigned count) {
-  Clock all = clocks[first];
-  for (unsigned i = first + 1; i < first + count; ++i) join(all, clocks[i]);
+  Clock all = clocks[first], all_steps;
+  for (unsigned i = first; i < first + count; ++i) join(all, clocks[i]), join(all_steps, steps[i]);
   for (unsigned i = first; i < first + count; ++i) {
-    clocks[i] = all;
+    clocks[i] = all, steps[i] = all_steps;
     ++clocks[i][i];
   }
 }
+
+void tell_steps(unsigned thread, Clock& clock) { join(clock, clocks[thread]), join(clock, steps[thread]); }
+void learn_steps(unsigned thread, const Clock& clock) { join(steps[thread], clock); }
 
 void tell(unsigned thread, Clock& clock) {
   join(clock, clocks[thread]);

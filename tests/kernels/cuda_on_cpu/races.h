@@ -39,6 +39,9 @@ void meet(unsigned first, unsigned count);
 void tell(unsigned thread, Clock& clock);
 void pass_on(unsigned thread, Clock& clock);  // what others had told it, but nothing of its own
 void learn(unsigned thread, const Clock& clock);
+// How far threads have come only: cp.async arrives at a barrier after its thread has waited, but what that thread wrote is not there for others.
+void tell_steps(unsigned thread, Clock& clock);
+void learn_steps(unsigned thread, const Clock& clock);
 // The thread, or `clock`, knows that `whose` has come as far as `time`.
 void learn_time(unsigned thread, unsigned whose, uint32_t time);
 uint32_t time_of(unsigned thread);

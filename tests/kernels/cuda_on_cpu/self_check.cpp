@@ -167,6 +167,26 @@ void ring(Params p) {
   store(p.to + threadIdx.x % 32, sum);
 }
 
+// Two warps in turns. All lanes of the first one wait for the second, and one of them says so: without a barrier of the warp for itself only.
+template <Mistake kMistake>
+void turns(Params p) {
+  const uint32_t there = shared_address(shared_memory()), back = there + 8, lane = threadIdx.x % 32;
+  if (threadIdx.x == 0) mbarrier_init(there, 1), mbarrier_init(back, 1);
+  sync_block();
+  for (uint32_t i = 0; i < 4; ++i) {
+    if (threadIdx.x < 32) {
+      if (i) mbarrier_wait(back, (i - 1) % 2);
+      if (kMistake != Mistake::kNoBarrier) sync_warp();
+      if (lane == 0) mbarrier_arrive(there);
+    } else {
+      mbarrier_wait(there, i % 2);
+      sync_warp();
+      if (lane == 0) mbarrier_arrive(back);
+    }
+  }
+  store(p.to + threadIdx.x, load(p.from + threadIdx.x));
+}
+
 // The last warp fills two stages in turns, each with two copies in bulk; the first one adds up what is in them. Odd rounds lack the second piece.
 template <Mistake kMistake>
 void bulk_ring(Params p) {
@@ -272,6 +292,8 @@ constexpr struct {
     {"ring_too_many_expected", ring<Mistake::kNoBarrier>, 128},
     {"ring_no_wait", ring<Mistake::kNoWait>, 128},
     {"ring_filled_too_early", ring<Mistake::kMemoryChanges>, 128},
+    {"turns", turns<Mistake::kNone>, 64},
+    {"turns_that_are_missed", turns<Mistake::kNoBarrier>, 64},
     {"bulk_ring", bulk_ring<Mistake::kNone>, 128},
     {"bulk_ring_nothing_expected", bulk_ring<Mistake::kNoBarrier>, 128},
     {"bulk_ring_no_wait", bulk_ring<Mistake::kNoWait>, 128},
