@@ -27,6 +27,7 @@ __all__ = [
     "show_to_kernels",
     "to_kernel",
     "to_neutral",
+    "wait_for_streams",
 ]
 
 # The operand whose codes are not of ``spec.bits`` bits.
@@ -54,6 +55,14 @@ def show_to_kernels(weight: Tensor) -> None:
     """
     if weight.is_cuda:
         weight.new_ones(1)
+
+
+def wait_for_streams(weight: Tensor) -> None:
+    """Before memory of a weight is given away for a copy that nobody has asked for: streams may still read it, and nobody makes
+    others wait for the new one.
+    """
+    if weight.is_cuda:
+        torch.cuda.synchronize(weight.device)
 
 
 def in_kernel_layout(slot: PackedSlot, held: Mapping[str, Tensor]) -> bool:

@@ -27,7 +27,15 @@ from ..core.weight import Grid
 from ..formats import FORMATS, INPUT_SCALE, check_tensors
 from ..kernels import dispatch
 from ..kernels.row import KernelRow, Problem
-from .layout import as_bits, as_float, in_kernel_layout, neutral_grid, to_kernel, to_neutral
+from .layout import (
+    as_bits,
+    as_float,
+    in_kernel_layout,
+    neutral_grid,
+    to_kernel,
+    to_neutral,
+    wait_for_streams,
+)
 from .siblings import Siblings, is_capturing
 from .slot import PackedSlot
 
@@ -281,7 +289,7 @@ class PackedParameters(nn.Module):
         grid = neutral_grid(slot, held)
         choice = self._choose(grid)
         grid, held = to_kernel(grid, held, choice.row)
-        _wait(parameters["weight"])
+        wait_for_streams(parameters["weight"])
         for key, parameter in parameters.items():
             shared: bool = parameter.is_shared()  # type: ignore[no-untyped-call]
             parameter.data = held[key].share_memory_() if shared else held[key]  # type: ignore[no-untyped-call]
@@ -307,7 +315,7 @@ class PackedParameters(nn.Module):
                     key for key, held_by in parameters.items() if held_by.dim() != held[key].dim()
                 ]
                 if moved:
-                    _wait(parameters["weight"])
+                    wait_for_streams(parameters["weight"])
                 for key in moved:
                     parameters[key].data = held[key]
             holder._prepared.clear()
@@ -358,12 +366,6 @@ class PackedParameters(nn.Module):
             codes=grid.qweight,
             copies={},
         )
-
-
-def _wait(weight: Tensor) -> None:
-    """Before a weight's memory is given away: streams may still read it, and none is told to wait for the new one."""
-    if weight.is_cuda:
-        torch.cuda.synchronize(weight.device)
 
 
 def _is_exporting() -> bool:

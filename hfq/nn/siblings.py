@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from ..core.weight import Grid
 from ..kernels import native
 from ..kernels.row import KernelRow, Problem
-from .layout import as_bits, show_to_kernels
+from .layout import as_bits, show_to_kernels, wait_for_streams
 
 if TYPE_CHECKING:
     from .linear import QuantLinear
@@ -96,8 +96,7 @@ def shared_output(
         or x.is_inference()  # has no version
     ):
         return None
-    work = _work(x)
-    if group is not None and work is not None:
+    if group is not None and (work := _work(x)) is not None:
         y = group.output(siblings.place, x, int8_activations, work)
         if siblings.group is not None:
             return y
@@ -187,9 +186,7 @@ def _join(modules: Sequence[QuantLinear]) -> bool:
         if stacked is None:
             return False
         grid, parts = stacked
-        if grid.qweight.is_cuda:
-            # Nobody has asked for this copy, so nobody makes other streams wait for it, and some may still read what is freed now.
-            torch.cuda.synchronize(grid.qweight.device)
+        wait_for_streams(grid.qweight)
         joined = [
             _moved(module, operands, part)
             for module, operands, part in zip(modules, members, parts, strict=True)

@@ -77,6 +77,11 @@ def test_races_are_seen(self_check: SelfCheck, races: None, kernel: str, words: 
         self_check.run(kernel, torch.zeros(256, dtype=torch.int32))
 
 
+def test_reads_by_any_pointer_are_seen(self_check: SelfCheck, races: None) -> None:
+    with pytest.raises(RuntimeError, match="read of memory that is no GPU's"):
+        self_check.run("reads_too_far_by_itself", torch.zeros(128, dtype=torch.int32))
+
+
 def test_waits_that_may_come_too_late_are_seen(self_check: SelfCheck, races: None) -> None:
     with pytest.raises(RuntimeError, match="so late that its phase is over"):
         self_check.run("turns_that_are_missed", torch.zeros(128, dtype=torch.int32))

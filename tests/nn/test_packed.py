@@ -135,7 +135,9 @@ def test_streams_are_waited_for_before_memory_is_given_away(
 ) -> None:
     packed = quantized(generator)
     addresses: list[int] = []
-    monkeypatch.setattr(parameters, "_wait", lambda weight: addresses.append(weight.data_ptr()))
+    monkeypatch.setattr(
+        parameters, "wait_for_streams", lambda weight: addresses.append(weight.data_ptr())
+    )
     neutral = packed.W_q.data_ptr()
     packed.prepare()
     prepared = packed.W_q.data_ptr()

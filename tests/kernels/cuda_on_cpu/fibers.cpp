@@ -1,5 +1,6 @@
 #include "fibers.h"
 
+#include <dlfcn.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -125,6 +126,7 @@ unsigned threads;  // of a block
 int in_cluster_barrier, done;
 bool starts_early;
 bool arrived;  // the thread that has just run, at a barrier in shared memory
+const void* launcher;  // where its stack ends
 int quiet;  // what the emulator reads and writes for a kernel is not the kernel's
 const std::function<void()>* body;
 std::string message;
@@ -350,6 +352,7 @@ const char* run_blocks(unsigned blocks, unsigned cluster_blocks, unsigned block_
   cluster.resize(cluster_blocks);
   while (stacks.size() < fibers.size()) stacks.push_back(std::make_unique<uint8_t[]>(kStack));
   quiet = 0;
+  launcher = __builtin_frame_address(0);
   if (races::wanted) races::begin_launch();
   std::minstd_rand random(1);
   for (unsigned first = 0; first < blocks; first += cluster_blocks) {
@@ -478,6 +481,16 @@ bool is_watched(const void* p, size_t bytes) {
                      [&](const Range& range) { return range.access == Access::kWritten && within(p, bytes, range.begin, range.bytes); });
 }
 
+bool is_allowed(const void* p, size_t bytes) {
+  return std::any_of(ranges.begin(), ranges.end(), [&](const Range& range) { return within(p, bytes, range.begin, range.bytes); });
+}
+
+// Constants of the program, and what the launcher has on its stack: a kernel's parameters.
+bool is_of_program(const void* p) {
+  Dl_info info;
+  return p >= static_cast<const void*>(launcher) || dladdr(p, &info) != 0;
+}
+
 void see(const char* race) {
   if (race) fail(race);
 }
@@ -504,6 +517,7 @@ void accessed_by_kernel(const void* p, size_t bytes, bool writes) {
   if (!races::wanted || !current || quiet || within(p, 0, stacks[number_of(*current)].get(), kStack)) return;
   if (is_watched(p, bytes)) return see(races::access(number_of(*current), p, bytes, writes));
   if (writes) fail("write to memory that is no GPU's");
+  if (!is_allowed(p, bytes) && !is_of_program(p)) fail("read of memory that is no GPU's");
 }
 
 void read_by_wgmma(uint32_t address, size_t bytes) {

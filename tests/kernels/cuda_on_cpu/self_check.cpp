@@ -99,6 +99,8 @@ void barrier_for_some(Params) {
 }
 
 void reads_too_far(Params p) { store(p.to, load(p.from + 128 + threadIdx.x)); }
+// By a pointer, which nothing but calls for races.h looks at.
+void reads_too_far_by_itself(Params p) { store(p.to + threadIdx.x, p.from[threadIdx.x + 97]); }
 void writes_what_is_read_only(Params p) { store(const_cast<uint32_t*>(p.from), 1u); }
 void misaligned(Params p) { store(p.to, load(reinterpret_cast<const uint4*>(p.from + 1)).x); }
 void writes_behind_shared_memory(Params) { shared_memory()[2048] = 0; }
@@ -323,6 +325,7 @@ constexpr struct {
     {"neighbours_one_barrier", neighbours<Between::kOneBarrier>},
     {"barrier_for_some", barrier_for_some},
     {"reads_too_far", reads_too_far},
+    {"reads_too_far_by_itself", reads_too_far_by_itself},
     {"writes_what_is_read_only", writes_what_is_read_only},
     {"misaligned", misaligned},
     {"writes_behind_shared_memory", writes_behind_shared_memory},
