@@ -146,7 +146,7 @@ struct Codes {
 // Codes that are numbers by themselves. `a[j]` is the A operand of instruction j of a unit.
 template <int kBits, bool kE4m3 = false>
 struct IntCodes : Codes<kBits, kE4m3> {
-  static constexpr bool kTable = false, kMayHaveZeros = !kE4m3, kMayBeNaN = kE4m3;
+  static constexpr bool kTable = false, kMayHaveZeros = !kE4m3;
 
   template <class T, int kUnit, bool kRaw = false>
   __device__ __forceinline__ void unit(uint32_t, uint32_t (&a)[2][4]) const {
@@ -176,7 +176,7 @@ using E4m3Codes = IntCodes<8, true>;
 // values stand side by side in a table of 256 pairs in shared memory. Each lane has a table of its own bank, so that 32 look-ups take
 // one cycle: a byte, its place and the load for two codes, where permutations of bytes in registers would take six.
 struct TableCodes : Codes<4> {
-  static constexpr bool kTable = true, kMayHaveZeros = false, kMayBeNaN = false;
+  static constexpr bool kTable = true, kMayHaveZeros = false;
   static constexpr int kTableBytes = 256 * 32 * 4;
 
   template <class T>

@@ -146,7 +146,6 @@ struct LinearWarp : StepCodes<Kind> {
       return codes;
     }
     __device__ __forceinline__ uint4 x(int u, int) const { return load_shared<uint4>(stage + warp.x_at[u % 2] + u / 2 * 128); }
-    __device__ __forceinline__ bool exists(int) const { return true; }
     __device__ __forceinline__ uint32_t pairs(int u) const { return stage + warp.pairs_at + warp.pairs_of(u); }
   };
 

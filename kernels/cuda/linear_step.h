@@ -76,7 +76,6 @@ __device__ __forceinline__ void begin_group(const Operands& operands, int u, Ste
 // Units u and later of a step. What a lane needs of it comes from `operands`:
 //   codes(i, block)   of tile i and a block of the step
 //   x(u, j)           16 bytes, of unit u and token lane / 4 of token tile j
-//   exists(u)         for codes that may be NaN: whether they are there
 //   pairs(u)          where in shared memory scales of the group are that unit u ends; from one kind or tile to the next `pair_stride`
 //   x_sums(u, j)      where kHasXSums: sums of activations from unit u to the next scales, as the matrix instruction with ones would give them
 // `table`: of the lane.
@@ -90,27 +89,25 @@ __device__ __forceinline__ void multiply_step(const LinearParams& p, const Opera
   constexpr int kBlockUnits = Kind::kUnits;
   constexpr bool kRaw = Operands::kHasXSums && Kind::template kRawOffset<T> != 0;
   if constexpr (u == 0) begin_group<Kind, T, kZeros>(operands, u, s);
-  if (u == 0 || operands.exists(u)) {
-    uint32_t b[kTokenTiles][2][2];
+  uint32_t b[kTokenTiles][2][2];
 #pragma unroll
-    for (int j = 0; j < kTokenTiles; ++j) Kind::activations(operands.x(u, j), b[j]);
+  for (int j = 0; j < kTokenTiles; ++j) Kind::activations(operands.x(u, j), b[j]);
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      if constexpr (u % kBlockUnits == 0) codes[i] = operands.codes(i, u / kBlockUnits);
-      uint32_t a[2][4];
-      codes[i].template unit<T, u % kBlockUnits, kRaw>(table, a);
+  for (int i = 0; i < kTiles; ++i) {
+    if constexpr (u % kBlockUnits == 0) codes[i] = operands.codes(i, u / kBlockUnits);
+    uint32_t a[2][4];
+    codes[i].template unit<T, u % kBlockUnits, kRaw>(table, a);
 #pragma unroll
-      for (int j = 0; j < kTokenTiles; ++j) {
-        mma(T{}, s.products[i][j], a[0], b[j][0][0], b[j][0][1]);
-        mma(T{}, s.products[i][j], a[1], b[j][1][0], b[j][1][1]);
-      }
+    for (int j = 0; j < kTokenTiles; ++j) {
+      mma(T{}, s.products[i][j], a[0], b[j][0][0], b[j][0][1]);
+      mma(T{}, s.products[i][j], a[1], b[j][1][0], b[j][1][1]);
     }
-    if constexpr (kZeros && !Operands::kHasXSums) {
+  }
+  if constexpr (kZeros && !Operands::kHasXSums) {
 #pragma unroll
-      for (int j = 0; j < kTokenTiles; ++j) {
-        mma(T{}, s.x[j], ones, b[j][0][0], b[j][0][1]);
-        mma(T{}, s.x[j], ones, b[j][1][0], b[j][1][1]);
-      }
+    for (int j = 0; j < kTokenTiles; ++j) {
+      mma(T{}, s.x[j], ones, b[j][0][0], b[j][0][1]);
+      mma(T{}, s.x[j], ones, b[j][1][0], b[j][1][1]);
     }
   }
   if (u + 1 == kStepUnits || ((u + 1) & p.flush_mask) == 0) {

@@ -199,7 +199,7 @@ struct StreamOperands {
   const StreamParams& p;
   int lane;
   uint32_t codes_at, x_at[kTokenTiles], pairs_at;  // the lane's; pairs of the stage's first group
-  uint32_t unit, end_unit, first_group;            // the step's first one; of the slice; of the stage
+  uint32_t unit, first_group;                      // the step's first one; of the stage
   uint32_t group_bytes;
   uint32_t x_sums_at, slice_unit;                  // the lane's; of the slice's first group; the step's first unit from there
   uint32_t pair_stride = p.plan.pairs_bytes;
@@ -234,8 +234,6 @@ struct StreamOperands {
     const uint4 sums = load_shared<uint4>(x_sums_at + 64 * group);
     return make_float4(as_float(sums.x), as_float(sums.y), as_float(sums.z), as_float(sums.w));
   }
-  // Of what was in the ring before only E4M3 can be NaN, which zero times does not take away.
-  __device__ __forceinline__ bool exists(int u) const { return !Kind::kMayBeNaN || unit + u < end_unit; }
   __device__ __forceinline__ uint32_t pairs(int u) const { return pairs_at + (group_of(p, unit + u) - first_group) * group_bytes; }
 };
 
@@ -247,7 +245,7 @@ struct StreamConsumer {
   static constexpr int kSums = Memory::kSums, kOfThread = (kSums + kThreads - 1) / kThreads;  // of a round; of a thread of these
 
   static constexpr bool kSumsX = kZeros || Kind::template kRawOffset<T> != 0;
-  static_assert(kSumsX == needs_x_sums(Step::kBits, kZeros, Kind::kTable || Kind::kMayBeNaN, std::is_same_v<T, BFloat16> ? kBFloat16 : kFloat16));
+  static_assert(kSumsX == needs_x_sums(Step::kBits, kZeros, Kind::kTable, std::is_same_v<T, BFloat16> ? kBFloat16 : kFloat16));
 
   const StreamParams& p;
   const Memory& shared;
@@ -283,7 +281,7 @@ struct StreamConsumer {
         const uint32_t first = first_unit + stage * kStageUnits, unit = first + warp * kStepUnits, at = turn.at * p.plan.stage_bytes;
         if (unit < end_unit) {
           StreamOperands<Kind, kTiles, kTokenTiles> operands = {
-              p, lane, codes_at + at, {}, pairs_at + at, unit, end_unit, group_of(p, first), 8 * pair, x_sums_at, unit - first_unit};
+              p, lane, codes_at + at, {}, pairs_at + at, unit, group_of(p, first), 8 * pair, x_sums_at, unit - first_unit};
 #pragma unroll
           for (int j = 0; j < kTokenTiles; ++j) operands.x_at[j] = x_at[j] + stage * 2 * kStageColumns;
           operands.load();
