@@ -2,7 +2,7 @@
 
 M tokens, N out_features, K in_features; qweight uint8 [N, K, 1], scales float32 [N, 1], as stored (hfq.formats.fp8).
 
-    fp8_dequantize            -> [N, K]                         PyTorch
+    fp8_dequantize            -> [N, K]                         native on CUDA
     fp8_linear                x -> x W^T + bias                 a matrix product with dequantized rows; x as it is or rounded to E4M3
     fp8_scaled_linear         x -> x W^T + bias                 cuda_fp8_quantize_tokens, `torch._scaled_mm`
     fp8_widened_linear        x -> x W^T + bias                 cuda_fp8_quantize_tokens, a matrix product of bfloat16 with float32 sums
@@ -27,10 +27,10 @@ from torch import Tensor
 from ..core.activations import quantize_tokens
 from ..core.float8 import E4M3
 from . import fp8
-from .cuda_products import experts_by_parts
-from .ops import LIBRARY, define_product, dequantized, register_gradient, widened
+from .cuda_products import experts_by_parts, gradient_of_bytes
+from .ops import LIBRARY, define_product, native_dtype, register_gradient, widened
 
-__all__: list[str] = []
+__all__ = ["fp8_weight"]
 
 _OPERANDS = "Tensor qweight, Tensor scales, Tensor? input_scale"
 
@@ -121,11 +121,11 @@ for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"hfq::{_name}", _fake, lib=LIBRARY)
 
 
-def _weight(operands: tuple[Any, ...], sizes: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
-    qweight, scales, _ = operands
-    weight: Tensor = torch.ops.hfq.fp8_dequantize(qweight, scales, dtype)
-    return weight
+def fp8_weight(qweight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight `[..., N, K]` behind qweight `[..., N, K, 1]` and scales `[..., N, 1]`."""
+    weight: Tensor = torch.ops.hfq.fp8_dequantize(qweight, scales, native_dtype(dtype))
+    return weight.to(dtype)
 
 
 for _name in ("fp8_linear", "fp8_scaled_linear", "fp8_widened_linear", "cuda_fp8_linear"):
-    register_gradient(_name, 3, dequantized(_weight))
+    register_gradient(_name, 3, gradient_of_bytes(fp8_weight))

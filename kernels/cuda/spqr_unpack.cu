@@ -85,8 +85,8 @@ __global__ void __launch_bounds__(kUnpackThreads, 4) spqr_unpack_kernel(const Sp
 
 template <int kBits>
 const char* launch_bits(const SpqrUnpackParams& p, cudaStream_t stream) {
-  return launch_slabs(p, [&](auto number, unsigned blocks) {
-    return launch(spqr_unpack_kernel<kBits, decltype(number)>, blocks, kUnpackThreads, 0, stream, p);
+  return for_dtype(p.y_dtype, [&](auto number) {
+    return launch(spqr_unpack_kernel<kBits, decltype(number)>, slabs_of(p), kUnpackThreads, 0, stream, p);
   });
 }
 

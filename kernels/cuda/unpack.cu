@@ -40,8 +40,8 @@ __global__ void __launch_bounds__(kUnpackThreads) unpack_kernel(const UnpackPara
 
 template <int kBits, Kind kKind = Kind::kInteger>
 const char* launch_kind(const UnpackParams& p, cudaStream_t stream) {
-  return launch_slabs(p, [&](auto number, unsigned blocks) {
-    return launch(unpack_kernel<Row<kBits, kKind>, decltype(number)>, blocks, kUnpackThreads, 0, stream, p);
+  return for_dtype(p.y_dtype, [&](auto number) {
+    return launch(unpack_kernel<Row<kBits, kKind>, decltype(number)>, slabs_of(p), kUnpackThreads, 0, stream, p);
   });
 }
 

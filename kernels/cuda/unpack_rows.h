@@ -41,23 +41,6 @@ __device__ __forceinline__ uint32_t codes_of(const Word& word, int r) {
   }
 }
 
-// Neighbours to a row whose addresses are multiples of 16 bytes, or of 8 for four of 16 bits.
-template <class T, int kCount>
-__device__ __forceinline__ void store_numbers(T, Bits<T>* y, const float (&v)[kCount]) {
-  if constexpr (std::is_same_v<T, Float32>) {
-#pragma unroll
-    for (int i = 0; i < kCount; i += 4) store(reinterpret_cast<float4*>(y + i), make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]));
-  } else {
-    uint32_t pairs[kCount / 2];
-#pragma unroll
-    for (int i = 0; i < kCount / 2; ++i) pairs[i] = static_cast<uint32_t>(from_float(T{}, v[2 * i + 1])) << 16 | from_float(T{}, v[2 * i]);
-    if constexpr (kCount == 8)
-      store(reinterpret_cast<uint4*>(y), make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]));
-    else
-      store(reinterpret_cast<uint2*>(y), make_uint2(pairs[0], pairs[1]));
-  }
-}
-
 // Which row of the weight is row `at` of y; -1 if there is none.
 template <class Params>
 __device__ __forceinline__ int64_t row_of(const Params& p, int64_t at) {
@@ -121,7 +104,7 @@ __device__ __forceinline__ void unpack_block(const Params& p, const Row& row, co
       const int r = Row::kCount * part + i / 4 * 4 + 2 * kHalf + i % 4 / 2;
       v[i] = row.number(codes_of<Row::kBits>(word, r), i % 2, grid);
     }
-    store_numbers(T{}, y + column, v);
+    store_piece(T{}, y + column, v);
   }
 }
 
@@ -135,7 +118,7 @@ __device__ __forceinline__ void unpack_slab(const Params& p, const Slab& slab) {
     if (number < 0) {
       // Not to become a wild read.
       const float nan = as_float(0x7fc00000u), v[4] = {nan, nan, nan, nan};
-      for (uint32_t i = slab.first + 4 * (4 * warp + quarter); i < slab.last; i += 16 * kUnpackWarps) store_numbers(T{}, y + i, v);
+      for (uint32_t i = slab.first + 4 * (4 * warp + quarter); i < slab.last; i += 16 * kUnpackWarps) store_piece(T{}, y + i, v);
       continue;
     }
     const Row row(p, number);
@@ -159,13 +142,9 @@ __device__ __forceinline__ void unpack_slab(const Params& p, const Slab& slab) {
   }
 }
 
-// `launch_for(T{}, blocks)` for the dtype of y.
-template <class Params, class Launch>
-const char* launch_slabs(const Params& p, Launch launch_for) {
-  const int64_t slabs = (p.weight.in_features + kSlab - 1) / kSlab, tiles = (p.rows + kTileRows - 1) / kTileRows;
-  const unsigned blocks = static_cast<unsigned>(slabs * tiles);
-  if (p.y_dtype == kFloat32) return launch_for(Float32{}, blocks);
-  return p.y_dtype == kFloat16 ? launch_for(Float16{}, blocks) : launch_for(BFloat16{}, blocks);
+template <class Params>
+unsigned slabs_of(const Params& p) {
+  return static_cast<unsigned>((p.weight.in_features + kSlab - 1) / kSlab * ((p.rows + kTileRows - 1) / kTileRows));
 }
 
 }  // namespace
