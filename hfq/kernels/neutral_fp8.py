@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.weight import Fp8Grid
-from .fp8_ops import fp8_weight
+from . import fp8_ops  # noqa: F401  (defines torch.ops.hfq.fp8_*)
 from .row import AsStored
 
 __all__ = ["NeutralFp8"]
@@ -36,4 +36,5 @@ class NeutralFp8(AsStored):
         return self.dequantize(rows, dtype)
 
     def dequantize(self, grid: Fp8Grid, dtype: torch.dtype) -> Tensor:
-        return fp8_weight(grid.qweight, grid.scales, dtype)
+        weight: Tensor = torch.ops.hfq.fp8_dequantize(grid.qweight, grid.scales, dtype)
+        return weight

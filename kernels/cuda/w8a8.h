@@ -80,7 +80,7 @@ struct W8A8ExpertsParams {
 const char* launch_w8a8_experts(const W8A8ExpertsParams& params, cudaStream_t stream);
 const char* launch_fp8_experts(const W8A8ExpertsParams& params, cudaStream_t stream);
 
-// ---- hfq::cuda_int8_dequantize, fp8_dequantize ----
+// ---- hfq::cuda_int8_dequantize, cuda_fp8_dequantize ----
 
 struct UnpackBytesParams {
   const uint8_t* qweight;  // [rows, K]

@@ -30,9 +30,9 @@ void cuda_fp8_experts_linear(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = products_of_experts(op, kE4M3Codes, p, x, counts, qweight, scales, bias);
 }
 
-// hfq::fp8_dequantize(qweight [..., N, K, 1], scales [..., N, 1], dtype) -> [..., N, K]
-void fp8_dequantize(StableIValue* stack, uint64_t, uint64_t) {
-  constexpr const char* op = "fp8_dequantize";
+// hfq::cuda_fp8_dequantize(qweight [..., N, K, 1], scales [..., N, 1], dtype) -> [..., N, K]
+void cuda_fp8_dequantize(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "cuda_fp8_dequantize";
   constexpr int64_t kMostDims = 8;
   const Tensor qweight(op, "qweight", stack[0]), scales(op, "scales", stack[1]);
   const int64_t dims = qweight.dim() - 1;
@@ -48,7 +48,7 @@ bool register_fp8(TorchLibraryHandle library) {
   return register_impl(library, "cuda_fp8_quantize_tokens", cuda_fp8_quantize_tokens) &&
          register_product(library, "cuda_fp8_linear", cuda_fp8_linear) &&
          register_impl(library, "cuda_fp8_experts_linear", cuda_fp8_experts_linear) &&
-         register_impl(library, "fp8_dequantize", fp8_dequantize);
+         register_impl(library, "cuda_fp8_dequantize", cuda_fp8_dequantize);
 }
 
 }  // namespace hfq

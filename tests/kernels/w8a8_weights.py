@@ -88,7 +88,7 @@ class Fp8:
     row = cuda_fp8.CudaFp8()
     products = (torch.ops.hfq.cuda_fp8_linear,)
     quantize_tokens = torch.ops.hfq.cuda_fp8_quantize_tokens
-    dequantize = torch.ops.hfq.fp8_dequantize
+    dequantize = torch.ops.hfq.cuda_fp8_dequantize
     static = 0.004
 
     def __str__(self) -> str:
