@@ -5,6 +5,7 @@
     cuda_int8_linear         x, signed -> x W^T + bias                  the same; x quantized to int8, for few tokens
     cuda_int8_linear_cublas  x, signed -> x W^T + bias                  cuda_quantize_tokens, `torch._int_mm`, cuda_scale_sums
     cuda_int8_experts_linear x, counts, stacks of signed                native on CUDA; no gradient; see `hfq.kernels.cuda_ops`
+    cuda_int8_dequantize     signed -> [N, K]                           native on CUDA
 
 K is a multiple of 16 on CUDA. All give the numbers of `hfq.kernels.int8` to the bit. The rounding of x counts as the identity for
 gradients.
@@ -19,9 +20,9 @@ import torch
 from torch import Tensor
 
 from ..core.activations import quantize_tokens
-from .cuda_products import experts_by_parts, fake_linear
+from .cuda_products import experts_by_parts, fake_linear, gradient_of_bytes
 from .int8 import int8_linear, integer_product, scaled_sums
-from .ops import LIBRARY, define_product, dequantized, native_dtype, register_gradient
+from .ops import LIBRARY, define_product, native_dtype, register_gradient
 
 __all__ = ["PIECE", "signed_weight", "switched"]
 
@@ -42,6 +43,7 @@ for _schema in (
     f"cuda_int8_linear_cublas({_LINEAR}) -> Tensor",
     "cuda_int8_experts_linear(Tensor x, Tensor counts, Tensor qweight, Tensor scales, Tensor? bias, int in_features, "
     "int out_features) -> Tensor",
+    "cuda_int8_dequantize(Tensor qweight, Tensor scales, ScalarType dtype) -> Tensor",
 ):
     LIBRARY.define(_schema, tags=(torch.Tag.needs_fixed_stride_order,))
 
@@ -55,11 +57,7 @@ def switched(codes: Tensor) -> Tensor:
 
 def signed_weight(qweight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight `[N, K]` behind qweight in layout signed and scales `[N, 1]`."""
-    columns = qweight.shape[-3] * PIECE
-    codes = switched(qweight).view(-1, columns, 1)
-    weight: Tensor = torch.ops.hfq.dequantize(
-        codes, scales, None, None, None, 8, columns, columns, native_dtype(dtype)
-    )
+    weight: Tensor = torch.ops.hfq.cuda_int8_dequantize(qweight, scales, native_dtype(dtype))
     return weight.to(dtype)
 
 
@@ -70,6 +68,15 @@ def _scale_sums(
     out: Tensor, sums: Tensor, token_scales: Tensor, scales: Tensor, bias: Tensor | None
 ) -> None:
     out.copy_(scaled_sums(sums, token_scales, scales, bias))
+
+
+def _dequantize(qweight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    columns = qweight.shape[1] * PIECE
+    codes = switched(qweight).view(-1, columns, 1)
+    weight: Tensor = torch.ops.hfq.dequantize(
+        codes, scales, None, None, None, 8, columns, columns, dtype
+    )
+    return weight
 
 
 def _linear(
@@ -131,6 +138,7 @@ for _name, _implementation in (
     ("cuda_int8_linear.inference", _linear),
     ("cuda_int8_linear_cublas", _linear_cublas),
     ("cuda_int8_experts_linear", _experts_linear),
+    ("cuda_int8_dequantize", _dequantize),
 ):
     LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
 
@@ -147,6 +155,10 @@ def _fake_scale_sums(out: Tensor, *rest: Any) -> None:
     return None
 
 
+def _fake_dequantize(qweight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    return qweight.new_empty((qweight.shape[0], qweight.shape[1] * PIECE), dtype=dtype)
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "cuda_quantize_tokens": _fake_quantize_tokens,
     "cuda_scale_sums": _fake_scale_sums,
@@ -154,6 +166,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "cuda_int8_linear.inference": fake_linear,
     "cuda_int8_linear_cublas": fake_linear,
     "cuda_int8_experts_linear": fake_linear,
+    "cuda_int8_dequantize": _fake_dequantize,
 }
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"hfq::{_name}", _fake, lib=LIBRARY)
@@ -162,10 +175,5 @@ for _name, _fake in _FAKES.items():
 # ---- gradients
 
 
-def _weight(operands: tuple[Any, ...], sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    qweight, scales, _ = operands
-    return signed_weight(qweight, scales, dtype)
-
-
-register_gradient("cuda_int8_linear", 3, dequantized(_weight))
-register_gradient("cuda_int8_linear_cublas", 3, dequantized(_weight))
+register_gradient("cuda_int8_linear", 3, gradient_of_bytes(signed_weight))
+register_gradient("cuda_int8_linear_cublas", 3, gradient_of_bytes(signed_weight))

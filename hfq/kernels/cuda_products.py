@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops import LIBRARY, matmul, register_gradient, register_second_gradient
+from .ops import LIBRARY, matmul, register_gradient, register_second_gradient, widened
 
 __all__ = [
     "CHUNK",
     "experts_by_parts",
     "fake_linear",
     "gradient_by_parts",
+    "gradient_of_bytes",
     "linear_by_parts",
     "register_shapes_and_gradients",
 ]
@@ -55,6 +56,27 @@ def gradient_by_parts(grad: Tensor, parts: _Parts, in_features: int, out_feature
     if total is None:
         return grad.new_zeros((*grad.shape[:-1], in_features))
     return total.to(grad.dtype)
+
+
+def gradient_of_bytes(
+    dequantize: Callable[[Tensor, Tensor, torch.dtype], Tensor],
+) -> Callable[..., Tensor]:
+    """A product for `register_gradient` of rows of 8-bit codes, some of which are dequantized at a time.
+
+    Args:
+        dequantize: (qweight `[n, ...]`, scales `[n, 1]`, dtype) -> `[n, K]`.
+    """
+
+    def product(grad: Tensor, operands: tuple[Any, ...], sizes: tuple[int, ...]) -> Tensor:
+        qweight, scales, _ = operands
+        out_features, in_features = len(qweight), qweight.shape[1:].numel()
+        wide = widened(grad) if grad.is_cpu else grad
+        step = max(1, CHUNK // max(1, in_features * wide.dtype.itemsize))
+        slices = (slice(first, first + step) for first in range(0, out_features, step))
+        parts = ((part, dequantize(qweight[part], scales[part], wide.dtype)) for part in slices)
+        return gradient_by_parts(wide, parts, in_features, out_features).to(grad.dtype)
+
+    return product
 
 
 def experts_by_parts(

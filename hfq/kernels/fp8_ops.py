@@ -2,15 +2,16 @@
 
 M tokens, N out_features, K in_features; qweight uint8 [N, K, 1], scales float32 [N, 1], as stored (hfq.formats.fp8).
 
-    fp8_dequantize            -> [N, K]                         PyTorch
+    fp8_dequantize            -> [N, K]                         cuda_fp8_dequantize where it runs
     fp8_linear                x -> x W^T + bias                 a matrix product with dequantized rows; x as it is or rounded to E4M3
     fp8_scaled_linear         x -> x W^T + bias                 cuda_fp8_quantize_tokens, `torch._scaled_mm`
     fp8_widened_linear        x -> x W^T + bias                 cuda_fp8_quantize_tokens, a matrix product of bfloat16 with float32 sums
     cuda_fp8_quantize_tokens  x [M, K] -> E4M3, float32 [M, 1]  native on CUDA; elsewhere hfq.core.activations, the same to the bit
     cuda_fp8_linear           x [M, K] -> x W^T + bias          native on CUDA; x rounded to E4M3, for few tokens
     cuda_fp8_experts_linear   x, counts, stacks -> [M, N]       native on CUDA; no gradient; see hfq.kernels.cuda_ops
+    cuda_fp8_dequantize       -> [N, K]                         native on CUDA
 
-On CUDA, K of the native ones is a multiple of 16; the product is that of `hfq.kernels.fp8.linear` up to the order of float32 sums.
+On CUDA, K of the native ones that take x is a multiple of 16; the product is that of `hfq.kernels.fp8.linear` up to the order of float32 sums.
 
 As for the operators in `hfq.kernels.ops`: only x and bias have gradients, from the packed operands, and the rounding of
 x counts as the identity.
@@ -26,9 +27,9 @@ from torch import Tensor
 
 from ..core.activations import quantize_tokens
 from ..core.float8 import E4M3
-from . import fp8
-from .cuda_products import experts_by_parts
-from .ops import LIBRARY, define_product, dequantized, register_gradient, widened
+from . import cuda_machine, fp8
+from .cuda_products import experts_by_parts, gradient_of_bytes
+from .ops import LIBRARY, define_product, native_dtype, register_gradient, widened
 
 __all__: list[str] = []
 
@@ -41,10 +42,18 @@ for _schema in (
     f"fp8_widened_linear(Tensor x, {_OPERANDS}, Tensor? bias) -> Tensor",
     "cuda_fp8_quantize_tokens(Tensor x, Tensor? input_scale) -> (Tensor, Tensor)",
     "cuda_fp8_experts_linear(Tensor x, Tensor counts, Tensor qweight, Tensor scales, Tensor? bias) -> Tensor",
+    "cuda_fp8_dequantize(Tensor qweight, Tensor scales, ScalarType dtype) -> Tensor",
 ):
     LIBRARY.define(_schema, tags=(torch.Tag.needs_fixed_stride_order,))
 
 define_product(f"cuda_fp8_linear(Tensor x, {_OPERANDS}, Tensor? bias) -> Tensor")
+
+
+def _dequantize(qweight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    if not qweight.is_cuda or cuda_machine.reason() is not None:
+        return fp8.dequantize(qweight, scales, dtype)
+    weight: Tensor = torch.ops.hfq.cuda_fp8_dequantize(qweight, scales, native_dtype(dtype))
+    return weight.to(dtype)
 
 
 def _linear(
@@ -83,7 +92,7 @@ def _fake_experts_linear(x: Tensor, counts: Tensor, qweight: Tensor, *rest: Any)
 
 
 for _name, _implementation in (
-    ("fp8_dequantize", fp8.dequantize),
+    ("fp8_dequantize", _dequantize),
     ("fp8_linear", _linear),
     ("fp8_scaled_linear", fp8.scaled_linear),
     ("fp8_widened_linear", fp8.widened_linear),
@@ -91,6 +100,7 @@ for _name, _implementation in (
     ("cuda_fp8_linear", fp8.linear),
     ("cuda_fp8_linear.inference", fp8.linear),
     ("cuda_fp8_experts_linear", _experts_linear),
+    ("cuda_fp8_dequantize", fp8.dequantize),
 ):
     LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
 
@@ -116,16 +126,11 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "cuda_fp8_linear": _fake_linear,
     "cuda_fp8_linear.inference": _fake_linear,
     "cuda_fp8_experts_linear": _fake_experts_linear,
+    "cuda_fp8_dequantize": _fake_dequantize,
 }
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"hfq::{_name}", _fake, lib=LIBRARY)
 
 
-def _weight(operands: tuple[Any, ...], sizes: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
-    qweight, scales, _ = operands
-    weight: Tensor = torch.ops.hfq.fp8_dequantize(qweight, scales, dtype)
-    return weight
-
-
 for _name in ("fp8_linear", "fp8_scaled_linear", "fp8_widened_linear", "cuda_fp8_linear"):
-    register_gradient(_name, 3, dequantized(_weight))
+    register_gradient(_name, 3, gradient_of_bytes(torch.ops.hfq.fp8_dequantize))

@@ -48,20 +48,23 @@ __device__ __forceinline__ void load_piece(T, const Bits<T>* from, float (&f)[kC
     to_floats(T{}, load_written(reinterpret_cast<const uint4*>(from)), f);
 }
 
+// One number, or 4 or 8 at a multiple of 16 bytes (4 of 16 bits: of 8).
 template <class T, int kCount>
 __device__ __forceinline__ void store_piece(T, Bits<T>* to, const float (&f)[kCount]) {
+  static_assert(kCount == 1 || kCount == 4 || kCount == 8);
   if constexpr (kCount == 1) {
     store(to, from_float(T{}, f[0]));
-  } else {
-    uint32_t words[4];
+  } else if constexpr (std::is_same_v<T, Float32>) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (kCount == 4)
-        words[i] = from_float(T{}, f[i]);
-      else
-        words[i] = from_float(T{}, f[2 * i]) | static_cast<uint32_t>(from_float(T{}, f[2 * i + 1])) << 16;
-    }
-    store(reinterpret_cast<uint4*>(to), make_uint4(words[0], words[1], words[2], words[3]));
+    for (int i = 0; i < kCount; i += 4) store(reinterpret_cast<float4*>(to + i), make_float4(f[i], f[i + 1], f[i + 2], f[i + 3]));
+  } else {
+    uint32_t words[kCount / 2];
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) words[i] = from_float(T{}, f[2 * i]) | static_cast<uint32_t>(from_float(T{}, f[2 * i + 1])) << 16;
+    if constexpr (kCount == 8)
+      store(reinterpret_cast<uint4*>(to), make_uint4(words[0], words[1], words[2], words[3]));
+    else
+      store(reinterpret_cast<uint2*>(to), make_uint2(words[0], words[1]));
   }
 }
 
@@ -73,6 +76,13 @@ bool in_pieces(std::initializer_list<const void*> addresses, std::initializer_li
   for (const int64_t count : counts)
     if (count % kPerLoad<T>) return false;
   return true;
+}
+
+// `launch_for(T{})`.
+template <class Launch>
+const char* for_dtype(DType dtype, const Launch& launch_for) {
+  if (dtype == kFloat32) return launch_for(Float32{});
+  return dtype == kFloat16 ? launch_for(Float16{}) : launch_for(BFloat16{});
 }
 
 }  // namespace hfq

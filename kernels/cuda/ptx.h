@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace hfq {
 
@@ -39,9 +40,20 @@ __device__ __forceinline__ V load_written(const V* p) {
   return *p;
 }
 
+// To global memory. Written as one instruction: nvcc makes several of 4 bytes of most assignments of 8 and 16.
 template <class V>
 __device__ __forceinline__ void store(V* p, const V& v) {
-  *p = v;
+  if constexpr (sizeof(V) == 16) {
+    uint4 words;
+    memcpy(&words, &v, 16);
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w) : "memory");
+  } else if constexpr (sizeof(V) == 8) {
+    uint2 words;
+    memcpy(&words, &v, 8);
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(words.x), "r"(words.y) : "memory");
+  } else {
+    *p = v;
+  }
 }
 
 __device__ __forceinline__ uint8_t* shared_memory() {

@@ -28,6 +28,12 @@ struct SpqrWeight {
   DType stat_dtype;           // of stats and values
 };
 
+// ceil(2^31 / parts of a group): part / parts is the upper half of 2 part * magic.
+inline uint32_t group_magic(const SpqrWeight& w, int64_t part_columns) {
+  const int64_t parts = ((w.groups > 1 ? w.group_size : w.in_features) + part_columns - 1) / part_columns;
+  return static_cast<uint32_t>(((int64_t{1} << 31) + parts - 1) / parts);
+}
+
 struct SpqrLinearParams {
   SpqrWeight weight;
   const void* x;         // [tokens, K]
@@ -40,7 +46,7 @@ struct SpqrLinearParams {
   uint32_t token_tiles;   // ceil(M / 8)
   uint32_t short_groups;  // groups may end behind 16 columns, not only behind 32
   uint32_t last_group;    // G - 1
-  uint32_t group_magic;   // ceil(2^31 / parts of a group), of 16 or 32 columns: part / parts is the upper half of 2 part * magic
+  uint32_t group_magic;   // of parts of 16 or 32 columns
   // A warp's ring (spqr_ring.h).
   uint32_t row_bytes;     // of a token's activations
   uint32_t steps;         // of 128 columns
@@ -64,6 +70,9 @@ struct SpqrUnpackParams {
   void* y;               // [rows, K]
   int64_t rows;          // T, or N
   DType y_dtype;
+  // What follows is set by the launcher.
+  uint32_t group_magic;     // of parts of 16 columns
+  uint32_t tiles_per_stat;  // of 16 rows
 };
 
 // Enqueue the kernels. Return null, or CUDA's description of the error. K below 2^19.

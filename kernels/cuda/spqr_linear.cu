@@ -9,9 +9,7 @@ namespace {
 void set_groups(SpqrLinearParams& p) {
   const SpqrWeight& w = p.weight;
   p.short_groups = w.groups > 1 && w.group_size % kUnitColumns != 0;
-  const int64_t columns = p.short_groups ? kHalfColumns : kUnitColumns;
-  const int64_t parts = w.groups > 1 ? w.group_size / columns : (w.in_features + columns - 1) / columns;
-  p.group_magic = static_cast<uint32_t>(((int64_t{1} << 31) + parts - 1) / parts);
+  p.group_magic = group_magic(w, p.short_groups ? kHalfColumns : kUnitColumns);
 }
 
 }  // namespace

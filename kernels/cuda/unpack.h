@@ -11,6 +11,7 @@ struct UnpackParams {
   void* y;               // [rows, K]
   int64_t rows;          // T, or N
   DType y_dtype;
+  uint32_t group_magic;  // linear.h; set by the launcher
 };
 
 // Enqueues the kernel. Returns null, or CUDA's description of the error.

@@ -80,6 +80,21 @@ struct W8A8ExpertsParams {
 const char* launch_w8a8_experts(const W8A8ExpertsParams& params, cudaStream_t stream);
 const char* launch_fp8_experts(const W8A8ExpertsParams& params, cudaStream_t stream);
 
+// ---- hfq::cuda_int8_dequantize, cuda_fp8_dequantize ----
+
+struct UnpackBytesParams {
+  const uint8_t* qweight;  // [rows, K]
+  const void* scales;      // [rows]
+  void* y;                 // [rows, K]
+  int64_t rows;            // N, or E * N
+  int64_t in_features;     // K
+  DType scale_dtype;
+  DType y_dtype;
+  CodeType code_type;
+};
+
+const char* launch_unpack_bytes(const UnpackBytesParams& params, cudaStream_t stream);
+
 // ---- hfq::cuda_scale_sums ----
 
 struct ScaleSumsParams {

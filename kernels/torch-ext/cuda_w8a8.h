@@ -143,6 +143,35 @@ inline StableIValue round_tokens(const char* op, CodeType type, const Tokens& to
   return checked(op, codes, launch_quantize_tokens(t, stream));
 }
 
+// The dense weight, of the sizes `sizes` of which the last one is K, of bytes whose shape has been checked and scales with one for each row.
+inline StableIValue unpacked_bytes(const char* op, CodeType type, const Tensor& qweight, const Tensor& scales, const int64_t* sizes, int64_t dims,
+                                   int32_t dtype) {
+  const int32_t cuda = aoti_torch_device_type_cuda(), index = qweight.device_index();
+  UnpackBytesParams p = {};
+  p.code_type = type;
+  p.y_dtype = float_dtype(dtype);
+  expect(p.y_dtype != kUnsupported, op, "dtype must be float32, float16 or bfloat16");
+  if (qweight.dtype() != aoti_torch_dtype_uint8()) qweight.refuse("uint8");
+  p.qweight = static_cast<const uint8_t*>(qweight.data(cuda, 1));
+  p.in_features = sizes[dims - 1];
+  p.rows = 1;
+  bool same = scales.dim() == dims && scales.size(dims - 1) == 1;
+  for (int64_t i = 0; i < dims - 1; ++i) {
+    same = same && scales.size(i) == sizes[i];
+    p.rows *= sizes[i];
+  }
+  if (!same) scales.refuse("of shape [..., N, 1] with the leading sizes of qweight " + qweight.shape_text());
+  p.scale_dtype = float_dtype(scales.dtype());
+  if (p.scale_dtype == kUnsupported) scales.refuse("float32, float16 or bfloat16");
+  expect_device(scales, index, "qweight");
+  p.scales = scales.data(cuda, element_size(p.scale_dtype));
+  expect_blocks(op, (p.in_features + 255) / 256 * p.rows);
+
+  const DeviceGuard guard(index);
+  const StableIValue y = empty_tensor(sizes, dims, dtype, cuda, index, &p.y);
+  return checked(op, y, launch_unpack_bytes(p, current_stream(index)));
+}
+
 // The product of few tokens with one weight.
 inline StableIValue product_of_codes(const char* op, CodeType type, W8A8Params p, const Tensor& x, const Tensor& qweight, const Tensor& scales,
                                      const Tensor& input_scale, const Tensor& bias) {

@@ -30,12 +30,25 @@ void cuda_fp8_experts_linear(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = products_of_experts(op, kE4M3Codes, p, x, counts, qweight, scales, bias);
 }
 
+// hfq::cuda_fp8_dequantize(qweight [..., N, K, 1], scales [..., N, 1], dtype) -> [..., N, K]
+void cuda_fp8_dequantize(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "cuda_fp8_dequantize";
+  constexpr int64_t kMostDims = 8;
+  const Tensor qweight(op, "qweight", stack[0]), scales(op, "scales", stack[1]);
+  const int64_t dims = qweight.dim() - 1;
+  if (dims < 2 || dims > kMostDims || qweight.size(dims) != 1) qweight.refuse("of shape [..., N, K, 1]");
+  int64_t sizes[kMostDims];
+  for (int64_t i = 0; i < dims; ++i) sizes[i] = qweight.size(i);
+  stack[0] = unpacked_bytes(op, kE4M3Codes, qweight, scales, sizes, dims, as_dtype(stack[2]));
+}
+
 }  // namespace
 
 bool register_fp8(TorchLibraryHandle library) {
   return register_impl(library, "cuda_fp8_quantize_tokens", cuda_fp8_quantize_tokens) &&
          register_product(library, "cuda_fp8_linear", cuda_fp8_linear) &&
-         register_impl(library, "cuda_fp8_experts_linear", cuda_fp8_experts_linear);
+         register_impl(library, "cuda_fp8_experts_linear", cuda_fp8_experts_linear) &&
+         register_impl(library, "cuda_fp8_dequantize", cuda_fp8_dequantize);
 }
 
 }  // namespace hfq

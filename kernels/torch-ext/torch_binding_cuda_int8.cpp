@@ -53,12 +53,22 @@ void cuda_int8_experts_linear(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = products_of_experts(op, kInt8Codes, p, x, counts, qweight, scales, bias);
 }
 
+// hfq::cuda_int8_dequantize(qweight [N, C, 16, 1], scales [N, 1], dtype) -> [N, 16 C]
+void cuda_int8_dequantize(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "cuda_int8_dequantize";
+  const Tensor qweight(op, "qweight", stack[0]), scales(op, "scales", stack[1]);
+  if (qweight.dim() != 4 || qweight.size(2) != kPiece || qweight.size(3) != 1) qweight.refuse("of shape [N, C, 16, 1]");
+  const int64_t sizes[] = {qweight.size(0), kPiece * qweight.size(1)};
+  stack[0] = unpacked_bytes(op, kInt8Codes, qweight, scales, sizes, 2, as_dtype(stack[2]));
+}
+
 }  // namespace
 
 bool register_int8(TorchLibraryHandle library) {
   return register_impl(library, "cuda_quantize_tokens", cuda_quantize_tokens) && register_impl(library, "cuda_scale_sums", cuda_scale_sums) &&
          register_product(library, "cuda_int8_linear", cuda_int8_linear) &&
-         register_impl(library, "cuda_int8_experts_linear", cuda_int8_experts_linear);
+         register_impl(library, "cuda_int8_experts_linear", cuda_int8_experts_linear) &&
+         register_impl(library, "cuda_int8_dequantize", cuda_int8_dequantize);
 }
 
 }  // namespace hfq

@@ -12,6 +12,7 @@ from on_gpu import captured, quantized
 from w8a8_weights import FLOATS, FP8, INT8, ROWS, WIDENED, K, Kind, check_schemas, equal, prepared
 
 from hfq.core.activations import quantize_tokens
+from hfq.core.float8 import E4M3
 from hfq.kernels.cuda_fp8 import MAX_DIRECT_TOKENS
 from hfq.kernels.row import Problem
 
@@ -98,6 +99,20 @@ def test_tokens_are_those_of_the_cpu(
             for codes, scales in found:
                 assert torch.equal(codes.view(torch.uint8).cpu(), wanted[0].view(torch.uint8))
                 torch.testing.assert_close(scales.cpu(), wanted[1], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(1, 16), (33, 144), (70, 2064), (4096, 4096)], ids=str)
+def test_dequantize(
+    kind: Kind, there: Move, generator: torch.Generator, shape: tuple[int, int]
+) -> None:
+    grid = there(kind.stored(generator, *shape))
+    ready, wanted = prepared(kind, grid), kind.weight(grid)
+    for dtype in FLOATS:
+        assert torch.equal(kind.dequantize(ready.qweight, ready.scales, dtype), wanted.to(dtype))
+    if kind is not INT8:  # has pieces of 16 columns
+        part = grid.qweight.flatten()[3:][: 7 * 15].view(7, 15, 1)
+        y = kind.dequantize(part, grid.scales[:1].expand(7, 1).contiguous(), torch.float32)
+        assert torch.equal(y, part.squeeze(-1).view(E4M3).float() * grid.scales[0])
 
 
 @pytest.mark.parametrize("kind", [FP8], ids=str)

@@ -352,6 +352,23 @@ def test_scale_sums(
 # ---- operators
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (3, 8), (5, 15), (7, 2048), (4, 2056), (9, 4100)])
+def test_dequantize(
+    emulator: Any, kind: Kind, generator: torch.Generator, shape: tuple[int, int]
+) -> None:
+    """All codes but NaN, at any address, to the last bit."""
+    codes = torch.randint(0, 256, (shape[0] * shape[1] + 8,), generator=generator)
+    if kind is FP8:
+        codes[codes % 128 == 127] = 0
+    for scale_dtype, dtype in itertools.product(FLOATS, FLOATS):
+        first = int(torch.randint(0, 2, (), generator=generator)) * 3
+        part = codes.to(torch.uint8)[first:][: shape[0] * shape[1]].view(shape)
+        scales = torch.randn(shape[0], 1, generator=generator).to(scale_dtype)
+        numbers = part.view(kind.dtype).float() * scales.float()
+        y = emulator.unpack_bytes(part, scales, dtype, kind.dtype)
+        assert torch.equal(y, numbers.to(dtype))
+
+
 def test_operators_and_modules(emulator: Any) -> None:
     """The binding, the rows and modules with them: on CPU tensors, in a process whose CPU is the emulated GPU."""
     check_operators(emulator.folder, "check_w8a8.py")

@@ -26,7 +26,7 @@ from w8a8_weights import (
 )
 
 from hfq.core.weight import Fp8Grid
-from hfq.kernels import cuda_fp8, cuda_int8_ops, dispatch, fp8
+from hfq.kernels import cuda_fp8, cuda_int8_ops, cuda_products, dispatch, fp8
 from hfq.kernels.int8 import MAX_COLUMNS, _cuda_product
 from hfq.kernels.row import Problem
 
@@ -76,7 +76,11 @@ def test_products(
                 assert y.dtype == dtype and torch.equal(y, INT8.expected(x, grid, bias))
 
 
-def test_gradients(kind: Kind, generator: torch.Generator) -> None:
+@pytest.mark.parametrize("rows_at_a_time", [N, 10])
+def test_gradients(
+    kind: Kind, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, rows_at_a_time: int
+) -> None:
+    monkeypatch.setattr(cuda_products, "CHUNK", 4 * K * rows_at_a_time)
     grid = kind.stored(generator)
     for product in kind.products:
         x = torch.randn(5, K, generator=generator, requires_grad=True)

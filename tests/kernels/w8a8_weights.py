@@ -29,6 +29,7 @@ class Int8:
     row = cuda_int8.CudaInt8()
     products = (torch.ops.hfq.cuda_int8_linear, torch.ops.hfq.cuda_int8_linear_cublas)
     quantize_tokens = torch.ops.hfq.cuda_quantize_tokens
+    dequantize = torch.ops.hfq.cuda_int8_dequantize
     static = 0.02  # beyond which some activations of tests lie
 
     def __str__(self) -> str:
@@ -58,6 +59,10 @@ class Int8:
             input_scale=None if static is None else torch.tensor([static]),
         )
 
+    def weight(self, grid: PackedGrid) -> Tensor:
+        """Float32, of a weight in the neutral layout."""
+        return (grid.qweight.squeeze(-1).float() - 128) * grid.scales
+
     def arguments(self, grid: PackedGrid, bias: Tensor | None) -> tuple[object, ...]:
         """Of `products`, behind x."""
         operands = (grid.qweight, grid.scales, grid.input_scale, bias)
@@ -83,6 +88,7 @@ class Fp8:
     row = cuda_fp8.CudaFp8()
     products = (torch.ops.hfq.cuda_fp8_linear,)
     quantize_tokens = torch.ops.hfq.cuda_fp8_quantize_tokens
+    dequantize = torch.ops.hfq.cuda_fp8_dequantize
     static = 0.004
 
     def __str__(self) -> str:
@@ -108,6 +114,9 @@ class Fp8:
             activation="dynamic" if static is None else "static",
             input_scale=None if static is None else torch.tensor([static]),
         )
+
+    def weight(self, grid: Fp8Grid) -> Tensor:
+        return grid.qweight.squeeze(-1).view(E4M3).float() * grid.scales
 
     def arguments(self, grid: Fp8Grid, bias: Tensor | None) -> tuple[object, ...]:
         return grid.qweight, grid.scales, grid.input_scale, bias
@@ -179,6 +188,7 @@ def check_schemas(kind: Kind, ready: Any, x: Tensor) -> None:
     for product in kind.products:
         check(product.default, (x, *kind.arguments(ready, bias)))
     check(kind.quantize_tokens.default, (x.detach(), ready.input_scale))
+    check(kind.dequantize.default, (ready.qweight, ready.scales, x.dtype))
 
 
 def check_sums_schema(tokens: int, scales: Tensor) -> None:

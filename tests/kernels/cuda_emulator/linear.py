@@ -66,7 +66,7 @@ class UnpackParams(Params):
         ("weight", Weight),
         *fields(POINTER, "index", "y"),
         ("rows", SIZE),
-        ("y_dtype", INT),
+        *fields(INT, "y_dtype", "group_magic"),
     )
 
 

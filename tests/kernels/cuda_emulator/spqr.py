@@ -39,7 +39,7 @@ class SpqrUnpackParams(Params):
         ("weight", SpqrWeight),
         *fields(POINTER, "index", "y"),
         ("rows", SIZE),
-        ("y_dtype", INT),
+        *fields(INT, "y_dtype", "group_magic", "tiles_per_stat"),
     )
 
 

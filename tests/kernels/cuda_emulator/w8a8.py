@@ -38,6 +38,14 @@ class ScaleSumsParams(Params):
     )
 
 
+class UnpackBytesParams(Params):
+    _fields_ = (
+        *fields(POINTER, "qweight", "scales", "y"),
+        *fields(SIZE, "rows", "in_features"),
+        *fields(INT, "scale_dtype", "y_dtype", "code_type"),
+    )
+
+
 class W8A8(Launchers):
     def quantize_tokens(
         self, x: Tensor, input_scale: Tensor | None, dtype: torch.dtype = torch.int8
@@ -100,6 +108,23 @@ class W8A8(Launchers):
         self.set_device(multiprocessors)
         self._library.set_compute_capability(capability)
         self.launch("linear_fp8" if dtype == E4M3 else "linear_w8a8", params, y)
+        return y
+
+    def unpack_bytes(
+        self, qweight: Tensor, scales: Tensor, dtype: torch.dtype, codes: torch.dtype
+    ) -> Tensor:
+        """`[rows, K]` of `dtype` from uint8 `[rows, K]`, two's complement or bytes of E4M3, as `codes` says."""
+        y = output(*qweight.shape, dtype=dtype)
+        params = UnpackBytesParams(
+            qweight=qweight,
+            scales=scales,
+            y=y,
+            rows=len(qweight),
+            in_features=qweight.shape[1],
+            scale_dtype=scales.dtype,
+            code_type=int(codes == E4M3),
+        )
+        self.launch("unpack_bytes", params, y)
         return y
 
     def scale_sums(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import sys
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -153,6 +154,27 @@ def check_sums() -> None:
         check_sums_schema(tokens, scales)
 
 
+def check_dequantize() -> None:
+    """Whole weights and stacks of them; what is refused."""
+    for kind, dtype in itertools.product(KINDS, FLOATS):
+        grid = kind.stored(torch.Generator())
+        ready, dequantize = prepared(kind, grid), partial(kind.dequantize, dtype=dtype)
+        assert torch.equal(dequantize(ready.qweight, ready.scales), kind.weight(grid).to(dtype))
+        assert not dequantize(ready.qweight[:0], ready.scales[:0]).numel()
+        refused("qweight must be of shape", dequantize, ready.qweight[0], ready.scales)
+        refused("qweight must be uint8", dequantize, ready.qweight.char(), ready.scales)
+        refused("qweight must be contiguous", dequantize, strided(ready.qweight), ready.scales)
+        refused("scales must be of shape", dequantize, ready.qweight, ready.scales[1:])
+        refused("scales must be float32, float16", dequantize, ready.qweight, ready.scales.double())
+        refused("dtype must be", kind.dequantize, ready.qweight, ready.scales, torch.float64)
+    grids = [FP8.stored(torch.Generator(), 5, 7) for _ in range(3)]
+    stack = [
+        torch.stack(each) for each in zip(*((g.qweight, g.scales) for g in grids), strict=True)
+    ]
+    weight = FP8.dequantize(*stack, HALF)
+    assert torch.equal(weight, torch.stack([FP8.weight(grid) for grid in grids]).to(HALF))
+
+
 def check_widened() -> None:
     """Any shape, few and many tokens, siblings, experts: one rounding behind float32 sums."""
     row = ON_CPU[WIDENED]
@@ -201,6 +223,7 @@ for kind in ROWS:
                 scaled = torch.ops.hfq.fp8_scaled_linear.default
                 arguments = kind.arguments(grid, torch.zeros(N).requires_grad_())
                 torch.library.opcheck(scaled, (x, *arguments))
+check_dequantize()
 check_widened()
 check_sums()
 sys.stdout.write("all checks passed\n")

@@ -22,6 +22,7 @@ const char* quantize_tokens(const hfq::TokensParams* params) { return hfq::launc
 int quantizes_inside(hfq::CodeType type, int64_t tokens, int64_t in_features) { return hfq::quantizes_inside(type, tokens, in_features); }
 const char* linear_w8a8(const hfq::W8A8Params* params) { return hfq::launch_w8a8(*params, nullptr); }
 const char* linear_fp8(const hfq::W8A8Params* params) { return hfq::launch_fp8(*params, nullptr); }
+const char* unpack_bytes(const hfq::UnpackBytesParams* params) { return hfq::launch_unpack_bytes(*params, nullptr); }
 const char* scale_sums(const hfq::ScaleSumsParams* params) { return hfq::launch_scale_sums(*params, nullptr); }
 const char* rms_norm(const hfq::NormParams* params) { return hfq::launch_rms_norm(*params, nullptr); }
 const char* rotate(const hfq::RotateParams* both) { return hfq::launch_rotate(both[0], both[1], nullptr); }
