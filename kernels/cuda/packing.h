@@ -39,6 +39,19 @@ struct NearestCodesParams {
 
 const char* launch_nearest_codes(const NearestCodesParams& params, cudaStream_t stream);
 
+// ---- hfq::cuda_pack_codes ----
+
+struct PackCodesParams {
+  const uint8_t* codes;  // [rows, K]
+  uint8_t* packed;       // [rows, row_bytes]  code k of a row is bits [bits * k, bits * (k + 1)), what is behind the last one 0
+  int64_t rows;          // N
+  int64_t columns;       // K
+  int64_t row_bytes;     // ceil(K * bits / 8)
+  int32_t bits;          // 1 to 8
+};
+
+const char* launch_pack_codes(const PackCodesParams& params, cudaStream_t stream);
+
 // ---- hfq::cuda_to_fragments ----
 
 struct ToFragmentsParams {

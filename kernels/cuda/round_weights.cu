@@ -1,6 +1,6 @@
-// The range of each group of a weight, and the codes of its weights on a grid: hfq/core/affine.py to the bit.
+// The range of each group of a weight, the codes of its weights on a grid, and those packed: hfq/core/affine.py and bits.py to the bit.
 //
-// Both read a weight once in its own dtype. A warp finds the range of a group; a thread rounds 8 neighbours, or one where rows do not begin at
+// The first two read a weight once in its own dtype. A warp finds the range of a group; a thread rounds 8 neighbours, or one where rows do not begin at
 // multiples of 16 bytes or groups do not end with eights.
 #include "packing.h"
 #include "pieces.h"
@@ -101,6 +101,19 @@ __global__ void __launch_bounds__(kThreads) nearest_codes_kernel(const NearestCo
     store(p.codes + at, static_cast<uint8_t>(codes[0]));
 }
 
+__global__ void __launch_bounds__(kThreads) pack_codes_kernel(const PackCodesParams p) {
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (at >= p.rows * p.row_bytes) return;
+  const int64_t row = at / p.row_bytes, first_bit = at % p.row_bytes * 8;
+  uint32_t byte = 0;
+  for (int64_t k = first_bit / p.bits; k < p.columns && k * p.bits < first_bit + 8; ++k) {
+    const int shift = static_cast<int>(k * p.bits - first_bit);
+    const uint32_t code = load_written(p.codes + row * p.columns + k);
+    byte |= shift >= 0 ? code << shift : code >> -shift;
+  }
+  store(p.packed + at, static_cast<uint8_t>(byte));
+}
+
 // ---- launchers ----
 
 template <class T, bool kTable, int kCount>
@@ -131,6 +144,12 @@ const char* launch_nearest_codes(const NearestCodesParams& p, cudaStream_t strea
     if (in_eights(p)) return p.codebook ? launch_codes<T, true, kEight>(p, stream) : launch_codes<T, false, kEight>(p, stream);
     return p.codebook ? launch_codes<T, true, 1>(p, stream) : launch_codes<T, false, 1>(p, stream);
   });
+}
+
+const char* launch_pack_codes(const PackCodesParams& p, cudaStream_t stream) {
+  const int64_t bytes = p.rows * p.row_bytes;
+  if (bytes == 0) return nullptr;
+  return launch(pack_codes_kernel, static_cast<unsigned>((bytes + kThreads - 1) / kThreads), kThreads, 0, stream, p);
 }
 
 }  // namespace hfq

@@ -90,6 +90,30 @@ void cuda_nearest_codes(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = checked(op, y, launch_nearest_codes(p, current_stream(index)));
 }
 
+// hfq::cuda_pack_codes(codes uint8 [N, K], bits) -> uint8 [N, B]
+void cuda_pack_codes(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "cuda_pack_codes";
+  const Tensor codes(op, "codes", stack[0]);
+  const int64_t bits = as_int(stack[1]);
+  const int32_t cuda = aoti_torch_device_type_cuda(), index = codes.device_index();
+  PackCodesParams p = {};
+  expect(bits >= 1 && bits <= 8, op, "bits must be 1 to 8, got " + std::to_string(bits));
+  if (codes.dtype() != aoti_torch_dtype_uint8() || codes.dim() != 2) codes.refuse("uint8 of shape [N, K]");
+  p.codes = static_cast<const uint8_t*>(codes.data(cuda, 1));
+  p.rows = codes.size(0);
+  p.columns = codes.size(1);
+  p.row_bytes = (p.columns * bits + 7) / 8;
+  p.bits = static_cast<int32_t>(bits);
+  expect_blocks(op, p.rows * p.row_bytes / 256);
+
+  const DeviceGuard guard(index);
+  const int64_t sizes[] = {p.rows, p.row_bytes};
+  void* packed = nullptr;
+  const StableIValue y = empty_tensor(sizes, 2, aoti_torch_dtype_uint8(), cuda, index, &packed);
+  p.packed = static_cast<uint8_t*>(packed);
+  stack[0] = checked(op, y, launch_pack_codes(p, current_stream(index)));
+}
+
 // hfq::cuda_to_fragments(qweight uint8 [N, B, 1], bits, halves) -> uint8 [N16, C, 32 | 48, 16]
 void cuda_to_fragments(StableIValue* stack, uint64_t, uint64_t) {
   constexpr const char* op = "cuda_to_fragments";
@@ -120,7 +144,7 @@ void cuda_to_fragments(StableIValue* stack, uint64_t, uint64_t) {
 
 bool register_packing(TorchLibraryHandle library) {
   return register_impl(library, "cuda_group_range", cuda_group_range) && register_impl(library, "cuda_nearest_codes", cuda_nearest_codes) &&
-         register_impl(library, "cuda_to_fragments", cuda_to_fragments);
+         register_impl(library, "cuda_pack_codes", cuda_pack_codes) && register_impl(library, "cuda_to_fragments", cuda_to_fragments);
 }
 
 }  // namespace hfq

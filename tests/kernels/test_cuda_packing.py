@@ -10,6 +10,7 @@ import torch
 
 from hfq.algorithms import ALGORITHMS
 from hfq.core import affine
+from hfq.core.bits import pack
 from hfq.core.codebooks import codebook
 from hfq.core.spec import CodebookSpec, Fp8Spec, Int8Spec, IntSpec, QuantSpec
 from hfq.kernels import cuda_packing_ops, fragments
@@ -46,6 +47,14 @@ def test_kernels(
     ):
         grid = (weight, scales, zero, table, bits, size)
         assert torch.equal(torch.ops.hfq.cuda_nearest_codes(*grid), affine.nearest_codes(*grid))
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_pack_codes(cuda: torch.device, generator: torch.Generator, bits: int) -> None:
+    for shape in ((1, 1), (3, 7), (100, 1000)):
+        codes = torch.randint(0, 2**bits, shape, dtype=torch.uint8, generator=generator)
+        mine = torch.ops.hfq.cuda_pack_codes(codes.to(cuda), bits)
+        assert torch.equal(mine.cpu(), pack(codes, bits))
 
 
 @pytest.mark.parametrize(("bits", "halves"), list(itertools.product(fragments.BITS, (False, True))))

@@ -89,6 +89,13 @@ def test_nearest_codes(
             assert torch.equal(emulator.nearest_codes(*grid), affine.nearest_codes(*grid))
 
 
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_pack_codes(emulator: Any, generator: torch.Generator, bits: int) -> None:
+    for shape in ((1, 1), (3, 7), (2, 8), (5, 100), (1, 777)):
+        codes = torch.randint(0, 2**bits, shape, dtype=torch.uint8, generator=generator)
+        assert torch.equal(emulator.pack_codes(codes, bits), pack(codes, bits))
+
+
 @pytest.mark.parametrize(("bits", "halves"), list(itertools.product(fragments.BITS, (False, True))))
 @pytest.mark.parametrize("shape", [(1, 8), (16, 64), (17, 136), (45, 264), (33, 128)], ids=str)
 def test_to_fragments(

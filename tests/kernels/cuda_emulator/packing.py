@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hfq.core.bits import packed_bytes
 from hfq.kernels.fragments import tiles_shape
 
 from .launch import INT, POINTER, SIZE, Launchers, Params, fields, output
 
 
 class GroupRangeParams(Params):
-    """kernels/cuda/packing.h, like the next two."""
+    """kernels/cuda/packing.h, like the next three."""
 
     _fields_ = (
         *fields(POINTER, "weight", "low", "high"),
@@ -33,6 +34,14 @@ class ToFragmentsParams(Params):
         *fields(POINTER, "qweight", "tiles"),
         *fields(SIZE, "rows", "columns", "row_bytes"),
         *fields(INT, "bits", "halves"),
+    )
+
+
+class PackCodesParams(Params):
+    _fields_ = (
+        *fields(POINTER, "codes", "packed"),
+        *fields(SIZE, "rows", "columns", "row_bytes"),
+        ("bits", INT),
     )
 
 
@@ -81,6 +90,20 @@ class Packing(Launchers):
         )
         self.launch("nearest_codes", params, codes)
         return codes
+
+    def pack_codes(self, codes: Tensor, bits: int) -> Tensor:
+        rows, columns = codes.shape
+        packed = torch.full((rows, packed_bytes(columns, bits)), 85, dtype=torch.uint8)
+        params = PackCodesParams(
+            codes=codes,
+            packed=packed,
+            rows=rows,
+            columns=columns,
+            row_bytes=packed.shape[1],
+            bits=bits,
+        )
+        self.launch("pack_codes", params, packed)
+        return packed
 
     def to_fragments(self, qweight: Tensor, bits: int, halves: bool) -> Tensor:
         """Of uint8 `[N, B, 1]`."""

@@ -33,6 +33,7 @@ def as_on_a_gpu() -> Iterator[None]:
     mine = {
         "group_range": cuda_packing_ops._group_range,
         "nearest_codes": cuda_packing_ops._nearest_codes,
+        "pack_codes": cuda_packing_ops._pack_codes,
     }
     before = {name: getattr(ops, name) for name in mine}
     cuda_packing_ops._is_native = lambda tensor: tensor.numel() > 0
@@ -77,6 +78,7 @@ def check_arguments() -> None:
         check(ops.cuda_nearest_codes.default, (WEIGHT.to(dtype), scales, zeros, None, 4, 32))
         check(ops.cuda_nearest_codes.default, (WEIGHT.to(dtype), scales, None, points, 4, 32))
     torch.library.opcheck(ops.cuda_to_fragments.default, (codes, 4, False))
+    torch.library.opcheck(ops.cuda_pack_codes.default, (codes[..., 0], 3))
     assert ops.cuda_group_range(WEIGHT, 10**12)[0].shape == (33, 1)
     refused("weight must be float32, float16", ops.cuda_group_range, WEIGHT.double(), 32)
     refused("weight must be of shape", ops.cuda_group_range, WEIGHT[0], 32)
@@ -90,6 +92,9 @@ def check_arguments() -> None:
     refused("codebook must be of shape", nearest, WEIGHT, scales, None, points[1:], 4, 32)
     refused("a codebook takes no zeros", nearest, WEIGHT, scales, zeros, points, 4, 32)
     refused("bits must be 1 to 8", nearest, WEIGHT, scales, None, None, 9, 32)
+    refused("bits must be 1 to 8", ops.cuda_pack_codes, codes[..., 0], 0)
+    refused("codes must be uint8 of shape", ops.cuda_pack_codes, codes, 4)
+    refused("codes must be contiguous", ops.cuda_pack_codes, strided(codes[..., 0]), 4)
     refused("bits must be 2, 3, 4 or 8", ops.cuda_to_fragments, codes, 5, False)
     refused("qweight must be uint8 of shape", ops.cuda_to_fragments, codes[..., 0], 4, False)
     refused("qweight must be contiguous", ops.cuda_to_fragments, strided(codes), 4, False)

@@ -27,6 +27,7 @@ const char* unpack_bytes(const hfq::UnpackBytesParams* params) { return hfq::lau
 const char* scale_sums(const hfq::ScaleSumsParams* params) { return hfq::launch_scale_sums(*params, nullptr); }
 const char* group_range(const hfq::GroupRangeParams* params) { return hfq::launch_group_range(*params, nullptr); }
 const char* nearest_codes(const hfq::NearestCodesParams* params) { return hfq::launch_nearest_codes(*params, nullptr); }
+const char* pack_codes(const hfq::PackCodesParams* params) { return hfq::launch_pack_codes(*params, nullptr); }
 const char* to_fragments(const hfq::ToFragmentsParams* params) { return hfq::launch_to_fragments(*params, nullptr); }
 const char* rms_norm(const hfq::NormParams* params) { return hfq::launch_rms_norm(*params, nullptr); }
 const char* rotate(const hfq::RotateParams* both) { return hfq::launch_rotate(both[0], both[1], nullptr); }
