@@ -19,12 +19,10 @@ __all__ = ["Encode", "pack_weight"]
 Encode = Callable[[Tensor], QuantizedWeight]
 
 # Weights per slice. On the CPU the float32 intermediates of a slice stay in cache. Elsewhere a slice is 25 to 70 launches of
-# 5 us and two answers that are waited for, in which a disk reads 1 or 2 MB: the weights of a slice have 16. Meanwhile it takes
-# some 10 bytes per weight, 80 MB.
+# 5 us (12 to 44 with our kernels) and two answers that are waited for, in which a disk reads 1 or 2 MB: the weights of a slice
+# have 16. Meanwhile it takes some 10 bytes per weight, 80 MB.
 _SLICE = 1 << 20
 _SLICE_ELSEWHERE = 1 << 23
-# Where kernels read the weight in its own dtype (hfq.kernels.cuda_packing_ops) it takes some 3 bytes per weight.
-_SLICE_NATIVE = 1 << 25
 
 
 @torch.no_grad()
@@ -64,7 +62,7 @@ def _pack_rows(weight: Tensor, out: dict[str, Tensor], slot: PackedSlot, encode:
     packed_format = FORMATS.get(slot.format)
     rows, columns = weight.shape
     native_rows = cuda_packing_ops.takes(weight)
-    size = _SLICE if weight.is_cpu else _SLICE_NATIVE if native_rows else _SLICE_ELSEWHERE
+    size = _SLICE if weight.is_cpu else _SLICE_ELSEWHERE
     step = max(1, size // (columns * ROW_CHUNK)) * ROW_CHUNK
     position = dict.fromkeys(out, 0)
     for start in range(0, rows, step):
