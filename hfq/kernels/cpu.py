@@ -62,8 +62,8 @@ class CpuRows16(OneByOne):
         self, x: Tensor, grid: PackedGrid, bias: Tensor | None, int8_activations: bool
     ) -> Tensor:
         tokens = x.reshape(-1, grid.in_features)
-        operands = (grid.qweight, grid.scales, grid.zeros, grid.codebook, bias)
-        sizes = (grid.bits, grid.group_size, grid.in_features, grid.out_features)
+        operands = (*self._operands(grid), bias)
+        sizes = _sizes(grid)
         if _directly(tokens.shape[0], x.dtype, grid, int8_activations):
             op = torch.ops.hfq.cpu_linear
             y = call(op, tokens.contiguous(), *operands, *sizes, int8_activations)
@@ -87,8 +87,9 @@ class CpuRows16(OneByOne):
         y: Tensor = torch.ops.hfq.cpu_experts_linear(
             x.contiguous(),
             counts,
-            *(grid.qweight, grid.scales, grid.zeros, grid.codebook, bias),
-            *(grid.bits, grid.group_size, grid.in_features, grid.out_features),
+            *self._operands(grid),
+            bias,
+            *_sizes(grid),
             int8_activations,
         )
         return y
@@ -98,17 +99,19 @@ class CpuRows16(OneByOne):
 
     def lookup(self, grid: PackedGrid, index: Tensor, dtype: torch.dtype) -> Tensor:
         rows: Tensor = torch.ops.hfq.cpu_lookup(
-            index.long(),
-            *(grid.qweight, grid.scales, grid.zeros, grid.codebook),
-            *(grid.bits, grid.group_size, grid.in_features, grid.out_features),
-            native_dtype(dtype),
+            index.long(), *self._operands(grid), *_sizes(grid), native_dtype(dtype)
         )
         return rows.to(dtype)
 
     def dequantize(self, grid: PackedGrid, dtype: torch.dtype) -> Tensor:
-        operands = (grid.qweight, grid.scales, grid.zeros, grid.codebook)
-        sizes = (grid.bits, grid.group_size, grid.in_features, grid.out_features)
-        return rows16_weight(operands, sizes, dtype)
+        return rows16_weight(self._operands(grid), _sizes(grid), dtype)
+
+    def _operands(self, grid: PackedGrid) -> tuple[Tensor | None, ...]:
+        return (grid.qweight, grid.scales, grid.zeros, grid.codebook)
+
+
+def _sizes(grid: PackedGrid) -> tuple[int, int, int, int]:
+    return (grid.bits, grid.group_size, grid.in_features, grid.out_features)
 
 
 def _directly(tokens: int, dtype: torch.dtype, grid: PackedGrid, int8_activations: bool) -> bool:

@@ -45,6 +45,7 @@ __all__ = [
     "native_dtype",
     "register_gradient",
     "register_second_gradient",
+    "rows16_product",
     "rows16_weight",
     "widened",
 ]
@@ -317,7 +318,8 @@ def _int8_weight(operands: tuple[Any, ...], sizes: tuple[int, ...], dtype: torch
     return _neutral_weight((qweight, scales, None, None, None), (8, sizes[0], sizes[0]), dtype)
 
 
-def _rows16_product(grad: Tensor, operands: tuple[Any, ...], sizes: tuple[int, ...]) -> Tensor:
+def rows16_product(grad: Tensor, operands: tuple[Any, ...], sizes: tuple[int, ...]) -> Tensor:
+    """A product for `register_gradient` from operands and sizes in layout rows16."""
     product: Tensor = torch.ops.hfq.cpu_linear_gradient(grad, *operands, *sizes[:4])
     return product
 
@@ -325,12 +327,12 @@ def _rows16_product(grad: Tensor, operands: tuple[Any, ...], sizes: tuple[int, .
 def _cpu_int8_product(grad: Tensor, operands: tuple[Any, ...], sizes: tuple[int, ...]) -> Tensor:
     qweight, scales, _ = operands
     columns, rows = sizes
-    return _rows16_product(grad, (qweight, scales, None, None), (8, columns, columns, rows))
+    return rows16_product(grad, (qweight, scales, None, None), (8, columns, columns, rows))
 
 
 register_gradient("linear", 5, dequantized(_neutral_weight))
-register_gradient("cpu_linear", 4, _rows16_product)
-register_gradient("cpu_linear_dequantized", 4, _rows16_product)
+register_gradient("cpu_linear", 4, rows16_product)
+register_gradient("cpu_linear_dequantized", 4, rows16_product)
 register_gradient("int8_linear", 3, dequantized(_int8_weight))
 register_gradient("cpu_int8_linear", 3, _cpu_int8_product)
 

@@ -42,7 +42,7 @@ inline I byte_dot(I sum, Line codes, uint32_t x) {
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {"avx512", kMaxTokens, kSpqrTokens, prepare, linear, linear_int8, dequantize, quantize, int8_linear, spqr_prepare, spqr_linear, spqr_dequantize, round_columns, search_grid,
+const Kernels kAvx512Kernels = {"avx512", kMaxTokens, kSpqrTokens, prepare, linear, linear_int8, dequantize, quantize, quantize_e4m3, int8_linear, spqr_prepare, spqr_linear, spqr_dequantize, round_columns, search_grid,
     rms_norm, rotate, gate, attend};
 
 }  // namespace hfq

@@ -20,7 +20,7 @@ namespace {
 
 }  // namespace
 
-const Kernels kNeonKernels = {"neon", kMaxTokens, kSpqrTokens, prepare, linear, linear_int8, dequantize, quantize, int8_linear, spqr_prepare, spqr_linear, spqr_dequantize, round_columns, search_grid,
+const Kernels kNeonKernels = {"neon", kMaxTokens, kSpqrTokens, prepare, linear, linear_int8, dequantize, quantize, quantize_e4m3, int8_linear, spqr_prepare, spqr_linear, spqr_dequantize, round_columns, search_grid,
     rms_norm, rotate, gate, attend};
 
 }  // namespace hfq

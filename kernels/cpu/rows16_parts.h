@@ -10,9 +10,13 @@
 //   line_zero line_or line_and line_right<n> line_left<n>              words of 16 rows
 //   field_value<shift, bits> table_value<i> byte_value<i>              some bits of every word as float
 //   f_from_bytes transpose_words lookup_words                          dequantization
+//   e4m3_even e4m3_odd f_pair f_join                                   1/256 of codes 0 and 2, or 1 and 3, of 16 words, side by side: as Pairs of
+//                                                                      F, of rows 0-7 and 8-15; p[0] p[1] p[0] ...; sums of neighbours by row
+//   line_larger f_nan_where_full                                       bytes: max(a, codes | 128); NaN in lanes with a byte of 255, else 0
+//   f_from_e4m3 f_to_e4m3                                              1/256 of 16 codes, or NaN; nearest E4M3, saturating, of NaN any number
 //   small_begin small_dot small_end                                    int8 dot products of codes 0..15, at most kSpan columns
 //   byte_dot                                                           int8 dot products of codes 0..255
-//   kMaxTokens                                                         tokens per pass that fit the register file
+//   kMaxTokens kE4m3Tokens                                             tokens per pass that fit the register file
 //   kRowBlocks                                                         row blocks that one pass of int8_linear takes side by side
 
 // ---- reading and writing scales, activations and outputs ----
@@ -66,6 +70,15 @@ inline void store_outputs(const LinearParams& p, int64_t block, int64_t token, F
   if (p.bias)
     for (int64_t r = 0; r < rows; ++r) lanes[r] += load_scalar(p.bias, row + r, p.bias_dtype);
   store_first(p.y, at, p.y_dtype, f_load(lanes), rows);
+}
+
+inline bool has_e4m3_codes(const LinearParams& p) { return p.codebook && p.shape.bits == 8; }
+
+// Outputs of one token from sums of products with 1/256 of E4M3 codes.
+inline void store_e4m3(const LinearParams& p, int64_t block, int64_t token, F sum) {
+  F factor = f_load_as(p.scales, block * kRows, p.scale_dtype);
+  if (p.x.block_scales) factor = f_mul(f_set1(p.x.block_scales[token]), factor);
+  store_outputs(p, block, token, f_mul(sum, f_mul(factor, f_set1(kE4m3Unit))));
 }
 
 // ---- codes ----
