@@ -47,51 +47,67 @@ void quantize_e4m3(const QuantizeParams& p) {
 
 // ---- products ----
 
-// A row block times M tokens from `token` on.
-template <int M>
-void e4m3_block(const LinearParams& p, int64_t block, int64_t token) {
-  constexpr int kParts = M == 1 ? 2 : 1;  // chains of dependent sums: four for one token, two for each of several
-  Pairs sum[kParts][M];
-  for (int i = 0; i < kParts; ++i)
-    for (int m = 0; m < M; ++m) sum[i][m] = {f_zero(), f_zero()};
-  Line largest = line_zero();
-  const auto add_word = [&](const uint8_t* line, const float* x) __attribute__((always_inline)) {
-    const Line codes = fetch(line);
-    largest = line_larger(largest, codes);
-    const auto add_columns = [&](Pairs values, Pairs(&sums)[M], const float* pairs) __attribute__((always_inline)) {
-      for (int m = 0; m < M; ++m) {
-        const F both = f_pair(pairs + m * kSpan);
-        sums[m].low = f_fma(values.low, both, sums[m].low);
-        sums[m].high = f_fma(values.high, both, sums[m].high);
-      }
-    };
-    add_columns(e4m3_even(codes), sum[0], x);
-    add_columns(e4m3_odd(codes), sum[kParts - 1], x + 2);
-  };
-  constexpr int64_t kWords = kSpan / 4;
-  const uint8_t* line = p.qweight + block * p.shape.words * kLineBytes;
-  const float* x = p.x.values + token * kSpan;
-  int64_t words = p.shape.words;
-  for (; words >= kWords; words -= kWords, line += kWords * kLineBytes, x += p.x.stride * kSpan)
-    for (int64_t w = 0; w < kWords; ++w) add_word(line + w * kLineBytes, x + 4 * w);
-  for (int64_t w = 0; w < words; ++w) add_word(line + w * kLineBytes, x + 4 * w);
-  const F nan = f_nan_where_full(largest);
-  for (int m = 0; m < M; ++m) {
-    Pairs total = sum[0][m];
-    if (kParts > 1) total = {f_add(total.low, sum[kParts - 1][m].low), f_add(total.high, sum[kParts - 1][m].high)};
-    store_e4m3(p, block, token + m, f_add(f_join(total), nan));
+constexpr int kLineParts = kLineBytes / sizeof(Part), kPartRows = kRows / kLineParts;
+
+// `words` words of the rows of a part, up to a span of them, times M tokens: one register of codes and two of sums for each token at a time,
+// which AVX2 has room for.
+template <int M, int CHAINS, int PART>
+inline void add_words(Pairs (&sum)[CHAINS][M], Part& largest, const uint8_t* line, const float* x, int64_t words) {
+  for (int64_t w = 0; w < words; ++w, line += kLineBytes, x += 4) {
+    if (PART == 0) __builtin_prefetch(line + 4096, 0, 2);  // see fetch()
+    const Part codes = part_load(line + PART * sizeof(Part));
+    largest = part_larger(largest, codes);
+    const Pairs even = e4m3_even(codes), odd = e4m3_odd(codes);
+    each_column<M>([&](auto token) {
+      constexpr int m = decltype(token)::value;
+      const Lanes first = l_pair(x + m * kSpan), second = l_pair(x + m * kSpan + 2);
+      Pairs &a = sum[0][m], &b = sum[CHAINS - 1][m];
+      a.low = l_fma(even.low, first, a.low);
+      a.high = l_fma(even.high, first, a.high);
+      b.low = l_fma(odd.low, second, b.low);
+      b.high = l_fma(odd.high, second, b.high);
+    });
   }
 }
 
-// body(Column<M>) for M = tokens, 1 to kE4m3Tokens.
-template <int M = 1, class Body>
-inline void by_e4m3_tokens(int64_t tokens, const Body& body) {
-  if (tokens == M) return body(Column<M>{});
-  if constexpr (M < kE4m3Tokens) by_e4m3_tokens<M + 1>(tokens, body);
+// A row block times M tokens.
+template <int M>
+void e4m3_block(const LinearParams& p, int64_t block) {
+  constexpr int kChains = M == 1 ? 2 : 1;  // of dependent sums, and twice that: too few for one token
+  constexpr int64_t kWords = kSpan / 4;
+  Pairs sum[kLineParts][kChains][M];
+  Part largest[kLineParts];
+  each_column<kLineParts>([&](auto part) {
+    constexpr int i = decltype(part)::value;
+    largest[i] = part_zero();
+    for (int c = 0; c < kChains; ++c)
+      for (int m = 0; m < M; ++m) sum[i][c][m] = {l_zero(), l_zero()};
+  });
+  const uint8_t* line = p.qweight + block * p.shape.words * kLineBytes;
+  const float* x = p.x.values;
+  for (int64_t words = p.shape.words; words > 0; words -= kWords, line += kWords * kLineBytes, x += M * kSpan) {
+    each_column<kLineParts>([&](auto part) {
+      constexpr int i = decltype(part)::value;
+      if (words >= kWords) add_words<M, kChains, i>(sum[i], largest[i], line, x, kWords);
+      else add_words<M, kChains, i>(sum[i], largest[i], line, x, words);
+    });
+  }
+  alignas(64) float total[M][kRows];
+  each_column<kLineParts>([&](auto part) {
+    constexpr int i = decltype(part)::value;
+    const Lanes nan = l_nan_where_full(largest[i]);
+    each_column<M>([&](auto token) {
+      constexpr int m = decltype(token)::value;
+      Pairs pairs = sum[i][0][m];
+      if (kChains > 1) pairs = {l_add(pairs.low, sum[i][kChains - 1][m].low), l_add(pairs.high, sum[i][kChains - 1][m].high)};
+      l_store(total[m] + i * kPartRows, l_add(l_join(pairs), nan));
+    });
+  });
+  for (int m = 0; m < M; ++m) store_e4m3(p, block, m, f_load(total[m]));
 }
 
 void e4m3_linear(const LinearParams& p, int64_t first, int64_t last) {
-  for (int64_t block = first; block < last; ++block)  // which stays in the cache
-    for (int64_t token = 0; token < p.tokens; token += kE4m3Tokens)
-      by_e4m3_tokens(smaller(kE4m3Tokens, p.tokens - token), [&](auto tokens) { e4m3_block<decltype(tokens)::value>(p, block, token); });
+  by_tokens(p.tokens, [&](auto tokens) {
+    for (int64_t block = first; block < last; ++block) e4m3_block<decltype(tokens)::value>(p, block);
+  });
 }

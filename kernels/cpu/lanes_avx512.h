@@ -5,9 +5,6 @@ typedef __m512i I;
 typedef __m512i Line;
 typedef __m512i Table;
 typedef __m512 FloatTable;
-struct Pairs {
-  F low, high;
-};
 constexpr int kMaxTokens = 8;
 constexpr int kSpqrTokens = 4;
 constexpr int kRowBlocks = 2;
@@ -97,28 +94,50 @@ inline F byte_value(Line words) {
   return _mm512_cvtepi32_ps(i == 3 ? shifted : _mm512_and_si512(shifted, _mm512_set1_epi32(255)));
 }
 
+// ---- words ----
+
+inline Line line_zero() { return _mm512_setzero_si512(); }
+inline Line line_or(Line a, Line b) { return _mm512_or_si512(a, b); }
+inline Line line_and(Line v, uint32_t mask) { return _mm512_and_si512(v, _mm512_set1_epi32(static_cast<int32_t>(mask))); }
+template <int n>
+inline Line line_right(Line v) { return _mm512_srli_epi32(v, n); }
+template <int n>
+inline Line line_left(Line v) { return _mm512_slli_epi32(v, n); }
+inline Line line_right(Line v, int n) { return _mm512_srl_epi32(v, _mm_cvtsi32_si128(n)); }
+inline Line line_left(Line v, int n) { return _mm512_sll_epi32(v, _mm_cvtsi32_si128(n)); }
+inline F f_from_line(Line v) { return _mm512_cvtepi32_ps(v); }
+
 // ---- E4M3 ----
 
-constexpr int kE4m3Tokens = 8;  // two accumulators for each
+typedef F Lanes;
+typedef Line Part;
+struct Pairs {
+  Lanes low, high;
+};
 
-// float16s to float32, those of rows 0 to 7 and of rows 8 to 15.
-inline Pairs widen(__m512i halves) {
-  return {_mm512_cvtph_ps(_mm512_castsi512_si256(halves)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1))};
-}
-inline Pairs e4m3_odd(Line words) { return widen(_mm512_and_si512(_mm512_srai_epi16(words, 1), _mm512_set1_epi16(kE4m3Half))); }
-inline Pairs e4m3_even(Line words) { return e4m3_odd(_mm512_slli_epi16(words, 8)); }
-inline F f_pair(const float* p) {
+inline Lanes l_zero() { return f_zero(); }
+inline Lanes l_add(Lanes a, Lanes b) { return f_add(a, b); }
+inline Lanes l_fma(Lanes a, Lanes b, Lanes c) { return f_fma(a, b, c); }
+inline void l_store(float* p, Lanes v) { f_store(p, v); }
+inline Lanes l_pair(const float* p) {
   double pair;
   __builtin_memcpy(&pair, p, 8);
   return _mm512_castpd_ps(_mm512_set1_pd(pair));
 }
-inline F f_join(Pairs v) {
+inline Lanes l_join(Pairs v) {
   const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
   return _mm512_add_ps(_mm512_permutex2var_ps(v.low, even, v.high), _mm512_permutex2var_ps(v.low, odd, v.high));
 }
-inline Line line_larger(Line a, Line codes) { return _mm512_max_epu8(a, _mm512_or_si512(codes, _mm512_set1_epi8(-128))); }
-inline F f_nan_where_full(Line bytes) {
+inline Part part_zero() { return line_zero(); }
+inline Part part_load(const uint8_t* p) { return line_load(p); }
+inline Part part_larger(Part a, Part codes) { return _mm512_max_epu8(a, _mm512_or_si512(codes, _mm512_set1_epi8(-128))); }
+inline Pairs e4m3_odd(Part words) {
+  const __m512i halves = _mm512_and_si512(_mm512_srai_epi16(words, 1), _mm512_set1_epi16(kE4m3Half));
+  return {_mm512_cvtph_ps(_mm512_castsi512_si256(halves)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1))};
+}
+inline Pairs e4m3_even(Part words) { return e4m3_odd(_mm512_slli_epi16(words, 8)); }
+inline Lanes l_nan_where_full(Part bytes) {
   const __m512i full = _mm512_movm_epi8(_mm512_cmpeq_epi8_mask(bytes, _mm512_set1_epi8(-1)));
   return _mm512_maskz_mov_ps(_mm512_test_epi32_mask(full, full), f_set1(__builtin_nanf("")));
 }
@@ -134,19 +153,6 @@ inline F f_to_e4m3(F v) {
   const F shift = f_mul(_mm512_max_ps(power, f_set1(kE4m3Normal)), f_set1(kE4m3Shift));
   return _mm512_sub_ps(f_add(v, shift), shift);
 }
-
-// ---- words ----
-
-inline Line line_zero() { return _mm512_setzero_si512(); }
-inline Line line_or(Line a, Line b) { return _mm512_or_si512(a, b); }
-inline Line line_and(Line v, uint32_t mask) { return _mm512_and_si512(v, _mm512_set1_epi32(static_cast<int32_t>(mask))); }
-template <int n>
-inline Line line_right(Line v) { return _mm512_srli_epi32(v, n); }
-template <int n>
-inline Line line_left(Line v) { return _mm512_slli_epi32(v, n); }
-inline Line line_right(Line v, int n) { return _mm512_srl_epi32(v, _mm_cvtsi32_si128(n)); }
-inline Line line_left(Line v, int n) { return _mm512_sll_epi32(v, _mm_cvtsi32_si128(n)); }
-inline F f_from_line(Line v) { return _mm512_cvtepi32_ps(v); }
 
 // ---- dequantization ----
 

@@ -9,9 +9,6 @@ struct I {
 struct Line {
   uint32x4_t v[4];
 };
-struct Pairs {
-  F low, high;
-};
 typedef uint8x16_t Table;
 typedef uint8x16x4_t FloatTable;  // 16 floats as bytes
 // 32 registers: four per accumulator, eight for a line and its codes.
@@ -155,63 +152,6 @@ inline F byte_value(Line words) {
   return field_value<8 * i, 8>(words);
 }
 
-// ---- E4M3 ----
-
-constexpr int kE4m3Tokens = 2;  // eight registers for each
-
-inline float32x4_t f_from_halves(uint16x4_t halves) { return vcvt_f32_f16(vreinterpret_f16_u16(halves)); }
-// float16s to float32, those of eight rows.
-inline F widen(uint16x8_t first, uint16x8_t second) {
-  return {{f_from_halves(vget_low_u16(first)), f_from_halves(vget_high_u16(first)), f_from_halves(vget_low_u16(second)), f_from_halves(vget_high_u16(second))}};
-}
-inline uint16x8_t e4m3_halves(int16x8_t words) {
-  return vandq_u16(vreinterpretq_u16_s16(vshrq_n_s16(words, 1)), vdupq_n_u16(static_cast<uint16_t>(kE4m3Half)));
-}
-inline Pairs e4m3_odd(Line a) {
-  const auto halves = [&](int i) { return e4m3_halves(vreinterpretq_s16_u32(a.v[i])); };
-  return {widen(halves(0), halves(1)), widen(halves(2), halves(3))};
-}
-inline Pairs e4m3_even(Line a) {
-  return e4m3_odd(each_register<Line>([&](int i) { return vreinterpretq_u32_u16(vshlq_n_u16(vreinterpretq_u16_u32(a.v[i]), 8)); }));
-}
-inline F f_pair(const float* p) {
-  const float32x2_t pair = vld1_f32(p);
-  return each_register<F>([&](int) { return vcombine_f32(pair, pair); });
-}
-inline F f_join(Pairs p) {
-  return {{vpaddq_f32(p.low.v[0], p.low.v[1]), vpaddq_f32(p.low.v[2], p.low.v[3]), vpaddq_f32(p.high.v[0], p.high.v[1]),
-           vpaddq_f32(p.high.v[2], p.high.v[3])}};
-}
-inline Line line_larger(Line a, Line codes) {
-  return each_register<Line>([&](int i) {
-    return vreinterpretq_u32_u8(vmaxq_u8(vreinterpretq_u8_u32(a.v[i]), vorrq_u8(vreinterpretq_u8_u32(codes.v[i]), vdupq_n_u8(128))));
-  });
-}
-// All ones are a NaN.
-inline F f_nan_where_full(Line a) {
-  return each_register<F>([&](int i) {
-    const uint32x4_t full = vreinterpretq_u32_u8(vceqq_u8(vreinterpretq_u8_u32(a.v[i]), vdupq_n_u8(255)));
-    return vreinterpretq_f32_u32(vtstq_u32(full, full));
-  });
-}
-inline F f_from_e4m3(const uint8_t* p) {
-  const int8x16_t codes = vreinterpretq_s8_u8(vld1q_u8(p));
-  const auto halves = [](int8x8_t bytes) { return e4m3_halves(vshlq_n_s16(vmovl_s8(bytes), 8)); };
-  const F values = widen(halves(vget_low_s8(codes)), halves(vget_high_s8(codes)));
-  const int8x16_t nan = vreinterpretq_s8_u8(vceqq_u8(vorrq_u8(vreinterpretq_u8_s8(codes), vdupq_n_u8(128)), vdupq_n_u8(255)));
-  const int16x8_t low = vmovl_s8(vget_low_s8(nan)), high = vmovl_s8(vget_high_s8(nan));
-  const int32x4_t masks[4] = {vmovl_s16(vget_low_s16(low)), vmovl_s16(vget_high_s16(low)), vmovl_s16(vget_low_s16(high)), vmovl_s16(vget_high_s16(high))};
-  return each_register<F>([&](int i) { return vreinterpretq_f32_s32(vorrq_s32(vreinterpretq_s32_f32(values.v[i]), masks[i])); });
-}
-inline F f_to_e4m3(F f) {
-  return each_register<F>([&](int i) {
-    const float32x4_t v = vmaxq_f32(vminq_f32(f.v[i], vdupq_n_f32(kE4m3Most)), vdupq_n_f32(-kE4m3Most));
-    const float32x4_t power = vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(v), vdupq_n_u32(0x7f800000u)));
-    const float32x4_t shift = vmulq_n_f32(vmaxq_f32(power, vdupq_n_f32(kE4m3Normal)), kE4m3Shift);
-    return vsubq_f32(vaddq_f32(v, shift), shift);
-  });
-}
-
 // ---- dot products ----
 
 // Both factors of sdot are signed: fine for codes up to 127.
@@ -260,6 +200,58 @@ inline Line line_left(Line a) {
 }
 inline F f_from_line(Line a) {
   return each_register<F>([&](int i) { return vcvtq_f32_s32(vreinterpretq_s32_u32(a.v[i])); });
+}
+
+// ---- E4M3 ----
+
+typedef float32x4_t Lanes;
+typedef uint32x4_t Part;
+struct Pairs {
+  Lanes low, high;
+};
+
+inline Lanes l_zero() { return vdupq_n_f32(0.0f); }
+inline Lanes l_add(Lanes a, Lanes b) { return vaddq_f32(a, b); }
+inline Lanes l_fma(Lanes a, Lanes b, Lanes c) { return vfmaq_f32(c, a, b); }
+inline void l_store(float* p, Lanes v) { vst1q_f32(p, v); }
+inline Lanes l_pair(const float* p) {
+  const float32x2_t pair = vld1_f32(p);
+  return vcombine_f32(pair, pair);
+}
+inline Lanes l_join(Pairs v) { return vpaddq_f32(v.low, v.high); }
+inline Part part_zero() { return vdupq_n_u32(0); }
+inline Part part_load(const uint8_t* p) { return vreinterpretq_u32_u8(vld1q_u8(p)); }
+inline Part part_larger(Part a, Part codes) {
+  return vreinterpretq_u32_u8(vmaxq_u8(vreinterpretq_u8_u32(a), vorrq_u8(vreinterpretq_u8_u32(codes), vdupq_n_u8(128))));
+}
+inline Pairs e4m3_odd(int16x8_t words) {
+  const uint16x8_t halves = vandq_u16(vreinterpretq_u16_s16(vshrq_n_s16(words, 1)), vdupq_n_u16(static_cast<uint16_t>(kE4m3Half)));
+  return {vcvt_f32_f16(vreinterpret_f16_u16(vget_low_u16(halves))), vcvt_f32_f16(vreinterpret_f16_u16(vget_high_u16(halves)))};
+}
+inline Pairs e4m3_odd(Part words) { return e4m3_odd(vreinterpretq_s16_u32(words)); }
+inline Pairs e4m3_even(Part words) { return e4m3_odd(vshlq_n_s16(vreinterpretq_s16_u32(words), 8)); }
+// All ones are a NaN.
+inline Lanes l_nan_where_full(Part bytes) {
+  const uint32x4_t full = vreinterpretq_u32_u8(vceqq_u8(vreinterpretq_u8_u32(bytes), vdupq_n_u8(255)));
+  return vreinterpretq_f32_u32(vtstq_u32(full, full));
+}
+inline F f_from_e4m3(const uint8_t* p) {
+  const uint8x16_t codes = vld1q_u8(p);
+  const int8x16_t nan = vreinterpretq_s8_u8(vceqq_u8(vorrq_u8(codes, vdupq_n_u8(128)), vdupq_n_u8(255)));
+  const int16x8_t low_nan = vmovl_s8(vget_low_s8(nan)), high_nan = vmovl_s8(vget_high_s8(nan));
+  // A code is the upper byte of a word.
+  const Pairs low = e4m3_odd(vreinterpretq_s16_u8(vzip1q_u8(vdupq_n_u8(0), codes))), high = e4m3_odd(vreinterpretq_s16_u8(vzip2q_u8(vdupq_n_u8(0), codes)));
+  const auto with = [](Lanes values, int16x4_t mask) { return vreinterpretq_f32_s32(vorrq_s32(vreinterpretq_s32_f32(values), vmovl_s16(mask))); };
+  return {{with(low.low, vget_low_s16(low_nan)), with(low.high, vget_high_s16(low_nan)), with(high.low, vget_low_s16(high_nan)),
+           with(high.high, vget_high_s16(high_nan))}};
+}
+inline F f_to_e4m3(F f) {
+  return each_register<F>([&](int i) {
+    const float32x4_t v = vmaxq_f32(vminq_f32(f.v[i], vdupq_n_f32(kE4m3Most)), vdupq_n_f32(-kE4m3Most));
+    const float32x4_t power = vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(v), vdupq_n_u32(0x7f800000u)));
+    const float32x4_t shift = vmulq_n_f32(vmaxq_f32(power, vdupq_n_f32(kE4m3Normal)), kE4m3Shift);
+    return vsubq_f32(vaddq_f32(v, shift), shift);
+  });
 }
 
 // ---- dequantization ----

@@ -1,7 +1,7 @@
 // What kernels on layout rows16 share, written once over 16 lanes. Included inside the anonymous namespace of each instruction set's file,
 // after that file has defined the primitives, so every copy has internal linkage (see rows16.h for why).
 //
-// Primitives: types F (16 floats), I (16 int32), Line (64 bytes), Table (16 entries), SmallSum; functions
+// Primitives: types F (16 floats), I (16 int32), Line (64 bytes), Table (16 entries), SmallSum, Part, Lanes; functions
 //   f_zero f_set1 f_load f_store f_mul f_fma f_from_i i_set1 i_add     lanes
 //   i_max i_store i_magnitude i_round_code                             activations: |x| as ordered bits; to -127..127, halves to even
 //   f_load_as f_store_as                                               16 contiguous values of a DType
@@ -10,13 +10,15 @@
 //   line_zero line_or line_and line_right<n> line_left<n>              words of 16 rows
 //   field_value<shift, bits> table_value<i> byte_value<i>              some bits of every word as float
 //   f_from_bytes transpose_words lookup_words                          dequantization
-//   e4m3_even e4m3_odd f_pair f_join                                   1/256 of codes 0 and 2, or 1 and 3, of 16 words, side by side: as Pairs of
-//                                                                      F, of rows 0-7 and 8-15; p[0] p[1] p[0] ...; sums of neighbours by row
-//   line_larger f_nan_where_full                                       bytes: max(a, codes | 128); NaN in lanes with a byte of 255, else 0
+//   part_zero part_load part_larger l_nan_where_full                   a Part, one register of bytes; bytes max(a, codes | 128); NaN in 32-bit lanes
+//                                                                      with a byte of 255, else 0
+//   e4m3_even e4m3_odd l_join l_pair                                   1/256 of codes 0 and 2, or 1 and 3, of each row of a part, side by side: two
+//                                                                      registers of floats, Lanes low and high; sums of neighbours; p[0] p[1] p[0] ...
+//   l_zero l_add l_fma l_store                                         Lanes
 //   f_from_e4m3 f_to_e4m3                                              1/256 of 16 codes, or NaN; nearest E4M3, saturating, of NaN any number
 //   small_begin small_dot small_end                                    int8 dot products of codes 0..15, at most kSpan columns
 //   byte_dot                                                           int8 dot products of codes 0..255
-//   kMaxTokens kE4m3Tokens                                             tokens per pass that fit the register file
+//   kMaxTokens                                                         tokens per pass that fit the register file
 //   kRowBlocks                                                         row blocks that one pass of int8_linear takes side by side
 
 // ---- reading and writing scales, activations and outputs ----

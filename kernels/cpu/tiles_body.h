@@ -243,18 +243,18 @@ void widen_chunk(uint8_t* tile, const LinearParams& p, int64_t block, int64_t fi
       order[pair][2 * row] = even, order[pair][2 * row + 1] = static_cast<uint16_t>(even + 16);
     }
   const I left = _mm512_load_si512(order[0]), right = _mm512_load_si512(order[1]);
-  Line largest = line_zero();
+  Part largest = part_zero();
   uint8_t* out = tile;
   for (int64_t word = first * kWords; word < last * kWords; ++word, out += 2 * kLineBytes) {
     const Line codes = word < s.words ? fetch(p.qweight + (block * s.words + word) * kLineBytes) : line_zero();
-    largest = line_larger(largest, codes);
+    largest = part_larger(largest, codes);
     const Pairs even = e4m3_even(codes), odd = e4m3_odd(codes);
     const I low = reinterpret_cast<I>(_mm512_cvtne2ps_pbh(odd.low, even.low)), high = reinterpret_cast<I>(_mm512_cvtne2ps_pbh(odd.high, even.high));
     _mm512_store_si512(out, _mm512_permutex2var_epi16(low, left, high));
     _mm512_store_si512(out + kLineBytes, _mm512_permutex2var_epi16(low, right, high));
   }
   // A NaN in a row makes one of the row's numbers NaN, and with it all sums.
-  _mm512_store_si512(tile, _mm512_or_si512(_mm512_load_si512(tile), _mm512_castps_si512(f_nan_where_full(largest))));
+  _mm512_store_si512(tile, _mm512_or_si512(_mm512_load_si512(tile), _mm512_castps_si512(l_nan_where_full(largest))));
 }
 
 void dequantize_pair(uint8_t* tiles, const LinearParams& p, int64_t block, int64_t first, int64_t last) {
