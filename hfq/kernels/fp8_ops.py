@@ -36,10 +36,9 @@ from .ops import (
     LIBRARY,
     define_product,
     dequantized,
-    matmul,
     register_gradient,
+    rows16_matmul,
     rows16_product,
-    rows16_weight,
     widened,
 )
 
@@ -136,7 +135,7 @@ def _cpu_linear_dequantized(
     # Without scales, which come at the end: so products are exact.
     operands = (qweight, torch.ones_like(scales), None, codebook)
     sizes = (8, in_features, in_features, out_features)
-    sums = matmul(values, rows16_weight(operands, sizes, torch.float32), None)
+    sums = rows16_matmul(values, operands, sizes, None)
     factors = scales.flatten()[:out_features]
     return fp8.output(sums.mul_(token_scales * factors), bias, x)
 

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from . import cuda_machine, int8, reference
+from .rows16 import ROWS
 from .scratch import scratch
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "native_dtype",
     "register_gradient",
     "register_second_gradient",
+    "rows16_matmul",
     "rows16_product",
     "rows16_weight",
     "widened",
@@ -130,8 +132,7 @@ def _cpu_linear_dequantized(
     out_features: int,
 ) -> Tensor:
     operands = (qweight, scales, zeros, codebook)
-    weight = rows16_weight(operands, (bits, group_size, in_features, out_features), x.dtype)
-    return matmul(x, weight, bias)
+    return rows16_matmul(x, operands, (bits, group_size, in_features, out_features), bias)
 
 
 def _cpu_linear_gradient(
@@ -150,6 +151,43 @@ def _cpu_linear_gradient(
     sizes = (bits, group_size, in_features, out_features)
     torch.ops.hfq.cpu_dequantize_into(weight, qweight, scales, zeros, codebook, *sizes)
     return matmul(wide, weight.to(wide.dtype).T, None).to(grad.dtype)
+
+
+# Weights that `rows16_matmul` dequantizes at a time. Measured (4096 x 4096 of 8 bits to float32, one thread, 64 tokens): 2^22 25 ms, 2^20 26, 2^18 31;
+# the whole weight in memory that is used again 28, in new memory 34.
+_PIECE = 1 << 22
+
+
+def rows16_matmul(
+    x: Tensor, operands: tuple[Any, ...], sizes: tuple[int, ...], bias: Tensor | None
+) -> Tensor:
+    """``x W^T + bias`` by the matrix library in the dtype of x, some rows of W after the other, in memory that is used again.
+
+    Args:
+        operands, sizes: as for `rows16_weight`.
+    """
+    qweight, scales, zeros, codebook = operands
+    bits, group_size, columns, rows = sizes[:4]
+    step = max(1, _PIECE // (ROWS * columns)) * ROWS
+    y = x.new_empty((*x.shape[:-1], rows))
+    for first in range(0, rows, step):
+        part = slice(first, min(first + step, rows))
+        count, blocks = part.stop - first, slice(first // ROWS, (first + step) // ROWS)
+        weight = scratch((count, columns), native_dtype(x.dtype))
+        torch.ops.hfq.cpu_dequantize_into(
+            weight,
+            qweight[blocks],
+            scales[blocks],
+            None if zeros is None else zeros[blocks],
+            codebook,
+            *(bits, group_size, columns, count),
+        )
+        own = None if bias is None else bias[part]
+        product = matmul(x, weight.to(x.dtype), own)
+        if count == rows:
+            return product
+        y[..., part] = product
+    return y
 
 
 def rows16_weight(operands: tuple[Any, ...], sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
