@@ -11,7 +11,10 @@ from isas_program import CPU, FOLDER, build, check
 from hfq.kernels import native
 
 # Like add_isa() in kernels/wheel/cpu.cmake, without what is emulated.
-FLAGS = tuple("-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq".split())
+FLAGS = (
+    *("-mavx2", "-mfma", "-mf16c"),
+    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
+)
 # GCC's own headers read uninitialized variables on purpose.
 QUIET = ("-Wno-uninitialized", "-Wno-maybe-uninitialized")
 
