@@ -4,7 +4,8 @@ M tokens, N out_features, K in_features, G groups per row. A weight is ``(code -
 ``codebook[code] * scale``; see `hfq.core.weight.PackedGrid` for the operands. Two layouts of the operands (more in `hfq.kernels.cuda_ops` and `cuda_int8_ops`):
 
     neutral   qweight uint8 [N, B, 1], scales/zeros [N, G]               as stored (hfq.core.bits)
-    rows16    qweight uint8 [N16, W, 16, 4], scales/zeros [N16, G, 16]   CPU kernels (hfq.kernels.rows16)
+    rows16    qweight uint8 [N16, W, 16, 4], scales/zeros [N16, G, 16]   CPU kernels (hfq.kernels.rows16); with 8 bits and a codebook, which
+                                                                         has to be that of E4M3 (hfq.core.float8), one group per row
 
     dequantize               neutral -> [N, K]                    PyTorch reference; the next one where it runs
     cuda_dequantize_neutral  neutral -> [N, K]                    native on CUDA; elsewhere the reference

@@ -1,4 +1,4 @@
-// Products with weights in E4M3, and rounding of activations to it. Included by rows16_body.h, inside the same anonymous namespace.
+// Products with weights in E4M3, and rounding of activations to it. Included after rows16_body.h, inside the same anonymous namespace.
 //
 //   y[m, n] = sum_k value(code[n, k]) * x[m, k]  *  scale[n]  + bias[n]
 //

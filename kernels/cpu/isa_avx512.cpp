@@ -35,6 +35,7 @@ inline I byte_dot(I sum, Line codes, uint32_t x) {
 
 #include "rows16_parts.h"
 #include "rows16_body.h"
+#include "e4m3_body.h"
 #include "int8_body.h"
 #include "spqr_body.h"
 #include "rounding_body.h"

@@ -352,6 +352,7 @@ inline void lookup_words(uint8_t* y, const uint32_t* words, int64_t count, F val
 
 #include "rows16_parts.h"
 #include "rows16_body.h"
+#include "e4m3_body.h"
 #include "int8_body.h"
 #include "spqr_body.h"
 #include "rounding_body.h"

@@ -13,6 +13,7 @@ namespace {
 #include "lanes_neon.h"
 #include "rows16_parts.h"
 #include "rows16_body.h"
+#include "e4m3_body.h"
 #include "int8_body.h"
 #include "spqr_body.h"
 #include "rounding_body.h"

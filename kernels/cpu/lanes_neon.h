@@ -240,7 +240,8 @@ inline F f_from_e4m3(const uint8_t* p) {
   const int8x16_t nan = vreinterpretq_s8_u8(vceqq_u8(vorrq_u8(codes, vdupq_n_u8(128)), vdupq_n_u8(255)));
   const int16x8_t low_nan = vmovl_s8(vget_low_s8(nan)), high_nan = vmovl_s8(vget_high_s8(nan));
   // A code is the upper byte of a word.
-  const Pairs low = e4m3_odd(vreinterpretq_s16_u8(vzip1q_u8(vdupq_n_u8(0), codes))), high = e4m3_odd(vreinterpretq_s16_u8(vzip2q_u8(vdupq_n_u8(0), codes)));
+  const Pairs low = e4m3_odd(vreinterpretq_s16_u8(vzip1q_u8(vdupq_n_u8(0), codes)));
+  const Pairs high = e4m3_odd(vreinterpretq_s16_u8(vzip2q_u8(vdupq_n_u8(0), codes)));
   const auto with = [](Lanes values, int16x4_t mask) { return vreinterpretq_f32_s32(vorrq_s32(vreinterpretq_s32_f32(values), vmovl_s16(mask))); };
   return {{with(low.low, vget_low_s16(low_nan)), with(low.high, vget_high_s16(low_nan)), with(high.low, vget_low_s16(high_nan)),
            with(high.high, vget_high_s16(high_nan))}};

@@ -130,9 +130,9 @@ struct RotateParams;
 struct GateParams;
 struct AttendParams;
 
-// What one instruction set offers. prepare() covers groups [first, last), spqr_prepare() units, quantize() and quantize_e4m3() all tokens, round_columns()
-// tiles of kTileRows rows, search_grid() groups of row blocks, rms_norm() rows, rotate() tokens, gate() chunks of rows, attend() key-value heads, the
-// others row blocks.
+// What one instruction set offers. prepare() covers groups [first, last), spqr_prepare() units, quantize() and quantize_e4m3() all tokens,
+// round_columns() tiles of kTileRows rows, search_grid() groups of row blocks, rms_norm() rows, rotate() tokens, gate() chunks of rows, attend()
+// key-value heads, the others row blocks.
 struct Kernels {
   const char* name;
   int32_t max_tokens;

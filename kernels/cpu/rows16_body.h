@@ -213,7 +213,7 @@ void exact_product(const LinearParams& p, int64_t first, int64_t last) {
   }
 }
 
-#include "e4m3_body.h"
+void e4m3_linear(const LinearParams& p, int64_t first, int64_t last);  // e4m3_body.h
 
 void linear(const LinearParams& p, int64_t first, int64_t last) {
   if (has_e4m3_codes(p)) return e4m3_linear(p, first, last);

@@ -13,7 +13,7 @@
 //   part_zero part_load part_larger l_nan_where_full                   a Part, one register of bytes; bytes max(a, codes | 128); NaN in 32-bit lanes
 //                                                                      with a byte of 255, else 0
 //   e4m3_even e4m3_odd l_join l_pair                                   1/256 of codes 0 and 2, or 1 and 3, of each row of a part, side by side: two
-//                                                                      registers of floats, Lanes low and high; sums of neighbours; p[0] p[1] p[0] ...
+//                                                                      Lanes (a register of floats); sums of neighbours; p[0] p[1] p[0] ...
 //   l_zero l_add l_fma l_store                                         Lanes
 //   f_from_e4m3 f_to_e4m3                                              1/256 of 16 codes, or NaN; nearest E4M3, saturating, of NaN any number
 //   small_begin small_dot small_end                                    int8 dot products of codes 0..15, at most kSpan columns

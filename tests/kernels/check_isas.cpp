@@ -195,8 +195,8 @@ void check_nan(const char* isa, const Case& c, int64_t tokens, DType dtype, bool
   ++cases;
   if (right) return;
   ++failures;
-  std::printf("%s: a NaN in row %lld, column %lld of %lld x %lld, %lld tokens, dtype %d, whole rows %d\n", isa, static_cast<long long>(row),
-              static_cast<long long>(column), static_cast<long long>(c.rows), static_cast<long long>(c.columns), static_cast<long long>(tokens), dtype, whole_rows);
+  std::printf("%s: a NaN in row %d, column %d of %d x %d, %d tokens, dtype %d, whole rows %d\n", isa, static_cast<int>(row), static_cast<int>(column),
+              static_cast<int>(c.rows), static_cast<int>(c.columns), static_cast<int>(tokens), dtype, whole_rows);
 }
 
 void check_rows(const char* isa, const Case& c, const Weight& w, DType dtype) {
