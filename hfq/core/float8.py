@@ -33,9 +33,10 @@ def e4m3_values(codes: Tensor) -> Tensor:
     # float16, whose exponents are counted from 15 instead of 7, the byte reads as 1/256 of its value, subnormals too.
     moved = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7)
     # The sign was extended to bits 15 and 14.
-    halves = moved.bitwise_and_(~(1 << 14)).view(torch.float16)
-    values = halves.float().mul_(256)
-    return values.masked_fill_(codes.bitwise_and(_NAN) == _NAN, torch.nan)
+    moved = moved.bitwise_and_(~(1 << 14))
+    # One more than a NaN's exponent and mantissa would reach bit 14, which makes it a NaN of float16.
+    moved |= (moved + (1 << 7)).bitwise_and_(1 << 14)
+    return moved.view(torch.float16).float().mul_(256)
 
 
 def e4m3_table(device: torch.device | str | None = None) -> Tensor:
