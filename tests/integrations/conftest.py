@@ -1,9 +1,42 @@
+"""Tiny models on disk, and what tests of several files ask for."""
+
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 
 @pytest.fixture(autouse=True)
 def one_thread_everywhere(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Models are tiny: threads would wait for each other longer than they work, in new processes as well."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def ids(generator: torch.Generator) -> Tensor:
+    """Three sequences of nine tokens, for tests with PEFT."""
+    return torch.randint(0, 64, (3, 9), generator=generator)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float checkpoint of a small Llama, for tests with PEFT; never written to."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        attention_bias=True,
+        tie_word_embeddings=False,
+    )
+    path = tmp_path_factory.mktemp("llama")
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
