@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from hfq.integrations import decode_modules
+
+from .decode_models import llama_config, model_of
 
 
 @pytest.fixture(autouse=True)
@@ -40,3 +45,24 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("llama")
     LlamaForCausalLM(config).save_pretrained(path)
     return path
+
+
+@pytest.fixture
+def llama() -> PreTrainedModel:
+    """A float Llama in memory, for tests of native decode code."""
+    return model_of(llama_config)
+
+
+@pytest.fixture
+def native_calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often native decode code was asked."""
+    counts = dict.fromkeys(("norm", "gate", "attention"), 0)
+    for name in counts:
+        function = getattr(decode_modules, f"native_{name}")
+
+        def counted(*args: Any, name: str = name, function: Any = function, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(decode_modules, f"native_{name}", counted)
+    return counts
