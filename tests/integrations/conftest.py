@@ -1,4 +1,4 @@
-"""Tiny models on disk, and what tests of several files ask for."""
+"""What tests of several files ask for: one thread, tiny models, tokens."""
 
 from __future__ import annotations
 
@@ -13,12 +13,26 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from hfq.integrations import decode_modules
 
 from .decode_models import llama_config, model_of
+from .tiny_models import build
 
 
 @pytest.fixture(autouse=True)
 def one_thread_everywhere(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Models are tiny: threads would wait for each other longer than they work, in new processes as well."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def tokens(generator: torch.Generator) -> Tensor:
+    """32 sequences of 32 tokens to calibrate with."""
+    return torch.randint(128, (32, 32), generator=generator)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A float Llama in files of 50 kB."""
+    build("llama").save_pretrained(tmp_path / "float", max_shard_size="50KB")
+    return tmp_path / "float"
 
 
 @pytest.fixture
