@@ -97,6 +97,8 @@ inline __m512i to_bfloat16(__m512 high, __m512 low) {
 #undef _tile_zero
 #undef _tile_loadd
 #undef _tile_stored
+#undef _tile_loadd_internal  // what the kernels call under the address sanitizer
+#undef _tile_stored_internal
 #undef _tile_dpbf16ps
 #undef _tile_dpbssd
 #define _tile_loadconfig emulated_amx::load_config
@@ -104,6 +106,8 @@ inline __m512i to_bfloat16(__m512 high, __m512 low) {
 #define _tile_zero emulated_amx::zero
 #define _tile_loadd emulated_amx::load
 #define _tile_stored emulated_amx::store
+#define _tile_loadd_internal emulated_amx::load
+#define _tile_stored_internal emulated_amx::store
 #define _tile_dpbf16ps emulated_amx::multiply_bfloat16
 #define _tile_dpbssd emulated_amx::multiply_int8
 #define _mm512_cvtne2ps_pbh emulated_amx::to_bfloat16
