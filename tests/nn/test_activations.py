@@ -71,6 +71,22 @@ def spec(request: pytest.FixtureRequest, activation: str) -> Spec:
 
 
 @pytest.mark.parametrize("prepared", [True, False])
+@pytest.mark.parametrize("spec", [Int8Spec(activation="dynamic"), Fp8Spec(activation="static")])
+def test_modules_of_float64(prepared: bool, spec: Spec, generator: torch.Generator) -> None:
+    """The bias has their dtype, which native code does not take."""
+    packed = quantized(spec, generator, dtype=torch.float64)
+    packed.bias.requires_grad_()
+    if prepared:
+        packed.prepare()
+    x = torch.randn(3, 70, dtype=torch.float64, generator=generator).requires_grad_()
+    y = packed(x)
+    y.sum().backward()
+    assert y.dtype == torch.float64 and x.grad is not None and packed.bias.grad is not None
+    torch.testing.assert_close(y, expected(packed, x.detach()), rtol=1e-5, atol=1e-5)
+    assert torch.equal(packed.bias.grad, torch.full_like(packed.bias, 3.0))
+
+
+@pytest.mark.parametrize("prepared", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_every_dtype_and_shape(
     dtype: torch.dtype, prepared: bool, spec: Spec, generator: torch.Generator
