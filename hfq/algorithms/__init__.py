@@ -2,9 +2,9 @@
 
 A method is an algorithm ("gptq"), a transform that an algorithm follows ("awq"), or both by name ("awq+gptq").
 
-An algorithm takes a float32 weight `[N, K]` and a spec, a calibrated one also statistics of the inputs, and returns
-a `QuantizedWeight`; nothing after it rounds again. Rows are independent of each other, so a caller may hand over any
-slice of rows.
+An algorithm takes a float32 weight `[N, K]` (one that is not calibrated, of any float dtype) and a spec, a calibrated one
+also statistics of the inputs, and returns a `QuantizedWeight`; nothing after it rounds again. Rows are independent of
+each other, so a caller may hand over any slice of rows.
 """
 
 from __future__ import annotations

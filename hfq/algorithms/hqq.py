@@ -61,6 +61,7 @@ class HalfQuadratic:
     ) -> QuantizedWeight:
         iterations = options["iterations"]
         assert isinstance(iterations, int)
+        weight = weight.float()
         scales, zeros = affine.range_grid(weight, spec)
         _, start = affine.range_grid(weight, spec, integer_zeros=False)
         assert zeros is not None and start is not None

@@ -47,6 +47,7 @@ class RoundToNearest:
     ) -> QuantizedWeight:
         if options["scale_search"]:
             importance = None if statistics is None else statistics.importance
+            weight = weight.float()
             return affine.encode(weight, *fit_grid(weight, spec, importance), spec)
         return affine.encode(weight, *affine.range_grid(weight, spec), spec)
 

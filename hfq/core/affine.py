@@ -2,6 +2,11 @@
 
 Algorithms choose scales, zero points and the order and targets of rounding; the steps "store the scales in
 their dtype" and "round to the nearest code of the *stored* grid" are here, once.
+
+What reads the whole weight are operators, which CUDA has kernels for (`hfq.kernels.cuda_packing_ops`); for any float dtype:
+
+    hfq::group_range(weight [N, K], group_size) -> float32 [N, G], float32 [N, G]
+    hfq::nearest_codes(weight [N, K], scales [N, G], zeros? [N, G], codebook? [16], bits, group_size) -> uint8 [N, K]
 """
 
 from __future__ import annotations
@@ -9,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +38,9 @@ __all__ = [
     "grid_points",
     "group_columns",
     "group_mean",
+    "group_range",
     "join_grids",
+    "nearest_codes",
     "range_grid",
     "residual",
     "round_to_grid",
@@ -40,6 +48,13 @@ __all__ = [
     "store_grid",
     "stored_scales",
 ]
+
+
+_LIBRARY: Any = torch.library.Library("hfq", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define("group_range(Tensor weight, int group_size) -> (Tensor, Tensor)")
+_LIBRARY.define(
+    "nearest_codes(Tensor weight, Tensor scales, Tensor? zeros, Tensor? codebook, int bits, int group_size) -> Tensor"
+)
 
 
 def group_columns(weight: Tensor, group_size: int) -> Tensor:
@@ -70,13 +85,22 @@ def group_mean(groups: Tensor, columns: int) -> Tensor:
     return mean
 
 
+def group_range(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest weight of each group, float32 `[N, G]`; NaN where a group has one."""
+    groups = group_columns(weight, group_size)
+    return groups.amin(-1).float(), groups.amax(-1).float()
+
+
+_LIBRARY.impl("group_range", group_range, "CompositeExplicitAutograd")
+
+
 def range_grid(
     weight: Tensor, spec: QuantSpec, *, integer_zeros: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """Scales and zero points that just cover each group's range.
 
     Args:
-        weight: float32 `[N, K]`.
+        weight: `[N, K]` of any float dtype.
         integer_zeros: round zero points. Without, both ends of the range are exact, but 0 is not.
 
     Returns:
@@ -89,8 +113,7 @@ def range_grid(
           side loses up to one step; a longer scale would cost all values of the group more.
         - asymmetric: from min(w, 0) to max(w, 0); with an integer zero point 0 stays exactly 0.
     """
-    groups = group_columns(weight, spec.group_size)
-    low, high = groups.amin(-1), groups.amax(-1)
+    low, high = torch.ops.hfq.group_range(weight, spec.group_size)
     if isinstance(spec, CodebookSpec):
         return torch.maximum(high, -low), None
     if isinstance(spec, Fp8Spec):
@@ -132,7 +155,7 @@ def encode(
     """Store the grid, then round the weight to it. Where outliers are stored, they are the largest errors.
 
     Args:
-        weight: float32 `[N, K]`.
+        weight: `[N, K]` of any float dtype.
         scales, zeros: float32 `[N, G]`, zeros None exactly where ``spec.sym``.
 
     Raises:
@@ -218,16 +241,42 @@ def bilevel_grid(scale_codes: ScaleCodes, zero_codes: ScaleCodes, spec: SpqrSpec
 
 
 def round_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor | None, spec: QuantSpec) -> Tensor:
-    """The nearest code of each weight: uint8 `[N, K]`. All inputs float32, scales and zeros `[N, G]`.
+    """The nearest code of each weight: uint8 `[N, K]`.
 
     A group whose scale is 0 gets the code of 0.
+
+    Args:
+        weight: `[N, K]` of any float dtype.
+        scales, zeros: float32 `[N, G]`.
     """
-    scaled = _in_steps(group_columns(weight, spec.group_size), scales)
     if isinstance(spec, Fp8Spec):
-        codes = to_e4m3(scaled).view(torch.uint8)
-    else:
-        points = codebook_of(spec, weight.device)
-        codes = _nearest(scaled, zeros, points, spec.bits).to(torch.uint8)
+        scaled = _in_steps(group_columns(weight, spec.group_size), scales)
+        return _columns(to_e4m3(scaled).view(torch.uint8), weight)
+    points = codebook_of(spec, weight.device)
+    codes: Tensor = torch.ops.hfq.nearest_codes(
+        weight, scales, zeros, points, spec.bits, spec.group_size
+    )
+    return codes
+
+
+def nearest_codes(
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    points: Tensor | None,
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    """`round_to_grid` for integers and codebooks."""
+    scaled = _in_steps(group_columns(weight, group_size), scales)
+    return _columns(_nearest(scaled, zeros, points, bits).to(torch.uint8), weight)
+
+
+_LIBRARY.impl("nearest_codes", nearest_codes, "CompositeExplicitAutograd")
+
+
+def _columns(codes: Tensor, weight: Tensor) -> Tensor:
+    """Codes of groups, without those of repeated columns."""
     return codes.flatten(1)[:, : weight.shape[1]].contiguous()
 
 

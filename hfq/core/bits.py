@@ -7,16 +7,22 @@ the least significant bit of byte 0, and the last byte is padded with zeros.
              |c2 c2 c1 c1 c1 c0 c0 c0|  |c5 c4 c4 c4 c3 c3 c3 c2|  |c7 c7 c7 c6 c6 c6 c5 c5|
               7                     0    7                     0    7                     0
     4 bits:  byte j = code[2j] | code[2j+1] << 4
+
+Operator, for which CUDA has a kernel: ``hfq::pack_codes(codes uint8 [..., K], bits) -> uint8 [..., B]``.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["pack", "packed_bytes", "unpack"]
+__all__ = ["pack", "pack_codes", "packed_bytes", "unpack"]
+
+_LIBRARY: Any = torch.library.Library("hfq", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define("pack_codes(Tensor codes, int bits) -> Tensor")
 
 
 def packed_bytes(count: int, bits: int) -> int:
@@ -31,6 +37,12 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """
     if bits == 8:
         return codes.contiguous()
+    packed: Tensor = torch.ops.hfq.pack_codes(codes, bits)
+    return packed
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """`pack` of fewer than 8 bits."""
     unit_codes, unit_bytes = _unit(bits)
     units = _in_units(codes, unit_codes)
     packed = units.new_zeros((*units.shape[:-1], unit_bytes))
@@ -41,6 +53,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         if shift + bits > 8:
             packed[..., byte + 1] |= units[..., i] >> (8 - shift)
     return packed.flatten(-2)[..., : packed_bytes(codes.shape[-1], bits)].contiguous()
+
+
+_LIBRARY.impl("pack_codes", pack_codes, "CompositeExplicitAutograd")
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:

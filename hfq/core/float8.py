@@ -26,19 +26,21 @@ def to_e4m3(values: Tensor) -> Tensor:
 
 
 def e4m3_values(codes: Tensor) -> Tensor:
-    """The numbers behind the bytes of E4M3 that are no NaN (see `has_nan`): uint8 -> float32."""
+    """The numbers behind the bytes of E4M3: uint8 -> float32."""
     if codes.device.type != "cpu":
         return codes.view(E4M3).float()
     # PyTorch's cast takes ten times as long on the CPU. With sign, exponent and mantissa moved to their places in a
     # float16, whose exponents are counted from 15 instead of 7, the byte reads as 1/256 of its value, subnormals too.
     moved = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7)
     # The sign was extended to bits 15 and 14.
-    halves = moved.bitwise_and_(~(1 << 14)).view(torch.float16)
-    return halves.float().mul_(256)
+    moved = moved.bitwise_and_(~(1 << 14))
+    # One more than a NaN's exponent and mantissa would reach bit 14, which makes it a NaN of float16.
+    moved |= (moved + (1 << 7)).bitwise_and_(1 << 14)
+    return moved.view(torch.float16).float().mul_(256)
 
 
 def e4m3_table(device: torch.device | str | None = None) -> Tensor:
-    """The numbers behind all bytes, as a codebook of 8 bits: float32 `[256]`. Those of the two NaN mean nothing."""
+    """The numbers behind all bytes, as a codebook of 8 bits: float32 `[256]`."""
     return e4m3_values(torch.arange(256, dtype=torch.uint8)).to(device)
 
 

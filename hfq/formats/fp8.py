@@ -84,7 +84,7 @@ class Fp8:
         )
 
     def check_values(self, tensors: Mapping[str, Tensor], in_features: int) -> None:
-        """One pattern is NaN, which no weight becomes and which kernels read as a number."""
+        """One pattern is NaN, which no weight becomes and which some kernels read as a number."""
         if has_nan(tensors["weight"]):
             raise CheckpointError(
                 "expected 8-bit floats that are numbers, got NaN (bytes 127 or 255); the checkpoint is damaged"

@@ -7,8 +7,8 @@ library multiply, which costs one more pass over the weight and reuses it for al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class CpuRows16(OneByOne):
     """Native CPU kernels; see `kernels/cpu/`."""
 
     name = "cpu_rows16"
+    max_direct_tokens: ClassVar[Mapping[bool, int]] = MAX_DIRECT_TOKENS
 
     def reject(self, problem: Problem) -> str | None:
         reason = no_native_code(problem)
@@ -62,9 +63,9 @@ class CpuRows16(OneByOne):
         self, x: Tensor, grid: PackedGrid, bias: Tensor | None, int8_activations: bool
     ) -> Tensor:
         tokens = x.reshape(-1, grid.in_features)
-        operands = (grid.qweight, grid.scales, grid.zeros, grid.codebook, bias)
-        sizes = (grid.bits, grid.group_size, grid.in_features, grid.out_features)
-        if _directly(tokens.shape[0], x.dtype, grid, int8_activations):
+        operands = (*self._operands(grid), bias)
+        sizes = _sizes(grid)
+        if self._directly(tokens.shape[0], x.dtype, grid, int8_activations):
             op = torch.ops.hfq.cpu_linear
             y = call(op, tokens.contiguous(), *operands, *sizes, int8_activations)
         else:
@@ -82,13 +83,14 @@ class CpuRows16(OneByOne):
         int8_activations: bool,
     ) -> Tensor:
         learns = torch.is_grad_enabled() and x.requires_grad
-        if learns or not _directly(int(counts.max()), x.dtype, grid, int8_activations):
+        if learns or not self._directly(int(counts.max()), x.dtype, grid, int8_activations):
             return super().experts(x, counts, grid, bias, int8_activations)
         y: Tensor = torch.ops.hfq.cpu_experts_linear(
             x.contiguous(),
             counts,
-            *(grid.qweight, grid.scales, grid.zeros, grid.codebook, bias),
-            *(grid.bits, grid.group_size, grid.in_features, grid.out_features),
+            *self._operands(grid),
+            bias,
+            *_sizes(grid),
             int8_activations,
         )
         return y
@@ -98,31 +100,36 @@ class CpuRows16(OneByOne):
 
     def lookup(self, grid: PackedGrid, index: Tensor, dtype: torch.dtype) -> Tensor:
         rows: Tensor = torch.ops.hfq.cpu_lookup(
-            index.long(),
-            *(grid.qweight, grid.scales, grid.zeros, grid.codebook),
-            *(grid.bits, grid.group_size, grid.in_features, grid.out_features),
-            native_dtype(dtype),
+            index.long(), *self._operands(grid), *_sizes(grid), native_dtype(dtype)
         )
         return rows.to(dtype)
 
     def dequantize(self, grid: PackedGrid, dtype: torch.dtype) -> Tensor:
-        operands = (grid.qweight, grid.scales, grid.zeros, grid.codebook)
-        sizes = (grid.bits, grid.group_size, grid.in_features, grid.out_features)
-        return rows16_weight(operands, sizes, dtype)
+        return rows16_weight(self._operands(grid), _sizes(grid), dtype)
+
+    def _directly(
+        self, tokens: int, dtype: torch.dtype, grid: PackedGrid, int8_activations: bool
+    ) -> bool:
+        """Whether `cpu_linear` is the faster way."""
+        if dtype == torch.float64:
+            return (
+                False  # the kernel computes in float32: too little for what nobody uses for speed
+            )
+        if tokens <= self.max_direct_tokens[int8_activations]:
+            return True
+        if not native.has_tiles():
+            return int8_activations
+        if not (int8_activations or dtype == torch.bfloat16):
+            return False
+        columns = _TILE_COLUMNS[int8_activations]
+        return grid.group_size >= grid.in_features or grid.group_size % columns == 0
+
+    def _operands(self, grid: PackedGrid) -> tuple[Tensor | None, ...]:
+        return (grid.qweight, grid.scales, grid.zeros, grid.codebook)
 
 
-def _directly(tokens: int, dtype: torch.dtype, grid: PackedGrid, int8_activations: bool) -> bool:
-    """Whether `cpu_linear` is the faster way."""
-    if dtype == torch.float64:
-        return False  # the kernel computes in float32: too little for what nobody uses for speed
-    if tokens <= MAX_DIRECT_TOKENS[int8_activations]:
-        return True
-    if not native.has_tiles():
-        return int8_activations
-    if not (int8_activations or dtype == torch.bfloat16):
-        return False
-    columns = _TILE_COLUMNS[int8_activations]
-    return grid.group_size >= grid.in_features or grid.group_size % columns == 0
+def _sizes(grid: PackedGrid) -> tuple[int, int, int, int]:
+    return (grid.bits, grid.group_size, grid.in_features, grid.out_features)
 
 
 def no_native_code(problem: Problem) -> str | None:

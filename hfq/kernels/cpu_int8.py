@@ -35,6 +35,7 @@ class CpuInt8(CpuRows16):
         if x.dtype == torch.float64:
             # The rule reads activations as float32 whatever they are.
             tokens = tokens.float()
+            bias = None if bias is None else bias.float()
         y = call(
             torch.ops.hfq.cpu_int8_linear,
             tokens,

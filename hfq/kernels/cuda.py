@@ -17,6 +17,7 @@ from . import fragments
 from .cpu import call
 from .cuda_machine import no_native_code
 from .cuda_ops import fragments_weight
+from .cuda_packing_ops import to_fragments
 from .ops import native_dtype
 from .row import AllAtOnce, Problem, stack_tiles
 
@@ -72,7 +73,7 @@ class CudaFragments(AllAtOnce):
         return no_native_code()
 
     def prepare(self, tensor: Tensor, bits: int) -> Tensor:
-        return fragments.to_fragments(tensor, bits)
+        return to_fragments(tensor, bits)
 
     def restore(self, tensor: Tensor, shape: tuple[int, ...], bits: int) -> Tensor:
         return fragments.from_fragments(tensor, shape, bits)

@@ -62,6 +62,7 @@ class CudaInt8(AllAtOnce):
         if x.dtype == torch.float64:
             # The rule reads activations as float32 whatever they are.
             tokens = tokens.float()
+            bias = None if bias is None else bias.float()
         arguments = (
             *(grid.qweight, grid.scales, grid.input_scale, bias),
             *(grid.in_features, grid.out_features),

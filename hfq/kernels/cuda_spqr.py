@@ -14,6 +14,7 @@ from . import fragments, spqr_fragments
 from .cpu import call
 from .cuda import takes_all_experts
 from .cuda_machine import no_native_code
+from .cuda_packing_ops import to_fragments
 from .cuda_spqr_ops import spqr_fragments_weight
 from .neutral_spqr import operands, sizes
 from .ops import native_dtype
@@ -55,7 +56,7 @@ class CudaSpqr(AllAtOnce):
     def prepare(self, tensor: Tensor, bits: int) -> Tensor:
         if tensor.dtype != torch.uint8:
             return tensor
-        return fragments.to_fragments(tensor, bits, halves=True)
+        return to_fragments(tensor, bits, halves=True)
 
     def restore(self, tensor: Tensor, shape: tuple[int, ...], bits: int) -> Tensor:
         return fragments.from_fragments(tensor, shape, bits, halves=True)

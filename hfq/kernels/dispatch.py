@@ -12,6 +12,7 @@ from typing import Any
 
 from ..core.weight import Fp8Grid, Grid, PackedGrid, SpqrGrid
 from .cpu import CpuRows16
+from .cpu_fp8 import CpuFp8
 from .cpu_int8 import CpuInt8
 from .cpu_spqr import CpuSpqr
 from .cuda import CudaFragments
@@ -37,7 +38,11 @@ class Choice:
 # A plain table, not a cached function: `as_stored` is called inside forwards that a compiler traces.
 _ROWS: dict[type[Grid], tuple[KernelRow[Any], ...]] = {
     PackedGrid: (CpuRows16(), CpuInt8(), CudaFragments(), CudaInt8(), Neutral()),
-    Fp8Grid: (CudaFp8(), CudaFp8Library(), CudaFp8Widened(), CudaFp8Weights(), NeutralFp8()),
+    Fp8Grid: (
+        CpuFp8(),
+        *(CudaFp8(), CudaFp8Library(), CudaFp8Widened(), CudaFp8Weights()),
+        NeutralFp8(),
+    ),
     SpqrGrid: (CpuSpqr(), CudaSpqr(), NeutralSpqr()),
 }
 

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from ..core.bits import pack, unpack
 
-__all__ = ["BITS", "COLUMN_UNIT", "ROWS", "from_fragments", "stack", "to_fragments"]
+__all__ = ["BITS", "COLUMN_UNIT", "ROWS", "from_fragments", "stack", "tiles_shape", "to_fragments"]
 
 BITS = (2, 3, 4, 8)
 ROWS = 16  # of a tile
@@ -56,11 +56,10 @@ def to_fragments(neutral: Tensor, bits: int, halves: bool = False) -> Tensor:
         padded = torch.nn.functional.pad(neutral, (0, 0, 0, -rows % ROWS))
         tiles = padded.view(*lead, -1, 2, ROWS // 2, groups).movedim(-1, -3).transpose(-1, -2)
         return tiles.clone(memory_format=torch.contiguous_format)
-    *lead, rows, size, _ = neutral.shape
+    rows, size, _ = neutral.shape[-3:]
     columns = size * 8 // bits
     blocks, units = -(-columns // _block_columns(bits)), _block_columns(bits) // _UNIT
-    shape = (*lead, -(-rows // ROWS), blocks, 48 if bits == 3 else _LANES, 16)
-    out = torch.empty(shape, dtype=torch.uint8, device=neutral.device)
+    out = torch.empty(tiles_shape(neutral.shape, bits), dtype=torch.uint8, device=neutral.device)
     for matrix, tiles in zip(_matrices(neutral, 3), _matrices(out, 4), strict=True):
         for first, last in _chunks(rows, columns):
             codes = unpack(matrix[first:last, :, 0], bits, columns)
@@ -74,6 +73,13 @@ def to_fragments(neutral: Tensor, bits: int, halves: bool = False) -> Tensor:
             part = tiles[first // ROWS : -(-last // ROWS)]
             part.copy_(_bytes(words))
     return out
+
+
+def tiles_shape(neutral: Sequence[int], bits: int) -> tuple[int, ...]:
+    """That of the codes, for those of the neutral layout `[..., N, B, 1]`."""
+    *lead, rows, size, _ = neutral
+    blocks = -(-(size * 8 // bits) // _block_columns(bits))
+    return (*lead, -(-rows // ROWS), blocks, 48 if bits == 3 else _LANES, 16)
 
 
 def from_fragments(

@@ -35,6 +35,7 @@ inline I byte_dot(I sum, Line codes, uint32_t x) {
 
 #include "rows16_parts.h"
 #include "rows16_body.h"
+#include "e4m3_body.h"
 #include "int8_body.h"
 #include "spqr_body.h"
 #include "rounding_body.h"
@@ -42,7 +43,7 @@ inline I byte_dot(I sum, Line codes, uint32_t x) {
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {"avx512", kMaxTokens, kSpqrTokens, prepare, linear, linear_int8, dequantize, quantize, int8_linear, spqr_prepare, spqr_linear, spqr_dequantize, round_columns, search_grid,
+const Kernels kAvx512Kernels = {"avx512", kMaxTokens, kSpqrTokens, prepare, linear, linear_int8, dequantize, quantize, quantize_e4m3, int8_linear, spqr_prepare, spqr_linear, spqr_dequantize, round_columns, search_grid,
     rms_norm, rotate, gate, attend};
 
 }  // namespace hfq

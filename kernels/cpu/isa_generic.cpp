@@ -245,6 +245,85 @@ inline F f_from_line(Line a) {
   return f;
 }
 
+// ---- E4M3 ----
+
+typedef F Lanes;
+typedef Line Part;
+struct Pairs {
+  Lanes low, high;
+};
+
+inline Lanes l_zero() { return f_zero(); }
+inline Lanes l_add(Lanes a, Lanes b) { return f_add(a, b); }
+inline Lanes l_fma(Lanes a, Lanes b, Lanes c) { return f_fma(a, b, c); }
+inline void l_store(float* p, Lanes v) { f_store(p, v); }
+
+// Exponent and mantissa at their places in a float32, and an exponent more that makes it a normal number. What is subnormal as an E4M3 then
+// has an implicit bit in front that it should not have, and half the value of its bits: it alone is less than 2^-14, and lessened here.
+inline float e4m3_value(uint32_t code) {
+  const float normal = bits_float((code & 127u) << 20 | 0x38000000u), subnormal = 2.0f * normal - 6.103515625e-5f;
+  return bits_float(float_bits(normal < subnormal ? normal : subnormal) | (code & 128u) << 24);
+}
+inline Pairs e4m3_pairs(Part words, int first) {
+  Pairs p;
+  for (int i = 0; i < 16; ++i) {
+    const int shift = 8 * first + 16 * (i % 2);
+    p.low.v[i] = e4m3_value(words.v[i / 2] >> shift);
+    p.high.v[i] = e4m3_value(words.v[8 + i / 2] >> shift);
+  }
+  return p;
+}
+inline Pairs e4m3_even(Part words) { return e4m3_pairs(words, 0); }
+inline Pairs e4m3_odd(Part words) { return e4m3_pairs(words, 1); }
+inline Lanes l_pair(const float* p) {
+  Lanes f;
+  for (int i = 0; i < 16; ++i) f.v[i] = p[i % 2];
+  return f;
+}
+inline Lanes l_join(Pairs p) {
+  Lanes f;
+  for (int i = 0; i < 8; ++i) {
+    f.v[i] = p.low.v[2 * i] + p.low.v[2 * i + 1];
+    f.v[8 + i] = p.high.v[2 * i] + p.high.v[2 * i + 1];
+  }
+  return f;
+}
+inline Part part_zero() { return {}; }
+inline Part part_load(const uint8_t* p) { return line_load(p); }
+inline Part part_larger(Part a, Part codes) {
+  uint8_t left[64], right[64];
+  __builtin_memcpy(left, a.v, 64);
+  __builtin_memcpy(right, codes.v, 64);
+  for (int i = 0; i < 64; ++i) {
+    const uint8_t magnitude = right[i] | 128u;
+    left[i] = left[i] > magnitude ? left[i] : magnitude;
+  }
+  __builtin_memcpy(a.v, left, 64);
+  return a;
+}
+inline Lanes l_nan_where_full(Part a) {
+  Lanes f;
+  for (int i = 0; i < 16; ++i) {
+    const uint32_t v = a.v[i];
+    const bool full = (v & 255u) == 255u || (v >> 8 & 255u) == 255u || (v >> 16 & 255u) == 255u || v >> 24 == 255u;
+    f.v[i] = full ? __builtin_nanf("") : 0.0f;
+  }
+  return f;
+}
+inline F f_from_e4m3(const uint8_t* p) {
+  F f;
+  for (int i = 0; i < 16; ++i) f.v[i] = (p[i] & 127) == 127 ? __builtin_nanf("") : e4m3_value(p[i]);
+  return f;
+}
+inline F f_to_e4m3(F f) {
+  for (int i = 0; i < 16; ++i) {
+    const float below = f.v[i] < kE4m3Most ? f.v[i] : kE4m3Most, v = below > -kE4m3Most ? below : -kE4m3Most;
+    const float power = bits_float(float_bits(v) & 0x7f800000u), shift = (power > kE4m3Normal ? power : kE4m3Normal) * kE4m3Shift;
+    f.v[i] = (v + shift) - shift;
+  }
+  return f;
+}
+
 // ---- dequantization ----
 
 inline F f_from_bytes(const uint8_t* p) {
@@ -273,6 +352,7 @@ inline void lookup_words(uint8_t* y, const uint32_t* words, int64_t count, F val
 
 #include "rows16_parts.h"
 #include "rows16_body.h"
+#include "e4m3_body.h"
 #include "int8_body.h"
 #include "spqr_body.h"
 #include "rounding_body.h"
@@ -280,7 +360,7 @@ inline void lookup_words(uint8_t* y, const uint32_t* words, int64_t count, F val
 
 }  // namespace
 
-const Kernels kGenericKernels = {"generic", kMaxTokens, kSpqrTokens, prepare, linear, linear_int8, dequantize, quantize, int8_linear, spqr_prepare, spqr_linear, spqr_dequantize, round_columns, search_grid,
+const Kernels kGenericKernels = {"generic", kMaxTokens, kSpqrTokens, prepare, linear, linear_int8, dequantize, quantize, quantize_e4m3, int8_linear, spqr_prepare, spqr_linear, spqr_dequantize, round_columns, search_grid,
     rms_norm, rotate, gate, attend};
 
 }  // namespace hfq

@@ -13,6 +13,7 @@ namespace {
 #include "lanes_neon.h"
 #include "rows16_parts.h"
 #include "rows16_body.h"
+#include "e4m3_body.h"
 #include "int8_body.h"
 #include "spqr_body.h"
 #include "rounding_body.h"
@@ -20,7 +21,7 @@ namespace {
 
 }  // namespace
 
-const Kernels kNeonKernels = {"neon", kMaxTokens, kSpqrTokens, prepare, linear, linear_int8, dequantize, quantize, int8_linear, spqr_prepare, spqr_linear, spqr_dequantize, round_columns, search_grid,
+const Kernels kNeonKernels = {"neon", kMaxTokens, kSpqrTokens, prepare, linear, linear_int8, dequantize, quantize, quantize_e4m3, int8_linear, spqr_prepare, spqr_linear, spqr_dequantize, round_columns, search_grid,
     rms_norm, rotate, gate, attend};
 
 }  // namespace hfq

@@ -153,6 +153,51 @@ inline Line line_left(Line v, int n) {
 }
 inline F f_from_line(Line v) { return f_from_i(v); }
 
+// ---- E4M3 ----
+
+typedef __m256 Lanes;
+typedef __m256i Part;
+struct Pairs {
+  Lanes low, high;
+};
+
+inline Lanes l_zero() { return _mm256_setzero_ps(); }
+inline Lanes l_add(Lanes a, Lanes b) { return _mm256_add_ps(a, b); }
+inline Lanes l_fma(Lanes a, Lanes b, Lanes c) { return _mm256_fmadd_ps(a, b, c); }
+inline void l_store(float* p, Lanes v) { _mm256_storeu_ps(p, v); }
+inline Lanes l_pair(const float* p) {
+  double pair;
+  __builtin_memcpy(&pair, p, 8);
+  return _mm256_castpd_ps(_mm256_set1_pd(pair));
+}
+// vhaddps works within 128-bit halves; the permutation restores the order.
+inline Lanes l_join(Pairs v) { return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(_mm256_hadd_ps(v.low, v.high)), 0xd8)); }
+inline Part part_zero() { return _mm256_setzero_si256(); }
+inline Part part_load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline Part part_larger(Part a, Part codes) { return _mm256_max_epu8(a, _mm256_or_si256(codes, _mm256_set1_epi8(-128))); }
+inline Pairs widen(__m256i halves) { return {_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))}; }
+inline Pairs e4m3_odd(Part words) { return widen(_mm256_and_si256(_mm256_srai_epi16(words, 1), _mm256_set1_epi16(kE4m3Half))); }
+inline Pairs e4m3_even(Part words) { return e4m3_odd(_mm256_slli_epi16(words, 8)); }
+// All ones are a NaN.
+inline Lanes l_nan_where_full(Part bytes) {
+  const __m256i none = _mm256_cmpeq_epi32(_mm256_cmpeq_epi8(bytes, _mm256_set1_epi8(-1)), _mm256_setzero_si256());
+  return _mm256_castsi256_ps(_mm256_xor_si256(none, _mm256_set1_epi8(-1)));
+}
+inline F f_from_e4m3(const uint8_t* p) {
+  const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  const Pairs values = widen(_mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7), _mm256_set1_epi16(kE4m3Half)));
+  const __m128i nan = _mm_cmpeq_epi8(_mm_or_si128(codes, _mm_set1_epi8(-128)), _mm_set1_epi8(-1));
+  return {_mm256_or_ps(values.low, _mm256_castsi256_ps(_mm256_cvtepi8_epi32(nan))),
+          _mm256_or_ps(values.high, _mm256_castsi256_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(nan, 8))))};
+}
+inline __m256 f_to_e4m3(__m256 v) {
+  v = _mm256_max_ps(_mm256_min_ps(v, _mm256_set1_ps(kE4m3Most)), _mm256_set1_ps(-kE4m3Most));
+  const __m256 power = _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_set1_epi32(0x7f800000)));
+  const __m256 shift = _mm256_mul_ps(_mm256_max_ps(power, _mm256_set1_ps(kE4m3Normal)), _mm256_set1_ps(kE4m3Shift));
+  return _mm256_sub_ps(_mm256_add_ps(v, shift), shift);
+}
+inline F f_to_e4m3(F v) { return {f_to_e4m3(v.a), f_to_e4m3(v.b)}; }
+
 // ---- dequantization ----
 
 inline F f_from_bytes(const uint8_t* p) {

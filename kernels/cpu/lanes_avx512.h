@@ -107,6 +107,53 @@ inline Line line_right(Line v, int n) { return _mm512_srl_epi32(v, _mm_cvtsi32_s
 inline Line line_left(Line v, int n) { return _mm512_sll_epi32(v, _mm_cvtsi32_si128(n)); }
 inline F f_from_line(Line v) { return _mm512_cvtepi32_ps(v); }
 
+// ---- E4M3 ----
+
+typedef F Lanes;
+typedef Line Part;
+struct Pairs {
+  Lanes low, high;
+};
+
+inline Lanes l_zero() { return f_zero(); }
+inline Lanes l_add(Lanes a, Lanes b) { return f_add(a, b); }
+inline Lanes l_fma(Lanes a, Lanes b, Lanes c) { return f_fma(a, b, c); }
+inline void l_store(float* p, Lanes v) { f_store(p, v); }
+inline Lanes l_pair(const float* p) {
+  double pair;
+  __builtin_memcpy(&pair, p, 8);
+  return _mm512_castpd_ps(_mm512_set1_pd(pair));
+}
+inline Lanes l_join(Pairs v) {
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  return _mm512_add_ps(_mm512_permutex2var_ps(v.low, even, v.high), _mm512_permutex2var_ps(v.low, odd, v.high));
+}
+inline Part part_zero() { return line_zero(); }
+inline Part part_load(const uint8_t* p) { return line_load(p); }
+inline Part part_larger(Part a, Part codes) { return _mm512_max_epu8(a, _mm512_or_si512(codes, _mm512_set1_epi8(-128))); }
+inline Pairs e4m3_odd(Part words) {
+  const __m512i halves = _mm512_and_si512(_mm512_srai_epi16(words, 1), _mm512_set1_epi16(kE4m3Half));
+  return {_mm512_cvtph_ps(_mm512_castsi512_si256(halves)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1))};
+}
+inline Pairs e4m3_even(Part words) { return e4m3_odd(_mm512_slli_epi16(words, 8)); }
+inline Lanes l_nan_where_full(Part bytes) {
+  const __m512i full = _mm512_movm_epi8(_mm512_cmpeq_epi8_mask(bytes, _mm512_set1_epi8(-1)));
+  return _mm512_maskz_mov_ps(_mm512_test_epi32_mask(full, full), f_set1(__builtin_nanf("")));
+}
+inline F f_from_e4m3(const uint8_t* p) {
+  const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  const __m256i halves = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7), _mm256_set1_epi16(kE4m3Half));
+  const __mmask16 nan = _mm_cmpeq_epi8_mask(_mm_or_si128(codes, _mm_set1_epi8(-128)), _mm_set1_epi8(-1));
+  return _mm512_mask_mov_ps(_mm512_cvtph_ps(halves), nan, f_set1(__builtin_nanf("")));
+}
+inline F f_to_e4m3(F v) {
+  v = _mm512_max_ps(_mm512_min_ps(v, f_set1(kE4m3Most)), f_set1(-kE4m3Most));
+  const F power = _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7f800000)));
+  const F shift = f_mul(_mm512_max_ps(power, f_set1(kE4m3Normal)), f_set1(kE4m3Shift));
+  return _mm512_sub_ps(f_add(v, shift), shift);
+}
+
 // ---- dequantization ----
 
 inline F f_from_bytes(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))); }

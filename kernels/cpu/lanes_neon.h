@@ -202,6 +202,59 @@ inline F f_from_line(Line a) {
   return each_register<F>([&](int i) { return vcvtq_f32_s32(vreinterpretq_s32_u32(a.v[i])); });
 }
 
+// ---- E4M3 ----
+
+typedef float32x4_t Lanes;
+typedef uint32x4_t Part;
+struct Pairs {
+  Lanes low, high;
+};
+
+inline Lanes l_zero() { return vdupq_n_f32(0.0f); }
+inline Lanes l_add(Lanes a, Lanes b) { return vaddq_f32(a, b); }
+inline Lanes l_fma(Lanes a, Lanes b, Lanes c) { return vfmaq_f32(c, a, b); }
+inline void l_store(float* p, Lanes v) { vst1q_f32(p, v); }
+inline Lanes l_pair(const float* p) {
+  const float32x2_t pair = vld1_f32(p);
+  return vcombine_f32(pair, pair);
+}
+inline Lanes l_join(Pairs v) { return vpaddq_f32(v.low, v.high); }
+inline Part part_zero() { return vdupq_n_u32(0); }
+inline Part part_load(const uint8_t* p) { return vreinterpretq_u32_u8(vld1q_u8(p)); }
+inline Part part_larger(Part a, Part codes) {
+  return vreinterpretq_u32_u8(vmaxq_u8(vreinterpretq_u8_u32(a), vorrq_u8(vreinterpretq_u8_u32(codes), vdupq_n_u8(128))));
+}
+inline Pairs e4m3_odd(int16x8_t words) {
+  const uint16x8_t halves = vandq_u16(vreinterpretq_u16_s16(vshrq_n_s16(words, 1)), vdupq_n_u16(static_cast<uint16_t>(kE4m3Half)));
+  return {vcvt_f32_f16(vreinterpret_f16_u16(vget_low_u16(halves))), vcvt_f32_f16(vreinterpret_f16_u16(vget_high_u16(halves)))};
+}
+inline Pairs e4m3_odd(Part words) { return e4m3_odd(vreinterpretq_s16_u32(words)); }
+inline Pairs e4m3_even(Part words) { return e4m3_odd(vshlq_n_s16(vreinterpretq_s16_u32(words), 8)); }
+// All ones are a NaN.
+inline Lanes l_nan_where_full(Part bytes) {
+  const uint32x4_t full = vreinterpretq_u32_u8(vceqq_u8(vreinterpretq_u8_u32(bytes), vdupq_n_u8(255)));
+  return vreinterpretq_f32_u32(vtstq_u32(full, full));
+}
+inline F f_from_e4m3(const uint8_t* p) {
+  const uint8x16_t codes = vld1q_u8(p);
+  const int8x16_t nan = vreinterpretq_s8_u8(vceqq_u8(vorrq_u8(codes, vdupq_n_u8(128)), vdupq_n_u8(255)));
+  const int16x8_t low_nan = vmovl_s8(vget_low_s8(nan)), high_nan = vmovl_s8(vget_high_s8(nan));
+  // A code is the upper byte of a word.
+  const Pairs low = e4m3_odd(vreinterpretq_s16_u8(vzip1q_u8(vdupq_n_u8(0), codes)));
+  const Pairs high = e4m3_odd(vreinterpretq_s16_u8(vzip2q_u8(vdupq_n_u8(0), codes)));
+  const auto with = [](Lanes values, int16x4_t mask) { return vreinterpretq_f32_s32(vorrq_s32(vreinterpretq_s32_f32(values), vmovl_s16(mask))); };
+  return {{with(low.low, vget_low_s16(low_nan)), with(low.high, vget_high_s16(low_nan)), with(high.low, vget_low_s16(high_nan)),
+           with(high.high, vget_high_s16(high_nan))}};
+}
+inline F f_to_e4m3(F f) {
+  return each_register<F>([&](int i) {
+    const float32x4_t v = vmaxq_f32(vminq_f32(f.v[i], vdupq_n_f32(kE4m3Most)), vdupq_n_f32(-kE4m3Most));
+    const float32x4_t power = vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(v), vdupq_n_u32(0x7f800000u)));
+    const float32x4_t shift = vmulq_n_f32(vmaxq_f32(power, vdupq_n_f32(kE4m3Normal)), kE4m3Shift);
+    return vsubq_f32(vaddq_f32(v, shift), shift);
+  });
+}
+
 // ---- dequantization ----
 
 inline F f_from_bytes(const uint8_t* p) {

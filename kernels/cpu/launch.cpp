@@ -21,9 +21,11 @@ constexpr int64_t kCachedActivations = 1 << 20;  // bytes of activations that st
 struct ScratchLayout {
   int64_t per_token_values, per_token_blocks, groups;
   int64_t values = 0, codes = 0, block_scales = 0, block_init = 0, group_sums = 0, bytes = 0;
+  bool scaled;
 
-  ScratchLayout(const Shape& s, int64_t tokens, bool int8_activations)
-      : per_token_values(round_up(s.groups * s.spans_per_group, 2) * kSpan), per_token_blocks(s.groups * s.blocks_per_group), groups(s.groups) {
+  ScratchLayout(const Shape& s, int64_t tokens, bool int8_activations, bool whole_rows)
+      : per_token_values(round_up(s.groups * s.spans_per_group, 2) * kSpan), per_token_blocks(s.groups * s.blocks_per_group), groups(s.groups),
+        scaled(int8_activations || whole_rows) {
     const auto take = [this](int64_t size) {
       const int64_t at = bytes;
       bytes += round_up(size, 64);
@@ -31,21 +33,21 @@ struct ScratchLayout {
     };
     if (int8_activations) {
       codes = take(tokens * per_token_values);
-      block_scales = take(tokens * per_token_blocks * 4);
       block_init = take(tokens * per_token_blocks * 4);
     } else {
       values = take(tokens * per_token_values * 4);
     }
+    if (scaled) block_scales = take(tokens * per_token_blocks * 4);
     group_sums = take(tokens * groups * 4);
   }
 
   // The buffers of the pass that begins with token `first` and has room for `stride`: passes follow each other in every buffer.
   Activations pass(char* base, int64_t first, int64_t stride) const {
-    Activations a;
+    Activations a = {};
     a.stride = stride;
     a.values = reinterpret_cast<float*>(base + values) + first * per_token_values;
     a.codes = reinterpret_cast<int8_t*>(base + codes) + first * per_token_values;
-    a.block_scales = reinterpret_cast<float*>(base + block_scales) + first * per_token_blocks;
+    if (scaled) a.block_scales = reinterpret_cast<float*>(base + block_scales) + first * per_token_blocks;
     a.block_init = reinterpret_cast<int32_t*>(base + block_init) + first * per_token_blocks;
     a.group_sums = reinterpret_cast<float*>(base + group_sums) + first * groups;
     return a;
@@ -61,19 +63,22 @@ float quantize_codebook(const float* codebook, uint8_t* bytes) {
   return largest / 127.0f;
 }
 
+// Of weights, as has_e4m3_codes() in rows16_parts.h.
+bool is_e4m3(const LinearCall& call) { return call.codebook && call.shape.bits == 8; }
+
 // Activations of the tokens [first, first + tokens) of a call into `out`: groups [first_group, last_group), or whole rows.
 void prepare(const Kernels& isa, const LinearCall& call, const Shape& shape, int64_t first, int64_t tokens, Activations out, int64_t first_group,
              int64_t last_group) {
   const void* x = static_cast<const char*>(call.x) + first * shape.in_features * element_size(call.x_dtype);
   if (call.whole_rows) {
-    QuantizeParams p;
+    QuantizeParams p = {};
     p.shape = shape;
     p.x = x;
     p.x_dtype = call.x_dtype;
     p.tokens = tokens;
     p.input_scale = call.input_scale;
     p.out = out;
-    return isa.quantize(p);
+    return (is_e4m3(call) ? isa.quantize_e4m3 : isa.quantize)(p);
   }
   PrepareParams p;
   p.shape = shape;
@@ -81,6 +86,7 @@ void prepare(const Kernels& isa, const LinearCall& call, const Shape& shape, int
   p.x_dtype = call.x_dtype;
   p.tokens = tokens;
   p.int8_activations = call.int8_activations;
+  p.e4m3_codes = is_e4m3(call);
   p.code_offset = call.zeros ? 0 : call.codebook ? 128 : 1 << (shape.bits - 1);
   p.out = out;
   isa.prepare(p, first_group, last_group);
@@ -117,7 +123,7 @@ void run(const Kernels& isa, std::vector<Sweep>& sweeps, int64_t tokens) {
   static thread_local Scratch scratch;
   const LinearCall& first = *sweeps.front().call;
   const Shape& s = first.shape;
-  const ScratchLayout layout(s, tokens, first.int8_activations);
+  const ScratchLayout layout(s, tokens, first.int8_activations, first.whole_rows);
   char* base = scratch.reserve(static_cast<size_t>(layout.bytes));
   const auto activations_of = [&](const Sweep& sweep, int64_t pass) {
     return layout.pass(base, sweep.first_token + sweep.passes.first(pass), sweep.passes.size(pass));
@@ -136,7 +142,7 @@ void run(const Kernels& isa, std::vector<Sweep>& sweeps, int64_t tokens) {
 
   const int64_t block_bytes = s.words * kLineBytes, step = at_least_one(kCachedBytes / block_bytes);
   const auto multiply = [&](const Sweep& sweep, int64_t first_block, int64_t last_block) {
-    const auto product = sweep.call->whole_rows ? isa.int8_linear : sweep.call->int8_activations ? isa.linear_int8 : isa.linear;
+    const auto product = !sweep.call->int8_activations ? isa.linear : sweep.call->whole_rows ? isa.int8_linear : isa.linear_int8;
     for (int64_t from = first_block; from < last_block;) {
       const int64_t to = sweep.passes.count == 1 || from + step > last_block ? last_block : from + step;
       for (int64_t i = 0; i < sweep.passes.count; ++i) {
@@ -169,7 +175,7 @@ void sweep_tiles(const Kernels& isa, const LinearCall& call, LinearParams params
   s.spans_per_group = round_up(s.spans_per_group, 2);
   const int64_t tokens = call.tokens;
   const int64_t blocks = ceil_div(tokens, kTileTokens);
-  const ScratchLayout layout(s, blocks * kTileTokens, true);
+  const ScratchLayout layout(s, blocks * kTileTokens, true, call.whole_rows);
   static thread_local Scratch scratch;
   char* base = scratch.reserve(static_cast<size_t>(layout.bytes));
   parallel_for(blocks, 1, [&](int64_t first, int64_t last) {
@@ -187,23 +193,43 @@ void sweep_tiles(const Kernels& isa, const LinearCall& call, LinearParams params
   });
 }
 
-// The same with bfloat16 activations as they are.
+// Tokens [first, last) as they are: blocks of 16 of them, a span of 32 columns after the other.
+void copy_wide(uint16_t* wide, const LinearCall& call, int64_t first, int64_t last) {
+  const int64_t columns = call.shape.in_features, spans = ceil_div(columns, kSpan);
+  for (int64_t token = first; token < last; ++token) {
+    const uint16_t* x = static_cast<const uint16_t*>(call.x) + token * columns;
+    for (int64_t span = 0; span < spans; ++span) {
+      uint16_t* out = wide + ((token / kTileTokens * spans + span) * kTileTokens + token % kTileTokens) * kSpan;
+      const int64_t left = columns - span * kSpan;
+      if (left < kSpan) std::memset(out, 0, kSpan * 2);  // these meet weights of zero
+      std::memcpy(out, x + span * kSpan, static_cast<size_t>(left < kSpan ? left : kSpan) * 2);
+    }
+  }
+}
+
+// The same with activations in bfloat16: as they are, or rounded to E4M3.
 void sweep_bfloat16(const Kernels& isa, const LinearCall& call, LinearParams params) {
   const Shape& s = call.shape;
-  const int64_t blocks = ceil_div(call.tokens, kTileTokens), spans = ceil_div(s.in_features, kSpan);
+  const int64_t blocks = ceil_div(call.tokens, kTileTokens), block = ceil_div(s.in_features, kSpan) * kTileTokens * kSpan;  // of 16 tokens
   static thread_local Scratch scratch;
-  params.x.wide = reinterpret_cast<uint16_t*>(scratch.reserve(static_cast<size_t>(blocks * spans * kTileTokens * kSpan * 2)));
-  parallel_for(call.tokens, at_least_one(kPrepareGrain / s.in_features), [&](int64_t first, int64_t last) {
-    for (int64_t token = first; token < last; ++token) {
-      const uint16_t* x = static_cast<const uint16_t*>(call.x) + token * s.in_features;
-      for (int64_t span = 0; span < spans; ++span) {
-        uint16_t* out = params.x.wide + ((token / kTileTokens * spans + span) * kTileTokens + token % kTileTokens) * kSpan;
-        const int64_t left = s.in_features - span * kSpan;
-        if (left < kSpan) std::memset(out, 0, kSpan * 2);  // these meet weights of zero
-        std::memcpy(out, x + span * kSpan, static_cast<size_t>(left < kSpan ? left : kSpan) * 2);
+  char* base = scratch.reserve(static_cast<size_t>(blocks * (block * 2 + kTileTokens * 4)));
+  params.x = {};
+  params.x.wide = reinterpret_cast<uint16_t*>(base);
+  if (call.whole_rows) {
+    params.x.block_scales = reinterpret_cast<float*>(base + blocks * block * 2);
+    parallel_for(blocks, at_least_one(kPrepareGrain / (kTileTokens * s.in_features)), [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t token = i * kTileTokens, left = call.tokens - token;
+        Activations out = {};
+        out.wide = params.x.wide + i * block;
+        out.block_scales = params.x.block_scales + token;
+        prepare(isa, call, s, token, left < kTileTokens ? left : kTileTokens, out, 0, s.groups);
       }
-    }
-  });
+    });
+  } else {
+    parallel_for(call.tokens, at_least_one(kPrepareGrain / s.in_features),
+                 [&](int64_t first, int64_t last) { copy_wide(params.x.wide, call, first, last); });
+  }
   params.tokens = static_cast<int32_t>(call.tokens);
   params.y = call.y;
   parallel_for(ceil_div(s.out_features, 2 * kRows * kTilePairs), 1, [&](int64_t first, int64_t last) {
@@ -230,10 +256,11 @@ void launch_linears(const LinearCall* calls, int64_t count) {
   parts.clear();
   for (const LinearCall* call = calls; call < calls + count; ++call) {
     advise_huge_pages(call->y, call->tokens * call->shape.out_features * element_size(call->x_dtype));
-    const bool wide = isa.tiles_bfloat16 && !call->int8_activations && call->x_dtype == kBFloat16 && fills_tiles(*call, kSpan);
+    const bool in_bfloat16 = !call->int8_activations && (call->whole_rows || call->x_dtype == kBFloat16);
+    const bool wide = isa.tiles_bfloat16 && in_bfloat16 && fills_tiles(*call, kSpan);
     const bool tiles = wide || (isa.tiles_linear && call->int8_activations && fills_tiles(*call, kStepBytes));
     const int64_t most = wide ? kMaxWideTokens : tiles ? round_up(at_least_one(kCachedActivations / call->shape.in_features), 2 * kTileTokens)
-                               : call->whole_rows ? kMaxInt8Tokens : kMaxTokensPerSweep;
+                               : call->whole_rows && call->int8_activations ? kMaxInt8Tokens : kMaxTokensPerSweep;
     const int64_t size = element_size(call->x_dtype);
     for (int64_t token = 0; token < call->tokens; token += most) {
       LinearCall part = *call;
@@ -262,6 +289,22 @@ void launch_linears(const LinearCall* calls, int64_t count) {
     blocks += own;
   }
   if (!sweeps.empty()) run(isa, sweeps, tokens);
+}
+
+void launch_round_tokens(const RoundTokensCall& call) {
+  const Kernels& isa = kernels();
+  const int64_t columns = call.shape.in_features;
+  parallel_for(call.tokens, at_least_one(kPrepareGrain / columns), [&](int64_t first, int64_t last) {
+    QuantizeParams p = {};
+    p.shape = call.shape;
+    p.x = static_cast<const char*>(call.x) + first * columns * element_size(call.x_dtype);
+    p.x_dtype = call.x_dtype;
+    p.tokens = last - first;
+    p.input_scale = call.input_scale;
+    p.out.block_scales = call.scales + first;
+    p.rows = call.values + first * columns;
+    isa.quantize_e4m3(p);
+  });
 }
 
 void launch_dequantize(const DequantizeParams& params) {

@@ -18,15 +18,25 @@ struct LinearCall {
   const uint8_t* qweight;  // [N16, W, 16, 4]
   const void* scales;      // [N16, G, 16]
   const void* zeros;       // [N16, G, 16] or null
-  const float* codebook;   // [16] or null
+  const float* codebook;   // as in LinearParams
   const void* bias;        // [N] or null
   void* y;                 // [M, N]
   DType x_dtype;           // of x and y
   DType scale_dtype;
   DType bias_dtype;
   bool int8_activations;
-  bool whole_rows;           // activations are quantized over the whole row (int8_body.h); int8_activations is true then
+  bool whole_rows;           // activations are quantized over the whole row: to int8 (int8_body.h), or, of E4M3 weights, to E4M3 (e4m3_body.h)
   const float* input_scale;  // [1] or null; whole_rows only
+};
+
+struct RoundTokensCall {
+  Shape shape;               // one group
+  int64_t tokens;            // M
+  const void* x;             // [M, K]
+  DType x_dtype;
+  const float* input_scale;  // [1] or null
+  float* values;             // [M, K]
+  float* scales;             // [M]
 };
 
 struct LookupCall {
@@ -56,6 +66,7 @@ struct PlanesCall {
 // Products with weights of one kind, in one parallel loop: bits, groups, columns, codebook, dtypes and treatment of activations are the same in
 // all calls.
 void launch_linears(const LinearCall* calls, int64_t count);
+void launch_round_tokens(const RoundTokensCall& call);  // to E4M3
 void launch_dequantize(const DequantizeParams& params);
 void launch_lookup(const LookupCall& call);
 void launch_planes(const PlanesCall& call);

@@ -37,13 +37,23 @@ constexpr int64_t kTilePairs = 4;    // pairs of row blocks that share the activ
 constexpr int64_t kRows = 16;        // rows per block
 constexpr int64_t kLineBytes = 64;   // one word of each of the 16 rows
 
+// E4M3 (hfq/core/float8.py). A code whose sign, exponent and mantissa are moved to their places in a float16 reads as 1/256 of its value,
+// subnormals too: exponents are counted from 15 there, and from 7 here. NaN reads as a number, and is looked for apart.
+constexpr int16_t kE4m3Half = -0x4080;   // these places: 0xbf80
+constexpr float kE4m3Unit = 256.0f;
+constexpr float kE4m3Most = 448.0f;
+// Of |v| from 2^e on (at least 2^-6, the least normal number) E4M3 has multiples of 2^(e - 3): the unit in the last place of 1.5 * 2^(e + 20),
+// so that adding that and subtracting it rounds v, ties to even.
+constexpr float kE4m3Normal = 0.015625f;
+constexpr float kE4m3Shift = 1572864.0f;  // 1.5 * 2^20
+
 // Some tokens of activations, side by side; S = G * spans_per_group spans.
 struct Activations {
   int64_t stride;       // m: tokens that there is room for
-  float* values;        // [S, m, 32]            exact mode: x as fp32, zero beyond the group
+  float* values;        // [S, m, 32]            exact mode: x as fp32, zero beyond the group; for E4M3 codes in the order 0 2 1 3, 4 6 5 7, ...
   int8_t* codes;        // [S / 2, m, 2, 32]     int8 mode, likewise
   uint16_t* wide;       // [S, 16, 32]           tiles: bfloat16 as they are, blocks of 16 tokens one after the other
-  float* block_scales;  // [G * blocks_per_group, m]
+  float* block_scales;  // [G * blocks_per_group, m]; of activations rounded to E4M3 [1, m], null where they are as they came
   int32_t* block_init;  // [G * blocks_per_group, m]  -code_offset * sum(codes): folds the constant zero point into the accumulator
   float* group_sums;    // [G, m]                sum of the (dequantized) activations: folds the zero point of each row
 };
@@ -65,6 +75,7 @@ struct PrepareParams {
   DType x_dtype;
   int64_t tokens;
   bool int8_activations;
+  bool e4m3_codes;      // of the weight
   int32_t code_offset;  // subtracted from every code in int8 mode: 2^(bits-1), 128 for a codebook, 0 where each row has its own zero point
   Activations out;
 };
@@ -74,7 +85,7 @@ struct LinearParams {
   const uint8_t* qweight;      // [N16, W, 16, 4]
   const void* scales;          // [N16, G, 16]
   const void* zeros;           // [N16, G, 16] or null
-  const float* codebook;       // [16] or null; 4 bits only
+  const float* codebook;       // [16], or null; with 8 bits anything but null: codes are E4M3, groups are rows
   const uint8_t* codebook_u8;  // [16] codebook * 127 / max|codebook| + 128; int8 mode only
   float output_factor;         // max|codebook| / 127 in int8 mode with a codebook, else 1
   const void* bias;            // [N] or null
@@ -86,14 +97,16 @@ struct LinearParams {
   void* y;                     // [tokens, N]
 };
 
-// Activations that are quantized over the whole row (int8_body.h): up to `max_tokens` of them.
+// Activations that are quantized over the whole row, to int8 (int8_body.h) or to E4M3 (e4m3_body.h).
 struct QuantizeParams {
   Shape shape;               // 8 bits, one group
   const void* x;             // [tokens, K]
   DType x_dtype;
   int64_t tokens;            // m
   const float* input_scale;  // [1] for all tokens; null: one for each token, from its largest magnitude
-  Activations out;           // codes, block_scales [m], block_init [m]
+  Activations out;           // int8: codes, block_scales [m], block_init [m]; E4M3: block_scales and one of the following, the others null:
+                             // values, wide (up to kTileTokens), rows
+  float* rows;               // [tokens, K] what the codes stand for
 };
 
 struct DequantizeParams {
@@ -101,7 +114,7 @@ struct DequantizeParams {
   const uint8_t* qweight;  // [N16, W, 16, 4]
   const void* scales;      // [N16, G, 16]
   const void* zeros;       // [N16, G, 16] or null
-  const float* codebook;   // [16] or null
+  const float* codebook;   // as in LinearParams
   DType scale_dtype;
   DType y_dtype;
   void* y;                 // [N, K]
@@ -117,9 +130,9 @@ struct RotateParams;
 struct GateParams;
 struct AttendParams;
 
-// What one instruction set offers. prepare() covers groups [first, last), spqr_prepare() units, quantize() all tokens, round_columns()
-// tiles of kTileRows rows, search_grid() groups of row blocks, rms_norm() rows, rotate() tokens, gate() chunks of rows, attend() key-value heads, the
-// others row blocks.
+// What one instruction set offers. prepare() covers groups [first, last), spqr_prepare() units, quantize() and quantize_e4m3() all tokens,
+// round_columns() tiles of kTileRows rows, search_grid() groups of row blocks, rms_norm() rows, rotate() tokens, gate() chunks of rows, attend()
+// key-value heads, the others row blocks.
 struct Kernels {
   const char* name;
   int32_t max_tokens;
@@ -129,6 +142,7 @@ struct Kernels {
   void (*linear_int8)(const LinearParams& params, int64_t first, int64_t last);  // activations with scales for kActBlock columns
   void (*dequantize)(const DequantizeParams& params, int64_t first, int64_t last);
   void (*quantize)(const QuantizeParams& params);
+  void (*quantize_e4m3)(const QuantizeParams& params);
   void (*int8_linear)(const LinearParams& params, int64_t first, int64_t last);  // with one for the whole row
   void (*spqr_prepare)(const SpqrLinearParams& params, int64_t first, int64_t last);
   void (*spqr_linear)(const SpqrLinearParams& params, int64_t first, int64_t last);

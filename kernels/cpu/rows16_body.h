@@ -74,6 +74,15 @@ void prepare_int8(const PrepareParams& p, int64_t first, int64_t last) {
   }
 }
 
+// Columns of a span as e4m3_even and e4m3_odd give them.
+inline void order_for_e4m3(float* span) {
+  for (int64_t k = 0; k < kSpan; k += 4) {
+    const float second = span[k + 1];
+    span[k + 1] = span[k + 2];
+    span[k + 2] = second;
+  }
+}
+
 void prepare_exact(const PrepareParams& p, int64_t first, int64_t last) {
   const Shape& s = p.shape;
   for (int64_t t = 0; t < p.tokens; ++t) {
@@ -84,6 +93,7 @@ void prepare_exact(const PrepareParams& p, int64_t first, int64_t last) {
       for (int64_t k = begin; k < end; k += kSpan, out += p.out.stride * kSpan) {
         load_columns(out, p.x, t * s.in_features + k, smaller(kSpan, end - k), p.x_dtype);
         sums = f_add(sums, f_add(f_load(out), f_load(out + 16)));
+        if (p.e4m3_codes) order_for_e4m3(out);
       }
       alignas(64) float lanes[16];
       f_store(lanes, sums);
@@ -104,16 +114,16 @@ void prepare(const PrepareParams& p, int64_t first, int64_t last) {
   }
 }
 
-// ---- activations of W8A8 (int8_body.h): one scale for the whole row ----
+// ---- activations with one scale for the whole row: of W8A8 (int8_body.h) and in E4M3 (e4m3_body.h) ----
 
-// One token: its codes, its scale, -128 * the sum of its codes. NaN or infinity anywhere in it makes the scale NaN, and with it all outputs.
-inline void quantize_token(const QuantizeParams& p, int64_t token) {
-  const Shape& s = p.shape;
-  const int64_t at = token * s.in_features;
+// Writes the scale of one token, whose largest code is `most`, and gives what its activations are to be multiplied by. NaN or infinity
+// anywhere in it makes the scale NaN, and with it all outputs. (To the bit like hfq/core/activations.py.)
+inline float scale_token(const QuantizeParams& p, int64_t token, float most) {
+  const int64_t at = token * p.shape.in_features;
   alignas(64) float values[kSpan];
   I largest = i_set1(0);
-  for (int64_t k = 0; k < s.in_features; k += kSpan) {
-    load_columns(values, p.x, at + k, smaller(kSpan, s.in_features - k), p.x_dtype);
+  for (int64_t k = 0; k < p.shape.in_features; k += kSpan) {
+    load_columns(values, p.x, at + k, smaller(kSpan, p.shape.in_features - k), p.x_dtype);
     largest = larger_magnitudes(largest, values);
   }
   const float amax = largest_magnitude(largest);
@@ -126,15 +136,23 @@ inline void quantize_token(const QuantizeParams& p, int64_t token) {
     if (!usable) scale = __builtin_nanf("");
   } else {
     const bool some = amax > kLeastMagnitude;
-    scale = some ? amax / 127.0f : 0.0f;
-    inverse = some && finite ? 127.0f / amax : 0.0f;
+    scale = some ? amax / most : 0.0f;
+    inverse = some && finite ? most / amax : 0.0f;
   }
   p.out.block_scales[token] = finite ? scale : __builtin_nanf("");
+  return inverse;
+}
+
+// One token: its codes, its scale, -128 * the sum of its codes.
+inline void quantize_token(const QuantizeParams& p, int64_t token) {
+  const Shape& s = p.shape;
+  const F inverse = f_set1(scale_token(p, token, 127.0f));
+  alignas(64) float values[kSpan];
   I sums = i_set1(0);
   for (int64_t k = 0; k < s.in_features; k += kSpan) {
     alignas(64) int32_t codes[kSpan];
-    load_columns(values, p.x, at + k, smaller(kSpan, s.in_features - k), p.x_dtype);
-    sums = round_span(sums, values, f_set1(inverse), codes);
+    load_columns(values, p.x, token * s.in_features + k, smaller(kSpan, s.in_features - k), p.x_dtype);
+    sums = round_span(sums, values, inverse, codes);
     pack_codes<8>(codes_at(p.out, k / kSpan, token), codes);
   }
   p.out.block_init[token] = -128 * sum_of(sums);
@@ -195,7 +213,10 @@ void exact_product(const LinearParams& p, int64_t first, int64_t last) {
   }
 }
 
+void e4m3_linear(const LinearParams& p, int64_t first, int64_t last);  // e4m3_body.h
+
 void linear(const LinearParams& p, int64_t first, int64_t last) {
+  if (has_e4m3_codes(p)) return e4m3_linear(p, first, last);
   by_tokens_and_codes(p, [&](auto tokens, auto codes) { exact_product<decltype(tokens)::value, decltype(codes)::value>(p, first, last); });
 }
 
@@ -219,10 +240,17 @@ inline void dequantize_bytes(uint8_t* y, const uint32_t* words, int64_t columns,
     store_first(y, k, dtype, f_mul(f_add(f_from_bytes(codes + k), f_set1(-zero)), f_set1(scale)), columns - k);
 }
 
+inline void dequantize_e4m3(uint8_t* y, const uint32_t* words, int64_t columns, float scale, DType dtype) {
+  const uint8_t* codes = reinterpret_cast<const uint8_t*>(words);
+  const F factor = f_set1(scale * kE4m3Unit);
+  for (int64_t k = 0; k < columns; k += 16) store_first(y, k, dtype, f_mul(f_from_e4m3(codes + k), factor), columns - k);
+}
+
 // 4 and 8 bits: words are brought into rows first, then unpacked along a row.
 void dequantize_words(const DequantizeParams& p, int64_t first, int64_t last) {
   const Shape& s = p.shape;
   const int64_t columns = 32 / s.bits, size = element_size(p.y_dtype);
+  const bool e4m3 = p.codebook && s.bits == 8;
   alignas(64) float scales[16], zeros[16], codes[16];
   for (int j = 0; j < 16; ++j) codes[j] = p.codebook ? p.codebook[j] : static_cast<float>(j);
   for (int64_t b = first; b < last; ++b) {
@@ -241,6 +269,8 @@ void dequantize_words(const DequantizeParams& p, int64_t first, int64_t last) {
           if (s.bits == 4) {
             const F values = f_mul(f_add(f_load(codes), f_set1(-zeros[r])), f_set1(scales[r]));
             dequantize_nibbles(y, words_of + r * kChunk, here, values, p.y_dtype);
+          } else if (e4m3) {
+            dequantize_e4m3(y, words_of + r * kChunk, here, scales[r], p.y_dtype);
           } else {
             dequantize_bytes(y, words_of + r * kChunk, here, scales[r], zeros[r], p.y_dtype);
           }

@@ -1,7 +1,7 @@
 // What kernels on layout rows16 share, written once over 16 lanes. Included inside the anonymous namespace of each instruction set's file,
 // after that file has defined the primitives, so every copy has internal linkage (see rows16.h for why).
 //
-// Primitives: types F (16 floats), I (16 int32), Line (64 bytes), Table (16 entries), SmallSum; functions
+// Primitives: types F (16 floats), I (16 int32), Line (64 bytes), Table (16 entries), SmallSum, Part, Lanes; functions
 //   f_zero f_set1 f_load f_store f_mul f_fma f_from_i i_set1 i_add     lanes
 //   i_max i_store i_magnitude i_round_code                             activations: |x| as ordered bits; to -127..127, halves to even
 //   f_load_as f_store_as                                               16 contiguous values of a DType
@@ -10,6 +10,12 @@
 //   line_zero line_or line_and line_right<n> line_left<n>              words of 16 rows
 //   field_value<shift, bits> table_value<i> byte_value<i>              some bits of every word as float
 //   f_from_bytes transpose_words lookup_words                          dequantization
+//   part_zero part_load part_larger l_nan_where_full                   a Part, one register of bytes; bytes max(a, codes | 128); NaN in 32-bit lanes
+//                                                                      with a byte of 255, else 0
+//   e4m3_even e4m3_odd l_join l_pair                                   1/256 of codes 0 and 2, or 1 and 3, of each row of a part, side by side: two
+//                                                                      Lanes (a register of floats); sums of neighbours; p[0] p[1] p[0] ...
+//   l_zero l_add l_fma l_store                                         Lanes
+//   f_from_e4m3 f_to_e4m3                                              1/256 of 16 codes, or NaN; nearest E4M3, saturating, of NaN any number
 //   small_begin small_dot small_end                                    int8 dot products of codes 0..15, at most kSpan columns
 //   byte_dot                                                           int8 dot products of codes 0..255
 //   kMaxTokens                                                         tokens per pass that fit the register file
@@ -66,6 +72,15 @@ inline void store_outputs(const LinearParams& p, int64_t block, int64_t token, F
   if (p.bias)
     for (int64_t r = 0; r < rows; ++r) lanes[r] += load_scalar(p.bias, row + r, p.bias_dtype);
   store_first(p.y, at, p.y_dtype, f_load(lanes), rows);
+}
+
+inline bool has_e4m3_codes(const LinearParams& p) { return p.codebook && p.shape.bits == 8; }
+
+// Outputs of one token from sums of products with 1/256 of E4M3 codes.
+inline void store_e4m3(const LinearParams& p, int64_t block, int64_t token, F sum) {
+  F factor = f_load_as(p.scales, block * kRows, p.scale_dtype);
+  if (p.x.block_scales) factor = f_mul(f_set1(p.x.block_scales[token]), factor);
+  store_outputs(p, block, token, f_mul(sum, f_mul(factor, f_set1(kE4m3Unit))));
 }
 
 // ---- codes ----

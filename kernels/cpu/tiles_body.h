@@ -190,7 +190,7 @@ void multiply_int8(const LinearParams& p, uint8_t* scratch, int64_t block) {
   }
 }
 
-// ---- bfloat16 activations as they are ----
+// ---- bfloat16 activations as they are; those rounded to E4M3, which bfloat16 holds ----
 //
 //   A  activations           16 tokens x 32 columns, a span
 //   B  weights               16 pairs of columns x 16 rows x 2: dequantized here, once for all tokens
@@ -230,6 +230,33 @@ void dequantize_chunk(uint8_t* tile, const LinearParams& p, int64_t block, int64
   }
 }
 
+// The same for E4M3: 1/256 of the codes, which bfloat16 holds as they are. Scales come at the end (store_e4m3).
+void widen_chunk(uint8_t* tile, const LinearParams& p, int64_t block, int64_t first, int64_t last) {
+  constexpr int64_t kWords = kSpan / 4;
+  const Shape& s = p.shape;
+  if (block * kRows >= s.out_features) return static_cast<void>(__builtin_memset(tile, 0, static_cast<size_t>((last - first) * kTileBytes)));
+  // Of 8 rows: columns 0 and 2 in turn, then columns 1 and 3. Wanted are columns 0 and 1 of 16 rows, then columns 2 and 3.
+  alignas(64) uint16_t order[2][32];
+  for (uint16_t row = 0; row < 16; ++row)
+    for (uint16_t pair = 0; pair < 2; ++pair) {
+      const uint16_t even = static_cast<uint16_t>(row / 8 * 32 + row % 8 * 2 + pair);
+      order[pair][2 * row] = even, order[pair][2 * row + 1] = static_cast<uint16_t>(even + 16);
+    }
+  const I left = _mm512_load_si512(order[0]), right = _mm512_load_si512(order[1]);
+  Part largest = part_zero();
+  uint8_t* out = tile;
+  for (int64_t word = first * kWords; word < last * kWords; ++word, out += 2 * kLineBytes) {
+    const Line codes = word < s.words ? fetch(p.qweight + (block * s.words + word) * kLineBytes) : line_zero();
+    largest = part_larger(largest, codes);
+    const Pairs even = e4m3_even(codes), odd = e4m3_odd(codes);
+    const I low = reinterpret_cast<I>(_mm512_cvtne2ps_pbh(odd.low, even.low)), high = reinterpret_cast<I>(_mm512_cvtne2ps_pbh(odd.high, even.high));
+    _mm512_store_si512(out, _mm512_permutex2var_epi16(low, left, high));
+    _mm512_store_si512(out + kLineBytes, _mm512_permutex2var_epi16(low, right, high));
+  }
+  // A NaN in a row makes one of the row's numbers NaN, and with it all sums.
+  _mm512_store_si512(tile, _mm512_or_si512(_mm512_load_si512(tile), _mm512_castps_si512(l_nan_where_full(largest))));
+}
+
 void dequantize_pair(uint8_t* tiles, const LinearParams& p, int64_t block, int64_t first, int64_t last) {
   for (int64_t i = 0; i < 2; ++i) {
     uint8_t* tile = tiles + i * kChunkBytes;
@@ -239,7 +266,9 @@ void dequantize_pair(uint8_t* tiles, const LinearParams& p, int64_t block, int64
       case 4:
         p.codebook ? dequantize_chunk<kTable>(tile, p, block + i, first, last) : dequantize_chunk<kNibbles>(tile, p, block + i, first, last);
         break;
-      case 8: dequantize_chunk<kBytes>(tile, p, block + i, first, last); break;
+      case 8:
+        has_e4m3_codes(p) ? widen_chunk(tile, p, block + i, first, last) : dequantize_chunk<kBytes>(tile, p, block + i, first, last);
+        break;
     }
   }
 }
@@ -294,8 +323,11 @@ void multiply_bfloat16(const LinearParams& p, uint8_t* scratch, int64_t block, i
   for (int64_t t = 0; t < p.tokens; ++t) {
     const int64_t half = t / kTileTokens % 2, token = t % kTileTokens;
     for (int64_t r = 0; r < pairs; ++r)
-      for (int64_t j = 0; j < 2; ++j)
-        if ((block + 2 * r + j) * kRows < s.out_features)
-          store_outputs(p, block + 2 * r + j, t, f_load(sums + (t / (2 * kTileTokens) * pairs + r) * 1024 + (half * 2 + j) * 256 + token * 16));
+      for (int64_t j = 0; j < 2; ++j) {
+        if ((block + 2 * r + j) * kRows >= s.out_features) continue;
+        const F sum = f_load(sums + (t / (2 * kTileTokens) * pairs + r) * 1024 + (half * 2 + j) * 256 + token * 16);
+        if (has_e4m3_codes(p)) store_e4m3(p, block + 2 * r + j, t, sum);
+        else store_outputs(p, block + 2 * r + j, t, sum);
+      }
   }
 }

@@ -118,6 +118,7 @@ inline Routing routing_of(const char* op, const Tensor& counts, int64_t experts,
 bool register_fp8(TorchLibraryHandle library);
 bool register_fragments(TorchLibraryHandle library);
 bool register_int8(TorchLibraryHandle library);
+bool register_packing(TorchLibraryHandle library);
 bool register_spqr_fragments(TorchLibraryHandle library);
 bool register_decode(TorchLibraryHandle library);
 

@@ -1,4 +1,6 @@
 // Operators of hfq for the CPU: read the arguments, validate every one of them, launch. Schemas are defined in hfq/kernels/ops.py.
+#include <array>
+#include <cmath>
 #include <vector>
 
 #include "../cpu/isa.h"
@@ -25,6 +27,19 @@ Shape make_shape(const char* op, int64_t bits, int64_t group_size, int64_t in_fe
   s.blocks_per_group = (s.group_size + kActBlock - 1) / kActBlock;
   s.bits = static_cast<int32_t>(bits);
   return s;
+}
+
+// Kernels know the values of E4M3 and read none. Those of NaN may be anything.
+bool is_e4m3_table(const float* codebook) {
+  static const std::array<float, 127> expected = [] {
+    std::array<float, 127> values = {};
+    for (int code = 0; code < 127; ++code)
+      values[static_cast<size_t>(code)] = std::ldexp(static_cast<float>(code < 8 ? code : 8 + code % 8), (code < 8 ? 1 : code / 8) - 10);
+    return values;
+  }();
+  for (size_t code = 0; code < expected.size(); ++code)
+    if (codebook[code] != expected[code] || codebook[128 + code] != -expected[code]) return false;
+  return true;
 }
 
 // The weight's tensors in layout rows16; of a stack of experts those of the first.
@@ -59,11 +74,15 @@ Weight check_weight(const char* op, const Shape& s, const Tensor& qweight, const
     w.zeros = zeros.data(cpu, element_size(w.scale_dtype));
   }
   if (codebook.defined()) {
-    expect(s.bits == 4, op, "a codebook needs bits=4");
+    expect(s.bits == 4 || s.bits == 8, op, "a codebook takes 4 bits, or 8 for E4M3");
     expect(!zeros.defined(), op, "a codebook takes no zeros");
     if (codebook.dtype() != aoti_torch_dtype_float32()) codebook.refuse("float32");
-    codebook.expect_shape({16});
+    codebook.expect_shape({int64_t{1} << s.bits});
     w.codebook = static_cast<const float*>(codebook.data(cpu, 4));
+    if (s.bits == 8) {
+      expect(is_e4m3_table(w.codebook), op, "a codebook of 8 bits must be that of E4M3 (hfq.core.float8)");
+      expect(s.groups == 1, op, "E4M3 takes one group per row");
+    }
   }
   return w;
 }
@@ -81,6 +100,18 @@ void set_weight(LinearCall& call, const Weight& w) {
   call.zeros = w.zeros;
   call.codebook = w.codebook;
   call.scale_dtype = w.scale_dtype;
+}
+
+void expect_int_codes(const char* op, const LinearCall& call) {
+  expect(!call.int8_activations || !call.codebook || call.shape.bits == 4, op, "E4M3 takes no int8_activations");
+}
+
+// Activations that are rounded over the whole row: static scales.
+const float* optional_input_scale(const Tensor& input_scale) {
+  if (!input_scale.defined()) return nullptr;
+  if (input_scale.dtype() != aoti_torch_dtype_float32()) input_scale.refuse("float32");
+  input_scale.expect_shape({1});
+  return static_cast<const float*>(input_scale.data(aoti_torch_device_type_cpu(), 4));
 }
 
 // Completes a call with the activations and the bias, runs it, and gives its result.
@@ -109,6 +140,7 @@ void cpu_linear(StableIValue* stack, uint64_t, uint64_t) {
   call.shape = make_shape(op, as_int(stack[6]), as_int(stack[7]), as_int(stack[8]), as_int(stack[9]));
   set_weight(call, check_weight(op, call.shape, qweight, scales, zeros, codebook));
   call.int8_activations = as_bool(stack[10]);
+  expect_int_codes(op, call);
   stack[0] = multiply(op, call, x, bias);
 }
 
@@ -128,6 +160,7 @@ void cpu_experts_linear(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t experts = qweight.size(0);
   set_weight(all, check_weight(op, s, qweight, scales, zeros, codebook, experts));
   all.int8_activations = as_bool(stack[11]);
+  expect_int_codes(op, all);
   set_activations(all, x);
   if (bias.defined()) {
     all.bias_dtype = expect_float(bias);
@@ -176,7 +209,6 @@ void cpu_int8_linear(StableIValue* stack, uint64_t, uint64_t) {
   constexpr int64_t kMostColumns = int64_t{1} << 17;  // the sum of a row fits 32 bits
   const Tensor x(op, "x", stack[0]), qweight(op, "qweight", stack[1]), scales(op, "scales", stack[2]);
   const Tensor input_scale(op, "input_scale", Tensor::unwrap(stack[3])), bias(op, "bias", Tensor::unwrap(stack[4]));
-  const int32_t cpu = aoti_torch_device_type_cpu();
 
   LinearCall call = {};
   const int64_t in_features = as_int(stack[5]);
@@ -186,12 +218,49 @@ void cpu_int8_linear(StableIValue* stack, uint64_t, uint64_t) {
   set_weight(call, check_weight(op, call.shape, qweight, scales, none, none));
   call.int8_activations = call.whole_rows = true;
   call.shape.blocks_per_group = 1;
-  if (input_scale.defined()) {
-    if (input_scale.dtype() != aoti_torch_dtype_float32()) input_scale.refuse("float32");
-    input_scale.expect_shape({1});
-    call.input_scale = static_cast<const float*>(input_scale.data(cpu, 4));
-  }
+  call.input_scale = optional_input_scale(input_scale);
   stack[0] = multiply(op, call, x, bias);
+}
+
+// hfq::cpu_fp8_linear(x, qweight, scales, codebook, input_scale?, bias?, in_features, out_features) -> [M, N]
+void cpu_fp8_linear(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "cpu_fp8_linear";
+  const Tensor x(op, "x", stack[0]), qweight(op, "qweight", stack[1]), scales(op, "scales", stack[2]), codebook(op, "codebook", stack[3]);
+  const Tensor input_scale(op, "input_scale", Tensor::unwrap(stack[4])), bias(op, "bias", Tensor::unwrap(stack[5]));
+
+  LinearCall call = {};
+  const int64_t in_features = as_int(stack[6]);
+  call.shape = make_shape(op, 8, in_features, in_features, as_int(stack[7]));
+  set_weight(call, check_weight(op, call.shape, qweight, scales, Tensor(op, "none", 0), codebook));
+  call.whole_rows = true;
+  call.shape.blocks_per_group = 1;
+  call.input_scale = optional_input_scale(input_scale);
+  stack[0] = multiply(op, call, x, bias);
+}
+
+// hfq::cpu_fp8_round_tokens(x, input_scale?) -> (float32 [M, K], float32 [M, 1])
+void cpu_fp8_round_tokens(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "cpu_fp8_round_tokens";
+  const Tensor x(op, "x", stack[0]), input_scale(op, "input_scale", Tensor::unwrap(stack[1]));
+  const int32_t cpu = aoti_torch_device_type_cpu(), float32 = aoti_torch_dtype_float32();
+
+  RoundTokensCall call = {};
+  call.x_dtype = expect_float(x);
+  if (x.dim() != 2 || x.size(1) == 0) x.refuse("of shape [M, K], K above 0");
+  call.shape = make_shape(op, 8, x.size(1), x.size(1), 1);
+  call.tokens = x.size(0);
+  call.x = x.data(cpu, element_size(call.x_dtype));
+  call.input_scale = optional_input_scale(input_scale);
+
+  void *values = nullptr, *scales = nullptr;
+  const int64_t sizes[2] = {call.tokens, call.shape.in_features}, scale_sizes[2] = {call.tokens, 1};
+  const StableIValue y = empty_tensor(sizes, 2, float32, cpu, x.device_index(), &values);
+  stack[0] = filled(op, y, [&] {
+    const StableIValue y_scales = empty_tensor(scale_sizes, 2, float32, cpu, x.device_index(), &scales);
+    call.values = static_cast<float*>(values);
+    call.scales = static_cast<float*>(scales);
+    stack[1] = filled(op, y_scales, [&] { launch_round_tokens(call); });
+  });
 }
 
 // All but y.
@@ -262,6 +331,7 @@ bool register_all() {
   TorchLibraryHandle library = nullptr;  // lives as long as the process, like the operators
   if (aoti_torch_library_init_impl("hfq", "CPU", __FILE__, __LINE__, &library) != 0) return false;
   return register_product(library, "cpu_linear", cpu_linear) && register_product(library, "cpu_int8_linear", cpu_int8_linear) &&
+         register_product(library, "cpu_fp8_linear", cpu_fp8_linear) && register_impl(library, "cpu_fp8_round_tokens", cpu_fp8_round_tokens) &&
          register_impl(library, "cpu_experts_linear", cpu_experts_linear) &&
          register_impl(library, "cpu_dequantize", cpu_dequantize) && register_impl(library, "cpu_dequantize_into", cpu_dequantize_into) &&
          register_impl(library, "cpu_lookup", cpu_lookup) && register_spqr(library) && register_rounding(library) && register_moments(library) &&

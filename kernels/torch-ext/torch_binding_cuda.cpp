@@ -86,7 +86,7 @@ bool register_all() {
   TorchLibraryHandle library = nullptr;  // lives as long as the process, like the operators
   if (aoti_torch_library_init_impl("hfq", "CUDA", __FILE__, __LINE__, &library) != 0) return false;
   return register_impl(library, "cuda_dequantize_neutral", dequantize) && register_fragments(library) && register_int8(library) &&
-         register_fp8(library) && register_spqr_fragments(library) && register_decode(library);
+         register_fp8(library) && register_spqr_fragments(library) && register_decode(library) && register_packing(library);
 }
 
 const bool registered = register_all();

@@ -77,5 +77,9 @@ def test_what_is_too_large_saturates(count: int) -> None:
 def test_nan_is_nan() -> None:
     codes = to_e4m3(torch.tensor([1.0, NAN])).view(torch.uint8)
     assert codes[1] & 127 == 127
+    assert e4m3_values(torch.tensor([1, 127, 128, 255], dtype=torch.uint8)).isnan().tolist() == [
+        *(False, True),
+        *(False, True),
+    ]
     assert has_nan(codes) and not has_nan(codes[:1]) and not has_nan(codes[:0])
     assert has_nan(torch.tensor([3, 255], dtype=torch.uint8)) and not has_nan(CODES)

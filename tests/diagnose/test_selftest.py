@@ -49,7 +49,7 @@ def test_kernels_of_this_machine_are_right() -> None:
     assert not [each for each in tested if each.faults]
     assert {each.count for each in tested} == {24}
     if native.load().cpu:
-        assert {"cpu_rows16", "cpu_int8", "cpu_spqr"} <= {each.kernel for each in tested}
+        assert {"cpu_rows16", "cpu_int8", "cpu_fp8", "cpu_spqr"} <= {each.kernel for each in tested}
 
 
 @pytest.mark.gpu

@@ -52,11 +52,6 @@ def test_the_largest_activations_fit(
         assert batch_tokens(model, CPU, logits=logits) == MOST_TOKENS
 
 
-@pytest.fixture
-def tokens(generator: torch.Generator) -> Tensor:
-    return torch.randint(128, (32, 32), generator=generator)
-
-
 def quantize(folder: Path, name: str, tokens: Tensor) -> hfq.Report:
     config = HfqConfig("gptq", dataset=tokens, num_samples=24, group_size=32, gptaq=0.5)
     return hfq.quantize(folder / "float", folder / name / "out", config, dtype="float32")

@@ -163,11 +163,6 @@ def method(request: pytest.FixtureRequest) -> str:
     return name
 
 
-@pytest.fixture
-def ids(generator: torch.Generator) -> Tensor:
-    return torch.randint(0, 64, (3, 9), generator=generator)
-
-
 def test_train_save_and_reload(method: str, ids: Tensor, tmp_path: Path) -> None:
     model = inject(packed_llama(FOUR_BITS), METHODS[method]())
     before = packed_state(model)

@@ -63,6 +63,7 @@ float value_of(const std::vector<uint8_t>& data, int64_t i, DType dtype) {
   uint16_t narrow;
   std::memcpy(&narrow, data.data() + 2 * i, 2);
   if (dtype == kFloat16) {
+    if ((narrow & 0x7c00u) == 0x7c00u) return narrow & 0x3ffu ? std::nanf("") : INFINITY;
     const float magnitude = (narrow & 0x7c00u) ? std::ldexp(1.0f + static_cast<float>(narrow & 0x3ffu) / 1024.0f, static_cast<int>((narrow >> 10) & 31u) - 15)
                                                : std::ldexp(static_cast<float>(narrow & 0x3ffu), -24);
     return (narrow & 0x8000u) ? -magnitude : magnitude;
@@ -95,7 +96,7 @@ constexpr DType kDTypes[] = {kFloat32, kFloat16, kBFloat16};
 
 struct Case {
   int64_t rows, columns, group, bits;
-  bool zeros, codebook;
+  bool zeros, codebook;  // a codebook of 8 bits: E4M3
 };
 
 // A weight in layout rows16 and everything that reads it.
@@ -118,6 +119,8 @@ Weight random_weight(const Case& c, DType dtype) {
   s.blocks_per_group = (s.group_size + kActBlock - 1) / kActBlock;
   s.bits = static_cast<int32_t>(c.bits);
   w.codes = random_integers<uint8_t>(blocks * s.words * kLineBytes, 0, 255);
+  if (c.codebook && c.bits == 8)
+    for (uint8_t& code : w.codes) code = (code & 127) == 127 ? 0 : code;  // NaN
   w.scales = random_floats(blocks * s.groups * kRows, dtype, 0.1f);
   if (c.zeros) w.zeros = random_floats(blocks * s.groups * kRows, dtype, 3.0f);
   if (c.codebook) w.codebook = random_floats(16, kFloat32, 1.0f);
@@ -154,6 +157,46 @@ void check_linear(const char* isa, const Case& c, const Weight& w, int64_t token
                 static_cast<long long>(c.rows), static_cast<long long>(c.columns), static_cast<long long>(c.bits), static_cast<long long>(c.group), c.zeros,
                 c.codebook, static_cast<long long>(tokens), dtype, int8, whole_rows);
   compare(isa, what, y[0], y[1], dtype, false);
+}
+
+// One NaN among E4M3 codes: all outputs of its row, and nothing else. Each element of the weight, too.
+void check_nan(const char* isa, const Case& c, int64_t tokens, DType dtype, bool whole_rows) {
+  Weight w = random_weight(c, kFloat32);
+  const int64_t row = random_integers<int64_t>(1, 0, c.rows - 1)[0], column = random_integers<int64_t>(1, 0, c.columns - 1)[0];
+  w.codes[static_cast<size_t>(((row / kRows * w.shape.words + column / 4) * kRows + row % kRows) * 4 + column % 4)] = tokens % 2 ? 127 : 255;
+  const std::vector<uint8_t> x = random_floats(tokens * c.columns, dtype, 1.0f);
+  std::vector<uint8_t> y(static_cast<size_t>(tokens * c.rows * size_of(dtype))), dense(static_cast<size_t>(c.rows * c.columns * size_of(dtype)));
+  select_isa(isa);
+  LinearCall call = {};
+  call.shape = w.shape;
+  call.tokens = tokens;
+  call.x = x.data();
+  call.qweight = w.codes.data();
+  call.scales = w.scales.data();
+  call.codebook = reinterpret_cast<const float*>(w.codebook.data());
+  call.x_dtype = dtype;
+  call.scale_dtype = kFloat32;
+  call.whole_rows = whole_rows;
+  if (whole_rows) call.shape.blocks_per_group = 1;
+  call.y = y.data();
+  launch_linears(&call, 1);
+  DequantizeParams p = {};
+  p.shape = w.shape;
+  p.qweight = w.codes.data();
+  p.scales = w.scales.data();
+  p.codebook = call.codebook;
+  p.scale_dtype = kFloat32;
+  p.y_dtype = dtype;
+  p.y = dense.data();
+  launch_dequantize(p);
+  bool right = true;
+  for (int64_t i = 0; i < tokens * c.rows; ++i) right = right && std::isnan(value_of(y, i, dtype)) == (i % c.rows == row);
+  for (int64_t i = 0; i < c.rows * c.columns; ++i) right = right && std::isnan(value_of(dense, i, dtype)) == (i == row * c.columns + column);
+  ++cases;
+  if (right) return;
+  ++failures;
+  std::printf("%s: a NaN in row %d, column %d of %d x %d, %d tokens, dtype %d, whole rows %d\n", isa, static_cast<int>(row), static_cast<int>(column),
+              static_cast<int>(c.rows), static_cast<int>(c.columns), static_cast<int>(tokens), dtype, whole_rows);
 }
 
 void check_rows(const char* isa, const Case& c, const Weight& w, DType dtype) {
@@ -279,14 +322,23 @@ void check_decode(const char* isa, int64_t kv_heads, int64_t group, int64_t size
 void check(const char* isa) {
   const Case kCases[] = {{33, 256, 64, 4, false, false}, {17, 130, 64, 4, true, false}, {48, 520, 128, 4, false, true},  {31, 100, 40, 4, false, false},
                          {40, 700, 192, 2, true, false}, {16, 256, 32, 2, false, false}, {33, 320, 128, 3, false, false}, {20, 96, 96, 3, true, false},
-                         {20, 300, 128, 8, false, false}, {5, 72, 8, 8, true, false},     {5, 7, 7, 4, false, false}};
-  for (const Case& c : kCases)
+                         {20, 300, 128, 8, false, false}, {5, 72, 8, 8, true, false},     {5, 7, 7, 4, false, false},      {37, 300, 300, 8, false, true},
+                         {5, 7, 7, 8, false, true},       {130, 64, 64, 8, false, true}};
+  std::vector<int64_t> numbers = {1, 2, 3, 4, 5, 9};
+  select_isa(isa);
+  if (kernels().tiles_linear) numbers.insert(numbers.end(), {16, 17, 40, 550});
+  for (const Case& c : kCases) {
+    const bool e4m3 = c.codebook && c.bits == 8;
     for (const DType dtype : kDTypes) {
       const Weight w = random_weight(c, dtype);
-      for (const int64_t tokens : {1, 2, 3, 4, 5, 9})
-        for (const bool int8 : {false, true}) check_linear(isa, c, w, tokens, dtype, int8, false);
+      for (const int64_t tokens : numbers)
+        for (const bool rounded : {false, true}) {
+          check_linear(isa, c, w, tokens, dtype, rounded && !e4m3, rounded && e4m3);
+          if (e4m3) check_nan(isa, c, tokens, dtype, rounded);
+        }
       check_rows(isa, c, w, dtype);
     }
+  }
   for (const DType dtype : kDTypes) {
     const Case c = {37, 300, 300, 8, false, false};
     const Weight w = random_weight(c, kFloat32);

@@ -167,7 +167,10 @@ def test_instruction_set_files_share_no_inline_code(source: Path) -> None:
     }
     anonymous = text.split("namespace {")[1].split("}  // namespace\n")[0]
     # Those for VNNI and AMX only add to another.
-    whole = ("rows16_body.h", "int8_body.h", "spqr_body.h", "rounding_body.h", "decode_body.h")
+    whole = (
+        *("rows16_body.h", "e4m3_body.h", "int8_body.h"),
+        *("spqr_body.h", "rounding_body.h", "decode_body.h"),
+    )
     bodies = whole if "Kernels = {" in text else ()
     assert all(f'#include "{body}"' in anonymous for body in bodies)
     for inner in (*bodies, *re.findall(r'#include "(lanes_.+)"', anonymous)):

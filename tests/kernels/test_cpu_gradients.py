@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from hfq.core import bits as bit_packing
+from hfq.core.float8 import e4m3_table
 from hfq.kernels import native, ops, rows16, scratch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-KINDS = ("int2", "int3", "int4", "int4_zeros", "table4", "int8")
+KINDS = ("int2", "int3", "int4", "int4_zeros", "table4", "int8", "float8")
+# E4M3 of 0, 1, 2, 3, 5, -1, -3, -4.
+FLOAT8 = (0x00, 0x38, 0x40, 0x44, 0x4A, 0xB8, 0xC4, 0xC8)
 # (N, K, group_size): blocks that are not full, last groups that are shorter.
 SHAPES = ((24, 64, 32), (17, 130, 64), (50, 100, 96))
 
@@ -36,6 +39,8 @@ class Weight:
         self, rows: int, columns: int, group_size: int, generator: torch.Generator, kind: str
     ) -> None:
         bits = int(kind.removesuffix("_zeros")[-1])
+        if kind == "float8":
+            group_size = columns
         groups = -(-columns // group_size)
         codes = torch.randint(1 << bits, (rows, columns), generator=generator, dtype=torch.uint8)
         scales = 2.0 ** -torch.randint(4, (rows, groups), generator=generator)
@@ -48,6 +53,10 @@ class Weight:
         values = codes.double() - offset.double()[:, by_column]
         if kind == "table4":
             codebook = torch.randint(-100, 100, (16,), generator=generator).float()
+            values = codebook.double()[codes.long()]
+        if kind == "float8":
+            codebook = e4m3_table()
+            codes = torch.tensor(FLOAT8, dtype=torch.uint8)[codes.long() % len(FLOAT8)]
             values = codebook.double()[codes.long()]
         packed = bit_packing.pack(codes, bits).unsqueeze(-1)
         lines = rows16.to_rows16(packed, split=bits == 3)

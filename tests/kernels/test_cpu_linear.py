@@ -10,13 +10,18 @@ import torch
 from torch import Tensor
 
 from hfq.core import bits as bit_packing
+from hfq.core.float8 import e4m3_table
 from hfq.kernels import native, ops, rows16
 
 assert ops.LIBRARY is not None  # defines torch.ops.hfq
 
 KINDS = (
     *("int2", "int2_zeros", "int3", "int3_zeros"),
-    *("int4", "int4_zeros", "table4", "int8", "int8_zeros"),
+    *("int4", "int4_zeros", "table4", "int8", "int8_zeros", "float8"),
+)
+# With activations as they are, or rounded to int8, which 8-bit floats do not meet.
+PRODUCTS = tuple(
+    (kind, int8) for kind in KINDS for int8 in (False, True) if not (int8 and kind == "float8")
 )
 # Columns that begin with a new 32-bit word: group sizes are multiples of them.
 UNITS = {2: 16, 3: 32, 4: 8, 8: 4}
@@ -77,11 +82,15 @@ def make_weight(generator: torch.Generator) -> MakeWeight:
         scale_dtype: torch.dtype = torch.float32,
     ) -> Weight:
         bits = int(kind.removesuffix("_zeros")[-1])
+        if kind == "float8":
+            group_size = columns  # the one that there is
         if group_size < columns and group_size % UNITS[bits]:
             pytest.skip(f"{bits} bits take groups in multiples of {UNITS[bits]}")
         groups = -(-columns // group_size)
         codes = torch.randint(0, 1 << bits, (rows, columns), generator=generator, dtype=torch.uint8)
         codes[0, 0], codes[-1, -1] = 0, (1 << bits) - 1
+        if kind == "float8":
+            codes[codes & 127 == 127] -= 1  # NaN
         scales = (torch.rand(rows, groups, generator=generator) * 0.02 + 1e-3).to(scale_dtype)
         zeros = codebook = None
         if kind.endswith("zeros"):
@@ -90,6 +99,8 @@ def make_weight(generator: torch.Generator) -> MakeWeight:
             )
         if kind == "table4":
             codebook = torch.rand(16, generator=generator) * 2 - 1
+        if kind == "float8":
+            codebook = e4m3_table()
         by_column = torch.arange(columns) // group_size
         if codebook is not None:
             values = codebook.double()[codes.long()]
@@ -169,15 +180,23 @@ def test_products(
         x = torch.randn(tokens, shape[1], generator=generator)
         expected = x.double() @ weight.dense.T
         assert _error(weight.linear(x), expected) < TOLERANCE[torch.float32]
-        assert _is_int8_product(weight.linear(x, int8=True), x, weight)
+        if (kind, True) in PRODUCTS:
+            assert _is_int8_product(weight.linear(x, int8=True), x, weight)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 33, 64, 65, 130])
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "int8"), [("int4_zeros", False), ("int4_zeros", True), ("float8", False)]
+)
 def test_every_number_of_tokens(
-    isa: str, make_weight: MakeWeight, generator: torch.Generator, tokens: int, int8: bool
+    isa: str,
+    make_weight: MakeWeight,
+    generator: torch.Generator,
+    tokens: int,
+    kind: str,
+    int8: bool,
 ) -> None:
-    weight = make_weight(33, 136, 64, kind="int4_zeros")
+    weight = make_weight(33, 136, 64, kind=kind)
     x = torch.randn(tokens, 136, generator=generator)
     y = weight.linear(x, int8=int8)
     assert y.shape == (tokens, 33)
@@ -209,7 +228,9 @@ def test_dtypes(
             y = weight.linear(x, bias)
             assert y.dtype == x_dtype
             assert _error(y, expected) < TOLERANCE[x_dtype]
-            assert _is_int8_product(weight.linear(x, bias, int8=True), x, weight, bias.double())
+            if (kind, True) in PRODUCTS:
+                y = weight.linear(x, bias, int8=True)
+                assert _is_int8_product(y, x, weight, bias.double())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -265,8 +286,7 @@ def test_lookup_gives_rows_of_the_dequantized_weight(
             assert torch.equal(rows, weight.dequantize(dtype)[index]) and not rows.isnan().any()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize(("kind", "int8"), PRODUCTS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_not_a_number_reaches_the_output(
     isa: str, make_weight: MakeWeight, generator: torch.Generator, kind: str, int8: bool, bad: float
@@ -360,8 +380,10 @@ def test_threads_give_the_same_result(make_weight: MakeWeight, generator: torch.
     assert torch.equal(one[1], two[1])
 
 
-@pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("kind", ["int4", "int3_zeros", "table4", "int8"])
+@pytest.mark.parametrize(
+    ("kind", "int8"),
+    [each for each in PRODUCTS if each[0] in ("int4", "int3_zeros", "table4", "int8", "float8")],
+)
 def test_stacks_of_experts(
     isa: str, make_weight: MakeWeight, generator: torch.Generator, kind: str, int8: bool
 ) -> None:
@@ -370,7 +392,7 @@ def test_stacks_of_experts(
     for tensors in zip(*(one.arguments for one in experts), strict=True):
         present = [tensor for tensor in tensors if tensor is not None]
         stacks.append(torch.stack(present) if present else None)
-    if kind == "table4":
+    if kind in ("table4", "float8"):
         # One codebook for all.
         table = experts[0].arguments[3]
         experts = [Weight((*one.arguments[:3], table), one.sizes, one.dense) for one in experts]
@@ -501,6 +523,41 @@ def test_bad_arguments_are_refused(
         torch.ops.hfq.cpu_linear(*_arguments(make_weight, **changes))
     del changes  # and the kernels work afterwards
     torch.ops.hfq.cpu_linear(*_arguments(make_weight))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"codebook": torch.zeros(16)}, r"codebook must be of shape \[256\]"),
+        ({"codebook": torch.zeros(256)}, "must be that of E4M3"),
+        ({"codebook": e4m3_table().bfloat16()}, "codebook must be float32"),
+        ({"zeros": torch.zeros(2, 1, 16)}, "a codebook takes no zeros"),
+        ({"group_size": 32, "scales": torch.zeros(2, 2, 16)}, "E4M3 takes one group per row"),
+        ({"bits": 2}, "qweight must be of shape"),
+        ({"int8": True}, "E4M3 takes no int8_activations"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_of_8_bit_floats_are_refused(
+    make_weight: MakeWeight, changes: dict[str, object], message: str
+) -> None:
+    qweight, scales, _, codebook = make_weight(20, 64, 64, kind="float8").arguments
+    arguments: dict[str, object] = {
+        "x": torch.zeros(3, 64),
+        "qweight": qweight,
+        "scales": scales,
+        "zeros": None,
+        "codebook": codebook,
+        "bias": None,
+        "bits": 8,
+        "group_size": 64,
+        "in_features": 64,
+        "out_features": 20,
+        "int8": False,
+    }
+    assert set(changes) <= set(arguments)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.hfq.cpu_linear(*(arguments | changes).values())
 
 
 def test_truncated_storage_is_refused(make_weight: MakeWeight) -> None:

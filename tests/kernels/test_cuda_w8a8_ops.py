@@ -233,6 +233,7 @@ def test_fp8_reasons_to_refuse(machine: Callable[..., None], generator: torch.Ge
     assert library.reject(wide) is None
     names = [each.name for each in dispatch.rows(Fp8Grid)]
     assert names == [
+        "cpu_fp8",
         "cuda_fp8",
         "cuda_fp8_library",
         "cuda_fp8_widened",

@@ -1,11 +1,14 @@
-"""Products with 8-bit floats: the definition, PyTorch's product on tensor cores (its CPU code here), the choice of the kernel.
+"""Products with 8-bit floats: the definition, PyTorch's product on tensor cores (its CPU code here), native CPU kernels, the choice of the kernel.
 
 Native CUDA kernels: test_cuda_w8a8.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +16,9 @@ from torch import Tensor
 from w8a8_weights import FP8, problem_of
 
 from hfq.core.activations import quantize_tokens
-from hfq.core.float8 import E4M3, e4m3_table
+from hfq.core.float8 import E4M3, e4m3_table, e4m3_values
 from hfq.core.weight import Fp8Grid
-from hfq.kernels import cuda_fp8, dispatch, fp8, fp8_ops
+from hfq.kernels import cpu_fp8, cuda_fp8, dispatch, fp8, fp8_ops, native, rows16
 from hfq.kernels.row import Problem
 
 assert fp8_ops.__doc__ is not None  # defines torch.ops.hfq.fp8_*
@@ -29,14 +32,44 @@ NAN, INF = float("nan"), float("inf")
 Product = Callable[..., Tensor]
 
 
-@pytest.fixture(params=["reference", "scaled", "widened"])
-def product(request: pytest.FixtureRequest) -> Product:
+def isas() -> tuple[str, ...]:
+    status = native.load()
+    return status.isas if status.cpu else ()
+
+
+def in_rows16(name: str) -> Product:
+    """An operator for that layout, as a product with the stored weight."""
+
+    def linear(
+        x: Tensor, codes: Tensor, scales: Tensor, input_scale: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        rows, columns, _ = codes.shape
+        operands = (rows16.to_rows16(codes), rows16.to_rows16(scales), e4m3_table())
+        tokens = x.reshape(-1, columns).contiguous()
+        op = getattr(torch.ops.hfq, name)
+        y: Tensor = op(tokens, *operands, input_scale, bias, columns, rows)
+        return y.view(*x.shape[:-1], rows)
+
+    return linear
+
+
+@pytest.fixture(
+    params=[
+        *("reference", "scaled", "widened"),
+        *(f"{name} {isa}" for isa in isas() for name in ("direct", "dequantized")),
+    ]
+)
+def product(request: pytest.FixtureRequest) -> Iterator[Product]:
     products: dict[str, Product] = {
         "reference": fp8.linear,
         "scaled": fp8.scaled_linear,
         "widened": fp8.widened_linear,
+        "direct": in_rows16("cpu_fp8_linear"),
+        "dequantized": in_rows16("cpu_fp8_linear_dequantized"),
     }
-    return products[request.param]
+    name, _, isa = request.param.partition(" ")
+    with native.use_isa(isa or "auto") if isas() else contextlib.nullcontext():
+        yield products[name]
 
 
 def operands(rows: int, columns: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -154,6 +187,245 @@ def test_dequantize_in_pieces(generator: torch.Generator, monkeypatch: pytest.Mo
         torch.testing.assert_close(fp8.product(x, codes, scales), expected)
 
 
+# ---- native CPU kernels
+
+
+@pytest.fixture(
+    params=isas() or [pytest.param(None, marks=pytest.mark.skip("no native CPU kernels"))]
+)
+def row(request: pytest.FixtureRequest) -> Iterator[cpu_fp8.CpuFp8]:
+    with native.use_isa(request.param):
+        yield cpu_fp8.CpuFp8()
+
+
+def grid_of(codes: Tensor, scales: Tensor, **more: Any) -> Fp8Grid:
+    rows, columns = codes.shape[-3:-1]
+    sizes = {"in_features": columns, "out_features": rows}
+    return Fp8Grid(qweight=codes, scales=scales, values=e4m3_table(), **sizes, **more)
+
+
+def prepared(row: cpu_fp8.CpuFp8, stored: Fp8Grid) -> Fp8Grid:
+    qweight, scales = (row.prepare(each, 8) for each in (stored.qweight, stored.scales))
+    return replace(stored, qweight=qweight, scales=scales)
+
+
+STATIC = torch.tensor([0.004])
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("static", [None, STATIC], ids=["dynamic", "static"])
+def test_tokens_are_rounded_to_the_bit(
+    row: cpu_fp8.CpuFp8, static: Tensor | None, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    for tokens, columns in ((0, 5), (1, 1), (7, 16), (9, 31), (40, 333)):
+        x = torch.randn(tokens, columns, generator=generator) * 2
+        # Ties, what rounds up to the next power of two, subnormal E4M3, zeros, tiny and huge tokens.
+        x[1:2] *= 0.25
+        x[2:3] = (torch.arange(columns) - 7) * 2.0**-10
+        x[3:4], x[4:5] = 0, 1e-37
+        x[5:6] *= 1e30 if dtype != torch.float16 else 1e4
+        x[6:7, ::2] *= 1e-3
+        x[8:9, -1:] = NAN
+        x = x.to(dtype)
+        for step in (static, None if static is None else torch.tensor([2.0**-3])):
+            values, scales = torch.ops.hfq.cpu_fp8_round_tokens(x, step)
+            codes, expected = quantize_tokens(x, step, E4M3)
+            torch.testing.assert_close(scales, expected, rtol=0, atol=0, equal_nan=True)
+            known = ~expected.isnan().squeeze(1)
+            assert torch.equal(values[known], codes.float()[known])
+
+
+def test_all_values_are_rounded_as_pytorch_does(row: cpu_fp8.CpuFp8) -> None:
+    exact = e4m3_values(torch.arange(127, dtype=torch.uint8))
+    middle = (exact[1:] + exact[:-1]) / 2
+    near = torch.cat([middle, *(middle.nextafter(torch.tensor(way)) for way in (0.0, INF))])
+    x = torch.cat([exact, near, -exact, -near, torch.tensor([448.0, 449, -1e30])]).view(1, -1)
+    values, _ = torch.ops.hfq.cpu_fp8_round_tokens(x, torch.ones(1))
+    assert torch.equal(values, x.clamp(-448, 448).to(E4M3).float())
+
+
+@pytest.mark.parametrize("activation", [None, "dynamic", "static"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_any_number_of_tokens(
+    row: cpu_fp8.CpuFp8, shape: tuple[int, int], activation: str | None, generator: torch.Generator
+) -> None:
+    codes, scales = operands(*shape, generator)
+    static = STATIC if activation == "static" else None
+    stored = grid_of(codes, scales, activation=activation, input_scale=static)
+    ready = prepared(row, stored)
+    bias = torch.randn(shape[0], generator=generator)
+    for tokens in (0, 1, 2, 3, 4, 5, 8, 9, 16, 33, 65, 300):
+        for dtype in (*FLOATS, torch.float64):
+            x = torch.randn(tokens, shape[1], generator=generator).to(dtype)
+            y = row.linear(x, ready, bias.to(dtype), True)
+            if activation is None:
+                wanted = x.double() @ weight_of(codes, scales).T
+            else:
+                wanted = defined(x, codes, scales, static)
+            wanted = wanted + bias.to(dtype).double()
+            assert y.dtype == dtype and y.shape == wanted.shape
+            largest = wanted.abs().max().item() if tokens else 1.0
+            step = max(torch.finfo(dtype).eps, 2**-18)
+            torch.testing.assert_close(y.double(), wanted, rtol=0, atol=largest * step)
+
+
+@pytest.mark.parametrize("activation", [None, "dynamic"])
+def test_codes_that_are_nan_give_nan(
+    row: cpu_fp8.CpuFp8, activation: str | None, generator: torch.Generator
+) -> None:
+    """As everywhere in random codes; and a single one, whatever it meets."""
+    for rows, columns in ((16, 16), (33, 130), (5, 7)):
+        codes = torch.randint(0, 256, (rows, columns, 1), dtype=torch.uint8, generator=generator)
+        scales = torch.rand(rows, 1, generator=generator)
+        for only in (False, True):
+            if only:
+                codes[codes & 127 == 127] = 1
+                codes[rows // 2, columns - 1] = 255
+            stored = grid_of(codes, scales, activation=activation)
+            ready = prepared(row, stored)
+            none = (codes & 127 == 127).squeeze(-1)
+            assert torch.equal(none, fp8.dequantize(codes, scales, torch.float32).isnan())
+            for dtype in FLOATS:
+                assert torch.equal(row.dequantize(ready, dtype).isnan(), none)
+                for tokens in (1, 2, 9, 70):
+                    x = torch.randn(tokens, columns, generator=generator).to(dtype)
+                    x[:, -1] = 0
+                    y = row.linear(x, ready, None, False)
+                    assert torch.equal(y.isnan(), none.any(1).expand(tokens, -1))
+                    assert bool((y.isfinite() | y.isnan()).all())
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_activations_as_they_are_keep_what_is_no_number(
+    row: cpu_fp8.CpuFp8, value: float, generator: torch.Generator
+) -> None:
+    codes, scales = operands(33, 45, generator)
+    ready = prepared(row, grid_of(codes, scales))
+    for tokens in (1, 3, 9, 70):
+        for dtype in FLOATS:
+            x = torch.randn(tokens, 45, generator=generator).to(dtype)
+            x[-1, 44] = value
+            finite = row.linear(x, ready, None, False).isfinite()
+            assert not finite[-1].any() and bool(finite[:-1].all())
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_weight_and_its_rows_to_the_bit(
+    row: cpu_fp8.CpuFp8, shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    codes, scales = operands(*shape, generator)
+    scales[0] = 5e35  # as large as that of finite weights can be
+    ready = prepared(row, grid_of(codes, scales))
+    expected = fp8.dequantize(codes, scales, dtype)
+    assert torch.equal(row.dequantize(ready, dtype), expected)
+    for count in (0, 1, 35):
+        index = torch.randint(shape[0], (count,), generator=generator)
+        assert torch.equal(row.lookup(ready, index, dtype), expected[index])
+        assert torch.equal(row.lookup(ready, index.int(), dtype), expected[index])
+    assert torch.equal(row.restore(ready.qweight, codes.shape, 8), codes)
+    assert torch.equal(row.restore(ready.scales, scales.shape, 8), scales)
+
+
+@pytest.mark.parametrize("activation", [None, "dynamic", "static"])
+def test_stacks_of_experts(
+    row: cpu_fp8.CpuFp8, activation: str | None, generator: torch.Generator
+) -> None:
+    made = [operands(35, 50, generator) for _ in range(4)]
+    codes, scales = (torch.stack(each) for each in zip(*made, strict=True))
+    static = torch.rand(4, 1, generator=generator) * 0.01 if activation == "static" else None
+    ready = prepared(row, grid_of(codes, scales, activation=activation, input_scale=static))
+    bias = torch.randn(4, 35, generator=generator)
+    for counts in ([3, 0, 1, 40], [0, 0, 2, 0], [70, 1, 0, 0]):
+        x = torch.randn(sum(counts), 50, generator=generator)
+        for learns in (False, True):
+            own = x.clone().requires_grad_(learns)
+            y = row.experts(own, torch.tensor(counts), ready, bias, False)
+            parts = [
+                row.linear(part, ready.expert(e), bias[e], False)
+                for e, part in enumerate(x.split(counts))
+            ]
+            torch.testing.assert_close(y, torch.cat(parts))
+            assert y.requires_grad == learns
+
+
+def test_siblings_share_a_product(row: cpu_fp8.CpuFp8, generator: torch.Generator) -> None:
+    for activation in (None, "dynamic"):
+        made = [operands(rows, 70, generator) for rows in (32, 16, 48)]
+        grids = [prepared(row, grid_of(*each, activation=activation)) for each in made]
+        found = row.stack(grids)
+        assert found is not None
+        whole, parts = found
+        x = torch.randn(3, 70, generator=generator)
+        each = [row.linear(x, part, None, False) for part in parts]
+        assert torch.equal(row.linear(x, whole, None, False), torch.cat(each, 1))
+    assert (
+        row.stack([replace(grid, activation="static", input_scale=STATIC) for grid in grids])
+        is None
+    )
+    odd = prepared(row, grid_of(*operands(33, 70, generator), activation="dynamic"))
+    assert row.stack([odd, *grids]) is None
+
+
+@pytest.mark.parametrize("activation", [None, "dynamic"])
+def test_native_gradients(
+    row: cpu_fp8.CpuFp8, activation: str | None, generator: torch.Generator
+) -> None:
+    codes, scales = operands(32, 48, generator)
+    ready = prepared(row, grid_of(codes, scales, activation=activation))
+    for tokens in (5, 70):
+        x = torch.randn(tokens, 48, generator=generator, requires_grad=True)
+        bias = torch.randn(32, generator=generator, requires_grad=True)
+        grad = torch.randn(tokens, 32, generator=generator)
+        row.linear(x, ready, bias, False).backward(grad)
+        torch.testing.assert_close(x.grad, grad @ weight_of(codes, scales).float())
+        torch.testing.assert_close(bias.grad, grad.sum(0))
+
+
+@pytest.mark.parametrize("static", [None, STATIC], ids=["dynamic", "static"])
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_native_opcheck(tokens: int, static: Tensor | None, generator: torch.Generator) -> None:
+    codes, scales = operands(32, 48, generator)
+    x = torch.randn(tokens, 48, generator=generator, requires_grad=True)
+    bias = torch.randn(32, generator=generator, requires_grad=True)
+    stored = (rows16.to_rows16(codes), rows16.to_rows16(scales), e4m3_table())
+    ops = torch.ops.hfq
+    if isas():
+        for op in (ops.cpu_fp8_linear, ops.cpu_fp8_linear_dequantized):
+            torch.library.opcheck(op.default, (x, *stored, static, bias, 48, 32))
+    torch.library.opcheck(ops.cpu_fp8_round_tokens.default, (x.detach(), static))
+
+
+def test_the_operators_check_their_arguments(generator: torch.Generator) -> None:
+    if not isas():
+        pytest.skip("no native CPU kernels")
+    codes, scales = operands(24, 37, generator)
+    stored = (rows16.to_rows16(codes), rows16.to_rows16(scales))
+    table, x, ops = e4m3_table(), torch.randn(3, 37, generator=generator), torch.ops.hfq
+    for arguments, message in (
+        (
+            (x[:, :36].contiguous(), *stored, table, None, None, 37, 24),
+            r"x must be of shape \[M, in_features=37\]",
+        ),
+        ((x, *stored, table[:16], None, None, 37, 24), r"codebook must be of shape \[256\]"),
+        ((x, *stored, -table, None, None, 37, 24), "must be that of E4M3"),
+        ((x, *stored, table, torch.ones(2), None, 37, 24), r"input_scale must be of shape \[1\]"),
+        ((x, *stored, table, torch.ones(1).double(), None, 37, 24), "input_scale must be float32"),
+        ((x, *stored, table, None, torch.ones(23), 37, 24), "bias must be of shape"),
+        ((x, *stored, table, None, None, 41, 24), "qweight must be of shape"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.cpu_fp8_linear(*arguments)
+    for tokens, message in (
+        (x[0], r"x must be of shape \[M, K\]"),
+        (x[:, :0], r"x must be of shape \[M, K\]"),
+        (x.double(), "x must be float32"),
+        (x[:, ::2], "x must be contiguous"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.cpu_fp8_round_tokens(tokens, None)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(16, 16), (64, 256), (1024, 4096)], ids=str)
 def test_on_a_gpu(cuda: torch.device, shape: tuple[int, int], generator: torch.Generator) -> None:
@@ -256,7 +528,22 @@ def test_other_gpus_are_refused_in_words(
         assert reason is not None and reason.endswith(f"one here has {found[0]}.{found[1]}")
 
 
-def test_on_the_cpu_weights_are_dequantized() -> None:
+def test_on_the_cpu_native_kernels_are_used() -> None:
+    if not isas():
+        pytest.skip("no native CPU kernels")
+    for activation in (None, "dynamic", "static"):
+        choice = dispatch.select(problem(device="cpu", activation=activation))
+        assert choice.row.name == "cpu_fp8" and not choice.refused
+    empty = dispatch.select(problem(device="cpu", in_features=0))
+    assert empty.row.name == "dequantize_fp8"
+    assert dict(empty.refused)["cpu_fp8"] == "takes weights with columns, not without any"
+    assert cpu_fp8.CpuFp8().reject(problem()) == "runs on cpu, the weight is on cuda"
+
+
+def test_without_native_code_weights_are_dequantized(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = native.NativeStatus(cpu=False, cuda=False, cpu_reason="no compiler was found")
+    monkeypatch.setattr(native, "load", lambda: absent)
+    dispatch.select.cache_clear()
     for activation in (None, "dynamic", "static"):
         choice = dispatch.select(problem(device="cpu", activation=activation))
         assert choice.row.name == "dequantize_fp8"
@@ -264,7 +551,9 @@ def test_on_the_cpu_weights_are_dequantized() -> None:
             ("cuda_fp8", "cuda_fp8_library", "cuda_fp8_widened", "cuda_fp8_weights"),
             "runs on cuda, the weight is on cpu",
         )
+        reasons["cpu_fp8"] = "native CPU kernels are not loaded: no compiler was found"
         assert dict(choice.refused) == reasons
+    dispatch.select.cache_clear()
 
 
 def test_float32_stays_exact_on_tensor_cores(generator: torch.Generator) -> None:

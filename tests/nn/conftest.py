@@ -1,8 +1,11 @@
-"""Every format, for the tests of packed modules."""
+"""What tests of packed modules ask for: every format; no gradients."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+import torch
 
 from hfq.core.spec import CodebookSpec, IntSpec, QuantSpec
 from hfq.formats import FORMATS
@@ -25,3 +28,10 @@ SPECS: dict[str, tuple[str, QuantSpec]] = {
 def format_and_spec(request: pytest.FixtureRequest) -> tuple[str, QuantSpec]:
     found: tuple[str, QuantSpec] = request.param
     return found
+
+
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    """Modules share calls only where nobody asks for gradients."""
+    with torch.no_grad():
+        yield

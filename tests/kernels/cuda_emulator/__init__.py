@@ -19,13 +19,14 @@ from .compiler import check_operators, compiled_kernels, compiled_self_check
 from .decode import Decode
 from .launch import POINTER, Launchers
 from .linear import Linear
+from .packing import Packing
 from .spqr import Spqr
 from .w8a8 import W8A8
 
 __all__ = ["Emulator", "SelfCheck", "build", "build_self_check", "check_operators"]
 
 
-class Emulator(Linear, Spqr, W8A8, Decode):
+class Emulator(Linear, Spqr, W8A8, Decode, Packing):
     """The launchers, with the arguments of the operators ``hfq::cuda_*``.
 
     races: whether they fail where nothing orders two accesses to memory (cuda_on_cpu/races.h).

@@ -72,7 +72,7 @@ def check_operators(folder: Path, script: str, *arguments: str) -> None:
 @cache
 def _compiled_operators(folder: Path) -> Path:
     device = "-Daoti_torch_device_type_cuda=aoti_torch_device_type_cpu"
-    names = ("decode", "fragments", "fp8", "int8", "spqr")
+    names = ("decode", "fragments", "fp8", "int8", "packing", "spqr")
     bindings = [KERNELS / f"torch-ext/torch_binding_cuda_{name}.cpp" for name in names]
     library = folder / "libcuda_operators_on_cpu.so"
     with FileLock(folder / "lock"):

@@ -3,6 +3,7 @@
 #include "../../../kernels/cuda/experts.h"
 #include "../../../kernels/cuda/gemm.h"
 #include "../../../kernels/cuda/linear.h"
+#include "../../../kernels/cuda/packing.h"
 #include "../../../kernels/cuda/stream.h"
 #include "../../../kernels/cuda/spqr.h"
 #include "../../../kernels/cuda/unpack.h"
@@ -24,6 +25,10 @@ const char* linear_w8a8(const hfq::W8A8Params* params) { return hfq::launch_w8a8
 const char* linear_fp8(const hfq::W8A8Params* params) { return hfq::launch_fp8(*params, nullptr); }
 const char* unpack_bytes(const hfq::UnpackBytesParams* params) { return hfq::launch_unpack_bytes(*params, nullptr); }
 const char* scale_sums(const hfq::ScaleSumsParams* params) { return hfq::launch_scale_sums(*params, nullptr); }
+const char* group_range(const hfq::GroupRangeParams* params) { return hfq::launch_group_range(*params, nullptr); }
+const char* nearest_codes(const hfq::NearestCodesParams* params) { return hfq::launch_nearest_codes(*params, nullptr); }
+const char* pack_codes(const hfq::PackCodesParams* params) { return hfq::launch_pack_codes(*params, nullptr); }
+const char* to_fragments(const hfq::ToFragmentsParams* params) { return hfq::launch_to_fragments(*params, nullptr); }
 const char* rms_norm(const hfq::NormParams* params) { return hfq::launch_rms_norm(*params, nullptr); }
 const char* rotate(const hfq::RotateParams* both) { return hfq::launch_rotate(both[0], both[1], nullptr); }
 const char* gate(const hfq::GateParams* params) { return hfq::launch_gate(*params, nullptr); }

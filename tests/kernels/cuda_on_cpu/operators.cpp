@@ -37,7 +37,8 @@ namespace {
 const bool registered = [] {
   TorchLibraryHandle library = nullptr;
   return aoti_torch_library_init_impl("hfq", "CPU", __FILE__, __LINE__, &library) == 0 && hfq::register_fragments(library) &&
-         hfq::register_int8(library) && hfq::register_fp8(library) && hfq::register_spqr_fragments(library) && hfq::register_decode(library);
+         hfq::register_int8(library) && hfq::register_fp8(library) && hfq::register_spqr_fragments(library) && hfq::register_decode(library) &&
+         hfq::register_packing(library);
 }();
 
 }  // namespace

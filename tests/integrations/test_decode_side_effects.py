@@ -1,0 +1,104 @@
+"""Native code for a decode step changes nothing else: hooks, attention weights, gradients, copies, classes, compilers."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from hfq.integrations import decode
+from hfq.kernels import native
+
+from .decode_models import assert_same, generate, prompt
+
+pytestmark = pytest.mark.skipif(not native.load().cpu, reason="no native CPU kernels")
+
+
+def test_recorded_hidden_states_and_hooks(llama: PreTrainedModel) -> None:
+    expected = generate(llama, 6, output_hidden_states=True)
+    decode.install(llama)
+    found = generate(llama, 6, output_hidden_states=True)
+    for ours, theirs in zip(found.hidden_states, expected.hidden_states, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    layer: Any = llama.get_submodule("model.layers.1")
+    seen: list[str] = []
+    for name in ("self_attn", "self_attn.k_proj", "mlp.down_proj", "input_layernorm"):
+        layer.get_submodule(name).register_forward_hook(lambda *_, name=name: seen.append(name))
+    generate(llama, 6, max_new_tokens=2, min_new_tokens=2)
+    assert len(seen) == 8 and len(set(seen)) == 4
+
+
+def test_attention_weights_come_from_the_models_own_code(llama: PreTrainedModel) -> None:
+    decode.install(llama)
+    llama.set_attn_implementation("eager")
+    found = generate(llama, 6, output_attentions=True)
+    assert all(each is not None for step in found.attentions for each in step)
+
+
+def test_gradients_and_training(llama: PreTrainedModel) -> None:
+    batch = prompt(9)
+    llama(**batch, labels=batch["input_ids"]).loss.backward()
+    expected = {name: each.grad.clone() for name, each in llama.named_parameters()}
+    llama.zero_grad()
+    decode.install(llama)
+    llama(**batch, labels=batch["input_ids"]).loss.backward()
+    for name, each in llama.named_parameters():
+        assert torch.equal(each.grad, expected[name])
+
+
+def test_copies_and_pickles(llama: PreTrainedModel, tmp_path: Path) -> None:
+    decode.install(llama)
+    expected = generate(llama, 7)
+    stored = io.BytesIO()
+    torch.save(llama, stored)
+    stored.seek(0)
+    for other in (
+        copy.deepcopy(llama),
+        pickle.loads(pickle.dumps(llama)),
+        torch.load(stored, weights_only=False),
+    ):
+        kinds = [type(module) for module in other.modules()]
+        assert kinds == [type(module) for module in llama.modules()]
+        assert_same(generate(other, 7), expected)
+        # A copy has its own weights.
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.zero_()
+        assert_same(generate(llama, 7), expected)
+    llama.save_pretrained(tmp_path)
+    names = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict().keys()
+    assert names == llama.state_dict().keys()
+
+
+def test_names_of_classes_stay(llama: PreTrainedModel) -> None:
+    before = [type(module) for module in llama.modules()]
+    decode.install(llama)
+    for module, plain in zip(llama.modules(), before, strict=True):
+        assert isinstance(module, plain)
+        assert (type(module).__name__, type(module).__module__) == (
+            plain.__name__,
+            plain.__module__,
+        )
+    # Once more changes nothing.
+    kinds = [type(module) for module in llama.modules()]
+    decode.install(llama)
+    assert [type(module) for module in llama.modules()] == kinds
+
+
+def test_a_compiler_sees_the_models_own_code(
+    llama: PreTrainedModel, native_calls: dict[str, int]
+) -> None:
+    decode.install(llama)
+    before = dict(native_calls)
+    compiled: Any = torch.compile(llama.model.layers[0].mlp, backend="eager", fullgraph=True)
+    x = torch.randn(1, 1, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = compiled(x)
+        assert native_calls == before
+        torch.testing.assert_close(llama.model.layers[0].mlp(x), found)
