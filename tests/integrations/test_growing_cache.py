@@ -98,6 +98,7 @@ def test_a_cache_from_inference_mode_goes_on_outside(llama: PreTrainedModel) -> 
         with torch.inference_mode(inference):
             logits = step(llama, found, token)
         moves.append(places(found) != before)
+        assert all(layer.keys.is_inference() == inference for layer in found.layers)
     assert moves == [True, False, True, False, True, False, True]
     torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-5)
 
