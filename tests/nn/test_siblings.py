@@ -7,12 +7,16 @@ import torch
 from torch import Tensor
 
 from hfq.core.spec import CodebookSpec, IntSpec, QuantSpec
+from hfq.kernels import native
 from hfq.nn import siblings
 from hfq.nn.linear import QuantLinear
 
 from .sibling_modules import COLUMNS, SPEC, Block, alone, group_of, learnt, tokens
 
-pytestmark = pytest.mark.usefixtures("no_grad")
+pytestmark = [
+    pytest.mark.usefixtures("no_grad"),
+    pytest.mark.skipif(not native.load().cpu, reason="no native CPU kernels: nobody shares a call"),
+]
 
 
 @pytest.mark.parametrize("bias", [False, True])

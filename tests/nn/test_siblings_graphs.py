@@ -14,7 +14,10 @@ from hfq.nn import siblings
 
 from .sibling_modules import Block, alone, group_of, learnt, tokens
 
-pytestmark = pytest.mark.usefixtures("no_grad")
+pytestmark = [
+    pytest.mark.usefixtures("no_grad"),
+    pytest.mark.skipif(not native.load().cpu, reason="no native CPU kernels: nobody shares a call"),
+]
 
 
 @pytest.fixture

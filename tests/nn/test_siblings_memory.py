@@ -10,11 +10,15 @@ import weakref
 import pytest
 import torch
 
+from hfq.kernels import native
 from hfq.nn import siblings
 
 from .sibling_modules import COLUMNS, SIZES, Block, alone, group_of, learnt, tokens
 
-pytestmark = pytest.mark.usefixtures("no_grad")
+pytestmark = [
+    pytest.mark.usefixtures("no_grad"),
+    pytest.mark.skipif(not native.load().cpu, reason="no native CPU kernels: nobody shares a call"),
+]
 
 
 def test_weights_are_in_one_memory_once(generator: torch.Generator) -> None:
