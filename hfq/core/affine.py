@@ -113,7 +113,7 @@ def range_grid(
           side loses up to one step; a longer scale would cost all values of the group more.
         - asymmetric: from min(w, 0) to max(w, 0); with an integer zero point 0 stays exactly 0.
     """
-    low, high = torch.ops.hfq.group_range(weight, spec.group_size)
+    low, high = torch.ops.hfq.group_range(weight.detach(), spec.group_size)
     if isinstance(spec, CodebookSpec):
         return torch.maximum(high, -low), None
     if isinstance(spec, Fp8Spec):
@@ -254,7 +254,7 @@ def round_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor | None, spec: Qu
         return _columns(to_e4m3(scaled).view(torch.uint8), weight)
     points = codebook_of(spec, weight.device)
     codes: Tensor = torch.ops.hfq.nearest_codes(
-        weight, scales, zeros, points, spec.bits, spec.group_size
+        weight.detach(), scales, zeros, points, spec.bits, spec.group_size
     )
     return codes
 

@@ -57,7 +57,8 @@ def switched(codes: Tensor) -> Tensor:
 
 def signed_weight(qweight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight `[N, K]` behind qweight in layout signed and scales `[N, 1]`."""
-    weight: Tensor = torch.ops.hfq.cuda_int8_dequantize(qweight, scales, native_dtype(dtype))
+    operands = (qweight.contiguous(), scales.contiguous())
+    weight: Tensor = torch.ops.hfq.cuda_int8_dequantize(*operands, native_dtype(dtype))
     return weight.to(dtype)
 
 

@@ -6,7 +6,7 @@
     cuda_to_fragments   neutral uint8 [N, B, 1] -> [N16, C, 32 | 48, 16]     native on CUDA; hfq.kernels.fragments says what that is
 
 Importing this module lets `hfq::group_range`, `hfq::nearest_codes` and `hfq::pack_codes` of `hfq.core` take them where they run. What PyTorch's
-operators do there is a launch for each step, 60 for a slice of a weight, which the processor takes longer for than the GPU.
+operators do there is a launch for each step, 66 for a slice of a weight, which the processor takes longer for than the GPU.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def to_fragments(neutral: Tensor, width: int, halves: bool = False) -> Tensor:
     rows, size, _ = neutral.shape[-3:]
     # A stack is one matrix if tiles end where its weights do.
     size_of_one = rows if rows % fragments.ROWS else neutral.numel()
-    matrices = torch.split(neutral.reshape(-1, size, 1), size_of_one)
+    matrices = torch.split(neutral.reshape(-1, size, 1).contiguous(), size_of_one)
     tiles = [torch.ops.hfq.cuda_to_fragments(matrix, width, halves) for matrix in matrices]
     all_tiles = tiles[0] if len(tiles) == 1 else torch.cat(tiles)
     return all_tiles.view(fragments.tiles_shape(neutral.shape, width))
@@ -94,7 +94,7 @@ def _columns(weight: Tensor, group_size: int) -> int:
 def _pack_codes(codes: Tensor, width: int) -> Tensor:
     if not _is_native(codes):
         return bits.pack_codes(codes, width)
-    rows = codes.reshape(-1, codes.shape[-1])
+    rows = codes.reshape(-1, codes.shape[-1]).contiguous()
     packed: Tensor = torch.ops.hfq.cuda_pack_codes(rows, width)
     return packed.view(*codes.shape[:-1], packed.shape[1])
 

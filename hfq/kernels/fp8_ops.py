@@ -71,7 +71,8 @@ define_product(f"cpu_fp8_linear({_ROWS16}) -> Tensor")
 def _dequantize(qweight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     if not qweight.is_cuda or cuda_machine.reason() is not None:
         return fp8.dequantize(qweight, scales, dtype)
-    weight: Tensor = torch.ops.hfq.cuda_fp8_dequantize(qweight, scales, native_dtype(dtype))
+    operands = (qweight.contiguous(), scales.contiguous())
+    weight: Tensor = torch.ops.hfq.cuda_fp8_dequantize(*operands, native_dtype(dtype))
     return weight.to(dtype)
 
 

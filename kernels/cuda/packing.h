@@ -1,4 +1,4 @@
-// From float weights to packed ones: what PyTorch's operators take 60 launches and 60 bytes a weight for.
+// From float weights to packed ones, and to the layout of the kernels: what PyTorch's operators take 66 launches a slice for (hfq/nn/packing.py).
 #pragma once
 
 #include "dtype.h"

@@ -1,7 +1,7 @@
 // The range of each group of a weight, the codes of its weights on a grid, and those packed: hfq/core/affine.py and bits.py to the bit.
 //
-// The first two read a weight once in its own dtype. A warp finds the range of a group; a thread rounds 8 neighbours, or one where rows do not begin at
-// multiples of 16 bytes or groups do not end with eights.
+// The first two read a weight once in its own dtype, a warp the numbers of a group, a thread 8 neighbours that are rounded; one at a time where rows
+// do not begin at multiples of 16 bytes or groups do not end with eights.
 #include "packing.h"
 #include "pieces.h"
 
@@ -37,7 +37,7 @@ __device__ __forceinline__ void load_numbers(T, const Bits<T>* from, float (&f)[
 
 // ---- kernels ----
 
-template <class T>
+template <class T, int kCount>
 __global__ void __launch_bounds__(kThreads) group_range_kernel(const GroupRangeParams p) {
   const uint32_t lane = threadIdx.x % 32;
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
@@ -47,9 +47,11 @@ __global__ void __launch_bounds__(kThreads) group_range_kernel(const GroupRangeP
   const Bits<T>* const from = static_cast<const Bits<T>*>(p.weight) + row * p.columns + first;
   float low = as_float(0x7f800000u), high = -low;
 #pragma unroll 4
-  for (int64_t i = lane; i < size; i += 32) {
-    const float v = to_float(T{}, load_written(from + i));
-    low = lower(low, v), high = higher(high, v);
+  for (int64_t i = kCount * lane; i < size; i += 32 * kCount) {
+    float v[kCount];
+    load_numbers(T{}, from + i, v);
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) low = lower(low, v[j]), high = higher(high, v[j]);
   }
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) {
@@ -122,7 +124,8 @@ const char* launch_codes(const NearestCodesParams& p, cudaStream_t stream) {
   return launch(nearest_codes_kernel<T, kTable, kCount>, static_cast<unsigned>(p.rows * slabs), kThreads, 0, stream, p);
 }
 
-bool in_eights(const NearestCodesParams& p) {
+template <class Params>
+bool in_eights(const Params& p) {
   const bool whole_groups = p.groups == 1 || p.group_size % kEight == 0;
   return p.columns % kEight == 0 && whole_groups && reinterpret_cast<uintptr_t>(p.weight) % 16 == 0;
 }
@@ -133,7 +136,9 @@ const char* launch_group_range(const GroupRangeParams& p, cudaStream_t stream) {
   const int64_t blocks = (p.rows * p.groups + kWarps - 1) / kWarps;
   if (blocks == 0) return nullptr;
   return for_dtype(p.dtype, [&](auto number) {
-    return launch(group_range_kernel<decltype(number)>, static_cast<unsigned>(blocks), kThreads, 0, stream, p);
+    using T = decltype(number);
+    const auto kernel = in_eights(p) ? group_range_kernel<T, kEight> : group_range_kernel<T, 1>;
+    return launch(kernel, static_cast<unsigned>(blocks), kThreads, 0, stream, p);
   });
 }
 

@@ -18,9 +18,18 @@ struct Row : UnpackedRow<kBits_> {
       : UnpackedRow<kBits>(p, number), w(p.weight), first(2 * (this->tile * w.groups * 8 + this->row) + this->half) {}
 
   __device__ __forceinline__ RowGrid grid(uint32_t group) const {
+    // Both are asked for before one is waited for.
     const int64_t at = first + 16 * group;
-    return {load_float(w.scales, at, w.scale_dtype),
-            kKind == Kind::kInteger && w.zeros ? load_float(w.zeros, at, w.scale_dtype) : static_cast<float>(1 << (kBits - 1))};
+    const bool zeros = kKind == Kind::kInteger && w.zeros;
+    const float middle = static_cast<float>(1 << (kBits - 1));
+    if (w.scale_dtype == kFloat32) {
+      const auto numbers = [at](const void* p) { return load(static_cast<const float*>(p) + at); };
+      return {numbers(w.scales), zeros ? numbers(w.zeros) : middle};
+    }
+    const auto halves = [at](const void* p) { return load(static_cast<const uint16_t*>(p) + at); };
+    const uint16_t scale = halves(w.scales), zero = zeros ? halves(w.zeros) : uint16_t{0};
+    const auto number = [&](uint16_t half) { return w.scale_dtype == kFloat16 ? to_float(Float16{}, half) : to_float(BFloat16{}, half); };
+    return {number(scale), zeros ? number(zero) : middle};
   }
   __device__ __forceinline__ float number(uint32_t codes, int i, const RowGrid& grid) const {
     if constexpr (kKind == Kind::kTable) return load(w.codebook + (i ? codes >> 16 : codes & 0xffffu)) * grid.scale;

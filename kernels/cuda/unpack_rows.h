@@ -124,7 +124,7 @@ __device__ __forceinline__ void unpack_slab(const Params& p, const Slab& slab) {
     const Row row(p, number);
     const int lane = row.lane + static_cast<int>(quarter);
     for (uint32_t begin = slab.first + warp * kColumns; begin < slab.last; begin += kUnpackWarps * kColumns) {
-      // A lane has two rows: the block's second half finds its codes in L1.
+      // A lane has two rows, one after the other: the second finds its codes in L1 (8 bits: in L2).
       const uint8_t* const block = row.codes + begin / kColumns * kBytes;
       uint32_t words[Codes<kBits>::kWords];
       const uint4 v = load(reinterpret_cast<const uint4*>(block) + lane);

@@ -1,4 +1,4 @@
-// What the operators for CUDA on weights and tokens of 8 bits share: activations, their rounding, the product of few of them.
+// What the operators for CUDA on weights and tokens of 8 bits share: activations, their rounding, the product of few of them, the dense weight.
 #pragma once
 
 #include "../cuda/w8a8.h"

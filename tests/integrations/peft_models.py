@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -26,6 +27,19 @@ def with_lora(model: nn.Module, **settings: Any) -> PeftModel:
     return get_peft_model(
         model, LoraConfig(**{**RANDOM, "target_modules": "all-linear", **settings})
     )
+
+
+def with_prompt(model: nn.Module) -> PeftModel:
+    torch.manual_seed(1)
+    return get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+
+
+# Kinds of adapters, and of what they are on, that several processes train together.
+ADAPTED: dict[str, Callable[[Path], PeftModel]] = {
+    "lora": lambda path: with_lora(load(path)),
+    "prompt": lambda path: with_prompt(load(path)),
+    "spqr": lambda path: with_lora(load(path, format="spqr", method="rtn")),
+}
 
 
 def packed_state(model: nn.Module) -> dict[str, Tensor]:

@@ -28,13 +28,23 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     SmolLM3Config,
+    StaticCache,
 )
+from transformers.generation import GenerationConfig, GenerationMode
 
 from hfq import HfqConfig
 from hfq.integrations import decode, decode_modules
 from hfq.kernels import native
 
-from .decode_models import SIZES, assert_same, generate, llama_config, model_of
+from .decode_models import (
+    CALLS,
+    SIZES,
+    assert_same,
+    counted,
+    generate,
+    llama_config,
+    model_of,
+)
 from .tiny_models import CONFIGS, build
 
 pytestmark = [
@@ -76,32 +86,42 @@ def test_the_same_with_native_code(family: str, native_calls: dict[str, int]) ->
     expected = generate(model, 9, 5)
     found = decode.install(model)
     assert found == {"norms": norms, "gates": gates, "attentions": attentions}
-    native_calls.update(dict.fromkeys(native_calls, 0))
+    counted(native_calls)
     assert_same(generate(model, 9, 5), expected)
     # A prompt and 19 steps; attention in the steps only.
     assert native_calls == {"norm": 20 * norms, "gate": 20 * gates, "attention": 19 * attentions}
     decode.remove(model)
     assert not any(isinstance(module, decode_modules.Native) for module in model.modules())
-    native_calls.update(dict.fromkeys(native_calls, 0))
+    counted(native_calls)
     assert_same(generate(model, 9, 5), expected)
     assert not any(native_calls.values())
 
 
-def test_ways_to_generate(llama: PreTrainedModel, native_calls: dict[str, int]) -> None:
-    ways: list[dict[str, Any]] = [
-        {"num_beams": 3, "num_return_sequences": 2},
-        {"cache_implementation": "static"},
-        {"prompt_lookup_num_tokens": 3},
-        {"penalty_alpha": 0.0, "use_cache": False},
-    ]
-    for settings in ways:
-        lengths = (9,) if "prompt_lookup_num_tokens" in settings else (9, 4)
-        decode.remove(llama)
-        expected = generate(llama, *lengths, **settings)
-        decode.install(llama)
-        before = native_calls["attention"]
-        assert_same(generate(llama, *lengths, **settings), expected)
-        assert (native_calls["attention"] > before) == settings.get("use_cache", True)
+# Settings of `generate`, the mode that Transformers takes for them, and steps whose attention is native.
+WAYS: dict[str, tuple[dict[str, Any], GenerationMode, bool]] = {
+    "beams": ({"num_beams": 3, "num_return_sequences": 2}, GenerationMode.BEAM_SEARCH, True),
+    "sampling": ({"do_sample": True, "top_k": 20}, GenerationMode.SAMPLE, True),
+    "prompt lookup": ({"prompt_lookup_num_tokens": 3}, GenerationMode.ASSISTED_GENERATION, True),
+    "static cache": ({"cache_implementation": "static"}, GenerationMode.GREEDY_SEARCH, True),
+    "no cache": ({"use_cache": False}, GenerationMode.GREEDY_SEARCH, False),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ways_to_generate(way: str, llama: PreTrainedModel, native_calls: dict[str, int]) -> None:
+    settings, mode, attends = WAYS[way]
+    chosen = GenerationConfig(**{"do_sample": False} | settings)
+    assert chosen.get_generation_mode() == mode
+    lengths = (9,) if way == "prompt lookup" else (9, 4)
+    found = []
+    for change in (decode.remove, decode.install):
+        change(llama)
+        torch.manual_seed(0)  # of the samples
+        found.append(generate(llama, *lengths, **settings))
+    assert_same(*found)
+    assert (native_calls["attention"] > 0) == attends and native_calls["norm"] > 0
+    kind = {"static cache": StaticCache, "no cache": type(None)}.get(way, DynamicCache)
+    assert type(found[0].past_key_values) is type(found[1].past_key_values) is kind
 
 
 class Scaled(nn.Module):
@@ -140,11 +160,11 @@ def test_in_modules_that_accelerate_has_hooked(family: str, native_calls: dict[s
     assert hasattr(model.model.layers[0].self_attn, "_hf_hook")
     for _ in range(2):
         assert decode.install(model)["attentions"] == 2
-        native_calls.update(dict.fromkeys(native_calls, 0))
+        counted(native_calls)
         assert_same(generate(model, 9, 5), expected)
         assert native_calls["attention"] == 19 * 2 and native_calls["norm"]
         decode.remove(model)
-        native_calls.update(dict.fromkeys(native_calls, 0))
+        counted(native_calls)
         assert_same(generate(model, 9, 5), expected)
         assert not any(native_calls.values())
     decode.install(model)
@@ -182,7 +202,7 @@ def test_rotary_embeddings_of_a_part_of_each_head(make: Any, native_calls: dict[
     expected = generate(model, 9, 5)
     assert decode.install(model)["attentions"] == model.config.num_hidden_layers
     assert_same(generate(model, 9, 5), expected)
-    native_calls.update(dict.fromkeys(native_calls, 0))
+    counted(native_calls)
     generate(model, 9, 5)
     assert native_calls["attention"] == 0
 
@@ -218,9 +238,9 @@ def test_from_pretrained_installs_it(folder: Path, native_calls: dict[str, int])
     expected = generate(plain, 9, 4)
     assert not any(native_calls.values())
     model = packed(folder)
-    native_calls.update(dict.fromkeys(native_calls, 0))
+    counted(native_calls)
     assert_same(generate(model, 9, 4), expected)
-    assert native_calls == {"norm": 100, "gate": 40, "attention": 38}
+    assert native_calls == CALLS
     model.save_pretrained(folder / "packed")
     again = AutoModelForCausalLM.from_pretrained(folder / "packed")
     assert any(isinstance(module, decode_modules.Native) for module in again.modules())
@@ -229,24 +249,31 @@ def test_from_pretrained_installs_it(folder: Path, native_calls: dict[str, int])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_packed_in_16_bits(folder: Path, dtype: torch.dtype) -> None:
+def test_packed_in_16_bits(folder: Path, dtype: torch.dtype, native_calls: dict[str, int]) -> None:
     plain, model = packed(folder, dtype, decode_kernels=False), packed(folder, dtype)
     caches = [DynamicCache(), DynamicCache()]
+    counted(native_calls)
     with torch.no_grad():
         for token in ([[5, 9, 20, 3]], [[7]], [[8]], [[9]]):
-            found, expected = (
-                each(torch.tensor(token), past_key_values=cache).logits.float()
-                for each, cache in zip((model, plain), caches, strict=True)
-            )
+            expected = plain(torch.tensor(token), past_key_values=caches[0]).logits.float()
+            assert not any(counted(native_calls).values())
+            found = model(torch.tensor(token), past_key_values=caches[1]).logits.float()
+            attentions = 2 * (len(token[0]) == 1)
+            assert counted(native_calls) == {"norm": 5, "gate": 2, "attention": attentions}
             assert (found - expected).norm() < 0.02 * expected.norm()
 
 
-def test_adapters(folder: Path) -> None:
+def test_adapters(folder: Path, native_calls: dict[str, int]) -> None:
     found = []
     for native_code in (True, False):
         torch.manual_seed(3)
         model: Any = packed(folder, decode_kernels=native_code)
         targets = ["q_proj", "gate_proj", "o_proj"]
         config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
-        found.append(generate(peft.get_peft_model(model, config).eval(), 8, 3))
+        adapted = peft.get_peft_model(model, config).eval()
+        counted(native_calls)
+        found.append(generate(adapted, 8, 3))
+        assert counted(native_calls) == (CALLS if native_code else dict.fromkeys(CALLS, 0))
     assert_same(*found)
+    with adapted.disable_adapter():
+        assert not torch.equal(generate(adapted, 8, 3).logits[0], found[1].logits[0])

@@ -12,7 +12,6 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from hfq.core.errors import WeightError
 from hfq.nn.embedding import QuantEmbedding
 from hfq.nn.linear import QuantLinear
 from hfq.training.merge import merge_to_float
@@ -93,7 +92,7 @@ def test_adapter_on_packed_embeddings(checkpoint: Path, ids: Tensor, tmp_path: P
 
 def test_a_packed_layer_cannot_be_a_module_to_save(checkpoint: Path) -> None:
     """It would train nothing; the error comes before training."""
-    with pytest.raises((RuntimeError, WeightError), match=r"require gradients|packed"):
+    with pytest.raises(RuntimeError, match="only Tensors of floating point dtype can require"):
         with_lora(load(checkpoint), target_modules=["v_proj"], modules_to_save=["q_proj"])
 
 

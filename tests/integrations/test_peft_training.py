@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import peft
@@ -12,11 +14,22 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import Trainer, TrainingArguments
 
+from hfq.nn.linear import QuantLinear
 from hfq.training.merge import merge_to_float
 
-from .peft_models import close, close_gradients, gradients, load, packed_state, same, with_lora
+from .peft_models import (
+    ADAPTED,
+    close,
+    close_gradients,
+    gradients,
+    load,
+    packed_state,
+    same,
+    with_lora,
+)
 
 # PEFT and TRL still use the names that Transformers 5.23 renames.
 pytestmark = pytest.mark.filterwarnings(
@@ -43,7 +56,7 @@ def test_all_linear_finds_the_packed_layers_and_trains(
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.95 * losses[0]
+    assert losses[-1] < 0.98 * losses[0]
     assert same(packed_state(model), before)
     logits = model.eval()(ids).logits
     model.save_pretrained(tmp_path)
@@ -53,38 +66,36 @@ def test_all_linear_finds_the_packed_layers_and_trains(
     close(low(ids).logits, logits)
 
 
-@pytest.fixture
-def process_group() -> Iterator[None]:
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+def test_training_in_several_processes(checkpoint: Path, ids: Tensor, tmp_path: Path) -> None:
+    """Two learn from one sequence each, and both get the mean of the gradients. Gloo, as NCCL, has no integers of 16 bits."""
+    torch.save(ids, tmp_path / "ids.pt")
+    script = Path(__file__).with_name("train_together.py")
+    # As pytest's filters say: there may be no native kernels, and PEFT uses names that Transformers renames.
+    ignored = ["ignore:hfq runs without its:RuntimeWarning", "ignore::FutureWarning"]
+    filters = [word for each in ("error", *ignored) for word in ("-W", each)]
+    command = [sys.executable, *filters, str(script)]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        subprocess.Popen([*command, str(rank), str(checkpoint), str(tmp_path)], env=environment)
+        for rank in range(2)
+    ]
     try:
-        yield
+        assert [process.wait(timeout=240) for process in processes] == [0, 0]
     finally:
-        torch.distributed.destroy_process_group()
+        for process in processes:
+            process.kill()
+    for kind, make in ADAPTED.items():
+        model = make(checkpoint)
+        assert any(parameter.dtype == torch.int16 for parameter in model.parameters())
+        alone = [gradients(model, row[None]) for row in ids[:2]]
+        mean = {name: (alone[0][name] + alone[1][name]) / 2 for name in alone[0]}
+        for rank in range(2):
+            found = torch.load(tmp_path / f"{kind}-{rank}.pt")
+            close_gradients({f"module.{name}": each for name, each in mean.items()}, found, 1e-5)
 
 
-# Gloo, as NCCL, has no integers of 16 bits.
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["lora", "prompt", "spqr"])
-def test_training_in_several_processes(
-    checkpoint: Path, ids: Tensor, process_group: None, kind: str
-) -> None:
-    settings = {"format": "spqr", "method": "rtn"} if kind == "spqr" else {}
-    model = load(checkpoint, **settings)
-    scales = model.model.layers[0].self_attn.q_proj.packed_parameters("weight")
-    assert any(held.dtype == torch.int16 for held in scales.values())
-    if kind == "prompt":
-        prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-        adapted = get_peft_model(model, prompts)
-    else:
-        adapted = with_lora(model)
-    before = packed_state(model)
-    together = nn.parallel.DistributedDataParallel(adapted)
-    together(input_ids=ids, labels=ids).loss.backward()
-    learnt = [p for p in adapted.parameters() if p.requires_grad]
-    assert learnt and all(p.grad is not None for p in learnt)
-    assert same(packed_state(model), before)
-    # The last word is the user's.
+def test_the_last_word_on_what_processes_share_is_the_users(checkpoint: Path) -> None:
+    model = load(checkpoint)
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["x"])
     assert model._ddp_params_and_buffers_to_ignore == ["x"]
 
@@ -135,14 +146,33 @@ def test_gradient_checkpointing(
 
 
 def test_autocast(checkpoint: Path, ids: Tensor) -> None:
+    """Each packed layer gives what a float one gives, and its gradient.
+
+    Gradients of the model as a whole tell less: attention's are differences of nearly equal terms, and half a rounding of a float
+    Linear's output moves them by up to 80 %.
+    """
     model = with_lora(load(checkpoint)).train()
-    twin = copy.deepcopy(model)
-    merge_to_float(twin)
+    products: list[tuple[Tensor, Tensor]] = []
+
+    def forward(layer: QuantLinear, inputs: tuple[Tensor], y: Tensor) -> None:
+        assert y.dtype == torch.bfloat16
+        products.append((y, layer.to_float().double()(inputs[0].bfloat16().double())))
+
+    def backward(layer: QuantLinear, grads: tuple[Tensor | None], outputs: tuple[Tensor]) -> None:
+        if grads[0] is not None:
+            products.append((grads[0], outputs[0].double() @ layer.dequantize().double()))
+
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.register_forward_hook(forward)
+            module.register_full_backward_hook(backward)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        q_proj = model.base_model.model.model.layers[0].self_attn.q_proj
-        assert q_proj.base_layer(torch.randn(2, 32)).dtype == torch.bfloat16
-        actual, wanted = gradients(model, ids), gradients(twin, ids)
-    close_gradients(actual, wanted, 0.05)
+        learnt = gradients(model, ids)
+    assert learnt.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert len(products) == 14 + 11  # q, k and v of the first layer read what needs no gradient
+    for found, exact in products:
+        # The weight and the result are rounded to 8 bits, by at most 2^-8; together by 0.7 of that (root mean square).
+        close(found, exact, 2**-8)
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
@@ -151,11 +181,13 @@ def test_compiled_training_step(checkpoint: Path, ids: Tensor, use_dora: bool) -
     model = with_lora(load(checkpoint), use_dora=use_dora).train()
     wanted = gradients(model, ids)
     layer = model.base_model.model.model.layers[0].mlp
-    layer.compile(fullgraph=True, backend="aot_eager")
+    backend = CompileCounterWithBackend("aot_eager")
+    layer.compile(fullgraph=True, backend=backend)
     with warnings.catch_warnings():
         # Dynamo looks at .grad of every input of a block, also of the previous block's output.
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
         close_gradients(gradients(model, ids), wanted, 1e-4)
+    assert backend.frame_count == 1
     torch._dynamo.reset()
 
 

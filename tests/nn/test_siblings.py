@@ -7,12 +7,16 @@ import torch
 from torch import Tensor
 
 from hfq.core.spec import CodebookSpec, IntSpec, QuantSpec
+from hfq.kernels import native
 from hfq.nn import siblings
 from hfq.nn.linear import QuantLinear
 
 from .sibling_modules import COLUMNS, SPEC, Block, alone, group_of, learnt, tokens
 
-pytestmark = pytest.mark.usefixtures("no_grad")
+pytestmark = [
+    pytest.mark.usefixtures("no_grad"),
+    pytest.mark.skipif(not native.load().cpu, reason="no native CPU kernels: nobody shares a call"),
+]
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -62,15 +66,19 @@ def test_an_input_that_changes_in_place_is_another_one(generator: torch.Generato
     block = learnt(Block(generator), generator)
     x = tokens(1, generator)
     block.q(x)
+    group = group_of(block.k)
+    assert group is not None and group.waiting is not None and group.waiting.x is x
     x.mul_(2)
     assert torch.equal(block.k(x), alone(block, x)[..., 48:64])
 
 
 def test_a_hook_that_changes_the_input_is_heard(generator: torch.Generator) -> None:
     block = learnt(Block(generator), generator)
-    block.k.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,))
     x = tokens(1, generator)
-    wanted = torch.cat([block.q(x.clone()), block.k(x.clone()), block.v(x.clone())], -1)
+    wanted = alone(block, x)
+    wanted[..., 48:64] = alone(block, x * 2)[..., 48:64]
+    assert group_of(block.q) is group_of(block.k) is not None
+    block.k.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,))
     for _ in range(4):
         assert torch.equal(block(x.clone()), wanted)
 
@@ -81,6 +89,7 @@ def test_a_bias_that_somebody_writes_to_is_read_again(generator: torch.Generator
     before = block(x)
     block.k.bias.data.fill_(100.0)
     after = block(x.clone())
+    assert group_of(block.q) is group_of(block.k) is not None
     assert torch.equal(after[..., :48], before[..., :48])
     assert torch.equal(after[..., 48:64], alone(block, x)[..., 48:64])
     assert not torch.equal(after[..., 48:64], before[..., 48:64])
@@ -103,6 +112,7 @@ def test_new_weights_are_used_at_once(generator: torch.Generator) -> None:
 
 def test_another_kernel_mode_of_one_member_counts(generator: torch.Generator) -> None:
     block = learnt(Block(generator), generator)
+    assert group_of(block.q) is group_of(block.k) is not None
     block.k.kernel_mode = "exact"
     x = tokens(1, generator)
     for _ in range(3):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,10 @@ from hfq.nn import siblings
 
 from .sibling_modules import Block, alone, group_of, learnt, tokens
 
-pytestmark = pytest.mark.usefixtures("no_grad")
+pytestmark = [
+    pytest.mark.usefixtures("no_grad"),
+    pytest.mark.skipif(not native.load().cpu, reason="no native CPU kernels: nobody shares a call"),
+]
 
 
 @pytest.fixture
@@ -130,11 +134,19 @@ def test_on_a_gpu(generator: torch.Generator, cuda: torch.device) -> None:
         block(x.clone())
 
 
-def test_threads(generator: torch.Generator) -> None:
+@pytest.mark.parametrize("patience", [2, 10**9], ids=["as it is", "endless"])
+def test_threads(
+    patience: int,
+    generator: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    products: list[Any],
+) -> None:
+    """They learn together who shares, and take each other's place; with endless patience the group outlives that."""
     block = Block(generator)
     inputs = [tokens(1, generator) for _ in range(8)]
     wanted = [alone(block, x) for x in inputs]
     wrong: list[int] = []
+    monkeypatch.setattr(siblings, "_PATIENCE", patience)
 
     def work(first: int) -> None:
         with torch.no_grad():
@@ -149,3 +161,6 @@ def test_threads(generator: torch.Generator) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+    largest = len(block.q.grid("weight").qweight)
+    assert any(len(grid.qweight) > largest for grid in products)  # products of all
+    assert patience == 2 or group_of(block.q) is group_of(block.k) is not None

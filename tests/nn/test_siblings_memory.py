@@ -10,11 +10,15 @@ import weakref
 import pytest
 import torch
 
+from hfq.kernels import native
 from hfq.nn import siblings
 
 from .sibling_modules import COLUMNS, SIZES, Block, alone, group_of, learnt, tokens
 
-pytestmark = pytest.mark.usefixtures("no_grad")
+pytestmark = [
+    pytest.mark.usefixtures("no_grad"),
+    pytest.mark.skipif(not native.load().cpu, reason="no native CPU kernels: nobody shares a call"),
+]
 
 
 def test_weights_are_in_one_memory_once(generator: torch.Generator) -> None:
@@ -26,20 +30,26 @@ def test_weights_are_in_one_memory_once(generator: torch.Generator) -> None:
     assert block.q.W_q.untyped_storage().nbytes() == sum(SIZES.values()) * COLUMNS // 2
 
 
-def test_nothing_is_kept_alive(generator: torch.Generator) -> None:
-    block = learnt(Block(generator), generator)
+@pytest.mark.parametrize("sharing", [False, True])
+def test_nothing_is_kept_alive(sharing: bool, generator: torch.Generator) -> None:
+    block = Block(generator)
+    if sharing:
+        learnt(block, generator)
     x = tokens(1, generator)
     block(x)
-    references = [weakref.ref(x), weakref.ref(block.q), weakref.ref(block)]
-    del x, block
+    group = group_of(block.q)
+    assert (group is not None) == sharing
+    references = [weakref.ref(each) for each in (x, block.q, block, group) if each is not None]
+    del x, block, group
     gc.collect()
-    assert [reference() for reference in references] == [None] * 3
+    assert not any(reference() is not None for reference in references)
 
 
 def test_copies_and_pickles_have_their_own_memory(generator: torch.Generator) -> None:
     block = learnt(Block(generator), generator)
     x = tokens(1, generator)
     wanted = block(x)
+    assert group_of(block.q) is group_of(block.k) is not None
     buffer = io.BytesIO()
     torch.save(block, buffer)
     # What the class costs besides the codes, scales and names: no second copy of the weights.
@@ -49,6 +59,12 @@ def test_copies_and_pickles_have_their_own_memory(generator: torch.Generator) ->
         assert torch.equal(copied(x.clone()), wanted)
         copied.q.requantize("weight", torch.zeros(48, COLUMNS))
         assert torch.equal(block(x.clone()), wanted)
+        learnt(copied, generator)
+        assert group_of(copied.q) is group_of(copied.k) is not None
+        for parameter in copied.parameters():
+            parameter.zero_()
+        assert torch.equal(learnt(block, generator)(x.clone()), wanted)
+        assert group_of(block.q) is group_of(block.k) is not None
 
 
 def test_moving_and_casting_start_afresh(generator: torch.Generator) -> None:

@@ -106,7 +106,9 @@ def check_layout() -> None:
         neutral = torch.randint(0, 256, (2, 3, rows, 17 * bits, 1), dtype=torch.uint8)
         with as_on_a_gpu():
             mine = cuda_packing_ops.to_fragments(neutral, bits, halves)
+            back = fragments.from_fragments(mine, neutral.shape, bits, halves)
         assert torch.equal(mine, fragments.to_fragments(neutral, bits, halves))
+        assert torch.equal(back, neutral)
 
 
 check_arguments()
