@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import affine, bits
+from ..core import affine
+from ..core.bits import pack_codes, packed_bytes
 from ..core.spec import group_count
 from . import cuda_machine, fragments
 from .ops import LIBRARY
@@ -35,21 +36,21 @@ for _schema in (
 
 LIBRARY.impl("cuda_group_range", affine.group_range, "CompositeExplicitAutograd")
 LIBRARY.impl("cuda_nearest_codes", affine.nearest_codes, "CompositeExplicitAutograd")
-LIBRARY.impl("cuda_pack_codes", bits.pack_codes, "CompositeExplicitAutograd")
+LIBRARY.impl("cuda_pack_codes", pack_codes, "CompositeExplicitAutograd")
 LIBRARY.impl("cuda_to_fragments", fragments.to_fragments, "CompositeExplicitAutograd")
 
 
-def to_fragments(neutral: Tensor, width: int, halves: bool = False) -> Tensor:
-    """`fragments.to_fragments`, by a kernel where one runs; `width`: bits of a code."""
+def to_fragments(neutral: Tensor, bits: int, halves: bool = False) -> Tensor:
+    """`fragments.to_fragments`, by a kernel where one runs."""
     if neutral.dtype != torch.uint8 or not _is_native(neutral):
-        return fragments.to_fragments(neutral, width, halves)
+        return fragments.to_fragments(neutral, bits, halves)
     rows, size, _ = neutral.shape[-3:]
     # A stack is one matrix if tiles end where its weights do.
     size_of_one = rows if rows % fragments.ROWS else neutral.numel()
     matrices = torch.split(neutral.reshape(-1, size, 1).contiguous(), size_of_one)
-    tiles = [torch.ops.hfq.cuda_to_fragments(matrix, width, halves) for matrix in matrices]
+    tiles = [torch.ops.hfq.cuda_to_fragments(matrix, bits, halves) for matrix in matrices]
     all_tiles = tiles[0] if len(tiles) == 1 else torch.cat(tiles)
-    return all_tiles.view(fragments.tiles_shape(neutral.shape, width))
+    return all_tiles.view(fragments.tiles_shape(neutral.shape, bits))
 
 
 def takes(weight: Tensor) -> bool:
@@ -74,14 +75,14 @@ def _nearest_codes(
     scales: Tensor,
     zeros: Tensor | None,
     points: Tensor | None,
-    width: int,
+    bits: int,
     group_size: int,
 ) -> Tensor:
     if not takes(weight):
-        return affine.nearest_codes(weight, scales, zeros, points, width, group_size)
+        return affine.nearest_codes(weight, scales, zeros, points, bits, group_size)
     grid = (scales.contiguous(), None if zeros is None else zeros.contiguous(), points)
     codes: Tensor = torch.ops.hfq.cuda_nearest_codes(
-        weight.contiguous(), *grid, width, _columns(weight, group_size)
+        weight.contiguous(), *grid, bits, _columns(weight, group_size)
     )
     return codes
 
@@ -91,11 +92,11 @@ def _columns(weight: Tensor, group_size: int) -> int:
     return weight.shape[1] if group_size == -1 else group_size
 
 
-def _pack_codes(codes: Tensor, width: int) -> Tensor:
+def _pack_codes(codes: Tensor, bits: int) -> Tensor:
     if not _is_native(codes):
-        return bits.pack_codes(codes, width)
+        return pack_codes(codes, bits)
     rows = codes.reshape(-1, codes.shape[-1]).contiguous()
-    packed: Tensor = torch.ops.hfq.cuda_pack_codes(rows, width)
+    packed: Tensor = torch.ops.hfq.cuda_pack_codes(rows, bits)
     return packed.view(*codes.shape[:-1], packed.shape[1])
 
 
@@ -114,12 +115,12 @@ def _fake_nearest_codes(weight: Tensor, *rest: Any) -> Tensor:
     return weight.new_empty(weight.shape, dtype=torch.uint8)
 
 
-def _fake_pack_codes(codes: Tensor, width: int) -> Tensor:
-    return codes.new_empty((codes.shape[0], bits.packed_bytes(codes.shape[1], width)))
+def _fake_pack_codes(codes: Tensor, bits: int) -> Tensor:
+    return codes.new_empty((codes.shape[0], packed_bytes(codes.shape[1], bits)))
 
 
-def _fake_to_fragments(qweight: Tensor, width: int, halves: bool) -> Tensor:
-    return qweight.new_empty(fragments.tiles_shape(qweight.shape, width))
+def _fake_to_fragments(qweight: Tensor, bits: int, halves: bool) -> Tensor:
+    return qweight.new_empty(fragments.tiles_shape(qweight.shape, bits))
 
 
 torch.library.register_fake("hfq::cuda_group_range", _fake_group_range, lib=LIBRARY)

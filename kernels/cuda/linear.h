@@ -27,8 +27,7 @@ struct LinearParams {
 int64_t linear_workspace(const LinearParams& params);
 
 inline uint32_t group_magic(const Weight& w) {
-  const int64_t size = w.group_size < w.in_features ? w.group_size : w.in_features, units = (size + kUnitColumns - 1) / kUnitColumns;
-  return static_cast<uint32_t>(((int64_t{1} << 31) + units - 1) / units);
+  return part_magic(w.group_size < w.in_features ? w.group_size : w.in_features, kUnitColumns);
 }
 
 // Scales are applied where a group or a step of `units` units ends: after 4, 2 or 1 units, whichever fits groups.

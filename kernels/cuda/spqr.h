@@ -28,10 +28,9 @@ struct SpqrWeight {
   DType stat_dtype;           // of stats and values
 };
 
-// ceil(2^31 / parts of a group): part / parts is the upper half of 2 part * magic.
+// Of a group's parts.
 inline uint32_t group_magic(const SpqrWeight& w, int64_t part_columns) {
-  const int64_t parts = ((w.groups > 1 ? w.group_size : w.in_features) + part_columns - 1) / part_columns;
-  return static_cast<uint32_t>(((int64_t{1} << 31) + parts - 1) / parts);
+  return part_magic(w.groups > 1 ? w.group_size : w.in_features, part_columns);
 }
 
 struct SpqrLinearParams {

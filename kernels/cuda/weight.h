@@ -21,6 +21,12 @@ struct Weight {
   DType scale_dtype;       // of scales and zeros
 };
 
+// Of a group of `columns`, in parts of `part_columns`: ceil(2^31 / parts), so that part / parts is the upper half of 2 part * magic.
+inline uint32_t part_magic(int64_t columns, int64_t part_columns) {
+  const int64_t parts = (columns + part_columns - 1) / part_columns;
+  return static_cast<uint32_t>(((int64_t{1} << 31) + parts - 1) / parts);
+}
+
 // Of a block; constants, because device code may not call the constexpr functions of the host.
 template <int kBits>
 constexpr int kBlockColumns = kBits == 3 ? 128 : 256 / kBits;

@@ -107,16 +107,12 @@ inline void quantize_tokens(const char* op, CodeType type, int32_t dtype, Stable
   void *codes_data = nullptr, *scales_data = nullptr;
   const StableIValue codes = empty_tensor(sizes, 2, dtype, cuda, index, &codes_data);
   StableIValue scales = 0;
-  try {
+  stack[0] = filled(op, codes, [&] {
     scales = empty_tensor(scale_sizes, 2, aoti_torch_dtype_float32(), cuda, index, &scales_data);
     p.codes = static_cast<uint8_t*>(codes_data);
     p.scales = static_cast<float*>(scales_data);
     checked(op, scales, launch_quantize_tokens(p, stream));
-  } catch (...) {
-    const Tensor freed(op, "codes", codes);
-    throw;
-  }
-  stack[0] = codes;
+  });
   stack[1] = scales;
 }
 

@@ -49,15 +49,11 @@ void cuda_group_range(StableIValue* stack, uint64_t, uint64_t) {
   void *low = nullptr, *high = nullptr;
   const StableIValue lows = empty_tensor(sizes, 2, aoti_torch_dtype_float32(), cuda, index, &low);
   StableIValue highs = 0;
-  try {
+  stack[0] = filled(op, lows, [&] {
     highs = empty_tensor(sizes, 2, aoti_torch_dtype_float32(), cuda, index, &high);
     p.low = static_cast<float*>(low), p.high = static_cast<float*>(high);
     checked(op, highs, launch_group_range(p, current_stream(index)));
-  } catch (...) {
-    const Tensor freed(op, "low", lows);
-    throw;
-  }
-  stack[0] = lows;
+  });
   stack[1] = highs;
 }
 
