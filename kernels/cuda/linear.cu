@@ -17,8 +17,8 @@ constexpr int64_t kFewTokens = 8;
 }  // namespace
 
 int64_t linear_workspace(const LinearParams& p) {
-  const bool none = p.tokens <= kFewTokens || p.weight.out_features == 0 || plan_stream(p).splits || takes_wgmma(p);
-  return none ? 0 : workspace_floats(p, plan_gemm(p));
+  if (p.tokens <= kFewTokens || p.weight.out_features == 0 || plan_stream(p).splits) return 0;
+  return takes_wgmma(p) ? wgmma_workspace(p) : workspace_floats(p, plan_gemm(p));
 }
 
 const char* copy_on_device(void* to, const void* from, int64_t bytes, cudaStream_t stream) {

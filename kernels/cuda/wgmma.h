@@ -34,6 +34,13 @@ bool takes_wgmma(const LinearParams& params);
 // Whether so many tokens take wgmma_large.h: more than 64 where HFQ_CUDA_WGMMA_LARGE is 1, more than 32 where it is 2. (Nobody has measured it.)
 bool takes_large_wgmma(int64_t tokens);
 
+// Of the workspace of such a product: x, as launch_arrange leaves it.
+int64_t wgmma_workspace(const LinearParams& params);
+
+// Enqueues what writes x to the workspace as stages of `tokens` tokens have it: [ceil(M / tokens), ceil(K / 128), 2 halves, tokens, 128 bytes], words and
+// pieces in the places of wgmma_block.h, and zeros for what does not exist.
+const char* launch_arrange(const LinearParams& params, int tokens, cudaStream_t stream);
+
 // Whether the kernels are there for the current device: those of a build for sm_90 without the "a" are empty.
 bool wgmma_was_compiled();
 

@@ -168,18 +168,35 @@ struct WgmmaConsumer {
 
 // ---- from sums to memory: blocks of other columns are added, in their order, and rows are stored side by side
 
+// A warp has a token at a time, a lane four rows: several tokens at once, since a neighbour's memory takes some 1000 clocks.
 template <class T, class Block>
 __device__ __forceinline__ void store_outputs(const WgmmaParams& p, const Block& block, const float* partial) {
-  // Fours of rows; each block of the cluster takes as many.
-  constexpr uint32_t kFours = Block::kRows / 4;
-  const uint32_t splits = p.plan.splits, share = (kFours + splits - 1) / splits, first = block.split * share;
-  const int64_t padded = (p.weight.out_features + kTileRows - 1) / kTileRows * kTileRows;
-  for (uint32_t at = threadIdx.x; at < 8 * Block::kTokenTiles * share; at += Block::kThreads) {
-    const uint32_t four = first + at % share, token = at / share;
-    const int64_t n = static_cast<int64_t>(block.first_tile) * kTileRows + 4 * four, m = static_cast<int64_t>(block.first_token) + token;
-    if (four >= kFours || n >= padded || m >= p.tokens) continue;
-    const float4* const own = reinterpret_cast<const float4*>(partial + token * (Block::kRows + 4) + 4 * four);
-    store_rows<T>(p, m, n, splits == 1 ? *own : sum_of_cluster(own, splits));
+  constexpr uint32_t kFours = Block::kRows / 4, kWarps = Block::kThreads / 32, kAtOnce = 2;
+  const uint32_t splits = p.plan.splits, share = (kFours + splits - 1) / splits, warp = threadIdx.x / 32;  // each block of the cluster takes as many
+  const int64_t padded = (p.weight.out_features + kTileRows - 1) / kTileRows * kTileRows, left = p.tokens - block.first_token;
+  const uint32_t tokens = left < Block::kTokens ? static_cast<uint32_t>(left) : Block::kTokens;
+  for (uint32_t at = threadIdx.x % 32; at < share; at += 32) {
+    const uint32_t four = block.split * share + at;
+    const int64_t n = static_cast<int64_t>(block.first_tile) * kTileRows + 4 * four;
+    if (four >= kFours || n >= padded) continue;
+    for (uint32_t token = warp; token < tokens; token += kAtOnce * kWarps) {
+      const float* const own = partial + token * (Block::kRows + 4) + 4 * four;
+      float4 sums[kAtOnce] = {};
+#pragma unroll 1
+      for (uint32_t split = 0; split < splits; ++split) {
+        float4 parts[kAtOnce] = {};
+#pragma unroll
+        for (uint32_t i = 0; i < kAtOnce; ++i) {
+          const float4* const of_token = reinterpret_cast<const float4*>(own + i * kWarps * (Block::kRows + 4));
+          if (token + i * kWarps < tokens) parts[i] = splits == 1 ? *of_token : load_of_block(of_token, split);
+        }
+#pragma unroll
+        for (uint32_t i = 0; i < kAtOnce; ++i) sums[i] = plus(sums[i], parts[i]);
+      }
+#pragma unroll
+      for (uint32_t i = 0; i < kAtOnce; ++i)
+        if (token + i * kWarps < tokens) store_rows<T>(p, block.first_token + token + i * kWarps, n, sums[i]);
+    }
   }
 }
 
@@ -198,7 +215,7 @@ __global__ void __launch_bounds__(WgmmaBlock<Kind, T, kTokens, kLarge>::kThreads
   const int warp = shuffle_from(threadIdx.x / 32, 0);  // the same for all lanes, as the compiler now knows: loops below are not divergent
   if (warp >= Block::kConsumers) {
     if constexpr (Block::kOfProducers < Block::kAtFirst) give_registers<Block::kOfProducers>();
-    WgmmaProducer<Block> mine(p, block, warp - Block::kConsumers);
+    std::conditional_t<kLarge, WgmmaLargeProducer<Block>, WgmmaProducer<Block>> mine(p, block, warp - Block::kConsumers);
     mine.run();
   } else {
     if constexpr (Block::kOfConsumers > Block::kAtFirst) take_registers<Block::kOfConsumers>();
@@ -246,6 +263,8 @@ const char* launch_wgmma_tokens(const WgmmaParams& params, cudaStream_t stream) 
   WgmmaParams p = params;
   p.token_tiles = static_cast<uint32_t>((p.tokens + kTokens - 1) / kTokens);
   p.plan = plan_tokens<Kind, T, kTokens, kLarge>(p);
+  if constexpr (kLarge)
+    if (const char* error = launch_arrange(p, kTokens, stream)) return error;
   if (p.plan.splits == 0) return "the kernel with wgmma does not run here";  // takes_wgmma asks before
   const int64_t blocks = (p.weight.out_features + Block::kRows - 1) / Block::kRows * p.token_tiles * p.plan.splits;
   return launch_clusters(kKernel, static_cast<unsigned>(blocks), p.plan.splits, Block::kThreads, Block::kSharedBytes, stream, p);
@@ -255,9 +274,9 @@ const char* launch_wgmma_tokens(const WgmmaParams& params, cudaStream_t stream) 
 // another compiler has chosen registers that the large one cannot run with, gemm_kernel.h is taken: runs_wgmma_of.)
 template <class Use>
 auto with_block(int64_t tokens, const Use& use) {
+  const bool large = takes_large_wgmma(tokens);
   if (tokens <= 16) return use(std::integral_constant<int, 16>{}, std::false_type{});
   if (tokens <= 32) return use(std::integral_constant<int, 32>{}, std::false_type{});
-  const bool large = takes_large_wgmma(tokens);
   if (tokens <= 64 && large) return use(std::integral_constant<int, 64>{}, std::true_type{});
   if (tokens <= 64) return use(std::integral_constant<int, 64>{}, std::false_type{});
   if (large) return use(std::integral_constant<int, 128>{}, std::true_type{});

@@ -12,6 +12,55 @@
 namespace hfq {
 namespace {
 
+// Fills stages, a quarter of them each warp, in bulk. x of a stage lies as it will (launch_arrange).
+template <class Block>
+struct WgmmaLargeProducer {
+  static constexpr int kXBytes = 2 * Block::kHalf, kShare = kXBytes / Block::kProducers;
+
+  const WgmmaParams& p;
+  const Block& block;
+  WgmmaWeights<Block> weights;
+  const uint8_t* x_from;  // of the next stage
+  uint32_t x_to;
+
+  __device__ __forceinline__ WgmmaLargeProducer(const WgmmaParams& params, const Block& b, int warp)
+      : p(params), block(b), weights(params, b, warp), x_to(warp * kShare) {
+    const uint32_t chunks = static_cast<uint32_t>((p.weight.in_features + kWgmmaColumns - 1) / kWgmmaColumns);
+    x_from = reinterpret_cast<const uint8_t*>(p.workspace) + (static_cast<int64_t>(block.first_token) * chunks + block.chunk * Block::kTokens) * 256 + x_to;
+  }
+
+  __device__ __forceinline__ void run() {
+    const uint32_t ahead = block.chunks < Block::kStages ? block.chunks : Block::kStages;
+#pragma unroll 1
+    for (uint32_t i = 0; i < ahead; ++i) copy_weight(i);
+    wait_for_previous_kernel();
+#pragma unroll 1
+    for (uint32_t i = 0; i < ahead; ++i) copy_x(i);
+    Turn<Block::kStages> turn;
+#pragma unroll 1
+    for (uint32_t i = ahead; i < block.chunks; ++i, turn.next()) {
+      mbarrier_wait(block.empty(turn.at), turn.round % 2);
+      sync_warp();  // a lane that copies nothing could come so late that it sees the bit of the next phase but one
+      copy_weight(turn.at);
+      copy_x(turn.at);
+    }
+  }
+
+  __device__ __forceinline__ void copy_weight(uint32_t at) { weights.copy(p, block.stage(at), block.full(at), kShare); }
+
+  __device__ __forceinline__ void copy_x(uint32_t at) {
+    if (threadIdx.x % 32 == 0) copy_bulk(block.stage(at) + x_to, x_from, kShare, block.full(at));
+    x_from += kXBytes;
+  }
+};
+
+// How a number of 16 bits becomes a weight.
+enum Scaling {
+  kAsStored,    // times a scale of the same dtype
+  kInTwoParts,  // times a wider scale, rounded, and times what that lacks: as good as once in float32 but for a tie in some hundred
+  kInFloats,    // in float32, for zero points
+};
+
 template <class Kind, class T, class Block>
 struct WgmmaLargeConsumer {
   static constexpr int kTiles = Block::kWarpTiles, kUnits = Block::kUnits, kSums = Block::kSums;
@@ -27,6 +76,7 @@ struct WgmmaLargeConsumer {
   Kind codes[kTiles];
   Pair scales[kTiles], zeros[kTiles];
   uint32_t factors[kTiles][2];      // the scales of rows g and g + 8, twice each
+  uint32_t rests[kTiles][2];        // what they lack in 16 bits
   uint32_t a[2][kTiles][2][4];      // of two units, in turns
 
   __device__ __forceinline__ WgmmaLargeConsumer(const WgmmaParams& params, const Block& b, int warp)
@@ -38,7 +88,7 @@ struct WgmmaLargeConsumer {
   }
 
   // Weights of unit `u` of a stage, of which `unit` is the first one of all columns. `kDirect`: in 16 bits.
-  template <bool kDirect, int u>
+  template <Scaling kScaling, int u>
   __device__ __forceinline__ void unpack(uint32_t stage, uint32_t unit) {
     const bool new_scales = (u & p.flush_mask) == 0;
     const uint32_t pair = stage + scales_at + (new_scales ? scales_of(p, unit, u) : 0);
@@ -49,17 +99,24 @@ struct WgmmaLargeConsumer {
       uint32_t(&to)[2][4] = a[u % 2][i];
       codes[i].template unit<T, u % Kind::kUnits>(table, to);
       Kind::order(to);
-      if (new_scales) take_scales<kDirect>(i, pair + 4 * i * Block::kScaleBytes);
+      if (new_scales) take_scales<kScaling>(i, pair + 4 * i * Block::kScaleBytes);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) to[j / 4][j % 4] = kept(weights<kDirect>(to[j / 4][j % 4], i, j % 2));
+      for (int j = 0; j < 8; ++j) to[j / 4][j % 4] = kept(weights<kScaling>(to[j / 4][j % 4], i, j % 2));
     }
   }
 
-  template <bool kDirect>
+  template <Scaling kScaling>
   __device__ __forceinline__ void take_scales(int i, uint32_t pair) {
-    const RawPair raw = load_pair(pair, kDirect ? kOwn : p.weight.scale_dtype);
-    if constexpr (kDirect) {
+    const RawPair raw = load_pair(pair, kScaling == kAsStored ? kOwn : p.weight.scale_dtype);
+    if constexpr (kScaling == kAsStored) {
       factors[i][0] = permute_bytes(raw.first, 0, 0x1010), factors[i][1] = permute_bytes(raw.first, 0, 0x3232);
+    } else if constexpr (kScaling == kInTwoParts) {
+      const Pair scale = to_floats(raw, p.weight.scale_dtype);
+      const uint32_t both = from_floats(T{}, scale.low, scale.high);
+      const float low = to_float(T{}, static_cast<uint16_t>(both)), high = to_float(T{}, static_cast<uint16_t>(both >> 16));
+      const uint32_t rest = from_floats(T{}, scale.low - low, scale.high - high);
+      factors[i][0] = permute_bytes(both, 0, 0x1010), factors[i][1] = permute_bytes(both, 0, 0x3232);
+      rests[i][0] = permute_bytes(rest, 0, 0x1010), rests[i][1] = permute_bytes(rest, 0, 0x3232);
     } else {
       scales[i] = to_floats(raw, p.weight.scale_dtype);
       if (p.weight.zeros) zeros[i] = to_floats(load_pair(pair + Block::kZerosAt - Block::kScalesAt, p.weight.scale_dtype), p.weight.scale_dtype);
@@ -67,10 +124,11 @@ struct WgmmaLargeConsumer {
   }
 
   // Two numbers of a row, times its scale. (The middle, added to a code that it was taken from, is exact.)
-  template <bool kDirect>
+  template <Scaling kScaling>
   __device__ __forceinline__ uint32_t weights(uint32_t numbers, int i, int high) const {
     constexpr uint32_t kNothing = 0x80008000u;  // -0 leaves signs of zeros
-    if constexpr (kDirect) return fma2(T{}, numbers, factors[i][high], kNothing);
+    if constexpr (kScaling == kAsStored) return fma2(T{}, numbers, factors[i][high], kNothing);
+    if constexpr (kScaling == kInTwoParts) return fma2(T{}, numbers, factors[i][high], fma2(T{}, numbers, rests[i][high], kNothing));
     float first = to_float(T{}, static_cast<uint16_t>(numbers)), second = to_float(T{}, static_cast<uint16_t>(numbers >> 16));
     if (Kind::kMayHaveZeros && p.weight.zeros) {
       const float zero = high ? zeros[i].high : zeros[i].low;
@@ -81,7 +139,7 @@ struct WgmmaLargeConsumer {
   }
 
   // Units u and later of the stage `turn`, of which `x` describes the activations. `first`: no other one is behind; `more`: another one follows.
-  template <bool kDirect, int u>
+  template <Scaling kScaling, int u>
   __device__ __forceinline__ void multiply(uint64_t x, const Turn<Block::kStages>& turn, uint32_t unit, bool first, bool more) {
     constexpr int kFrom = (u / 2 * Block::kHalf + u % 2 * 64) / 16;
     wgmma_fence();
@@ -96,36 +154,38 @@ struct WgmmaLargeConsumer {
       if (lane == 0) mbarrier_arrive(block.empty(turn.at ? turn.at - 1 : Block::kStages - 1));
     }
     if constexpr (u + 1 < kUnits) {
-      unpack<kDirect, u + 1>(block.stage(turn.at), unit);
-      multiply<kDirect, u + 1>(x, turn, unit, first, more);
+      unpack<kScaling, u + 1>(block.stage(turn.at), unit);
+      multiply<kScaling, u + 1>(x, turn, unit, first, more);
     } else if (more) {
       Turn<Block::kStages> next = turn;
       next.next();
       mbarrier_wait(block.full(next.at), next.round % 2);
-      unpack<kDirect, 0>(block.stage(next.at), unit + kUnits);
+      unpack<kScaling, 0>(block.stage(next.at), unit + kUnits);
     }
   }
 
-  template <bool kDirect>
+  template <Scaling kScaling>
   __device__ __forceinline__ void run_chunks() {
     const uint64_t x = x_descriptor(block.ring);
     Turn<Block::kStages> turn;
     if (block.chunks) {
       mbarrier_wait(block.full(0), 0);
-      unpack<kDirect, 0>(block.ring, block.chunk * kUnits);
+      unpack<kScaling, 0>(block.ring, block.chunk * kUnits);
     }
 #pragma unroll 1
     for (uint32_t i = 0; i < block.chunks; ++i, turn.next())
-      multiply<kDirect, 0>(x + turn.at * (Block::kStage / 16), turn, (block.chunk + i) * kUnits, i == 0, i + 1 < block.chunks);
+      multiply<kScaling, 0>(x + turn.at * (Block::kStage / 16), turn, (block.chunk + i) * kUnits, i == 0, i + 1 < block.chunks);
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) wgmma_wait<0>(sums[i]);
   }
 
   __device__ __forceinline__ void run() {
-    if (p.weight.scale_dtype == kOwn && !p.weight.zeros)
-      run_chunks<true>();
+    if (p.weight.zeros)
+      run_chunks<kInFloats>();
+    else if (p.weight.scale_dtype == kOwn)
+      run_chunks<kAsStored>();
     else
-      run_chunks<false>();
+      run_chunks<kInTwoParts>();
   }
 
   __device__ __forceinline__ void store_sums(float* partial) const {
