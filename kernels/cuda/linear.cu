@@ -3,7 +3,6 @@
 
 #include "copy.h"
 #include "gemm.h"
-#include "stream.h"
 #include "target.h"
 #include "wgmma.h"
 
@@ -17,8 +16,7 @@ constexpr int64_t kFewTokens = 8;
 }  // namespace
 
 int64_t linear_workspace(const LinearParams& p) {
-  const bool none = p.tokens <= kFewTokens || p.weight.out_features == 0 || plan_stream(p).splits || takes_wgmma(p);
-  return none ? 0 : workspace_floats(p, plan_gemm(p));
+  return p.tokens <= kFewTokens || p.weight.out_features == 0 || takes_wgmma(p) ? 0 : workspace_floats(p, plan_gemm(p));
 }
 
 const char* copy_on_device(void* to, const void* from, int64_t bytes, cudaStream_t stream) {
@@ -29,7 +27,6 @@ const char* launch_linear(const LinearParams& params, cudaStream_t stream) {
   if (params.tokens == 0 || params.weight.out_features == 0) return nullptr;
   LinearParams p = params;
   p.group_magic = group_magic(p.weight);
-  if (const StreamPlan plan = plan_stream(p); plan.splits) return launch_stream(p, plan, stream);
   if (p.tokens > kFewTokens) return takes_wgmma(p) ? launch_wgmma(p, stream) : launch_gemm(p, stream);
   return of_kind(p.weight, launch_linear_int2, launch_linear_int3, launch_linear_int4, launch_linear_int8, launch_linear_table4,
                  launch_linear_e4m3)(p, stream);
