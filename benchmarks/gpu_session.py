@@ -34,7 +34,6 @@ PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 BENCHMARK = (sys.executable, "benchmarks/gpu.py")
 INT4 = ("--kinds", "int4 g128")
 NO_WGMMA, NO_OVERLAP = {"HFQ_CUDA_WGMMA": "0"}, {"HFQ_CUDA_OVERLAP": "0"}
-STREAM = {"HFQ_CUDA_STREAM": "1"}
 
 
 @dataclass(frozen=True)
@@ -69,9 +68,6 @@ def steps() -> list[Step]:
         Step("tests", 180, (*PYTEST, "-m", "gpu", "tests")),
         Step("int4", 20, (*BENCHMARK, "--only", "kernels", *INT4)),
         Step("model", 30, (*BENCHMARK, "--only", "models", *INT4)),
-        Step("tests stream", 90, (*PYTEST, "-m", "gpu", "tests/kernels/test_cuda.py"), STREAM),
-        Step("int4 stream", 20, (*BENCHMARK, "--only", "kernels", *INT4), STREAM),
-        Step("model stream", 30, (*BENCHMARK, "--only", "models", *INT4), STREAM),
         Step("kernels", 90, (*BENCHMARK, "--only", "kernels")),
         Step("models", 120, (*BENCHMARK, "--only", "models")),
         Step("int4 no overlap", 20, (*BENCHMARK, "--only", "kernels", *INT4), NO_OVERLAP),

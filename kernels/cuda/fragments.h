@@ -62,19 +62,13 @@ constexpr uint32_t kBoth = bits_of<T>(1.0 * kNumber / (1 << kShift)) * 0x10001u;
 
 // The codes at bit kAt of either half of a word, as code - 2^(bits-1). With the exponent of 2^mantissa the mantissa counts in ones: a field
 // at bit p below its end gives 2^mantissa + code 2^p, and one multiply-add, exact, the number. Fields that lie there together share a shift.
-// kRaw: without the multiply-add, code + 2^mantissa, which is exact, too; for fields that always have a shift of their own.
-template <class T, int kBits, int kAt, bool kRaw = false>
+template <class T, int kBits, int kAt>
 __device__ __forceinline__ uint32_t field_numbers(uint32_t word) {
   constexpr int kMantissa = Format<T>::kMantissa, kSpan = kMantissa / kBits * kBits;
   constexpr int kShift = kAt / kSpan * kSpan, kPlace = kAt - kShift;
   constexpr uint32_t kMask = 0x00010001u * (((1u << kBits) - 1) << kPlace);
   constexpr int kOffset = (1 << (kMantissa - kPlace)) + (1 << (kBits - 1));
-  const uint32_t numbers = and_or<kMask>(word >> kShift, kBoth<T, 1 << kMantissa>);
-  if constexpr (kRaw) {
-    static_assert(kPlace == 0);
-    return numbers;
-  }
-  return fma2(T{}, numbers, kBoth<T, 1, kPlace>, kBoth<T, -kOffset>);
+  return fma2(T{}, and_or<kMask>(word >> kShift, kBoth<T, 1 << kMantissa>), kBoth<T, 1, kPlace>, kBoth<T, -kOffset>);
 }
 
 // Two 8-bit codes in the lower bytes of the halves, as code - 128.
@@ -115,12 +109,8 @@ struct Codes {
     }
   }
 
-  // What raw numbers are too large by; 0 where there are none: they save a quarter of the instructions for 4 bits in bfloat16.
-  template <class T>
-  static constexpr int kRawOffset = kBits == 4 && !kE4m3 && Format<T>::kMantissa == 7 ? 128 + 8 : 0;
-
   // Register r as two numbers.
-  template <class T, int r, bool kRaw = false>
+  template <class T, int r>
   __device__ __forceinline__ uint32_t numbers() const {
     if constexpr (kE4m3) {
       return e4m3_numbers(T{}, permute_bytes(words[r / 2], 0, r % 2 ? 0x3424u : 0x1404u));
@@ -136,7 +126,7 @@ struct Codes {
       }
     } else {
       constexpr int kFields = 16 / kBits;
-      return field_numbers<T, kBits, kBits * (r % kFields), kRaw>(words[r / kFields]);
+      return field_numbers<T, kBits, kBits * (r % kFields)>(words[r / kFields]);
     }
   }
 };
@@ -148,17 +138,17 @@ template <int kBits, bool kE4m3 = false>
 struct IntCodes : Codes<kBits, kE4m3> {
   static constexpr bool kTable = false, kMayHaveZeros = !kE4m3;
 
-  template <class T, int kUnit, bool kRaw = false>
+  template <class T, int kUnit>
   __device__ __forceinline__ void unit(uint32_t, uint32_t (&a)[2][4]) const {
     constexpr int r = 8 * kUnit;
-    a[0][0] = this->template numbers<T, r, kRaw>();
-    a[0][2] = this->template numbers<T, r + 1, kRaw>();
-    a[0][1] = this->template numbers<T, r + 2, kRaw>();
-    a[0][3] = this->template numbers<T, r + 3, kRaw>();
-    a[1][0] = this->template numbers<T, r + 4, kRaw>();
-    a[1][2] = this->template numbers<T, r + 5, kRaw>();
-    a[1][1] = this->template numbers<T, r + 6, kRaw>();
-    a[1][3] = this->template numbers<T, r + 7, kRaw>();
+    a[0][0] = this->template numbers<T, r>();
+    a[0][2] = this->template numbers<T, r + 1>();
+    a[0][1] = this->template numbers<T, r + 2>();
+    a[0][3] = this->template numbers<T, r + 3>();
+    a[1][0] = this->template numbers<T, r + 4>();
+    a[1][2] = this->template numbers<T, r + 5>();
+    a[1][1] = this->template numbers<T, r + 6>();
+    a[1][3] = this->template numbers<T, r + 7>();
   }
 
   // From the order of `activations` to that of the columns.
@@ -179,11 +169,8 @@ struct TableCodes : Codes<4> {
   static constexpr bool kTable = true, kMayHaveZeros = false;
   static constexpr int kTableBytes = 256 * 32 * 4;
 
-  template <class T>
-  static constexpr int kRawOffset = 0;
-
   // `table`: of the lane.
-  template <class T, int kUnit, bool kRaw = false>
+  template <class T, int kUnit>
   __device__ __forceinline__ void unit(uint32_t table, uint32_t (&a)[2][4]) const {
 #pragma unroll
     for (int j = 0; j < 2; ++j)

@@ -22,7 +22,7 @@ inline size_t most_shared_bytes() {
 struct KernelFacts {
   std::atomic<int> registers = 0;     // of a thread
   std::atomic<int> architecture = 0;  // compute capability for which its PTX was made (__CUDA_ARCH__ / 10)
-  std::atomic<bool> has_shared = false, prefers_shared = false;  // allow_shared, prefer_shared have been here
+  std::atomic<bool> has_shared = false;  // allow_shared has been here
 };
 template <class Params>
 KernelFacts& facts_of(void (*kernel)(Params)) {
@@ -53,15 +53,6 @@ cudaError_t allow_shared(void (*kernel)(Params), size_t shared_bytes) {
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most_shared_bytes()));
   facts.has_shared = error == cudaSuccess;
   return error;
-}
-
-// Of what a multiprocessor may have as L1 or as shared memory, all as shared memory.
-template <class Params>
-void prefer_shared(void (*kernel)(Params)) {
-  KernelFacts& facts = facts_of(kernel);
-  if (facts.prefers_shared) return;
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared) != cudaSuccess) cudaGetLastError();
-  facts.prefers_shared = true;
 }
 
 // Whether drivers take such launches into graphs: those of CUDA 12.3 and later.
@@ -99,7 +90,7 @@ const char* launch(void (*kernel)(Params), unsigned blocks, unsigned threads, si
 // A launch that may begin before the kernel in front has ended if it is `early`, of clusters of thread blocks that run at one time (compute
 // capability 9.0), or of single ones if `cluster` is 0.
 struct ExtendedLaunch {
-  cudaLaunchAttribute attributes[3] = {};
+  cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config = {};
 
   ExtendedLaunch(unsigned blocks, unsigned cluster, unsigned threads, size_t shared_bytes, cudaStream_t stream, bool early) {
@@ -113,11 +104,6 @@ struct ExtendedLaunch {
       attribute.id = cudaLaunchAttributeClusterDimension;
       attribute.val.clusterDim.x = cluster;
       attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-      if (2 * shared_bytes <= most_shared_bytes()) {  // two blocks of a cluster would fit a multiprocessor, while another one has none
-        cudaLaunchAttribute& policy = attributes[config.numAttrs++];
-        policy.id = cudaLaunchAttributeClusterSchedulingPolicyPreference;
-        policy.val.clusterSchedulingPolicyPreference = cudaClusterSchedulingPolicySpread;
-      }
     }
     if (early) {
       cudaLaunchAttribute& attribute = attributes[config.numAttrs++];

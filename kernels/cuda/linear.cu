@@ -3,7 +3,6 @@
 
 #include "copy.h"
 #include "gemm.h"
-#include "stream.h"
 #include "target.h"
 #include "wgmma.h"
 
@@ -17,7 +16,7 @@ constexpr int64_t kFewTokens = 8;
 }  // namespace
 
 int64_t linear_workspace(const LinearParams& p) {
-  if (p.tokens <= kFewTokens || p.weight.out_features == 0 || plan_stream(p).splits) return 0;
+  if (p.tokens <= kFewTokens || p.weight.out_features == 0) return 0;
   return takes_wgmma(p) ? wgmma_workspace(p) : workspace_floats(p, plan_gemm(p));
 }
 
@@ -29,7 +28,6 @@ const char* launch_linear(const LinearParams& params, cudaStream_t stream) {
   if (params.tokens == 0 || params.weight.out_features == 0) return nullptr;
   LinearParams p = params;
   p.group_magic = group_magic(p.weight);
-  if (const StreamPlan plan = plan_stream(p); plan.splits) return launch_stream(p, plan, stream);
   if (p.tokens > kFewTokens) return takes_wgmma(p) ? launch_wgmma(p, stream) : launch_gemm(p, stream);
   return of_kind(p.weight, launch_linear_int2, launch_linear_int3, launch_linear_int4, launch_linear_int8, launch_linear_table4,
                  launch_linear_e4m3)(p, stream);

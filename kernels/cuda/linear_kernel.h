@@ -137,7 +137,6 @@ struct LinearWarp : StepCodes<Kind> {
 
   // For multiply_step. Columns behind K meet codes of others, and activations of zero.
   struct Operands {
-    static constexpr bool kHasXSums = false;
     const LinearWarp& warp;
     uint32_t stage, pair_stride;
     __device__ __forceinline__ Kind codes(int tile, int block) const {
@@ -145,7 +144,7 @@ struct LinearWarp : StepCodes<Kind> {
       codes.take(stage + warp.codes_at + tile * kBytes + block * kBlock, warp.lane);
       return codes;
     }
-    __device__ __forceinline__ uint4 x(int u, int) const { return load_shared<uint4>(stage + warp.x_at[u % 2] + u / 2 * 128); }
+    __device__ __forceinline__ uint4 x(int u) const { return load_shared<uint4>(stage + warp.x_at[u % 2] + u / 2 * 128); }
     __device__ __forceinline__ uint32_t pairs(int u) const { return stage + warp.pairs_at + warp.pairs_of(u); }
   };
 

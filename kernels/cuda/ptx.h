@@ -308,25 +308,6 @@ __device__ __forceinline__ float4 load_of_block(const float4* own, uint32_t rank
   return v;
 }
 
-// Barriers that this thread has made are there for the other blocks after the next sync_cluster.
-__device__ __forceinline__ void fence_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-// Arrives at the barrier that block `rank` has where `own` points to in this one's. What a thread did before is there for those of the cluster that
-// have waited with mbarrier_wait_for_cluster.
-__device__ __forceinline__ void mbarrier_arrive_at_block(uint32_t own, uint32_t rank) {
-  asm volatile(
-      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(own),
-      "r"(rank)
-      : "memory");
-}
-__device__ __forceinline__ void mbarrier_wait_for_cluster(uint32_t barrier, uint32_t bit) {
-  asm volatile(
-      "{\n.reg .pred ended;\nagain:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 ended, [%0], %1;\n"
-      "@ended bra over;\nbra again;\nover:\n}" ::"r"(barrier),
-      "r"(bit)
-      : "memory");
-}
-
 // ---- numbers ----
 
 // (word & mask) | bits in one instruction, with the mask as its constant: it takes one only, so that the compiler makes two of it.

@@ -63,21 +63,13 @@ class Weight:
         return (self.values.to(dtype).float() * self.scales.float()).to(dtype)
 
     def check(
-        self,
-        y: Tensor,
-        x: Tensor,
-        bias: Tensor | None = None,
-        rounded: bool = False,
-        offset: float = 0.0,
+        self, y: Tensor, x: Tensor, bias: Tensor | None = None, rounded: bool = False
     ) -> None:
-        """Whether y is x W^T + bias up to the roundings that the kernel makes.
-
-        `rounded`: of weights in 16 bits; `offset`: by which codes are larger meanwhile.
-        """
+        """Whether y is x W^T + bias up to the roundings that the kernel makes; `rounded`: of weights in 16 bits, too."""
         values = self.values
         if self.operands[3] is not None:
             values = values.to(x.dtype).double()  # the table holds numbers of that dtype
-        weights, bounds = values * self.scales, (self.magnitudes + offset) * self.scales
+        weights, bounds = values * self.scales, self.magnitudes * self.scales
         if rounded:
             weights = self.rounded(x.dtype).double()
             bounds = weights.abs()

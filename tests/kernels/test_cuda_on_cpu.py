@@ -66,10 +66,6 @@ def test_mistakes_are_seen(self_check: SelfCheck, kernel: str, words: str) -> No
             "sum_of_cluster_to_one_place",
             "block .* writes global memory, thread .* of block .* writes",
         ),
-        (
-            "arrival_from_cluster_for_the_block",
-            "reads shared memory, thread .* of block 1 writes it",
-        ),
     ],
 )
 def test_races_are_seen(self_check: SelfCheck, races: None, kernel: str, words: str) -> None:
@@ -90,7 +86,7 @@ def test_waits_that_may_come_too_late_are_seen(self_check: SelfCheck, races: Non
 @pytest.mark.parametrize(
     "kernel",
     [
-        *("neighbours", "wgmma", "ring", "bulk_ring", "sum_of_cluster", "arrival_from_cluster"),
+        *("neighbours", "wgmma", "ring", "bulk_ring", "sum_of_cluster"),
         *("matrices", "early", "turns"),
     ],
 )

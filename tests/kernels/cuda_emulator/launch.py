@@ -84,10 +84,6 @@ class Launchers:
         """Whether launches fail where nothing orders two accesses to memory (cuda_on_cpu/races.h)."""
         self._library.watch_races(wanted)
 
-    def threads_of_a_block(self) -> int:
-        """Of the last launch: which kernel it was."""
-        return int(self._library.threads_of_a_block())
-
     def ask(self, name: str, params: Params) -> int:
         """A number that a function makes of a launcher's parameters."""
         function = getattr(self._library, name)

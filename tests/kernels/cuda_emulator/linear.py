@@ -130,12 +130,6 @@ class Linear(Launchers):
         self._library.set_compute_capability(capability)
         return self.ask("linear_workspace", _product(x, operands, None, sizes)[0]) > 0
 
-    def stream_splits(self, x: Tensor, operands: Operands, sizes: Sizes, shared_bytes: int) -> int:
-        """Thread blocks that share the columns in stream_kernel.h; 0 if the product does not fit."""
-        self.set_device(MANY, shared_bytes)
-        self._library.set_compute_capability(90)
-        return self.ask("stream_splits", _product(x, operands, None, sizes)[0])
-
     def gemm_plan(
         self, tokens: int, sizes: Sizes, kind: str | None, multiprocessors: int, shared_bytes: int
     ) -> GemmPlan:

@@ -168,7 +168,7 @@ inline void copy_bulk(uint32_t shared, const void* global, uint32_t bytes, uint3
   cuda_on_cpu::check_range(global, bytes);
   cuda_on_cpu::copy_bulk(shared, global, bytes, barrier);
 }
-inline void mbarrier_wait(uint32_t barrier, uint32_t bit) { cuda_on_cpu::mbarrier_wait(barrier, bit, false); }
+inline void mbarrier_wait(uint32_t barrier, uint32_t bit) { cuda_on_cpu::mbarrier_wait(barrier, bit); }
 
 // ---- numbers ----
 
@@ -487,9 +487,6 @@ void wgmma(T, float (&d)[n], const uint32_t (&a)[4], uint64_t descriptor, bool a
 inline void sync_cluster() { cuda_on_cpu::sync_cluster(true); }
 inline void sync_cluster_only() { cuda_on_cpu::sync_cluster(false); }
 inline float4 load_of_block(const float4* own, uint32_t rank) { return *static_cast<const float4*>(cuda_on_cpu::of_block(own, rank, 16)); }
-inline void fence_barriers() { cuda_on_cpu::fence_barriers(); }
-inline void mbarrier_arrive_at_block(uint32_t own, uint32_t rank) { cuda_on_cpu::mbarrier_arrive_at_block(own, rank); }
-inline void mbarrier_wait_for_cluster(uint32_t barrier, uint32_t bit) { cuda_on_cpu::mbarrier_wait(barrier, bit, true); }
 
 // ---- launch ----
 
@@ -506,15 +503,12 @@ const char* launch_clusters(void (*kernel)(Params), unsigned blocks, unsigned cl
 }
 
 struct KernelFacts {
-  int registers, architecture;
+  int registers;
 };
 template <class Params>
 KernelFacts facts_of(void (*)(Params)) {
-  return {255, cuda_on_cpu::compute_capability};
+  return {255};
 }
-
-template <class Params>
-void prefer_shared(void (*)(Params)) {}
 
 template <class Params, void (*kKernel)(Params)>
 int active_clusters(int cluster, unsigned, size_t shared_bytes, int) {

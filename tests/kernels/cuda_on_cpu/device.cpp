@@ -9,7 +9,6 @@ void forget_all() { cuda_on_cpu::forget_all(); }
 void set_multiprocessors(int count) { cuda_on_cpu::multiprocessors = count; }
 void set_shared_bytes(size_t most) { cuda_on_cpu::most_shared_bytes = most; }
 void watch_races(bool wanted) { cuda_on_cpu::races::wanted = wanted; }
-unsigned threads_of_a_block() { return cuda_on_cpu::threads_of_a_block(); }
 void set_compute_capability(int capability) { cuda_on_cpu::compute_capability = capability; }
 
 }  // extern "C"

@@ -4,7 +4,6 @@
 #include "../../../kernels/cuda/gemm.h"
 #include "../../../kernels/cuda/linear.h"
 #include "../../../kernels/cuda/packing.h"
-#include "../../../kernels/cuda/stream.h"
 #include "../../../kernels/cuda/spqr.h"
 #include "../../../kernels/cuda/unpack.h"
 #include "../../../kernels/cuda/w8a8.h"
@@ -13,7 +12,6 @@ extern "C" {
 
 int64_t linear_workspace(const hfq::LinearParams* params) { return hfq::linear_workspace(*params); }
 void gemm_plan(const hfq::LinearParams* params, hfq::GemmPlan* plan) { *plan = hfq::plan_gemm(*params); }
-int64_t stream_splits(const hfq::LinearParams* params) { return hfq::plan_stream(*params).splits; }
 const char* linear(const hfq::LinearParams* params) { return hfq::launch_linear(*params, nullptr); }
 const char* spqr_linear(const hfq::SpqrLinearParams* params) { return hfq::launch_spqr_linear(*params, nullptr); }
 const char* spqr_unpack(const hfq::SpqrUnpackParams* params) { return hfq::launch_spqr_unpack(*params, nullptr); }

@@ -73,13 +73,9 @@ struct Mbarrier {
   int64_t bytes;      // that are expected and have not come
   unsigned maker;     // thread
   bool known;         // to copies in bulk
-  bool shown;         // to the cluster
   unsigned clock;     // of its phases
   uint32_t made;      // at this time of its maker
-  // What those that wait learn: from arrivals of the block's threads, and from those of the cluster's; of the phase, and of the one that has ended.
-  struct Told {
-    races::Clock by_block, by_cluster;
-  } told, ended;
+  races::Clock told, ended;  // what those that wait learn from arrivals: of the phase, and of the one that has ended
   races::Clock arrived;  // how far those had come that have arrived
   bool of_copies;        // some of them by cp.async: `told` has less
   // Who waits for this phase or has waited for the one before, and at which time of its own it went on; 0: not yet.
@@ -212,7 +208,7 @@ void end_phase(Block& block, uint32_t place) {
   barrier.left = barrier.count;
   ++barrier.phase;
   if (races::wanted) {
-    races::tell_time(barrier.told.by_block, barrier.clock, barrier.phase);
+    races::tell_time(barrier.told, barrier.clock, barrier.phase);
     barrier.ended = barrier.told;
   }
   for (Fiber& fiber : fibers)
@@ -252,7 +248,7 @@ void finish_oldest(Fiber& fiber) {
   for (const Copy& copy : group.all) finish(block, copy, block.copies);
   const unsigned number = number_of(fiber), clock = races::clock_of_copies(number);
   if (group.barrier != kNobody) {
-    if (races::wanted) races::tell_time(block.mbarriers[group.barrier].told.by_block, clock, fiber.finished);
+    if (races::wanted) races::tell_time(block.mbarriers[group.barrier].told, clock, fiber.finished);
     arrive(block, group.barrier);
   } else if (races::wanted) {
     races::learn_time(number, clock, fiber.finished);
@@ -370,8 +366,6 @@ const char* run_blocks(unsigned blocks, unsigned cluster_blocks, unsigned block_
   }
   return nullptr;
 }
-
-unsigned threads_of_a_block() { return threads; }
 
 void fail(const char* what) {
   message = what;
@@ -499,12 +493,12 @@ void access_later(unsigned clock, uint32_t time, const void* p, size_t bytes, bo
   if (races::wanted && is_watched(p, bytes)) see(races::access_later(number_of(*current), clock, time, p, bytes, writes));
 }
 
-// A barrier of a block of the cluster, of which this thread knows.
-Mbarrier& known(Mbarrier& barrier, unsigned block) {
-  if (!races::knows(number_of(*current), block * threads + barrier.maker, barrier.made)) fail("a barrier that may not have been made yet");
+// A barrier of which this thread knows.
+Mbarrier& known(Mbarrier& barrier) {
+  const unsigned number = number_of(*current);
+  if (!races::knows(number, number / threads * threads + barrier.maker, barrier.made)) fail("a barrier that may not have been made yet");
   return barrier;
 }
-Mbarrier& known(Mbarrier& barrier) { return known(barrier, number_of(*current) / threads); }
 
 }  // namespace
 
@@ -592,7 +586,7 @@ void mbarrier_arrive(uint32_t barrier) {
   if (races::wanted && found != current->block->mbarriers.end()) {
     Mbarrier& told = known(found->second);
     races::tell_steps(number_of(*current), told.arrived);
-    races::tell(number_of(*current), told.told.by_block);
+    races::tell(number_of(*current), told.told);
   }
   arrive(*current->block, place(barrier));
   if (!message.empty()) fail(message.c_str());
@@ -606,14 +600,14 @@ void mbarrier_arrive_after_copies(uint32_t barrier) {
     Mbarrier& told = known(found->second);
     told.of_copies = true;
     races::tell_steps(number_of(*current), told.arrived);
-    races::pass_on(number_of(*current), told.told.by_block);
+    races::pass_on(number_of(*current), told.told);
   }
   ++current->committed;
   current->groups.push_back({std::move(current->copies), place(barrier)});
   current->copies.clear();
 }
 
-void mbarrier_wait(uint32_t barrier, uint32_t bit, bool cluster) {
+void mbarrier_wait(uint32_t barrier, uint32_t bit) {
   const auto found = current->block->mbarriers.find(place(barrier));
   if (found == current->block->mbarriers.end()) fail("wait at a barrier that nobody has made");
   const unsigned number = number_of(*current);
@@ -626,9 +620,8 @@ void mbarrier_wait(uint32_t barrier, uint32_t bit, bool cluster) {
   if (!races::wanted) return;
   for (Mbarrier::Wait& wait : found->second.waits)
     if (wait.thread == number && wait.phase == phase) wait.time = races::time_of(number);
-  races::learn(number, known(found->second).ended.by_block);
+  races::learn(number, known(found->second).ended);
   if (found->second.of_copies) races::learn_steps(number, found->second.arrived);
-  if (cluster) races::learn(number, found->second.ended.by_cluster);
 }
 
 void mbarrier_arrive_and_expect(uint32_t barrier, uint32_t bytes) {
@@ -650,26 +643,6 @@ void copy_bulk(uint32_t shared, const void* global, uint32_t bytes, uint32_t bar
   }
   std::memset(to, kPoison, bytes);
   current->block->bulk_copies.push_back({{to, global, bytes}, found->first});
-}
-
-void fence_barriers() {
-  for (auto& [place, barrier] : current->block->mbarriers)
-    if (barrier.maker == current->thread) barrier.shown = true;
-}
-
-void mbarrier_arrive_at_block(uint32_t own, unsigned rank) {
-  if (rank >= cluster.size()) fail("no such block in the cluster");
-  Block& block = cluster[rank];
-  if (block.ended == static_cast<int>(threads)) fail("arrival at a block that has ended");
-  const auto found = block.mbarriers.find(place(own));
-  if (found == block.mbarriers.end() || !found->second.shown) fail("arrival at a barrier that the cluster does not know");
-  if (races::wanted) {
-    Mbarrier& told = known(found->second, rank);
-    races::tell_steps(number_of(*current), told.arrived);
-    races::tell(number_of(*current), told.told.by_cluster);
-  }
-  arrive(block, found->first);
-  if (!message.empty()) fail(message.c_str());
 }
 
 void fence_registers() { current_warp().fenced = true; }

@@ -24,9 +24,6 @@ extern int compute_capability;  // 80 for 8.0
 // null, or what went wrong first.
 const char* run_blocks(unsigned blocks, unsigned cluster, unsigned threads, size_t shared_bytes, bool early, const std::function<void()>& kernel);
 
-// Threads of a block of the last launch.
-unsigned threads_of_a_block();
-
 // Ends the launch with a message; does not return.
 [[noreturn]] void fail(const char* what);
 
@@ -79,10 +76,7 @@ bool unfenced(uint32_t address, size_t bytes);
 void mbarrier_init(uint32_t barrier, uint32_t count);
 void mbarrier_arrive(uint32_t barrier);
 void mbarrier_arrive_after_copies(uint32_t barrier);
-void mbarrier_wait(uint32_t barrier, uint32_t bit, bool cluster);  // `cluster`: for what other blocks' threads did as well
-// Other blocks of the cluster find a barrier after a fence_barriers of the thread that made it.
-void fence_barriers();
-void mbarrier_arrive_at_block(uint32_t own, unsigned rank);
+void mbarrier_wait(uint32_t barrier, uint32_t bit);
 // A phase ends when all have arrived and as many bytes as they expect have come. A copy comes when those of threads do; one of
 // nothing never ends. The barrier must have been there for it: a fence_proxy_async of the thread that made it.
 void mbarrier_arrive_and_expect(uint32_t barrier, uint32_t bytes);

@@ -237,31 +237,6 @@ void sum_of_cluster(Params p) {
   if (kMistake != Mistake::kNoBarrier) sync_cluster_only();
 }
 
-// The second block tells the first one by a barrier what it has written.
-template <Mistake kMistake>
-void arrival_from_cluster(Params p) {
-  uint32_t* own = reinterpret_cast<uint32_t*>(shared_memory());
-  const uint32_t written = shared_address(own + 64);
-  if (threadIdx.x == 0) {
-    mbarrier_init(written, 1);
-    fence_barriers();
-  }
-  sync_cluster();
-  if (blockIdx.x == 1) {
-    own[threadIdx.x] = load(p.from + threadIdx.x);
-    sync_warp();
-    if (threadIdx.x == 0) mbarrier_arrive_at_block(written, 0);
-  } else if (threadIdx.x < 8) {
-    if (kMistake == Mistake::kNone)
-      mbarrier_wait_for_cluster(written, 0);
-    else
-      mbarrier_wait(written, 0);
-    const float4 v = load_of_block(reinterpret_cast<const float4*>(own) + threadIdx.x, 1);
-    store(p.to + threadIdx.x, as_bits(v.x));
-  }
-  sync_cluster_only();
-}
-
 // Starts before the kernel has ended that gives `from` and reads what was in `to`.
 template <Mistake kMistake>
 void early(Params p) {
@@ -306,8 +281,6 @@ constexpr struct {
     {"sum_of_cluster_that_ends", sum_of_cluster<Mistake::kNoBarrier>, 32, 4},
     {"sum_of_cluster_without_memory", sum_of_cluster<Mistake::kNoFence>, 32, 4},
     {"sum_of_cluster_to_one_place", sum_of_cluster<Mistake::kMemoryChanges>, 32, 4},
-    {"arrival_from_cluster", arrival_from_cluster<Mistake::kNone>, 32, 2},
-    {"arrival_from_cluster_for_the_block", arrival_from_cluster<Mistake::kNoWait>, 32, 2},
     {"early", early<Mistake::kNone>, 32, 1, true},
     {"early_write", early<Mistake::kMemoryChanges>, 32, 1, true},
     {"early_read", early<Mistake::kNoWait>, 32, 1, true},
