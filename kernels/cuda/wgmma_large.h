@@ -88,10 +88,10 @@ struct WgmmaLargeConsumer {
   }
 
   // Weights of unit `u` of a stage, of which `unit` is the first one of all columns. `kDirect`: in 16 bits.
-  template <Scaling kScaling, int u>
+  template <Scaling kScaling, bool kWhole, int u>
   __device__ __forceinline__ void unpack(uint32_t stage, uint32_t unit) {
-    const bool new_scales = (u & p.flush_mask) == 0;
-    const uint32_t pair = stage + scales_at + (new_scales ? scales_of(p, unit, u) : 0);
+    const bool new_scales = kWhole ? u == 0 : (u & p.flush_mask) == 0;
+    const uint32_t pair = stage + scales_at + (!kWhole && new_scales ? scales_of(p, unit, u) : 0);
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
       const uint32_t of_codes = stage + codes_at + 4 * i * Block::kBytes + u / Kind::kUnits * kBlockBytes<Block::kBits>;
@@ -139,7 +139,7 @@ struct WgmmaLargeConsumer {
   }
 
   // Units u and later of the stage `turn`, of which `x` describes the activations. `first`: no other one is behind; `more`: another one follows.
-  template <Scaling kScaling, int u>
+  template <Scaling kScaling, bool kWhole, int u>
   __device__ __forceinline__ void multiply(uint64_t x, const Turn<Block::kStages>& turn, uint32_t unit, bool first, bool more) {
     constexpr int kFrom = (u / 2 * Block::kHalf + u % 2 * 64) / 16;
     wgmma_fence();
@@ -154,38 +154,47 @@ struct WgmmaLargeConsumer {
       if (lane == 0) mbarrier_arrive(block.empty(turn.at ? turn.at - 1 : Block::kStages - 1));
     }
     if constexpr (u + 1 < kUnits) {
-      unpack<kScaling, u + 1>(block.stage(turn.at), unit);
-      multiply<kScaling, u + 1>(x, turn, unit, first, more);
+      unpack<kScaling, kWhole, u + 1>(block.stage(turn.at), unit);
+      multiply<kScaling, kWhole, u + 1>(x, turn, unit, first, more);
     } else if (more) {
       Turn<Block::kStages> next = turn;
       next.next();
       mbarrier_wait(block.full(next.at), next.round % 2);
-      unpack<kScaling, 0>(block.stage(next.at), unit + kUnits);
+      unpack<kScaling, kWhole, 0>(block.stage(next.at), unit + kUnits);
     }
   }
 
-  template <Scaling kScaling>
+  // `kWhole`: scales change with chunks only.
+  template <Scaling kScaling, bool kWhole>
   __device__ __forceinline__ void run_chunks() {
     const uint64_t x = x_descriptor(block.ring);
     Turn<Block::kStages> turn;
     if (block.chunks) {
       mbarrier_wait(block.full(0), 0);
-      unpack<kScaling, 0>(block.ring, block.chunk * kUnits);
+      unpack<kScaling, kWhole, 0>(block.ring, block.chunk * kUnits);
     }
 #pragma unroll 1
     for (uint32_t i = 0; i < block.chunks; ++i, turn.next())
-      multiply<kScaling, 0>(x + turn.at * (Block::kStage / 16), turn, (block.chunk + i) * kUnits, i == 0, i + 1 < block.chunks);
+      multiply<kScaling, kWhole, 0>(x + turn.at * (Block::kStage / 16), turn, (block.chunk + i) * kUnits, i == 0, i + 1 < block.chunks);
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) wgmma_wait<0>(sums[i]);
   }
 
+  template <Scaling kScaling>
+  __device__ __forceinline__ void run_groups() {
+    if (p.flush_mask == kUnits - 1)
+      run_chunks<kScaling, true>();
+    else
+      run_chunks<kScaling, false>();
+  }
+
   __device__ __forceinline__ void run() {
     if (p.weight.zeros)
-      run_chunks<kInFloats>();
+      run_groups<kInFloats>();
     else if (p.weight.scale_dtype == kOwn)
-      run_chunks<kAsStored>();
+      run_groups<kAsStored>();
     else
-      run_chunks<kInTwoParts>();
+      run_groups<kInTwoParts>();
   }
 
   __device__ __forceinline__ void store_sums(float* partial) const {
