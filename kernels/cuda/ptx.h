@@ -141,6 +141,8 @@ __device__ __forceinline__ void sync_block() { __syncthreads(); }
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 __device__ __forceinline__ uint32_t shuffle_xor(uint32_t v, int lanes) { return __shfl_xor_sync(0xffffffffu, v, lanes); }
 __device__ __forceinline__ uint32_t shuffle_from(uint32_t v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
+// The largest number of the lanes of a warp.
+__device__ __forceinline__ uint32_t largest_of_warp(uint32_t v) { return __reduce_max_sync(0xffffffffu, v); }
 // The lowest lane for which `is` holds; it does for one at least.
 __device__ __forceinline__ int first_lane(bool is) { return __ffs(static_cast<int>(__ballot_sync(0xffffffffu, is))) - 1; }
 
@@ -315,6 +317,13 @@ template <uint32_t kMask>
 __device__ __forceinline__ uint32_t and_or(uint32_t word, uint32_t bits) {
   uint32_t d;
   asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(word), "n"(kMask), "r"(bits));
+  return d;
+}
+// (word & mask) ^ bits, likewise.
+template <uint32_t kMask>
+__device__ __forceinline__ uint32_t and_xor(uint32_t word, uint32_t bits) {
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(d) : "r"(word), "n"(kMask), "r"(bits));
   return d;
 }
 // A value that the compiler takes as it is: it would compute addresses and constants again at each use, in place of keeping a register.

@@ -37,13 +37,6 @@ __device__ __forceinline__ uint32_t largest(T, const uint4& v) {
   return bits;
 }
 
-// Of all lanes of a warp.
-__device__ __forceinline__ uint32_t largest_of_warp(uint32_t bits) {
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) bits = larger(bits, shuffle_xor(bits, lanes));
-  return bits;
-}
-
 // ---- codes ----
 
 struct Rounding {

@@ -143,6 +143,20 @@ inline uint32_t shuffle_from(uint32_t v, int lane) {
   });
   return mine.result;
 }
+inline uint32_t largest_of_warp(uint32_t v) {
+  struct Operands {
+    uint32_t v, result;
+  } mine = {v, 0};
+  cuda_on_cpu::together("largest_of_warp", &mine, [](void** all) {
+    uint32_t largest = 0;
+    for (int lane = 0; lane < 32; ++lane) {
+      const uint32_t v = static_cast<Operands*>(all[lane])->v;
+      if (v > largest) largest = v;
+    }
+    for (int lane = 0; lane < 32; ++lane) static_cast<Operands*>(all[lane])->result = largest;
+  });
+  return mine.result;
+}
 inline int first_lane(bool is) {
   struct Operands {
     bool is;
@@ -175,6 +189,10 @@ inline void mbarrier_wait(uint32_t barrier, uint32_t bit) { cuda_on_cpu::mbarrie
 template <uint32_t kMask>
 uint32_t and_or(uint32_t word, uint32_t bits) {
   return (word & kMask) | bits;
+}
+template <uint32_t kMask>
+uint32_t and_xor(uint32_t word, uint32_t bits) {
+  return (word & kMask) ^ bits;
 }
 template <class V>
 V kept(V v) {
