@@ -12,7 +12,7 @@ namespace hfq {
 namespace {
 
 template <class Kind, class T, bool kZeros, int kTiles>
-__global__ void __launch_bounds__(kThreads, 2) experts_kernel(const ExpertsParams p) {
+__global__ void __launch_bounds__(kMostThreads, 2) experts_kernel(const ExpertsParams p) {
   // Neighbouring thread blocks read the same weights if their expert has many tokens: the second finds them in L2.
   const Routing& r = p.routing;
   const int64_t first_tile = static_cast<int64_t>(blockIdx.x / r.slots) * kTiles;
@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kThreads, 2) experts_kernel(const ExpertsParam
   if (run.first >= run.end) return;
   if (run.expert == r.experts) {
     const int64_t all = p.linear.weight.out_features;
-    return store_zeros(static_cast<uint16_t*>(p.linear.y), all, run, first_tile * kTileRows, kTiles * kTileRows, kThreads);
+    return store_zeros(static_cast<uint16_t*>(p.linear.y), all, run, first_tile * kTileRows, kTiles * kTileRows, kMostThreads);
   }
   LinearParams own = p.linear;
   own.weight.qweight += run.expert * r.qweight_bytes;
@@ -40,7 +40,7 @@ const char* launch_expert_tiles(const ExpertsParams& params, cudaStream_t stream
   const size_t shared = plan_ring<Kind, kZeros, kTiles>(p.linear, p.linear.tokens < 8 ? p.linear.tokens : 8);
   const int64_t tiles = (p.linear.weight.out_features + kTileRows - 1) / kTileRows;
   const unsigned blocks = static_cast<unsigned>((tiles + kTiles - 1) / kTiles * p.routing.slots);
-  return launch_early(experts_kernel<Kind, T, kZeros, kTiles>, blocks, kThreads, shared, stream, p);
+  return launch_early(experts_kernel<Kind, T, kZeros, kTiles>, blocks, kMostThreads, shared, stream, p);
 }
 
 template <class Kind, class T>

@@ -164,7 +164,8 @@ using E4m3Codes = IntCodes<8, true>;
 
 // 4-bit codes of a codebook, looked up two at a time: a byte of a word has two codes of one row, columns 0 and 2 or 1 and 3 of four, whose
 // values stand side by side in a table of 256 pairs in shared memory. Each lane has a table of its own bank, so that 32 look-ups take
-// one cycle: a byte, its place and the load for two codes, where permutations of bytes in registers would take six.
+// one cycle: the place of a byte's pair (a product of bytes: one instruction) and the load for two codes, where permutations of bytes in registers
+// would take six.
 struct TableCodes : Codes<4> {
   static constexpr bool kTable = true, kMayHaveZeros = false;
   static constexpr int kTableBytes = 256 * 32 * 4;
@@ -175,7 +176,7 @@ struct TableCodes : Codes<4> {
 #pragma unroll
     for (int j = 0; j < 2; ++j)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) a[j][i] = load_shared<uint32_t>(table + 128 * permute_bytes(words[2 * kUnit + j], 0, 0x4440u | i));
+      for (int i = 0; i < 4; ++i) a[j][i] = load_shared<uint32_t>(multiply_bytes(words[2 * kUnit + j], 128u << 8 * i, table));
   }
 
   static __device__ __forceinline__ void order(uint32_t (&a)[2][4]) {

@@ -107,11 +107,11 @@ __device__ __forceinline__ void store_sums(float* partial, const StepSums<kTiles
 }
 
 // Number `at` of the kSums sums of each warp: those of all warps, added in their order.
-template <int kWarps, int kSums>
+template <int kSums>
 __device__ __forceinline__ float sum_of_warps(const float* partial, int at) {
   float sum = 0.0f;
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) sum += partial[at + w * kSums];
+#pragma unroll 4
+  for (uint32_t w = 0; w < blockDim.x / 32; ++w) sum += partial[at + w * kSums];
   return sum;
 }
 

@@ -420,6 +420,8 @@ __device__ __forceinline__ float from_int(int32_t i) { return __int2float_rn(i);
 __device__ __forceinline__ float as_float(uint32_t bits) { return __uint_as_float(bits); }
 __device__ __forceinline__ uint32_t as_bits(float f) { return __float_as_uint(f); }
 
+// sum + the products of bytes side by side.
+__device__ __forceinline__ uint32_t multiply_bytes(uint32_t a, uint32_t b, uint32_t sum) { return __dp4a(a, b, sum); }
 // Byte i of the result is byte (selector >> 4 i) & 7 of the eight bytes b:a.
 __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 // Bits 32..63 of the product.

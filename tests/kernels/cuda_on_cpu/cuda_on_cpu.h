@@ -297,6 +297,10 @@ uint32_t fma2(T t, uint32_t a, uint32_t b, uint32_t c) {
   return d;
 }
 
+inline uint32_t multiply_bytes(uint32_t a, uint32_t b, uint32_t sum) {
+  for (int i = 0; i < 32; i += 8) sum += (a >> i & 0xff) * (b >> i & 0xff);
+  return sum;
+}
 inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
   uint32_t d = 0;
