@@ -1,6 +1,6 @@
 """CUDA kernels on the ``fragments`` layout: integers of 2, 3, 4 and 8 bits, codebooks of 4.
 
-Up to `MAX_DIRECT_TOKENS`: the packed weight is read directly (`cuda_linear`). More: it is dequantized, some rows at a time, and
+Up to `max_direct_tokens`: the packed weight is read directly (`cuda_linear`). More: it is dequantized, some rows at a time, and
 multiplied by the matrix library, which costs another pass over 16 bits per weight and reuses it for all tokens. The tokens of all
 experts of a layer go through one launch that finds each expert's on the device (`cuda_experts_linear`).
 """
@@ -22,17 +22,25 @@ from .ops import native_dtype
 from .row import AllAtOnce, Problem, stack_tiles
 
 __all__ = [
-    "MAX_DIRECT_TOKENS",
     "MAX_EXPERT_TOKENS",
     "CudaFragments",
+    "max_direct_tokens",
     "most_expert_tokens",
     "no_native_code",
     "takes_all_experts",
 ]
 
-# Measured on an H200, 4096 x 14336, 128 and 256 tokens, in microseconds: int4 51 and 112 directly, and 107 with dequantizing and the matrix library
-# (256); on an H100 with the kernel for older GPUs 66 and 130 beside 105 and 109.
-MAX_DIRECT_TOKENS = 192
+# Directly, and with dequantizing and the matrix library, in microseconds, int4. On an H100 with the kernel for older GPUs, 4096 x 14336, 66 and 130 for 128 and
+# 256 tokens, beside 105 and 109. On an H200 in large blocks (kernels/cuda/wgmma_large.h), 256, 512 and 1024 tokens (K x N):
+#   4096 x 14336    55, 113 and 223   beside  91, 136 and 218
+#   14336 x 4096    65, 109 and 201   beside  97, 132 and 225
+#   8192 x 28672   215, 430 and 794   beside 386, 550 and 930
+# 2, 3 and 8 bits gain as much, nf4 4 to 10 % with 512 tokens; zero points, which go through float32, 5 to 28 % with 256 and lose 1 to 9 % with 512.
+# With 4096 x 4096, too small for them, 512 tokens would take 33 and 36.
+_DIRECT_TOKENS = 192
+_DIRECT_TOKENS_LARGE, _DIRECT_TOKENS_LARGE_TABLE, _DIRECT_TOKENS_LARGE_ZEROS = 1024, 512, 256
+# Weights of more numbers take large blocks (kSmall in kernels/cuda/wgmma.cu), on GPUs that have the instructions.
+_SMALL, _WGMMA = 1 << 25, (9, 0)
 
 # One launch multiplies with all experts as long as that takes less than one expert after the other, for which the host waits for the
 # counts and then needs some 20 us per expert, a pass over its dequantized weights and a product of the matrix library, which is twice as fast
@@ -84,7 +92,7 @@ class CudaFragments(AllAtOnce):
         tokens = x.reshape(-1, grid.in_features)
         arguments = (*self._operands(grid), bias, *_sizes(grid))
         # Wider activations keep their precision: the kernel would round them to 16 bits.
-        if x.dtype.itemsize == 2 and tokens.shape[0] <= MAX_DIRECT_TOKENS:
+        if x.dtype.itemsize == 2 and _reads_directly(tokens, grid):
             y = call(torch.ops.hfq.cuda_linear, tokens.contiguous(), *arguments)
         else:
             y = torch.ops.hfq.cuda_linear_dequantized(tokens, *arguments)
@@ -118,6 +126,23 @@ class CudaFragments(AllAtOnce):
 
     def _operands(self, grid: PackedGrid) -> tuple[Tensor | None, ...]:
         return (grid.qweight, grid.scales, grid.zeros, grid.codebook)
+
+
+def max_direct_tokens(grid: Grid, device: torch.device) -> int:
+    """Up to how many tokens a product is faster that reads the packed weight."""
+    if grid.in_features * grid.out_features <= _SMALL:
+        return _DIRECT_TOKENS
+    if torch.cuda.get_device_capability(device) != _WGMMA:
+        return _DIRECT_TOKENS
+    if grid.zeros is not None:
+        return _DIRECT_TOKENS_LARGE_ZEROS
+    return _DIRECT_TOKENS_LARGE if grid.codebook is None else _DIRECT_TOKENS_LARGE_TABLE
+
+
+def _reads_directly(tokens: Tensor, grid: Grid) -> bool:
+    """(The device is asked only where it matters.)"""
+    found = tokens.shape[0]
+    return found <= _DIRECT_TOKENS or found <= max_direct_tokens(grid, tokens.device)
 
 
 def takes_all_experts(x: Tensor, tokens: int, grid: Grid, each: int) -> bool:

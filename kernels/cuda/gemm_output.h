@@ -8,20 +8,6 @@ namespace hfq {
 
 __device__ __forceinline__ float4 plus(const float4& a, const float4& b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
 
-// What `splits` blocks of a cluster have where `own` points to in this one's shared memory, added in their order: four on the way at a time, each
-// takes some 200 clocks.
-__device__ __forceinline__ float4 sum_of_cluster(const float4* own, uint32_t splits) {
-  float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  for (uint32_t i = 0; i < splits; i += 4) {
-    float4 parts[4];
-#pragma unroll
-    for (uint32_t j = 0; j < 4; ++j) parts[j] = i + j < splits ? load_of_block(own, i + j) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll
-    for (uint32_t j = 0; j < 4; ++j) sum = plus(sum, parts[j]);
-  }
-  return sum;
-}
-
 // Outputs n .. n+3 (those that exist; n is a multiple of 4) of token m.
 template <class T>
 __device__ __forceinline__ void store_rows(const LinearParams& p, int64_t m, int64_t n, const float4& sum) {

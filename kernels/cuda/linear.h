@@ -23,7 +23,8 @@ struct LinearParams {
   uint32_t stage_tokens;  // for which a stage has room
 };
 
-// Floats of memory for sums that the kernels need, aligned to 16 bytes; on the current device, which is that of the launch.
+// Floats of memory that the kernels need, for sums or for x in another order, aligned to 16 bytes; on the current device, which is that of the
+// launch.
 int64_t linear_workspace(const LinearParams& params);
 
 inline uint32_t group_magic(const Weight& w) {

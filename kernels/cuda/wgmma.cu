@@ -16,29 +16,16 @@ constexpr float kStartClocks = 2000;         // until a block's first stage is t
 constexpr float kClusterClocks = 1500;       // two barriers of a cluster, and the way to a neighbour's shared memory
 constexpr float kClusterBytesPerClock = 16;  // from there
 
-struct ArrangeParams {
-  const void* x;
-  void* to;
-  int64_t tokens;
-  uint32_t in_features, chunks, tile;  // tile: tokens of a stage
-};
+// Of a weight. Measured on an H200, in us (K x N): 16 tokens of 4096 x 4096 take 9.2, 8.3 with gemm_kernel.h; of 4096 x 14336 17.3 and 21.2.
+// 128 tokens of 4096 x 4096 take 23.8 in large blocks, of which there are few, 20.8 in others; of 4096 x 14336 34.6 and 50.2, of 14336 x 4096 45.4
+// and 59.1, of 8192 x 28672 117 and 218. (64 tokens in large blocks of as many were slower everywhere: 32.8 beside 29.6.)
+constexpr int64_t kSmall = int64_t{1} << 25;
 
-// A thread has 16 bytes of a token: a word of each of four pieces.
-__global__ void __launch_bounds__(256) arrange_kernel(const ArrangeParams p) {
-  let_next_kernel_start();
-  const uint32_t at = blockIdx.x * 256 + threadIdx.x, of_token = 16 * p.chunks;
-  const uint32_t token = at / of_token, piece = at % of_token, chunk = piece / 16, half = piece / 8 % 2, unit = piece / 4 % 2, t = piece % 4;
-  const uint32_t row = token % p.tile;
-  wait_for_previous_kernel();
-  uint4 v = {};
-  if (token < p.tokens && 8 * piece < p.in_features)
-    v = load_written(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(p.x) + static_cast<int64_t>(token) * p.in_features + 8 * piece));
-  uint8_t* const to = static_cast<uint8_t*>(p.to) +
-                      ((static_cast<int64_t>(token / p.tile) * p.chunks + chunk) * 2 + half) * p.tile * 128 + row * 128 + 4 * t;
-  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-  for (uint32_t i = 0; i < 4; ++i)
-    if (token / p.tile * p.tile < p.tokens) store(reinterpret_cast<uint32_t*>(to + 16 * ((4 * unit + i) ^ row % 8)), words[i]);
+int64_t numbers(const LinearParams& p) { return p.weight.out_features * p.weight.in_features; }
+
+bool wanted(const char* value) {
+  const char* const set = std::getenv("HFQ_CUDA_WGMMA");
+  return set && std::strcmp(set, value) == 0;
 }
 
 int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -51,35 +38,14 @@ const char* launch_kind(const WgmmaParams& p, cudaStream_t stream) {
 }  // namespace
 
 bool takes_wgmma(const LinearParams& p) {
-  // Measured on an H200: 4096 x 4096 weights take 9.2 us with 16 tokens, 8.3 with gemm_kernel.h; 4096 x 14336 17.3 and 21.2.
-  constexpr int64_t kSmall = int64_t{1} << 25;
-  const char* const set = std::getenv("HFQ_CUDA_WGMMA");
-  const bool never = set && std::strcmp(set, "0") == 0, always = set && std::strcmp(set, "1") == 0;
-  if (never) return false;
-  if (p.tokens <= 16 && p.weight.out_features * p.weight.in_features < kSmall && !always) return false;
+  if (wanted("0") || (p.tokens <= 16 && numbers(p) < kSmall && !wanted("1") && !wanted("large"))) return false;
   if (compute_capability() != 90 || !wgmma_was_compiled()) return false;
   return of_kind(p.weight, runs_wgmma_int2, runs_wgmma_int3, runs_wgmma_int4, runs_wgmma_int8, runs_wgmma_table4, runs_wgmma_e4m3)(p);
 }
 
-bool takes_large_wgmma(int64_t tokens) {
-  const char* const set = std::getenv("HFQ_CUDA_WGMMA_LARGE");
-  return set && ((set[0] == '1' && tokens > 64) || (set[0] == '2' && tokens > 32) || (set[0] == '3' && tokens > 16) || set[0] == '4');
-}
+bool takes_large_wgmma(const LinearParams& p) { return p.tokens > 64 && (numbers(p) > kSmall || wanted("large")); }
 
-int64_t wgmma_workspace(const LinearParams& p) {
-  if (!takes_large_wgmma(p.tokens)) return 0;
-  const int64_t tokens = p.tokens > 64 ? 128 : p.tokens > 32 ? 64 : p.tokens > 16 ? 32 : 16;
-  return divided(p.tokens, tokens) * tokens * divided(p.weight.in_features, kWgmmaColumns) * kWgmmaColumns / 2;
-}
-
-const char* launch_arrange(const LinearParams& params, int tokens, cudaStream_t stream) {
-  ArrangeParams p = {};
-  p.x = params.x, p.to = params.workspace;
-  p.tokens = params.tokens, p.in_features = static_cast<uint32_t>(params.weight.in_features), p.tile = tokens;
-  p.chunks = static_cast<uint32_t>(divided(params.weight.in_features, kWgmmaColumns));
-  const int64_t pieces = divided(params.tokens, tokens) * tokens * p.chunks * 16;
-  return launch_early(arrange_kernel, static_cast<unsigned>(divided(pieces, 256)), 256, 0, stream, p);
-}
+int64_t wgmma_workspace(const LinearParams& p) { return takes_large_wgmma(p) ? arranged_floats(p) : 0; }
 
 // The number of blocks that share the columns with which the last round of clusters ends first.
 WgmmaPlan plan_wgmma(const LinearParams& p, const WgmmaShape& shape) {

@@ -7,6 +7,7 @@ namespace hfq {
 
 constexpr int kWgmmaColumns = 128;     // of a stage
 constexpr int kMostClusterBlocks = 8;  // that any GPU of compute capability 9.0 takes
+constexpr int kLargeTokens = 128;      // of a thread block of wgmma_large.h
 // Of shared memory: all that a thread block may have. 28 KiB are left to the L1 cache, through which x goes, 16 KiB at a time.
 constexpr int kMostWgmmaBytes = 227 << 10;
 
@@ -27,19 +28,20 @@ struct WgmmaShape {
 
 WgmmaPlan plan_wgmma(const LinearParams& params, const WgmmaShape& shape);
 
-// Whether launch_linear takes these kernels for more than few tokens: where they are faster than gemm_kernel.h, unless HFQ_CUDA_WGMMA is 0; with 1,
-// elsewhere as well.
+// Whether launch_linear takes these kernels for more than few tokens: where they are faster than gemm_kernel.h, unless HFQ_CUDA_WGMMA is 0; with 1 or
+// "large" elsewhere as well.
 bool takes_wgmma(const LinearParams& params);
 
-// Whether so many tokens take wgmma_large.h: more than 64 where HFQ_CUDA_WGMMA_LARGE is 1, more than 32 where it is 2. (Nobody has measured it.)
-bool takes_large_wgmma(int64_t tokens);
+// Whether a product that takes them takes wgmma_large.h: more than 64 tokens with a weight that is not small, or with HFQ_CUDA_WGMMA=large any.
+bool takes_large_wgmma(const LinearParams& params);
 
-// Of the workspace of such a product: x, as launch_arrange leaves it.
+// Floats of the workspace of a product that takes these kernels.
 int64_t wgmma_workspace(const LinearParams& params);
 
-// Enqueues what writes x to the workspace as stages of `tokens` tokens have it: [ceil(M / tokens), ceil(K / 128), 2 halves, tokens, 128 bytes], words and
-// pieces in the places of wgmma_block.h, and zeros for what does not exist.
-const char* launch_arrange(const LinearParams& params, int tokens, cudaStream_t stream);
+// Of x in the order of wgmma_large.h; and what enqueues the kernel that writes it to the workspace so (wgmma_tokens.cu). Words and pieces of 16 bytes
+// are in the places of wgmma_block.h; numbers of tokens and columns that do not exist are zeros.
+int64_t arranged_floats(const LinearParams& params);
+const char* launch_arrange(const LinearParams& params, cudaStream_t stream);
 
 // Whether the kernels are there for the current device: those of a build for sm_90 without the "a" are empty.
 bool wgmma_was_compiled();

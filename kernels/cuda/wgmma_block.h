@@ -8,12 +8,13 @@
 //   so word 4t + 2j + h of a unit of x (two columns each) goes to word 4 (2j + h) + t, in 16-byte piece 2j + h
 //   and piece p of the row of token m stands in place p ^ m % 8: that is the swizzle of 128 bytes
 //
-// Words move, so x goes through registers: a lane loads four words of a token, 16 bytes, and stores each by itself. 32 lanes have 64 columns of four
-// tokens: they load 128 bytes of each, and write the 32 banks once.
-//
 // A ring of stages has chunks of 128 columns. Four warps fill it. Codes and scales come in bulk, a copy for each tile, as far ahead as there are
-// stages. x of the next chunk is on its way to registers while the ring is full. Its stores are made known to wgmma by those who made them: a fence
-// that might wait for cp.async of its thread, so that there are none.
+// stages.
+//
+// Words of x move, so it goes through registers: a lane loads four words of a token, 16 bytes, and stores each by itself. 32 lanes have 64 columns of
+// four tokens: they load 128 bytes of each, and write the 32 banks once. x of the next chunk is on its way to registers while the ring is full. Its
+// stores are made known to wgmma by those who made them: a fence that might wait for cp.async of its thread, so that there are none. (Large blocks:
+// wgmma_tokens.cu has moved the words, and x comes in bulk, too.)
 #pragma once
 
 #include <type_traits>
@@ -26,6 +27,7 @@ namespace {
 
 template <class Kind, class T, int kTokens_, bool kLarge = false>
 struct WgmmaBlock {
+  static_assert(!kLarge || kTokens_ == kLargeTokens);
   static constexpr int kTokens = kTokens_;
   static constexpr int kBits = Kind::kWords == 6 ? 3 : 128 / (Kind::kUnits * 16);  // 128 bits of a lane for 16 codes of each unit
   static constexpr int kTiles = kTokens > 64 && !kLarge ? 8 : 16, kRows = kTiles * kTileRows, kWarpTiles = kLarge ? 2 : 1;
@@ -33,8 +35,8 @@ struct WgmmaBlock {
   // Registers of a thread. Where the copying warps give some to the others, all have as many at first as there are for all (ptxas' number, which
   // has to be this one: tests/kernels/test_ptxas.py).
   static constexpr int kAtFirst = kConsumers == 16 ? 96 : 168;
-  static constexpr int kOfConsumers = kTokens == 128 ? (kLarge ? 216 : 216) : kTokens == 64 && !kLarge ? 104 : kAtFirst;
-  static constexpr int kOfProducers = kTokens == 128 ? (kLarge ? 72 : 72) : kTokens == 64 && !kLarge ? 64 : kAtFirst;
+  static constexpr int kOfConsumers = kTokens == 128 ? 216 : kTokens == 64 ? 104 : kAtFirst;
+  static constexpr int kOfProducers = kTokens == 128 ? 72 : kTokens == 64 ? 64 : kAtFirst;
   static_assert(kConsumers * kOfConsumers + kProducers * kOfProducers <= (kConsumers + kProducers) * kAtFirst);
   static constexpr int kUnits = kWgmmaColumns / kUnitColumns;  // of a chunk
   static constexpr int kBlocks = kWgmmaColumns / kBlockColumns<kBits>, kBytes = kBlocks * kBlockBytes<kBits>;  // of a chunk of one tile
@@ -131,41 +133,43 @@ __device__ __forceinline__ uint32_t scales_of(const WgmmaParams& p, uint32_t uni
 
 // ---- from global memory to stages
 
-// Codes, scales and zero points of the tiles of a warp, in bulk: a copy of each lane. (One thread that asks for all of them is slower, 16.4 us instead
+// Codes, scales and zero points of the tiles of a warp, in bulk: a copy of each lane. (One thread that asks for all is slower, 16.4 us instead
 // of 15.5: H200, 4096 x 14336, 16 tokens.)
 template <class Block>
 struct WgmmaWeights {
   static constexpr int kTiles = Block::kTiles / Block::kProducers, kBytes = Block::kBytes;
 
-  const Weight& weight;
-  int tiles;                  // of the warp's that exist
-  uint32_t tile_bytes, unit;  // of codes; the first unit of the chunk that is copied next
+  const WgmmaParams& p;
+  const Block& block;
+  uint32_t unit;        // the first one of the chunk that is copied next
+  uint32_t tiles;       // of the warp's that exist
+  uint32_t tile_bytes;  // of codes
   // Of the lane: whether it copies something of a tile, and codes or numbers, from where, and to where in a stage.
   bool copies, numbers;
   const uint8_t* from;
   uint32_t to;
 
-  __device__ __forceinline__ WgmmaWeights(const WgmmaParams& p, const Block& block, int warp) : weight(p.weight) {
+  __device__ __forceinline__ WgmmaWeights(const WgmmaParams& params, const Block& b, int warp)
+      : p(params), block(b), unit(b.chunk * Block::kUnits) {
     const Weight& w = p.weight;
-    const int64_t first = static_cast<int64_t>(block.first_tile) + warp * kTiles, all = (w.out_features + kTileRows - 1) / kTileRows - first;
-    tiles = static_cast<int>(all < 0 ? 0 : all < kTiles ? all : kTiles);
+    const int64_t first = static_cast<int64_t>(block.first_tile) + warp * kTiles, left = (w.out_features + kTileRows - 1) / kTileRows - first;
+    tiles = static_cast<uint32_t>(left < 0 ? 0 : left < kTiles ? left : kTiles);
     tile_bytes = static_cast<uint32_t>((w.in_features + kBlockColumns<Block::kBits> - 1) / kBlockColumns<Block::kBits>) * kBlockBytes<Block::kBits>;
-    unit = block.chunk * Block::kUnits;
-    const int lane = threadIdx.x % 32, what = lane / kTiles, tile = lane % kTiles;  // codes, scales, zero points
+    const uint32_t lane = threadIdx.x % 32, what = lane / kTiles, tile = lane % kTiles;  // codes, scales, zero points
     copies = tile < tiles && what < (w.zeros ? 3 : 2), numbers = what > 0;
     const void* const of_what = what == 0 ? w.qweight : what == 1 ? w.scales : w.zeros;
     from = static_cast<const uint8_t*>(of_what) + (first + tile) * (numbers ? w.groups * 8 * pair_bytes(w.scale_dtype) : tile_bytes);
-    const int begin = what == 0 ? Block::kCodesAt : what == 1 ? Block::kScalesAt : Block::kZerosAt;
+    const uint32_t begin = what == 0 ? Block::kCodesAt : what == 1 ? Block::kScalesAt : Block::kZerosAt;
     to = begin + (warp * kTiles + tile) * (numbers ? Block::kScaleBytes : kBytes);
   }
 
-  // The next chunk to a stage. `more`: bytes that come beside these.
-  __device__ __forceinline__ void copy(const WgmmaParams& p, uint32_t stage, uint32_t full, uint32_t more) {
+  // The next chunk, to stage `at`. `more`: bytes of it that come beside these.
+  __device__ __forceinline__ void copy(uint32_t at, uint32_t more) {
     const uint32_t codes = unit / Block::kUnits * kBytes, left = tile_bytes - codes, code_bytes = left < kBytes ? left : kBytes;
     const uint32_t group = group_of(p, unit), groups = group_of(p, unit + Block::kUnits - 1) - group + 1;
-    const uint32_t of_group = 8 * pair_bytes(weight.scale_dtype), number_bytes = groups * of_group;
-    if (threadIdx.x % 32 == 0) mbarrier_arrive_and_expect(full, more + tiles * (code_bytes + (weight.zeros ? 2 : 1) * number_bytes));
-    if (copies) copy_bulk(stage + to, from + (numbers ? group * of_group : codes), numbers ? number_bytes : code_bytes, full);
+    const uint32_t of_group = 8 * pair_bytes(p.weight.scale_dtype), number_bytes = groups * of_group, full = block.full(at);
+    if (threadIdx.x % 32 == 0) mbarrier_arrive_and_expect(full, more + tiles * (code_bytes + (p.weight.zeros ? 2 : 1) * number_bytes));
+    if (copies) copy_bulk(block.stage(at) + to, from + (numbers ? group * of_group : codes), numbers ? number_bytes : code_bytes, full);
     unit += Block::kUnits;
   }
 };
@@ -205,7 +209,7 @@ struct WgmmaProducer {
   // zeros.
   __device__ __forceinline__ void run() {
 #pragma unroll 1
-    for (uint32_t i = 0; i < block.chunks && i < Block::kStages; ++i) copy_weight(i);
+    for (uint32_t i = 0; i < block.chunks && i < Block::kStages; ++i) weights.copy(i, 0);
     wait_for_previous_kernel();
     if (x_chunk < block.chunks) load_x(0);
     Turn<Block::kStages> turn;
@@ -214,7 +218,7 @@ struct WgmmaProducer {
       if (turn.round) {
         mbarrier_wait(block.empty(turn.at), (turn.round - 1) % 2);
         sync_warp();  // a lane that copies nothing could come so late that it sees the bit of the next phase but one
-        copy_weight(turn.at);
+        weights.copy(turn.at, 0);
       }
       if (i != x_chunk) continue;
 #pragma unroll
@@ -229,8 +233,6 @@ struct WgmmaProducer {
       if (x_chunk < block.chunks) load_x(0);
     }
   }
-
-  __device__ __forceinline__ void copy_weight(uint32_t at) { weights.copy(p, block.stage(at), block.full(at), 0); }
 
   // Piece i of a step: of which half of the columns that are the warp's, and which four tokens, from its first ones on.
   static __device__ __forceinline__ int half_of(int i) { return i / (kPieces / kHalves); }

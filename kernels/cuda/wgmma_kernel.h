@@ -3,11 +3,11 @@
 // Four warps fill a ring of stages (wgmma_block.h). The others have a tile each; they wait for a stage to be full, and say when it is empty, so that
 // none waits for another that is behind. While the instructions of a unit run, the next one's numbers are made. Scales multiply float32 sums after a
 // group, or a chunk if that ends first; sums of x for zero points come from mma with ones, as in gemm_kernel.h.
-// (HFQ_CUDA_WGMMA_LARGE: wgmma_large.h.)
+// (More than 64 tokens with large weights: wgmma_large.h.)
 //
 // x costs as many bytes of L2 as codes do: 64 tokens as many as 256 rows of 4 bits. So 256 rows share it; 128 tokens leave registers for 128 rows
-// only. Few rows leave multiprocessors without work: then the columns are cut, the blocks that share rows are a cluster, and each adds up its
-// part of the rows from all blocks' shared memory, in their order.
+// only, which suits small weights. Few rows leave multiprocessors without work: then the columns are cut, the blocks that share rows are a cluster,
+// and each adds up its part of the rows from all blocks' shared memory, in their order.
 #pragma once
 
 #include <type_traits>
@@ -22,6 +22,9 @@
 namespace hfq {
 namespace {
 
+// The same for all lanes, as the compiler then knows: what depends on it is not divergent.
+__device__ __forceinline__ int own_warp() { return shuffle_from(threadIdx.x / 32, 0); }
+
 // ---- from stages to sums: a warp for each tile of rows
 
 template <class Kind, class T, class Block>
@@ -31,15 +34,15 @@ struct WgmmaConsumer {
 
   const WgmmaParams& p;
   const Block& block;
-  int lane, warp;
+  int lane;
   uint32_t codes_at, scales_at;  // what the lane reads, from the beginning of a stage
   uint32_t table;                // of the lane
   float sums[kSums] = {}, products[kSums];
   Kind codes;
   uint32_t a[2][2][4];           // of two units, in turns
 
-  __device__ __forceinline__ WgmmaConsumer(const WgmmaParams& params, const Block& b, int own)
-      : p(params), block(b), lane(threadIdx.x % 32), warp(own) {
+  __device__ __forceinline__ WgmmaConsumer(const WgmmaParams& params, const Block& b, int warp)
+      : p(params), block(b), lane(threadIdx.x % 32) {
     codes_at = kept(static_cast<uint32_t>(Block::kCodesAt + warp * Block::kBytes + 16 * lane));
     scales_at = kept(static_cast<uint32_t>(Block::kScalesAt + warp * Block::kScaleBytes + lane / 4 * pair_bytes(p.weight.scale_dtype)));
     if constexpr (Kind::kTable) table = kept(block.ring + Block::kRing + 4 * lane);
@@ -59,6 +62,7 @@ struct WgmmaConsumer {
   // Sums of activations over the units for which scales are applied at once: the warp's share of the tokens.
   __device__ __forceinline__ void add_activations(uint32_t at) const {
     constexpr uint32_t kOne = kBoth<T, 1>, ones[4] = {kOne, kOne, kOne, kOne};
+    const int warp = own_warp();  // again: a register less through all chunks
     if (warp >= kTokenTiles) return;
     uint8_t* const stage = block.memory + at * Block::kStage;
     float* to = reinterpret_cast<float*>(stage + Block::kXSumsAt);
@@ -163,7 +167,7 @@ struct WgmmaConsumer {
       run_chunks<false>();
   }
 
-  __device__ __forceinline__ void store_sums(float* partial) const { store_tile<Block>(partial, warp, sums); }
+  __device__ __forceinline__ void store_sums(float* partial) const { store_tile<Block>(partial, own_warp(), sums); }
 };
 
 // ---- from sums to memory: blocks of other columns are added, in their order, and rows are stored side by side
@@ -212,7 +216,7 @@ __global__ void __launch_bounds__(WgmmaBlock<Kind, T, kTokens, kLarge>::kThreads
   let_next_kernel_start();
   if (threadIdx.x == 0) block.init_barriers();
   sync_block();
-  const int warp = shuffle_from(threadIdx.x / 32, 0);  // the same for all lanes, as the compiler now knows: loops below are not divergent
+  const int warp = own_warp();
   if (warp >= Block::kConsumers) {
     if constexpr (Block::kOfProducers < Block::kAtFirst) give_registers<Block::kOfProducers>();
     std::conditional_t<kLarge, WgmmaLargeProducer<Block>, WgmmaProducer<Block>> mine(p, block, warp - Block::kConsumers);
@@ -263,29 +267,27 @@ const char* launch_wgmma_tokens(const WgmmaParams& params, cudaStream_t stream) 
   WgmmaParams p = params;
   p.token_tiles = static_cast<uint32_t>((p.tokens + kTokens - 1) / kTokens);
   p.plan = plan_tokens<Kind, T, kTokens, kLarge>(p);
-  if constexpr (kLarge)
-    if (const char* error = launch_arrange(p, kTokens, stream)) return error;
   if (p.plan.splits == 0) return "the kernel with wgmma does not run here";  // takes_wgmma asks before
+  if constexpr (kLarge)
+    if (const char* error = launch_arrange(p, stream)) return error;
   const int64_t blocks = (p.weight.out_features + Block::kRows - 1) / Block::kRows * p.token_tiles * p.plan.splits;
   return launch_clusters(kKernel, static_cast<unsigned>(blocks), p.plan.splits, Block::kThreads, Block::kSharedBytes, stream, p);
 }
 
-// `use` of the smallest number of tokens of a thread block that a kernel has for so many tokens, and of whether it is the large one, as types. (Where
-// another compiler has chosen registers that the large one cannot run with, gemm_kernel.h is taken: runs_wgmma_of.)
+// `use` of what a thread block takes of this product, as types: how many tokens, the fewest that hold all, and whether it is the large one. (Where it
+// does not run, because another compiler has chosen other registers, takes_wgmma says no and gemm_kernel.h is taken.)
 template <class Use>
-auto with_block(int64_t tokens, const Use& use) {
-  const bool large = takes_large_wgmma(tokens);
-  if (tokens <= 16) return use(std::integral_constant<int, 16>{}, std::false_type{});
-  if (tokens <= 32) return use(std::integral_constant<int, 32>{}, std::false_type{});
-  if (tokens <= 64 && large) return use(std::integral_constant<int, 64>{}, std::true_type{});
-  if (tokens <= 64) return use(std::integral_constant<int, 64>{}, std::false_type{});
-  if (large) return use(std::integral_constant<int, 128>{}, std::true_type{});
+auto with_block(const LinearParams& p, const Use& use) {
+  if (p.tokens <= 16) return use(std::integral_constant<int, 16>{}, std::false_type{});
+  if (p.tokens <= 32) return use(std::integral_constant<int, 32>{}, std::false_type{});
+  if (p.tokens <= 64) return use(std::integral_constant<int, 64>{}, std::false_type{});
+  if (takes_large_wgmma(p)) return use(std::integral_constant<int, kLargeTokens>{}, std::true_type{});
   return use(std::integral_constant<int, 128>{}, std::false_type{});
 }
 
 template <class Kind>
 bool runs_wgmma_of(const LinearParams& p) {
-  return with_block(p.tokens, [&](auto tokens, auto large) {
+  return with_block(p, [&](auto tokens, auto large) {
     constexpr int kTokens = decltype(tokens)::value;
     constexpr bool kLarge = decltype(large)::value;
     return (p.x_dtype == kBFloat16 ? plan_tokens<Kind, BFloat16, kTokens, kLarge>(p) : plan_tokens<Kind, Float16, kTokens, kLarge>(p)).splits > 0;
@@ -294,7 +296,7 @@ bool runs_wgmma_of(const LinearParams& p) {
 
 template <class Kind>
 const char* launch_wgmma_of(const WgmmaParams& p, cudaStream_t stream) {
-  return with_block(p.tokens, [&](auto tokens, auto large) {
+  return with_block(p, [&](auto tokens, auto large) {
     constexpr int kTokens = decltype(tokens)::value;
     constexpr bool kLarge = decltype(large)::value;
     return p.x_dtype == kBFloat16 ? launch_wgmma_tokens<Kind, BFloat16, kTokens, kLarge>(p, stream)

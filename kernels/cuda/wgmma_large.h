@@ -1,10 +1,10 @@
-// From stages to sums for many tokens: 256 rows and 128 tokens (or 64), for which accumulators leave no registers for a second set of sums.
+// From stages to sums for many tokens: 256 rows and 128 tokens, for which accumulators leave no registers for a second set of sums.
 //
 // So weights are what they are after dequantizing: a number times its scale, rounded to 16 bits, as unpack.cu does it and the matrix library reads it
-// with many tokens. Where scales have the dtype of x and there are no zero points that is one multiplication of two numbers; else it goes through
-// float32.
+// with many tokens (Scaling says how, and where a weight can be the other one of two neighbours). x comes in the order of stages (wgmma_tokens.cu).
 // Each of 8 warps has two tiles, each of two warpgroups two instructions side by side. Tensor cores take 2048 clocks for a chunk of 128 tokens,
-// while a scheduler issues some 780 instructions of consumers and 300 of a copying warp (4 bits, bfloat16; through float32 up to twice as many).
+// while a scheduler issues some 880 instructions of consumers (4 bits, bfloat16, scales in two parts; through float32 1720). Measured on an H200:
+// 2230 clocks.
 #pragma once
 
 #include "wgmma_block.h"
@@ -12,27 +12,27 @@
 namespace hfq {
 namespace {
 
-// Fills stages, a quarter of them each warp, in bulk. x of a stage lies as it will (launch_arrange).
+// Fills stages, a quarter of each a warp, in bulk. (One warp whose lanes ask for all 33 copies of a chunk needs some 80 clocks for each, 2600 beside
+// the 2048 of the tensor cores.)
 template <class Block>
 struct WgmmaLargeProducer {
   static constexpr int kXBytes = 2 * Block::kHalf, kShare = kXBytes / Block::kProducers;
 
-  const WgmmaParams& p;
   const Block& block;
   WgmmaWeights<Block> weights;
-  const uint8_t* x_from;  // of the next stage
-  uint32_t x_to;
+  uint32_t x_to;          // the warp's share of x, in a stage
+  const uint8_t* x_from;  // of the chunk that is copied next
 
-  __device__ __forceinline__ WgmmaLargeProducer(const WgmmaParams& params, const Block& b, int warp)
-      : p(params), block(b), weights(params, b, warp), x_to(warp * kShare) {
-    const uint32_t chunks = static_cast<uint32_t>((p.weight.in_features + kWgmmaColumns - 1) / kWgmmaColumns);
-    x_from = reinterpret_cast<const uint8_t*>(p.workspace) + (static_cast<int64_t>(block.first_token) * chunks + block.chunk * Block::kTokens) * 256 + x_to;
+  __device__ __forceinline__ WgmmaLargeProducer(const WgmmaParams& p, const Block& b, int warp)
+      : block(b), weights(p, b, warp), x_to(warp * kShare) {
+    const int64_t chunks = (p.weight.in_features + kWgmmaColumns - 1) / kWgmmaColumns, tile = block.first_token / Block::kTokens;
+    x_from = reinterpret_cast<const uint8_t*>(p.workspace) + (tile * chunks + block.chunk) * kXBytes + x_to;
   }
 
   __device__ __forceinline__ void run() {
     const uint32_t ahead = block.chunks < Block::kStages ? block.chunks : Block::kStages;
 #pragma unroll 1
-    for (uint32_t i = 0; i < ahead; ++i) copy_weight(i);
+    for (uint32_t i = 0; i < ahead; ++i) weights.copy(i, kShare);
     wait_for_previous_kernel();
 #pragma unroll 1
     for (uint32_t i = 0; i < ahead; ++i) copy_x(i);
@@ -41,12 +41,10 @@ struct WgmmaLargeProducer {
     for (uint32_t i = ahead; i < block.chunks; ++i, turn.next()) {
       mbarrier_wait(block.empty(turn.at), turn.round % 2);
       sync_warp();  // a lane that copies nothing could come so late that it sees the bit of the next phase but one
-      copy_weight(turn.at);
+      weights.copy(turn.at, kShare);
       copy_x(turn.at);
     }
   }
-
-  __device__ __forceinline__ void copy_weight(uint32_t at) { weights.copy(p, block.stage(at), block.full(at), kShare); }
 
   __device__ __forceinline__ void copy_x(uint32_t at) {
     if (threadIdx.x % 32 == 0) copy_bulk(block.stage(at) + x_to, x_from, kShare, block.full(at));
@@ -54,18 +52,20 @@ struct WgmmaLargeProducer {
   }
 };
 
-// How a number of 16 bits becomes a weight.
+// How a number of 16 bits becomes a weight. What dequantizing gives is the product in float32, rounded.
 enum Scaling {
-  kAsStored,    // times a scale of the same dtype
-  kInTwoParts,  // times a wider scale, rounded, and times what that lacks: as good as once in float32 but for a tie in some hundred
-  kInFloats,    // in float32, for zero points
+  kAsStored,    // times a scale of the dtype of x: the same
+  kInTwoParts,  // times a scale of another dtype, rounded to bfloat16, and times what that lacks, rounded: the same but where the product is within
+                // 2^-15 of the middle of two bfloat16s, one of some hundred, which may become the other one
+  kInFloats,    // the same: for zero points, and for float16, in which what small scales lack would be subnormal, and large ones infinite
 };
 
 template <class Kind, class T, class Block>
 struct WgmmaLargeConsumer {
   static constexpr int kTiles = Block::kWarpTiles, kUnits = Block::kUnits, kSums = Block::kSums;
   static constexpr float kMiddle = 1 << (Block::kBits - 1);
-  static constexpr DType kOwn = std::is_same<T, BFloat16>::value ? kBFloat16 : kFloat16;
+  static constexpr bool kIsBFloat16 = std::is_same<T, BFloat16>::value;
+  static constexpr DType kOwn = kIsBFloat16 ? kBFloat16 : kFloat16;
 
   const WgmmaParams& p;
   const Block& block;
@@ -75,9 +75,9 @@ struct WgmmaLargeConsumer {
   float sums[kTiles][kSums] = {};
   Kind codes[kTiles];
   Pair scales[kTiles], zeros[kTiles];
-  uint32_t factors[kTiles][2];      // the scales of rows g and g + 8, twice each
-  uint32_t rests[kTiles][2];        // what they lack in 16 bits
-  uint32_t a[2][kTiles][2][4];      // of two units, in turns
+  uint32_t factors[kTiles][2];  // the scales of rows g and g + 8, twice each, in 16 bits
+  uint32_t rests[kTiles][2];    // what those lack
+  uint32_t a[2][kTiles][2][4];  // of two units, in turns
 
   __device__ __forceinline__ WgmmaLargeConsumer(const WgmmaParams& params, const Block& b, int warp)
       : p(params), block(b), lane(threadIdx.x % 32), first_tile(warp / 4 * 4 * kTiles + warp % 4) {
@@ -87,7 +87,7 @@ struct WgmmaLargeConsumer {
     if constexpr (Kind::kTable) table = kept(block.ring + Block::kRing + 4 * lane);
   }
 
-  // Weights of unit `u` of a stage, of which `unit` is the first one of all columns. `kDirect`: in 16 bits.
+  // Weights of unit `u` of a stage, of which `unit` is the first one of all columns. `kWhole`: scales change with chunks only.
   template <Scaling kScaling, bool kWhole, int u>
   __device__ __forceinline__ void unpack(uint32_t stage, uint32_t unit) {
     const bool new_scales = kWhole ? u == 0 : (u & p.flush_mask) == 0;
@@ -164,7 +164,6 @@ struct WgmmaLargeConsumer {
     }
   }
 
-  // `kWhole`: scales change with chunks only.
   template <Scaling kScaling, bool kWhole>
   __device__ __forceinline__ void run_chunks() {
     const uint64_t x = x_descriptor(block.ring);
@@ -194,7 +193,7 @@ struct WgmmaLargeConsumer {
     else if (p.weight.scale_dtype == kOwn)
       run_groups<kAsStored>();
     else
-      run_groups<kInTwoParts>();
+      run_groups<kIsBFloat16 ? kInTwoParts : kInFloats>();
   }
 
   __device__ __forceinline__ void store_sums(float* partial) const {

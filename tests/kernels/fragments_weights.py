@@ -57,10 +57,16 @@ class Weight:
     magnitudes: Tensor
 
     def rounded(self, dtype: torch.dtype) -> Tensor:
-        """Weights as kernels multiply them that round them: those of the reference, but that a table holds numbers of that dtype."""
-        if self.operands[3] is None or self.sizes[0] == 8:
-            return self.reference(dtype)
-        return (self.values.to(dtype).float() * self.scales.float()).to(dtype)
+        """Weights as kernels multiply them that round them (wgmma_large.h): those of the reference, but that a table holds numbers of that dtype, and for scales in two parts."""
+        _, scales, zeros, table = self.neutral
+        assert scales is not None
+        looked_up = table is not None and self.sizes[0] == 4
+        values = self.values.to(dtype) if looked_up else self.values
+        if dtype == torch.bfloat16 and zeros is None and scales.dtype != dtype:
+            return _in_two_parts(values.double(), self.scales)
+        if looked_up:
+            return (values.float() * self.scales.float()).to(dtype)
+        return self.reference(dtype)
 
     def check(
         self, y: Tensor, x: Tensor, bias: Tensor | None = None, rounded: bool = False
@@ -97,18 +103,35 @@ class Weight:
         return replace(self, operands=(self.operands[0], bad, *self.operands[2:]))
 
 
+def _in_two_parts(values: Tensor, scales: Tensor) -> Tensor:
+    """bfloat16 of values times scales (float64) by two multiply-adds in bfloat16."""
+    high = scales.bfloat16().double()
+    rest = (scales - high).bfloat16().double()
+    return _nearest(values * high + _nearest(values * rest)).bfloat16()
+
+
+def _nearest(numbers: Tensor) -> Tensor:
+    """Rounded once to the 8 bits of bfloat16s; PyTorch would round float64 to float32 before."""
+    dropped = 52 - 7
+    bits = numbers.view(torch.int64)
+    bits = bits + (1 << dropped - 1) - 1 + (bits >> dropped & 1)
+    return (bits >> dropped << dropped).view(torch.float64)
+
+
 def random_weight(
     generator: torch.Generator,
     shape: Shape,
     kind: Kind,
     scale_dtype: torch.dtype = torch.float16,
+    largest_scale: float = 0.021,
 ) -> Weight:
     (rows, columns, group_size), (bits, extra) = shape, kind
     group_size = group_size or columns
     groups = -(-columns // group_size)
     codes = torch.randint(0, 1 << bits, (rows, columns), generator=generator, dtype=torch.uint8)
     codes[0, 0], codes[-1, -1] = 0, (1 << bits) - 1
-    scales = (torch.rand(rows, groups, generator=generator) * 0.02 + 1e-3).to(scale_dtype)
+    scales = torch.rand(rows, groups, generator=generator) * 0.02 + 1e-3
+    scales = (scales * (largest_scale / 0.021)).to(scale_dtype)
     by_column = torch.arange(columns) // group_size
     middle, zeros, table = float(1 << (bits - 1)), None, None
     if extra == "zeros":

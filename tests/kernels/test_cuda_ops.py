@@ -318,6 +318,31 @@ REFUSED: dict[str, tuple[tuple[dict[str, Any], str], ...]] = {
 }
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
+@pytest.mark.parametrize(
+    ("format_name", "spec", "most"),
+    [
+        ("int", IntSpec(group_size=32), 1024),
+        ("int", IntSpec(group_size=32, sym=False), 256),
+        ("nf4", CodebookSpec(group_size=32), 512),
+    ],
+)
+def test_how_many_tokens_read_the_packed_weight(
+    monkeypatch: pytest.MonkeyPatch,
+    random_weight: Callable[..., Tensor],
+    capability: tuple[int, int],
+    format_name: str,
+    spec: QuantSpec,
+    most: int,
+) -> None:
+    """More where the GPU has large blocks and the weight is as large as they are for (test_cuda_wgmma_large_emulated.py)."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    grid = stored(random_weight(N, K), format_name, spec)
+    for out_features, tokens in ((4096, 192), (4104, most if capability == (9, 0) else 192)):
+        wide = replace(grid, in_features=8192, out_features=out_features)
+        assert cuda.max_direct_tokens(wide, torch.device("cuda")) == tokens
+
+
 @pytest.mark.parametrize(("format_name", "spec"), ONE_OF_EACH)
 def test_reasons_to_refuse(
     machine: Callable[..., None],

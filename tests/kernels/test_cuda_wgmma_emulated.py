@@ -151,114 +151,11 @@ def test_every_combination(
             w.check(_linear(emulator, x, w, bias, multiprocessors), x, bias)
 
 
-# ---- many tokens with weights rounded to 16 bits (wgmma_large.h)
-
-
-@pytest.fixture
-def _large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For more than 32 tokens."""
-    monkeypatch.setenv("HFQ_CUDA_WGMMA_LARGE", "2")
-
-
-@pytest.mark.usefixtures("_large")
-@pytest.mark.parametrize("kind", KINDS, ids=name_of)
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_large_has_the_weights_of_the_reference(
-    emulator: Any, generator: torch.Generator, kind: Kind, dtype: torch.dtype
-) -> None:
-    """Tokens that are one at one column: outputs are weights, to the bit."""
-    for scale_dtype, group_size in zip(FLOATS, (32, 64, 0), strict=True):
-        w = make(generator, (270, 136, group_size), kind, scale_dtype=scale_dtype)
-        y = _linear(emulator, torch.eye(136, dtype=dtype), w)
-        assert torch.equal(y, w.rounded(dtype).T)
-
-
-@pytest.mark.usefixtures("_large")
-@pytest.mark.parametrize("kind", KINDS, ids=name_of)
-@pytest.mark.parametrize("shape", SHAPES, ids=name_of)
-def test_large_products(
-    emulator: Any, generator: torch.Generator, shape: Shape, kind: Kind
-) -> None:
-    for dtype, tokens, scale_dtype, multiprocessors in zip(
-        HALVES, (65, 40), (torch.bfloat16, torch.float32), (CLUSTERS, ALONE), strict=True
-    ):
-        w = make(generator, shape, kind, scale_dtype=scale_dtype)
-        x = torch.randn(tokens, shape[1], generator=generator).to(dtype)
-        bias = torch.randn(shape[0], generator=generator).to(dtype) if tokens % 2 else None
-        w.check(_linear(emulator, x, w, bias, multiprocessors), x, bias, rounded=True)
-
-
-@pytest.mark.usefixtures("_large")
-@pytest.mark.parametrize("tokens", [33, 48, 63, 64, 65, 100, 127, 128, 129, 257, 400])
-def test_large_with_every_number_of_tokens(
-    emulator: Any, generator: torch.Generator, tokens: int
-) -> None:
-    for extra in (None, "zeros"):
-        w = make(generator, (276, 648, 64), (4, extra))
-        x = torch.randn(tokens, 648, generator=generator).half()
-        y = _linear(emulator, x, w)
-        w.check(y, x, rounded=True)
-        order = torch.randperm(tokens, generator=generator)
-        assert torch.equal(_linear(emulator, x[order], w), y[order])
-
-
-@pytest.mark.usefixtures("_large")
-@pytest.mark.parametrize("splits", range(1, 9))
-def test_large_with_every_cluster(emulator: Any, generator: torch.Generator, splits: int) -> None:
-    w = make(generator, (270, 128 * 2 * splits + 72, 128), (4, None))
-    x = torch.randn(130, w.sizes[2], generator=generator).half()
-    bias = torch.randn(270, generator=generator)
-    w.check(_linear(emulator, x, w, bias, CLUSTERS), x, bias, rounded=True)
-
-
-@pytest.mark.usefixtures("_large")
-def test_large_uses_each_stage_many_times(emulator: Any, generator: torch.Generator) -> None:
-    for kind in ((4, None), (8, "zeros"), (4, "nf4")):
-        w = make(generator, (40, 27 * 128 + 72, 128), kind)
-        for tokens in (40, 70):
-            x = torch.randn(tokens, w.sizes[2], generator=generator).bfloat16()
-            w.check(_linear(emulator, x, w), x, rounded=True)
-
-
-@pytest.mark.usefixtures("_large")
-@pytest.mark.parametrize("kind", KINDS, ids=name_of)
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_large_takes_not_a_number_to_its_own_outputs(
-    emulator: Any, generator: torch.Generator, kind: Kind, bad: float
-) -> None:
-    for dtype, column in zip(HALVES, (135, 3), strict=True):
-        w = make(generator, (20, 136, 64), kind, scale_dtype=dtype)
-        x = torch.randn(70, 136, generator=generator).to(dtype)
-        x[11, column] = bad
-        finite = _linear(emulator, x, w).isfinite()
-        assert not finite[11].any()
-        assert finite[torch.arange(70) != 11].all()
-        x[11, column] = 0
-        finite = _linear(emulator, x, w.with_bad_scale(13, 1), multiprocessors=CLUSTERS).isfinite()
-        assert not finite[:, 13].any()
-        assert finite[:, torch.arange(20) != 13].all()
-
-
-def test_large_is_taken_where_it_is_wanted(
-    emulator: Any, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Outputs for ones and zeros tell whether weights were rounded."""
-    w = make(generator, (20, 136, 32), (8, None), scale_dtype=torch.float32)
-    for wanted, most in (("", 400), ("0", 400), ("1", 64), ("2", 32)):
-        monkeypatch.setenv("HFQ_CUDA_WGMMA_LARGE", wanted)
-        for tokens in (32, 33, 64, 65, 130):
-            x = torch.zeros(tokens, 136, dtype=torch.float16)
-            x[:, :2] = 1
-            exact = (w.values * w.scales)[:, :2].sum(1).half()
-            y = _linear(emulator, x, w)
-            assert torch.equal(y, exact.expand(tokens, -1)) == (tokens <= most), (wanted, tokens)
-
-
 # ---- the ladder for a GPU that runs these kernels for the first time
 
 
 def test_ladder(emulator: Any, capfd: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
-    arguments = ["--emulated", str(emulator.folder), "identity_rows", "ring"]
+    arguments = ["--emulated", str(emulator.folder), "identity_rows", "ring", "identity_large"]
     monkeypatch.setattr("sys.argv", ["wgmma_ladder.py", *arguments])
     monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))  # to be set back
     assert wgmma_ladder.main() == 0

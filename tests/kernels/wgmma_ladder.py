@@ -34,7 +34,7 @@ class Rung:
     """Attributes:
     shape: N, K, group_size (0: a group per row).
     new: what no rung before it has.
-    large: by wgmma_large.h.
+    large: by wgmma_large.h, more than 64 tokens.
     """
 
     shape: Shape
@@ -67,7 +67,7 @@ RUNGS = {
     "cluster128": Rung((4096, 4096, 128), 200, "several tiles of tokens"),
     "identity_large": Rung((300, 136, 0), 70, "wgmma_large.h: tiles of a warp", large=True),
     "large": Rung((256, LONG, 128), 128, "the same with scales, stage after stage", large=True),
-    "large64": Rung((256, LONG, 128), 64, "64 tokens", large=True),
+    "large_groups32": Rung((256, LONG, 32), 128, "scales after each unit", large=True),
     "large_zeros": Rung((256, LONG, 64), 128, "weights by float32", (4, "zeros"), large=True),
     "large_nf4": Rung((256, LONG, 64), 128, "a table", (4, "nf4"), large=True),
     "large_cluster": Rung((1024, 4096, 128), 300, "clusters, tiles of tokens", large=True),
@@ -157,7 +157,7 @@ def check_products(rung: Rung, weight: Weight, product: Product, device: torch.d
 
 def climb(name: str, folder: Path | None) -> bool:
     rung = RUNGS[name]
-    os.environ["HFQ_CUDA_WGMMA_LARGE"] = "2" if rung.large else "0"
+    os.environ["HFQ_CUDA_WGMMA"] = "large" if rung.large else "1"
     weight = random_weight(torch.Generator().manual_seed(0), rung.shape, rung.kind)
     product, device = product_of(weight, folder)
     check = check_identity if name.startswith("identity") else check_products
@@ -173,7 +173,6 @@ def main() -> int:
     unknown = [name for name in args.rungs if name not in RUNGS]
     if unknown:
         parser.error(f"unknown rungs {', '.join(unknown)}; there are {', '.join(RUNGS)}")
-    os.environ["HFQ_CUDA_WGMMA"] = "1"
     if args.here:
         return 0 if climb(args.rungs[0], args.emulated) else 1
     emulated = [] if args.emulated is None else ["--emulated", str(args.emulated)]

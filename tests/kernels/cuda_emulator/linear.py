@@ -125,10 +125,37 @@ class Linear(Launchers):
         capability: int,
         shared_bytes: int = H100,
     ) -> bool:
-        """Whether gemm_kernel.h is taken, which shares out columns among many multiprocessors and needs memory for that."""
+        """Whether gemm_kernel.h is taken for up to 64 tokens: it shares out columns among many multiprocessors and needs memory for that."""
         self.set_device(MANY, shared_bytes)
         self._library.set_compute_capability(capability)
         return self.ask("linear_workspace", _product(x, operands, None, sizes)[0]) > 0
+
+    def workspace(
+        self, tokens: int, sizes: Sizes, capability: int, shared_bytes: int = H100
+    ) -> int:
+        """Floats of a product with an int weight, on one multiprocessor."""
+        bits, group_size, in_features, out_features = sizes
+        weight = Weight(
+            out_features=out_features,
+            in_features=in_features,
+            groups=-(-in_features // group_size),
+            group_size=group_size,
+            bits=bits,
+            scale_dtype=torch.float16,
+        )
+        self.set_device(1, shared_bytes)
+        self._library.set_compute_capability(capability)
+        params = LinearParams(weight=weight, tokens=tokens, x_dtype=torch.bfloat16)
+        return self.ask("linear_workspace", params)
+
+    def arranged(self, x: Tensor, floats: int) -> Tensor:
+        """x `[M, K]`, bits of 16-bit numbers as int16, as wgmma_tokens.cu leaves it in a workspace of so many floats."""
+        workspace = torch.full((floats,), torch.nan)
+        weight = Weight(in_features=x.shape[1])
+        params = LinearParams(weight=weight, x=x.view(torch.bfloat16), tokens=len(x))
+        params.workspace = workspace.data_ptr()
+        self.launch("arrange", params, workspace)
+        return workspace.view(torch.int16)
 
     def gemm_plan(
         self, tokens: int, sizes: Sizes, kind: str | None, multiprocessors: int, shared_bytes: int

@@ -4,6 +4,7 @@ emulated. See operators_on_cpu.py.
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from operators_on_cpu import (
     HALF,
     check_modules,
     check_table,
+    emulated,
     linear_module,
     moved,
     on_cpu,
@@ -87,6 +89,19 @@ def check_arguments() -> None:
     refused("dtype must be float32", lookup, torch.zeros(1).long(), *operands, torch.int8)
 
 
+def check_large_blocks() -> None:
+    """Those of compute capability 9.0 get the memory that x is put in order in, from wherever it begins."""
+    grid = prepared_grid()
+    x = moved(torch.randn(130, K, dtype=HALF), 1)
+    arguments = (grid.qweight, grid.scales, grid.zeros, None, None, *SIZES)
+    os.environ["HFQ_CUDA_WGMMA"] = "large"
+    emulated.set_compute_capability(90)
+    y = torch.ops.hfq.cuda_linear(x, *arguments)
+    emulated.set_compute_capability(80)
+    del os.environ["HFQ_CUDA_WGMMA"]
+    torch.testing.assert_close(y, torch.ops.hfq.cuda_linear_dequantized(x, *arguments))
+
+
 def check_experts() -> None:
     grids = [prepared_grid() for _ in range(3)]
     names = ("qweight", "scales", "zeros")
@@ -151,6 +166,7 @@ def check_schemas() -> None:
 check_modules(N, K, ROW, SPECS, many=70)
 check_table(N, K, "int", IntSpec(group_size=32))
 check_arguments()
+check_large_blocks()
 check_experts()
 check_schemas()
 sys.stdout.write("all checks passed\n")

@@ -7,10 +7,12 @@
 #include "../../../kernels/cuda/spqr.h"
 #include "../../../kernels/cuda/unpack.h"
 #include "../../../kernels/cuda/w8a8.h"
+#include "../../../kernels/cuda/wgmma.h"
 
 extern "C" {
 
 int64_t linear_workspace(const hfq::LinearParams* params) { return hfq::linear_workspace(*params); }
+const char* arrange(const hfq::LinearParams* params) { return hfq::launch_arrange(*params, nullptr); }
 void gemm_plan(const hfq::LinearParams* params, hfq::GemmPlan* plan) { *plan = hfq::plan_gemm(*params); }
 const char* linear(const hfq::LinearParams* params) { return hfq::launch_linear(*params, nullptr); }
 const char* spqr_linear(const hfq::SpqrLinearParams* params) { return hfq::launch_spqr_linear(*params, nullptr); }
