@@ -128,7 +128,7 @@ class CudaFragments(AllAtOnce):
         return (grid.qweight, grid.scales, grid.zeros, grid.codebook)
 
 
-def max_direct_tokens(grid: Grid, device: torch.device) -> int:
+def max_direct_tokens(grid: PackedGrid, device: torch.device) -> int:
     """Up to how many tokens a product is faster that reads the packed weight."""
     if grid.in_features * grid.out_features <= _SMALL:
         return _DIRECT_TOKENS
@@ -139,7 +139,7 @@ def max_direct_tokens(grid: Grid, device: torch.device) -> int:
     return _DIRECT_TOKENS_LARGE if grid.codebook is None else _DIRECT_TOKENS_LARGE_TABLE
 
 
-def _reads_directly(tokens: Tensor, grid: Grid) -> bool:
+def _reads_directly(tokens: Tensor, grid: PackedGrid) -> bool:
     """(The device is asked only where it matters.)"""
     found = tokens.shape[0]
     return found <= _DIRECT_TOKENS or found <= max_direct_tokens(grid, tokens.device)
