@@ -35,7 +35,7 @@ __all__ = [
 #   4096 x 14336    55, 113 and 223   beside  91, 136 and 218
 #   14336 x 4096    65, 109 and 201   beside  97, 132 and 225
 #   8192 x 28672   215, 430 and 794   beside 386, 550 and 930
-# 2, 3 and 8 bits gain as much, nf4 4 to 10 % with 512 tokens; zero points, which go through float32, 5 to 28 % with 256 and lose 1 to 9 % with 512.
+# 2, 3 and 8 bits gain as much, nf4 4 to 10 % with 512 tokens (E4M3 was not measured); zero points, which go through float32, 5 to 28 % with 256 and lose 1 to 9 % with 512.
 # With 4096 x 4096, too small for them, 512 tokens would take 33 and 36.
 _DIRECT_TOKENS = 192
 _DIRECT_TOKENS_LARGE, _DIRECT_TOKENS_LARGE_TABLE, _DIRECT_TOKENS_LARGE_ZEROS = 1024, 512, 256
@@ -128,18 +128,18 @@ class CudaFragments(AllAtOnce):
         return (grid.qweight, grid.scales, grid.zeros, grid.codebook)
 
 
-def max_direct_tokens(grid: PackedGrid, device: torch.device) -> int:
+def max_direct_tokens(grid: Grid, device: torch.device) -> int:
     """Up to how many tokens a product is faster that reads the packed weight."""
     if grid.in_features * grid.out_features <= _SMALL:
         return _DIRECT_TOKENS
     if torch.cuda.get_device_capability(device) != _WGMMA:
         return _DIRECT_TOKENS
-    if grid.zeros is not None:
-        return _DIRECT_TOKENS_LARGE_ZEROS
-    return _DIRECT_TOKENS_LARGE if grid.codebook is None else _DIRECT_TOKENS_LARGE_TABLE
+    if not isinstance(grid, PackedGrid) or grid.codebook is not None:
+        return _DIRECT_TOKENS_LARGE_TABLE
+    return _DIRECT_TOKENS_LARGE if grid.zeros is None else _DIRECT_TOKENS_LARGE_ZEROS
 
 
-def _reads_directly(tokens: Tensor, grid: PackedGrid) -> bool:
+def _reads_directly(tokens: Tensor, grid: Grid) -> bool:
     """(The device is asked only where it matters.)"""
     found = tokens.shape[0]
     return found <= _DIRECT_TOKENS or found <= max_direct_tokens(grid, tokens.device)

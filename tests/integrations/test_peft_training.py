@@ -105,7 +105,7 @@ def test_the_last_word_on_what_processes_share_is_the_users(checkpoint: Path) ->
 def test_training_in_several_processes_on_gpus(
     checkpoint: Path, ids: Tensor, cuda: torch.device
 ) -> None:
-    model = with_lora(load(checkpoint, torch.bfloat16, device_map=0))
+    model = with_lora(load(checkpoint, torch.bfloat16)).to(cuda)
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
     try:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hfq.core import affine
-from hfq.core.spec import CodebookSpec, Int8Spec, IntSpec, QuantSpec
+from hfq.core.spec import CodebookSpec, Fp8Spec, Int8Spec, IntSpec, QuantSpec
 from hfq.core.weight import PackedGrid, SpqrGrid
 from hfq.formats import FORMATS
 from hfq.kernels import cuda, cuda_int8_ops, cuda_ops, cuda_spqr, cuda_spqr_ops, dispatch, fp8_ops
@@ -325,6 +325,7 @@ REFUSED: dict[str, tuple[tuple[dict[str, Any], str], ...]] = {
         ("int", IntSpec(group_size=32), 1024),
         ("int", IntSpec(group_size=32, sym=False), 256),
         ("nf4", CodebookSpec(group_size=32), 512),
+        ("fp8", Fp8Spec(), 512),
     ],
 )
 def test_how_many_tokens_read_the_packed_weight(

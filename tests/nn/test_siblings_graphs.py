@@ -23,7 +23,11 @@ pytestmark = [
 @pytest.fixture
 def products(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Weights of the products that blocks compute, in their order."""
-    row = Block(generator).q.operands("weight").choice.row
+    return noted_products(Block(generator), monkeypatch)
+
+
+def noted_products(block: Block, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    row = block.q.operands("weight").choice.row
     linear, weights = type(row).linear, []
 
     def noted(self: object, x: Tensor, grid: object, *rest: object) -> Tensor:
@@ -68,13 +72,13 @@ def test_outputs_are_fetched_in_the_stream_that_computes_them(
 
 @pytest.mark.gpu
 def test_siblings_share_a_call_in_a_graph(
-    generator: torch.Generator, cuda: torch.device, products: list[object]
+    generator: torch.Generator, cuda: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     block = Block(generator).to(cuda)
     for _ in range(3):
         block(tokens(1, generator).to(cuda))
     x, graph = tokens(1, generator).to(cuda), torch.cuda.CUDAGraph()
-    products.clear()
+    products = noted_products(block, monkeypatch)
     with torch.cuda.graph(graph):
         y = block(x)
     assert len(products) == 1
