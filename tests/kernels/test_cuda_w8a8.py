@@ -109,7 +109,7 @@ def test_dequantize(
     ready, wanted = prepared(kind, grid), kind.weight(grid)
     for dtype in FLOATS:
         assert torch.equal(kind.dequantize(ready.qweight, ready.scales, dtype), wanted.to(dtype))
-    if kind is not INT8:  # has pieces of 16 columns
+    if kind is not INT8 and grid.qweight.numel() > 108:  # int8 has pieces of 16 columns
         part = grid.qweight.flatten()[3:][: 7 * 15].view(7, 15, 1)
         y = kind.dequantize(part, grid.scales[:1].expand(7, 1).contiguous(), torch.float32)
         assert torch.equal(y, part.squeeze(-1).view(E4M3).float() * grid.scales[0])
