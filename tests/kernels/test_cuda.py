@@ -194,7 +194,11 @@ def test_one_token_in_digits(
     for dtype, scale_dtype in itertools.product(ROUNDING, (torch.float16, torch.float32)):
         weight = make_weight(*shape, kind=kind, scale_dtype=scale_dtype)
         bias = torch.randn(shape[0], generator=generator).to(cuda)
-        for power in (-12, 0, 4):  # zero points and many columns make outputs that float16 just holds
+        for power in (
+            -12,
+            0,
+            4,
+        ):  # zero points and many columns make outputs that float16 just holds
             x = torch.randn(1, shape[1], generator=generator).to(cuda, dtype) * 2.0**power
             x[0, shape[1] // 2] *= 30
             _check(weight.linear(x, bias), x, weight, bias)
