@@ -7,12 +7,13 @@ experts of a layer go through one launch that finds each expert's on the device 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..core.weight import Grid, PackedGrid
+from ..core.weight import Fp8Grid, Grid, PackedGrid
 from . import fragments
 from .cpu import call
 from .cuda_machine import no_native_code
@@ -30,17 +31,20 @@ __all__ = [
     "takes_all_experts",
 ]
 
-# Directly, and with dequantizing and the matrix library, in microseconds, int4. On an H100 with the kernel for older GPUs, 4096 x 14336, 66 and 130 for 128 and
-# 256 tokens, beside 105 and 109. On an H200 in large blocks (kernels/cuda/wgmma_large.h), 256, 512 and 1024 tokens (K x N):
+# Directly, and with dequantizing and the matrix library, in microseconds, int4. On an H100 with
+# the kernel for older GPUs, 4096 x 14336, 66 and 130 for 128 and 256 tokens, beside 105 and 109.
+# On an H200 in large blocks (kernels/cuda/wgmma_large.h), 256, 512 and 1024 tokens (K x N):
 #   4096 x 14336    55, 113 and 223   beside  91, 136 and 218
 #   14336 x 4096    65, 109 and 201   beside  97, 132 and 225
 #   8192 x 28672   215, 430 and 794   beside 386, 550 and 930
-# 2, 3 and 8 bits gain as much, nf4 4 to 10 % with 512 tokens (E4M3 was not measured); zero points, which go through float32, 5 to 28 % with 256 and lose 1 to 9 % with 512.
-# With 4096 x 4096, too small for them, 512 tokens would take 33 and 36.
+# 2, 3 and 8 bits gain as much, nf4 4 to 10 % with 512 tokens (E4M3 was not measured). Zero points
+# go through float32: they gain 5 to 28 % with 256 and lose 1 to 9 % with 512; so do float16
+# activations with scales of another dtype, which were not measured. With 4096 x 4096, too small for
+# large blocks, 512 tokens would take 33 and 36.
 _DIRECT_TOKENS = 192
-_DIRECT_TOKENS_LARGE, _DIRECT_TOKENS_LARGE_TABLE, _DIRECT_TOKENS_LARGE_ZEROS = 1024, 512, 256
+_DIRECT_TOKENS_LARGE, _DIRECT_TOKENS_LARGE_TABLE, _DIRECT_TOKENS_LARGE_FLOATS = 1024, 512, 256
 # Weights of more numbers take large blocks (kSmall in kernels/cuda/wgmma.cu), on GPUs that have the instructions.
-_SMALL, _WGMMA = 1 << 25, (9, 0)
+_SMALL, _WGMMA, _WGMMA_VARIABLE = 1 << 25, (9, 0), "HFQ_CUDA_WGMMA"
 
 # One launch multiplies with all experts as long as that takes less than one expert after the other, for which the host waits for the
 # counts and then needs some 20 us per expert, a pass over its dequantized weights and a product of the matrix library, which is twice as fast
@@ -128,21 +132,30 @@ class CudaFragments(AllAtOnce):
         return (grid.qweight, grid.scales, grid.zeros, grid.codebook)
 
 
-def max_direct_tokens(grid: Grid, device: torch.device) -> int:
-    """Up to how many tokens a product is faster that reads the packed weight."""
-    if grid.in_features * grid.out_features <= _SMALL:
+def max_direct_tokens(grid: PackedGrid | Fp8Grid, device: torch.device, dtype: torch.dtype) -> int:
+    """Up to how many tokens of `dtype` a product is faster that reads the packed weight."""
+    if grid.in_features * grid.out_features <= _SMALL or not _has_large_blocks(device):
         return _DIRECT_TOKENS
-    if torch.cuda.get_device_capability(device) != _WGMMA:
-        return _DIRECT_TOKENS
-    if not isinstance(grid, PackedGrid) or grid.codebook is not None:
-        return _DIRECT_TOKENS_LARGE_TABLE
-    return _DIRECT_TOKENS_LARGE if grid.zeros is None else _DIRECT_TOKENS_LARGE_ZEROS
+    zeros = isinstance(grid, PackedGrid) and grid.zeros is not None
+    if zeros or (dtype == torch.float16 and grid.scales.dtype != dtype):
+        return _DIRECT_TOKENS_LARGE_FLOATS
+    table = not isinstance(grid, PackedGrid) or grid.codebook is not None
+    return _DIRECT_TOKENS_LARGE_TABLE if table else _DIRECT_TOKENS_LARGE
 
 
-def _reads_directly(tokens: Tensor, grid: Grid) -> bool:
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_large_blocks(device: torch.device) -> bool:
+    """As takes_wgmma in kernels/cuda/wgmma.cu, but that it does not know how the kernels were compiled."""
+    return (
+        torch.cuda.get_device_capability(device) == _WGMMA
+        and os.environ.get(_WGMMA_VARIABLE) != "0"
+    )
+
+
+def _reads_directly(tokens: Tensor, grid: PackedGrid | Fp8Grid) -> bool:
     """(The device is asked only where it matters.)"""
     found = tokens.shape[0]
-    return found <= _DIRECT_TOKENS or found <= max_direct_tokens(grid, tokens.device)
+    return found <= _DIRECT_TOKENS or found <= max_direct_tokens(grid, tokens.device, tokens.dtype)
 
 
 def takes_all_experts(x: Tensor, tokens: int, grid: Grid, each: int) -> bool:

@@ -2,14 +2,15 @@
 
     cuda_dequantize          fragments -> [N, K]                  native on CUDA; elsewhere the reference
     cuda_lookup              index [T], fragments -> [T, K]       the same; rows of a table; no gradient, index is int64
-    cuda_linear              x, fragments -> x W^T + bias         the same; x [M, K] in float16 or bfloat16, up to some 200 tokens
+    cuda_linear              x, fragments -> x W^T + bias         the same; x [M, K] in float16 or bfloat16, for few tokens
     cuda_linear_dequantized  x, fragments -> x W^T + bias         cuda_dequantize, then a matrix product; some rows of W at a time
     cuda_linear_gradient     grad, fragments -> grad W            the same
     cuda_experts_linear      x, counts, stacks of fragments       native on CUDA; elsewhere the reference; no gradient; see below
 
 See `hfq.kernels.ops` for the operands. A codebook of 8 bits has 256 values, those of E4M3 (`hfq.core.float8`), which native code takes
 from the codes themselves. Native products are of integers in 16 bits, which are exact, summed in float32 and scaled
-there: no weight is rounded to the dtype of x. Entries of a codebook of 4 bits are.
+there: no weight is rounded to the dtype of x, but with more than 64 tokens of large weights (kernels/cuda/wgmma_large.h). Entries of
+a codebook of 4 bits are. One token of 4-bit integers is rounded to 22 bits below the largest of 128 columns (linear_digits_kernel.h).
 
 ``cuda_experts_linear`` multiplies the first ``counts[0]`` tokens with weight 0, the next ones with weight 1, ... (counts int64 `[E]`,
 every tensor of the weight and bias with E in front); rows behind the sum of counts become zeros. On CUDA the host never learns the

@@ -89,17 +89,7 @@ struct Codes {
   static constexpr int kUnits = kBlockColumns<kBits> / kUnitColumns;
   uint32_t words[kWords];
 
-  // `first`: where the lane's first words of a block are, 16 lane bytes behind its beginning.
-  __device__ __forceinline__ void load(const uint8_t* first, int lane) {
-    const uint4 v = load_streaming(reinterpret_cast<const uint4*>(first));
-    words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
-    if constexpr (kBits == 3) {
-      const uint2 u = load_streaming(reinterpret_cast<const uint2*>(first + 512 - 8 * lane));
-      words[4] = u.x, words[5] = u.y;
-    }
-  }
-
-  // The same from shared memory.
+  // From shared memory. `first`: where the lane's first words of a block are, 16 lane bytes behind its beginning.
   __device__ __forceinline__ void take(uint32_t first, int lane) {
     const uint4 v = load_shared<uint4>(first);
     words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
@@ -194,7 +184,7 @@ struct TableCodes : Codes<4> {
     b[1][0] = permute_bytes(x.z, x.w, 0x5410), b[1][1] = permute_bytes(x.z, x.w, 0x7632);
   }
 
-  // Fills the table, by the first 256 threads; to be followed by a barrier.
+  // Fills the table, by all threads of the block; to be followed by a barrier.
   template <class T>
   static __device__ __forceinline__ void fill(uint8_t* table, const float* codebook) {
     for (uint32_t byte = threadIdx.x; byte < 256; byte += blockDim.x) {

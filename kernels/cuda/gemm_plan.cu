@@ -16,7 +16,6 @@ constexpr float kReductionClocks = 3500;   // until a second kernel has started 
 constexpr float kStartClocks = 1000;       // until a block's first stage is there
 constexpr float kSharedBytesPerClock = 128;
 
-int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Candidate {
   const LinearParams& p;

@@ -15,11 +15,11 @@ struct LinearParams {
   DType bias_dtype;
   float* workspace;      // as many floats as linear_workspace says
   // What follows is set by the launcher.
-  uint32_t token_tiles;  // gemm.h: ceil(M / tokens of a thread block)
-  uint32_t group_magic;  // ceil(2^31 / units of a group): unit / units is the upper half of 2 unit * magic
+  uint32_t token_tiles;   // gemm.h, wgmma.h: ceil(M / tokens of a thread block)
+  uint32_t group_magic;   // ceil(2^31 / units of a group): unit / units is the upper half of 2 unit * magic
   uint32_t flush_mask;    // units of a step after which scales are applied are those with (unit + 1) & flush_mask == 0
-  uint32_t stages;       // linear_kernel.h: of a warp's ring, 3 or 2
-  uint32_t stage_bytes;
+  uint32_t stage_bytes;   // linear_kernel.h, linear_digits_kernel.h: of a stage of a warp's ring
+  uint32_t stages;        // linear_kernel.h: of the ring, 3 or 2
   uint32_t stage_tokens;  // for which a stage has room
 };
 

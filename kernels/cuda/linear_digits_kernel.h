@@ -1,21 +1,22 @@
-// One token times 4-bit codes, in integers: cuda_linear for groups of at least 128 columns.
+// One token times 4-bit codes, in integers: cuda_linear for groups of a multiple of 128 columns, or one for each row.
 //
-// 4-bit codes become bytes in 3 instructions for 8 of them, and 16-bit floats in 15 (fragments.h), and it is those that one token waits for: a chain
-// of kernels that only reads takes 7.3 us for 4096 x 14336 on an H200, linear_kernel.h 11.6. So activations become integers too. A matrix
+// 4-bit codes become bytes in 3 instructions for 8 of them, and 16-bit floats in 15 (fragments.h), and it is those that one token waits for: a
+// chain of kernels that only reads takes 7.3 us for 4096 x 14336 on an H200, linear_kernel.h 11.6. So activations become integers too. A matrix
 // instruction takes 8 tokens; one token has the room to be there in digits. Of each 128 columns
 //
-//   x = 2^-k (d0 + 2^8 d1 + 2^16 d2), d0 and d1 in -128 .. 127, d2 in -65 .. 64, k such that the largest |x| 2^k is 2^21 or more, and less than 2^22
+//   x = 2^-k (d0 + 2^8 d1 + 2^16 d2), d0 and d1 in -128 .. 127, d2 in -64 .. 64, k such that the largest |x| 2^k is at least 2^21, less than 2^22
 //
-// which is exact but for what is smaller than 2^-22 of the largest one, half of it where float32 sums would round it, too. Sums of 128 products of a
-// code and a digit are below 2^22 and exact. They begin with the bits of the float 2^23 + 2^22, in whose mantissa they count, so they are floats when
-// they end. Scales times 2^-k multiply them.
+// which rounds each x to a multiple of 2^-21 of the largest one or finer: 16-bit floats of a thousandth of it are exact. (An activation 30 000 times
+// the others of its columns whose weights happen to be zero leaves an error of 0.3 % of an output's spread, the rounding of bfloat16.) Sums of 128
+// products of a code and a digit are below 2^22 and exact. They begin with the bits of the float 2^23 + 2^22, in whose mantissa they count, so they
+// are floats when they end. Scales times 2^-k multiply them.
 //
-// Layout "fragments" has rows g and g + 8 in neighbouring bytes: a byte of a word has columns 0 and 2 of four of row g, the next one those of row g + 8,
-// then columns 1 and 3 of both. So the A operand has one tile in place of rows g, another one in place of rows g + 8, and the B operand
+// Layout "fragments" has rows g and g + 8 in neighbouring bytes: a byte of a word has columns 0 and 2 of four of row g, the next one those of row
+// g + 8, then columns 1 and 3 of both. So the A operand has one tile in place of rows g, another one in place of rows g + 8, and the B operand
 // activations at every second k, zeros between: column 2 d + h has digit d, for rows g (h = 0) or g + 8 (h = 1).
 //
-// A step of 128 columns of two tiles takes some 230 instructions of a warp, with copies and digits (linear_kernel.h: 330, of which more are of the kind
-// that takes two clocks). A NaN or an infinity gives NaN in all outputs.
+// Counted with beginnings and ends, 1 KB of codes takes 130 instructions (linear_kernel.h: 194), of which fewer take two clocks. A NaN or an
+// infinity gives NaN in all outputs.
 #pragma once
 
 #include "linear_step.h"
@@ -68,7 +69,7 @@ struct DigitsWarp {
     pairs_from = static_cast<const uint8_t*>(of_lane) + (of_weight(lane / 8 % kDigitTiles) * w.groups * 8 + lane % 8) * pair;
     pairs_to = kept(kPairsAt + lane * pair), pairs_at = kept(kPairsAt + lane / 4 * pair), x_at = kept(kXAt + 8u * lane);
     digits_to = kept(digits + 32 * (lane % 8 / 2) + 8 * (lane / 8) + 4 * (lane % 2));
-    // Lanes for which there is no digit take the last one's, and nobody stores their sums.
+    // Lanes for which there is no digit take the last one's, and nobody reads their sums.
     digits_at = kept(digits + 128 * (lane / 8 < kDigits ? lane / 8 : kDigits - 1) + 32 * (lane % 4));
     const bool lower = lane / 4 % 2;  // rows g + 8
     even = kept(lower ? 0x1404u : 0x4140u), odd = kept(lower ? 0x3424u : 0x4342u);
@@ -113,7 +114,7 @@ struct DigitsWarp {
     uint32_t most = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) most = larger(most, as_bits(x[i]) << 1);
-    const uint32_t exponent = larger(largest_of_warp(most) >> 24, 26u);  // as float32 has it; below 2^-101 nothing becomes more exact
+    const uint32_t exponent = larger(largest_of_warp(most) >> 24, 26u);  // as float32 has it; 2^-k / 16 stays normal
     const float factor = as_float((275 - exponent) << 23);
     uint32_t n[4];
 #pragma unroll
@@ -244,14 +245,14 @@ const char* launch_digits_of(const LinearParams& params, cudaStream_t stream) {
   const int64_t steps = (p.weight.in_features + kStepColumns - 1) / kStepColumns;
   const int64_t blocks = (p.weight.out_features + kDigitTiles * kTileRows - 1) / (kDigitTiles * kTileRows);
   const auto shared = [&](int64_t warps) { return static_cast<size_t>(warps) * (32 * sizeof(float4) + kDigitStages * p.stage_bytes + kDigitBytes); };
-  // Some 12 warps for each multiprocessor, and up to 8 steps a warp. Measured on an H200: for 4096 x 14336 4 warps of 8 steps take 8.7 us, 8 of 4 steps
-  // 10.7; for 14336 x 4096 16 warps 8.9, 8 warps 11.6; for 8192 x 28672 4, 8 and 16 warps 33.5, 32.1 and 38.9.
+  // Some 12 warps for each multiprocessor, and up to 8 steps a warp. Measured on an H200: for 4096 x 14336 4 warps of 8 steps take 8.7 us, 8 of 4
+  // steps 10.7; for 14336 x 4096 16 warps 8.9, 8 warps 11.6; for 8192 x 28672 4, 8 and 16 warps 33.5, 32.1 and 38.9.
   int64_t warps = 4;
   while (warps < kMostDigitWarps && blocks * warps < int64_t{12} * multiprocessors()) warps *= 2;
   if (warps < 8 && steps > 8 * warps) warps = 8;
   while (warps > 1 && shared(warps) > most_shared_bytes()) warps /= 2;
-  return launch_early(linear_digits_kernel<T, kZeros>, static_cast<unsigned>(blocks), static_cast<unsigned>(32 * warps), evenly(shared(warps), blocks),
-                      stream, p);
+  const auto kernel = linear_digits_kernel<T, kZeros>;
+  return launch_early(kernel, static_cast<unsigned>(blocks), static_cast<unsigned>(32 * warps), evenly(shared(warps), blocks), stream, p);
 }
 
 inline const char* launch_digits(const LinearParams& p, cudaStream_t stream) {

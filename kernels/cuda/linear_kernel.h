@@ -1,7 +1,7 @@
 // The kernel of cuda_linear for few tokens, for one kind of codes in each file that includes this.
 //
-// A thread block takes one or two tiles of 16 rows and up to 8 tokens; its 8 (or 4) warps take every eighth step of 128 columns. Each warp has a ring of
-// stages of its own in shared memory, into which all that a step needs is copied steps ahead: codes, activations, scales and zero points.
+// A thread block takes one or two tiles of 16 rows and up to 8 tokens; its 8 (or 4) warps take turns with steps of 128 columns. Each warp has a ring
+// of stages of its own in shared memory, into which all that a step needs is copied steps ahead: codes, activations, scales and zero points.
 // Partial sums of the warps meet in shared memory and are added in a fixed order.
 //
 // Nothing in the loop is loaded from global memory to registers. ptxas gives all such loads that live across a loop's end one scoreboard, which
@@ -9,8 +9,9 @@
 // latency of memory (1100 clocks on an H100, 60 % of its bandwidth); groups of asynchronous copies end in order.
 //
 // Bytes and instructions: per clock a multiprocessor gets some 14 bytes of weights from memory on an H100 (3.35 TB/s, 132 of them at
-// 1.75 GHz), 20 on an H200, and issues 4 instructions. 1 KB of 4-bit codes thus has 280 (200) issue slots, and takes about 140 instructions
-// with two tiles: 88 for codes, 8 mma, 6 loads from shared memory, the rest for copies, scales and the loop. With 8 tokens, activations are twice
+// 1.75 GHz), 20 on an H200, and issues 4 instructions. 1 KB of 4-bit codes thus has 280 (200) issue slots, and takes about 127 instructions
+// in the loop with two tiles: 88 for codes, 8 mma, 6 loads from shared memory, the rest for copies and scales; 194 were counted with beginnings and
+// ends (4096 x 14336, one token), and most of those for codes take two clocks. With 8 tokens, activations are twice
 // the bytes of one tile of 4-bit codes, from L2; hence two tiles for one read of them where there are enough tiles for all multiprocessors.
 #pragma once
 
@@ -239,12 +240,13 @@ template <class Kind, class T, bool kZeros, int kTiles>
 const char* launch_tiles(const LinearParams& params, cudaStream_t stream) {
   LinearParams p = params;
   const int64_t tiles = (p.weight.out_features + kTileRows - 1) / kTileRows, blocks = (tiles + kTiles - 1) / kTiles;
-  // Where there are many blocks of two tiles with few steps each, half the warps: 12.0 -> 11.2 us for 4096 x 14336, one token, 25.7 -> 21.4 for 8 tokens
-  // and 8 bits (H200). A table is filled by each block.
-  const bool half = kTiles == 2 && !(Kind::kTable && p.tokens < 3) && p.weight.in_features <= 32 * kStepColumns && blocks >= int64_t{3} * multiprocessors();
+  // Where there are many blocks of two tiles with few steps each, half the warps: for 4096 x 14336 in 4 bits 12.8 -> 11.6 us with 4 tokens, in 8 bits
+  // 25.7 -> 21.7 with 8 (H200). A table is filled by each block.
+  const bool few_steps = p.weight.in_features <= 32 * kStepColumns && blocks >= int64_t{3} * multiprocessors();
+  const bool half = kTiles == 2 && few_steps && !(Kind::kTable && p.tokens < 3);
   const size_t warps = half ? kMostWarps / 2 : kMostWarps, shared = plan_ring<Kind, kZeros, kTiles>(p, p.tokens, warps);
-  return launch_early(linear_kernel<Kind, T, kZeros, kTiles>, static_cast<unsigned>(blocks), static_cast<unsigned>(32 * warps), evenly(shared, blocks),
-                      stream, p);
+  const auto kernel = linear_kernel<Kind, T, kZeros, kTiles>;
+  return launch_early(kernel, static_cast<unsigned>(blocks), static_cast<unsigned>(32 * warps), evenly(shared, blocks), stream, p);
 }
 
 template <class Kind, class T, bool kZeros>

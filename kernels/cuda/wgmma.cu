@@ -16,9 +16,9 @@ constexpr float kStartClocks = 2000;         // until a block's first stage is t
 constexpr float kClusterClocks = 1500;       // two barriers of a cluster, and the way to a neighbour's shared memory
 constexpr float kClusterBytesPerClock = 16;  // from there
 
-// Of a weight. Measured on an H200, in us (K x N): 16 tokens of 4096 x 4096 take 9.2, 8.3 with gemm_kernel.h; of 4096 x 14336 17.3 and 21.2.
-// 128 tokens of 4096 x 4096 take 23.8 in large blocks, of which there are few, 20.8 in others; of 4096 x 14336 34.6 and 50.2, of 14336 x 4096 45.4
-// and 59.1, of 8192 x 28672 117 and 218. (64 tokens in large blocks of as many were slower everywhere: 32.8 beside 29.6.)
+// Of a weight. Measured on an H200, in us (K x N): 16 tokens of 4096 x 4096 take 9.2, 8.3 with gemm_kernel.h; of 4096 x 14336 15.7 and 21.2.
+// 128 tokens of 4096 x 4096 take 22.7 in large blocks, of which there are few, 20.8 in others; of 4096 x 14336 32 and 50, of 14336 x 4096 42 and 59,
+// of 8192 x 28672 109 and 218. (64 tokens in large blocks of as many were slower everywhere: 32.8 beside 29.6.)
 constexpr int64_t kSmall = int64_t{1} << 25;
 
 int64_t numbers(const LinearParams& p) { return p.weight.out_features * p.weight.in_features; }
@@ -27,8 +27,6 @@ bool wanted(const char* value) {
   const char* const set = std::getenv("HFQ_CUDA_WGMMA");
   return set && std::strcmp(set, value) == 0;
 }
-
-int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 const char* launch_kind(const WgmmaParams& p, cudaStream_t stream) {
   return of_kind(p.weight, launch_wgmma_int2, launch_wgmma_int3, launch_wgmma_int4, launch_wgmma_int8, launch_wgmma_table4,
@@ -43,7 +41,11 @@ bool takes_wgmma(const LinearParams& p) {
   return of_kind(p.weight, runs_wgmma_int2, runs_wgmma_int3, runs_wgmma_int4, runs_wgmma_int8, runs_wgmma_table4, runs_wgmma_e4m3)(p);
 }
 
-bool takes_large_wgmma(const LinearParams& p) { return p.tokens > 64 && (numbers(p) > kSmall || wanted("large")); }
+bool takes_large_wgmma(const LinearParams& p) {
+  // In float16 a code behind K, which is any, times a scale above 136 (E4M3) or 8190 (4 bits) is infinite, and infinity times zero is not.
+  const bool exact_end = p.x_dtype == kBFloat16 || p.weight.in_features % kWgmmaColumns == 0;
+  return p.tokens > 64 && ((numbers(p) > kSmall && exact_end) || wanted("large"));
+}
 
 int64_t wgmma_workspace(const LinearParams& p) { return takes_large_wgmma(p) ? arranged_floats(p) : 0; }
 

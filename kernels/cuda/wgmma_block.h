@@ -206,7 +206,7 @@ struct WgmmaProducer {
   }
 
   // All chunks of the block. What is not copied, of tokens and rows that do not exist, reaches no other one's sums; codes of columns behind K meet
-  // zeros.
+  // zeros (takes_large_wgmma has the exception).
   __device__ __forceinline__ void run() {
 #pragma unroll 1
     for (uint32_t i = 0; i < block.chunks && i < Block::kStages; ++i) weights.copy(i, 0);

@@ -1,7 +1,8 @@
 // From stages to sums for many tokens: 256 rows and 128 tokens, for which accumulators leave no registers for a second set of sums.
 //
 // So weights are what they are after dequantizing: a number times its scale, rounded to 16 bits, as unpack.cu does it and the matrix library reads it
-// with many tokens (Scaling says how, and where a weight can be the other one of two neighbours). x comes in the order of stages (wgmma_tokens.cu).
+// with many tokens (Scaling says how, and where a weight can be the other one of two neighbours; entries of a table are rounded before). x comes
+// in the order of stages (wgmma_tokens.cu).
 // Each of 8 warps has two tiles, each of two warpgroups two instructions side by side. Tensor cores take 2048 clocks for a chunk of 128 tokens,
 // while a scheduler issues some 880 instructions of consumers (4 bits, bfloat16, scales in two parts; through float32 1720). Measured on an H200:
 // 2230 clocks.
@@ -126,7 +127,6 @@ struct WgmmaLargeConsumer {
   // Two numbers of a row, times its scale. (The middle, added to a code that it was taken from, is exact.)
   template <Scaling kScaling>
   __device__ __forceinline__ uint32_t weights(uint32_t numbers, int i, int high) const {
-    constexpr uint32_t kNothing = 0x80008000u;  // -0 leaves signs of zeros
     if constexpr (kScaling == kAsStored) return fma2(T{}, numbers, factors[i][high], kNothing);
     if constexpr (kScaling == kInTwoParts) return fma2(T{}, numbers, factors[i][high], fma2(T{}, numbers, rests[i][high], kNothing));
     float first = to_float(T{}, static_cast<uint16_t>(numbers)), second = to_float(T{}, static_cast<uint16_t>(numbers >> 16));

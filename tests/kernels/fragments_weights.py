@@ -83,8 +83,8 @@ class Weight:
         if bias is not None:
             expected += bias.double()
             largest += bias.double().abs()
-        # Sums in float32: of each unit of 32 columns two instructions and two operations for its scale, of few tokens in one of 8 warps.
-        roundings = 16 + x.shape[1] / 32 * 4 / (8 if len(x) <= FEW_TOKENS else 1)
+        # Sums in float32: of each unit of 32 columns two instructions and two operations for its scale, of few tokens in one of 4 warps or more.
+        roundings = 16 + x.shape[1] / 32 * 4 / (4 if len(x) <= FEW_TOKENS else 1)
         bound = roundings * 2.0**-24 * largest + ROUNDING[x.dtype] * expected.abs() + 2.0**-25
         assert y.dtype == x.dtype and y.shape == expected.shape
         error = (y.double() - expected).abs()

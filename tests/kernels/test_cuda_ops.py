@@ -339,9 +339,15 @@ def test_how_many_tokens_read_the_packed_weight(
     """More where the GPU has large blocks and the weight is as large as they are for (test_cuda_wgmma_large_emulated.py)."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     grid = stored(random_weight(N, K), format_name, spec)
-    for out_features, tokens in ((4096, 192), (4104, most if capability == (9, 0) else 192)):
+    device, large = torch.device("cuda"), capability == (9, 0)
+    for out_features, tokens in ((4096, 192), (4104, most if large else 192)):
         wide = replace(grid, in_features=8192, out_features=out_features)
-        assert cuda.max_direct_tokens(wide, torch.device("cuda")) == tokens
+        assert cuda.max_direct_tokens(wide, device, torch.bfloat16) == tokens
+    other = wide.scales.dtype != torch.float16
+    through_floats = 256 if large and other else tokens
+    assert cuda.max_direct_tokens(wide, device, torch.float16) == through_floats
+    monkeypatch.setenv("HFQ_CUDA_WGMMA", "0")
+    assert cuda.max_direct_tokens(wide, device, torch.bfloat16) == 192
 
 
 @pytest.mark.parametrize(("format_name", "spec"), ONE_OF_EACH)

@@ -160,6 +160,39 @@ def test_any_shape_is_widened(
         kind.check(y, x, grid, None, roundings=16 + columns / 16)
 
 
+@pytest.mark.parametrize("tokens", [1, 4, 8, 32])
+def test_products_that_overlap(
+    kind: Kind,
+    there: Move,
+    generator: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    tokens: int,
+) -> None:
+    """Each reads what the one before gives, which it rounds itself or another kernel does: as if they did not overlap."""
+    weights = []
+    for shape in ((3072, 4096), (4096, 3072)) * 3:
+        grid = there(kind.stored(generator, *shape))
+        largest = torch.linalg.matrix_norm(kind.weight(grid).float(), 2)
+        # Outputs grow to twice their size at most: 2^48 in all.
+        weights.append(prepared(kind, replace(grid, scales=grid.scales * (2 / largest))))
+    x = torch.randn(tokens, 4096, generator=generator).to(grid.qweight.device, torch.bfloat16)
+
+    def chain() -> torch.Tensor:
+        y = x
+        for weight in weights * 8:  # each output goes to memory that was just given back
+            y = kind.row.linear(y, weight, None, False)
+        return y
+
+    monkeypatch.setenv("HFQ_CUDA_OVERLAP", "0")
+    expected = chain()
+    assert expected.isfinite().all() and expected.count_nonzero()
+    monkeypatch.setenv("HFQ_CUDA_OVERLAP", "1")
+    graph, y = captured(chain)
+    for _ in range(5):
+        graph.replay()
+        assert torch.equal(y, expected)
+
+
 def test_in_a_cuda_graph(
     kind: Kind, there: Move, cuda: torch.device, generator: torch.Generator
 ) -> None:

@@ -35,7 +35,7 @@ class LinearParams(Params):
         *fields(INT, "x_dtype", "bias_dtype"),
         ("workspace", POINTER),
         *fields(INT, "token_tiles", "group_magic"),
-        *fields(INT, "flush_mask", "stages", "stage_bytes", "stage_tokens"),
+        *fields(INT, "flush_mask", "stage_bytes", "stages", "stage_tokens"),
     )
 
 

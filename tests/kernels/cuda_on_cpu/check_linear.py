@@ -97,9 +97,12 @@ def check_large_blocks() -> None:
     os.environ["HFQ_CUDA_WGMMA"] = "large"
     emulated.set_compute_capability(90)
     y = torch.ops.hfq.cuda_linear(x, *arguments)
+    os.environ["HFQ_CUDA_WGMMA"] = "0"
+    usual = torch.ops.hfq.cuda_linear(x, *arguments)
     emulated.set_compute_capability(80)
     del os.environ["HFQ_CUDA_WGMMA"]
     torch.testing.assert_close(y, torch.ops.hfq.cuda_linear_dequantized(x, *arguments))
+    assert not torch.equal(y, usual), "large blocks round weights: they were not taken"
 
 
 def check_experts() -> None:
