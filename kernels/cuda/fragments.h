@@ -85,7 +85,7 @@ __device__ __forceinline__ uint32_t byte_numbers(Float16, uint32_t bytes) {
 // What a lane holds of a block, as it is loaded. `kE4m3`: codes are those of E4M3 and not of integers.
 template <int kBits, bool kE4m3 = false>
 struct Codes {
-  static constexpr int kWords = kBits == 3 ? 6 : 4;
+  static constexpr int kCodeBits = kBits, kWords = kBits == 3 ? 6 : 4;
   static constexpr int kUnits = kBlockColumns<kBits> / kUnitColumns;
   uint32_t words[kWords];
 
@@ -220,6 +220,14 @@ __device__ __forceinline__ RawPair load_pair(uint32_t pair, DType dtype) {
   return {load_shared<uint32_t>(pair), 0};
 }
 
+// From global memory, for load_pair.
+__device__ __forceinline__ void copy_pair(uint32_t shared, const uint8_t* pair, DType dtype) {
+  if (dtype == kFloat32)
+    cp_async<8>(shared, pair);
+  else
+    cp_async<4>(shared, pair);
+}
+
 template <int kCount>
 __device__ __forceinline__ void to_floats(const RawPair (&raw)[kCount], DType dtype, Pair (&pairs)[kCount]) {
   if (dtype == kBFloat16) {
@@ -241,6 +249,9 @@ __device__ __forceinline__ Pair to_floats(RawPair raw, DType dtype) {
   to_floats(one, dtype, pair);
   return pair[0];
 }
+
+// From shared memory, as floats.
+__device__ __forceinline__ Pair load_floats(uint32_t pair, DType dtype) { return to_floats(load_pair(pair, dtype), dtype); }
 
 // One number of a tensor of any dtype.
 __device__ __forceinline__ float load_float(const void* numbers, int64_t at, DType dtype) {

@@ -31,7 +31,7 @@ __device__ __forceinline__ const uint8_t* piece(const void* tensor, uint32_t num
 
 template <class Kind, class T, int kTokens>
 struct GemmWarp {
-  static constexpr int kBits = Kind::kWords == 6 ? 3 : 128 / (Kind::kUnits * 16);  // 128 bits of a lane for 16 codes of each unit
+  static constexpr int kBits = Kind::kCodeBits;
   static constexpr int kColumns = kChunkColumns<kBits>, kUnits = kColumns / kUnitColumns;
   static constexpr int kBlocks = kColumns / kBlockColumns<kBits>, kBytes = kBlocks * kBlockBytes<kBits>;  // of a chunk of one tile
   static constexpr int kRowBytes = 2 * kColumns, kRowPieces = kRowBytes / 16;  // of a chunk of one token
@@ -248,10 +248,10 @@ struct GemmWarp {
 #pragma unroll
     for (int i = 0; i < kWarpTiles; ++i) {
       const uint32_t pair = of_lane + (i * kUnits + u) * (kScaleBytes / kWarpTiles);
-      const Pair s = to_floats(load_pair(pair, dtype), dtype);
+      const Pair s = load_floats(pair, dtype);
       if (has_zeros()) {
         // Products are with code - middle: what lacks is middle - zero for each activation.
-        const Pair zero = to_floats(load_pair(pair + kUnits * kScaleBytes, dtype), dtype);
+        const Pair zero = load_floats(pair + kUnits * kScaleBytes, dtype);
         const float low = kMiddle - zero.low, high = kMiddle - zero.high;
 #pragma unroll
         for (int tile = 0; tile < kTokenTiles; ++tile) {

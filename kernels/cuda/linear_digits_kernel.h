@@ -89,10 +89,7 @@ struct DigitsWarp {
     }
     if (lane < 8 * kPairs) {
       const uint8_t* const from = pairs_from + static_cast<uint64_t>(multiply_high(2 * kStepUnits * next, p.group_magic)) * group_bytes;
-      if (p.weight.scale_dtype == kFloat32)
-        cp_async<8>(stage + pairs_to, from);
-      else
-        cp_async<4>(stage + pairs_to, from);
+      copy_pair(stage + pairs_to, from, p.weight.scale_dtype);
     }
     next += blockDim.x / 32;
   }

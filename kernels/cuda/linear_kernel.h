@@ -125,10 +125,7 @@ struct LinearWarp : StepCodes<Kind> {
       group = group < last ? group : last;  // units behind K
       const uint32_t to = stage + pairs_to + pairs_of(u);
       const uint8_t* from = pairs_from + static_cast<uint64_t>(group) * group_bytes;
-      if (p.weight.scale_dtype == kFloat32)
-        cp_async<8>(to, from);
-      else
-        cp_async<4>(to, from);
+      copy_pair(to, from, p.weight.scale_dtype);
     }
   }
 

@@ -12,7 +12,7 @@ constexpr int kStepColumns = 128, kStepUnits = kStepColumns / kUnitColumns;
 // Bytes and places of a step of `Kind`.
 template <class Kind>
 struct StepCodes {
-  static constexpr int kBits = Kind::kWords == 6 ? 3 : 128 / (Kind::kUnits * 16);  // 128 bits of a lane for 16 codes of each unit
+  static constexpr int kBits = Kind::kCodeBits;
   static constexpr int kBlock = kBlockBytes<kBits>, kBytes = kStepUnits / Kind::kUnits * kBlock;  // of a block, and of a step of one tile
 };
 

@@ -29,7 +29,7 @@ template <class Kind, class T, int kTokens_, bool kLarge = false>
 struct WgmmaBlock {
   static_assert(!kLarge || kTokens_ == kLargeTokens);
   static constexpr int kTokens = kTokens_;
-  static constexpr int kBits = Kind::kWords == 6 ? 3 : 128 / (Kind::kUnits * 16);  // 128 bits of a lane for 16 codes of each unit
+  static constexpr int kBits = Kind::kCodeBits;
   static constexpr int kTiles = kTokens > 64 && !kLarge ? 8 : 16, kRows = kTiles * kTileRows, kWarpTiles = kLarge ? 2 : 1;
   static constexpr int kConsumers = kTiles / kWarpTiles, kProducers = 4, kThreads = 32 * (kConsumers + kProducers);  // warps
   // Registers of a thread. Where the copying warps give some to the others, all have as many at first as there are for all (ptxas' number, which

@@ -112,7 +112,7 @@ struct WgmmaConsumer {
     // (Always so after the last unit. The compiler, which does not know, makes the numbers above before it waits.)
     if (kWhole ? u + 1 == kUnits : ((u + 1) & mask) == 0) {
       const uint32_t pair = stage + scales_at + (kWhole ? 0 : scales_of(p, unit, u));
-      const Pair s = pair_at(pair);
+      const Pair s = load_floats(pair, p.weight.scale_dtype);
       if (u == mask && zeros) mbarrier_wait(block.summed(turn.at), turn.round % 2);
       wgmma_wait<0>(products);
       if (zeros) add_zeros(s, pair, stage + Block::kXSumsAt + u * 32 * kTokenTiles);
@@ -125,14 +125,9 @@ struct WgmmaConsumer {
       wgmma_wait<0>();
   }
 
-  __device__ __forceinline__ Pair pair_at(uint32_t pair) const {
-    const DType dtype = p.weight.scale_dtype;
-    return to_floats(load_pair(pair, dtype), dtype);
-  }
-
   // Products are with code - middle: what lacks is middle - zero for each activation, times the scales.
   __device__ __forceinline__ void add_zeros(const Pair& s, uint32_t pair, uint32_t x_sums) {
-    const Pair zero = pair_at(pair + Block::kZerosAt - Block::kScalesAt);
+    const Pair zero = load_floats(pair + Block::kZerosAt - Block::kScalesAt, p.weight.scale_dtype);
     const float low = s.low * (kMiddle - zero.low), high = s.high * (kMiddle - zero.high);
 #pragma unroll
     for (int tile = 0; tile < kTokenTiles; ++tile) {

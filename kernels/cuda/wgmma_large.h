@@ -120,7 +120,7 @@ struct WgmmaLargeConsumer {
       rests[i][0] = permute_bytes(rest, 0, 0x1010), rests[i][1] = permute_bytes(rest, 0, 0x3232);
     } else {
       scales[i] = to_floats(raw, p.weight.scale_dtype);
-      if (p.weight.zeros) zeros[i] = to_floats(load_pair(pair + Block::kZerosAt - Block::kScalesAt, p.weight.scale_dtype), p.weight.scale_dtype);
+      if (p.weight.zeros) zeros[i] = load_floats(pair + Block::kZerosAt - Block::kScalesAt, p.weight.scale_dtype);
     }
   }
 
