@@ -239,8 +239,7 @@ const char* launch_digits_of(const LinearParams& params, cudaStream_t stream) {
   using Warp = DigitsWarp<kZeros>;
   LinearParams p = params;
   p.stage_bytes = Warp::kPairsAt + Warp::kPairs * 8 * (p.weight.scale_dtype == kFloat32 ? 8 : 4);
-  const int64_t steps = (p.weight.in_features + kStepColumns - 1) / kStepColumns;
-  const int64_t blocks = (p.weight.out_features + kDigitTiles * kTileRows - 1) / (kDigitTiles * kTileRows);
+  const int64_t steps = divided(p.weight.in_features, kStepColumns), blocks = divided(p.weight.out_features, kDigitTiles * kTileRows);
   const auto shared = [&](int64_t warps) { return static_cast<size_t>(warps) * (32 * sizeof(float4) + kDigitStages * p.stage_bytes + kDigitBytes); };
   // Some 12 warps for each multiprocessor, and up to 8 steps a warp. Measured on an H200: for 4096 x 14336 4 warps of 8 steps take 8.7 us, 8 of 4
   // steps 10.7; for 14336 x 4096 16 warps 8.9, 8 warps 11.6; for 8192 x 28672 4, 8 and 16 warps 33.5, 32.1 and 38.9.

@@ -25,7 +25,7 @@ inline int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }  // upw
 
 // Of a group of `columns`, in parts of `part_columns`: ceil(2^31 / parts), so that part / parts is the upper half of 2 part * magic.
 inline uint32_t part_magic(int64_t columns, int64_t part_columns) {
-  const int64_t parts = (columns + part_columns - 1) / part_columns;
+  const int64_t parts = divided(columns, part_columns);
   return static_cast<uint32_t>(((int64_t{1} << 31) + parts - 1) / parts);
 }
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from on_gpu import captured, check_module, quantized
+from on_gpu import captured, check_module, check_overlap, quantized
 from torch import Tensor
 
 from hfq.core import bits as bit_packing
@@ -375,21 +375,7 @@ def test_products_that_overlap(
         assert scales is not None
         weights[i] = replace(weight, operands=(qweight, scales * 0.05, *rest))
     x = torch.randn(tokens, 4096, generator=generator).to(cuda, torch.bfloat16)
-
-    def chain() -> Tensor:
-        y = x
-        for weight in weights * 8:  # each output goes to memory that was just given back
-            y = weight.linear(y)
-        return y
-
-    monkeypatch.setenv("HFQ_CUDA_OVERLAP", "0")
-    expected = chain()
-    assert expected.isfinite().all() and expected.count_nonzero()
-    monkeypatch.setenv("HFQ_CUDA_OVERLAP", "1")
-    graph, y = captured(chain)
-    for _ in range(5):
-        graph.replay()
-        assert torch.equal(y, expected)
+    check_overlap([weight.linear for weight in weights], x, monkeypatch)
 
 
 def test_bad_arguments_are_refused(make_weight: MakeWeight, cuda: torch.device) -> None:

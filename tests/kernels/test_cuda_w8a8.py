@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from on_gpu import captured, quantized
+from on_gpu import captured, check_overlap, quantized
 from w8a8_weights import FLOATS, FP8, INT8, ROWS, WIDENED, K, Kind, check_schemas, equal, prepared
 
 from hfq.core.activations import quantize_tokens
@@ -177,20 +177,10 @@ def test_products_that_overlap(
         weights.append(prepared(kind, replace(grid, scales=grid.scales * (2 / largest))))
     x = torch.randn(tokens, 4096, generator=generator).to(grid.qweight.device, torch.bfloat16)
 
-    def chain() -> torch.Tensor:
-        y = x
-        for weight in weights * 8:  # each output goes to memory that was just given back
-            y = kind.row.linear(y, weight, None, False)
-        return y
+    def product(weight: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda x: kind.row.linear(x, weight, None, False)
 
-    monkeypatch.setenv("HFQ_CUDA_OVERLAP", "0")
-    expected = chain()
-    assert expected.isfinite().all() and expected.count_nonzero()
-    monkeypatch.setenv("HFQ_CUDA_OVERLAP", "1")
-    graph, y = captured(chain)
-    for _ in range(5):
-        graph.replay()
-        assert torch.equal(y, expected)
+    check_overlap([product(weight) for weight in weights], x, monkeypatch)
 
 
 def test_in_a_cuda_graph(

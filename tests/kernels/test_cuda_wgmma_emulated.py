@@ -11,7 +11,7 @@ import torch
 import wgmma_ladder
 from fragments_weights import FLOATS, HALVES, KINDS, Kind, Shape, name_of
 from fragments_weights import random_weight as make
-from torch import Tensor
+from wgmma_products import ALONE, CLUSTERS, linear
 
 # (N, K, group_size; 0: one group per row): rows that fill no tile, warpgroup or block; columns that end in a chunk; groups of all kinds.
 SHAPES = (
@@ -23,22 +23,11 @@ SHAPES = (
     (5, 1096, 96),
     (272, 392, 160),
 )
-# One block for all columns, clusters of up to eight.
-ALONE, CLUSTERS = 1, 1 << 20
 
 
 @pytest.fixture(autouse=True)
 def _wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HFQ_CUDA_WGMMA", "1")
-
-
-def _linear(
-    emulator: Any, x: Tensor, weight: Any, bias: Tensor | None = None, multiprocessors: int = ALONE
-) -> Tensor:
-    y: Tensor = emulator.linear(
-        x, weight.operands, bias, weight.sizes, multiprocessors, capability=90
-    )
-    return y
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=name_of)
@@ -54,7 +43,7 @@ def test_products(emulator: Any, generator: torch.Generator, shape: Shape, kind:
         w = make(generator, shape, kind, scale_dtype=scale_dtype)
         x = torch.randn(tokens, shape[1], generator=generator).to(dtype)
         bias = torch.randn(shape[0], generator=generator).to(dtype) if tokens % 2 else None
-        w.check(_linear(emulator, x, w, bias, multiprocessors), x, bias)
+        w.check(linear(emulator, x, w, bias, multiprocessors), x, bias)
 
 
 @pytest.mark.parametrize("tokens", [9, 15, 16, 17, 31, 32, 33, 63, 65, 100, 128, 129, 257])
@@ -62,10 +51,10 @@ def test_every_number_of_tokens(emulator: Any, generator: torch.Generator, token
     """A token's result depends on no other's: neither on those that exist nor on memory where none is."""
     w = make(generator, (76, 648, 64), (4, "zeros"))
     x = torch.randn(tokens, 648, generator=generator).bfloat16()
-    y = _linear(emulator, x, w)
+    y = linear(emulator, x, w)
     w.check(y, x)
     order = torch.randperm(tokens, generator=generator)
-    assert torch.equal(_linear(emulator, x[order], w), y[order])
+    assert torch.equal(linear(emulator, x[order], w), y[order])
 
 
 @pytest.mark.parametrize("splits", range(1, 9))
@@ -75,7 +64,7 @@ def test_every_cluster(emulator: Any, generator: torch.Generator, splits: int, t
     w = make(generator, (270, 128 * 2 * splits + 72, 128), (4, None))
     x = torch.randn(tokens, w.sizes[2], generator=generator).half()
     bias = torch.randn(270, generator=generator)
-    w.check(_linear(emulator, x, w, bias, CLUSTERS), x, bias)
+    w.check(linear(emulator, x, w, bias, CLUSTERS), x, bias)
 
 
 @pytest.mark.parametrize("scale_dtype", FLOATS, ids=str)
@@ -90,7 +79,7 @@ def test_dtypes(
         w = make(generator, (20, 104, 32), kind, scale_dtype=scale_dtype)
         x = torch.randn(12, 104, generator=generator).to(dtype)
         bias = None if bias_dtype is None else torch.randn(20, generator=generator).to(bias_dtype)
-        w.check(_linear(emulator, x, w, bias), x, bias)
+        w.check(linear(emulator, x, w, bias), x, bias)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=name_of)
@@ -102,11 +91,11 @@ def test_not_a_number_reaches_its_own_outputs(
     for dtype, column in zip(HALVES, (135, 3), strict=True):
         x = torch.randn(19, 136, generator=generator).to(dtype)
         x[11, column] = bad
-        finite = _linear(emulator, x, w).isfinite()
+        finite = linear(emulator, x, w).isfinite()
         assert not finite[11].any()
         assert finite[torch.arange(19) != 11].all()
     x = torch.randn(9, 136, generator=generator).bfloat16()
-    finite = _linear(emulator, x, w.with_bad_scale(13, 1), multiprocessors=CLUSTERS).isfinite()
+    finite = linear(emulator, x, w.with_bad_scale(13, 1), multiprocessors=CLUSTERS).isfinite()
     assert not finite[:, 13].any()
     assert finite[:, torch.arange(20) != 13].all()
 
@@ -132,7 +121,7 @@ def test_the_choice(
     assert is_gemm(40, 90)
     monkeypatch.setenv("HFQ_CUDA_WGMMA", "1")
     assert not is_gemm(16, 90)
-    w.check(_linear(emulator, x, w), x)
+    w.check(linear(emulator, x, w), x)
 
 
 @pytest.mark.slow
@@ -148,7 +137,7 @@ def test_every_combination(
         for tokens in numbers:
             x = torch.randn(tokens, columns, generator=generator).to(dtype)
             bias = torch.randn(rows, generator=generator) if tokens % 2 else None
-            w.check(_linear(emulator, x, w, bias, multiprocessors), x, bias)
+            w.check(linear(emulator, x, w, bias, multiprocessors), x, bias)
 
 
 # ---- the ladder for a GPU that runs these kernels for the first time

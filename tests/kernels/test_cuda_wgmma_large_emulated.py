@@ -9,6 +9,7 @@ import torch
 from fragments_weights import FLOATS, HALVES, KINDS, ROUNDING, Kind, Shape, name_of
 from fragments_weights import random_weight as make
 from torch import Tensor
+from wgmma_products import ALONE, CLUSTERS, linear
 
 # (N, K, group_size; 0: one group per row): rows that fill no tile, warpgroup or block; columns that end in a chunk; groups of all kinds.
 SHAPES = (
@@ -20,8 +21,6 @@ SHAPES = (
     (5, 1096, 96),
     (272, 392, 160),
 )
-# One block for all columns, clusters of up to eight.
-ALONE, CLUSTERS = 1, 1 << 20
 TILE, CHUNK = 128, 128  # tokens and columns of a stage
 
 
@@ -30,18 +29,9 @@ def _wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HFQ_CUDA_WGMMA", "large")
 
 
-def _linear(
-    emulator: Any, x: Tensor, weight: Any, bias: Tensor | None = None, multiprocessors: int = ALONE
-) -> Tensor:
-    y: Tensor = emulator.linear(
-        x, weight.operands, bias, weight.sizes, multiprocessors, capability=90
-    )
-    return y
-
-
 def _weights(emulator: Any, weight: Any, dtype: torch.dtype) -> Tensor:
     """What is multiplied `[N, K]`: outputs of tokens that are one at one column."""
-    return _linear(emulator, torch.eye(weight.sizes[2], dtype=dtype), weight).T
+    return linear(emulator, torch.eye(weight.sizes[2], dtype=dtype), weight).T
 
 
 def _floats(tokens: int, columns: int) -> int:
@@ -105,7 +95,7 @@ def test_the_launch_makes_the_same_choice(
         x = torch.zeros(tokens, 136, dtype=torch.float16)
         x[:, :2] = 1
         exact = (w.values * w.scales)[:, :2].sum(1).half()
-        is_exact = torch.equal(_linear(emulator, x, w), exact.expand(tokens, -1))
+        is_exact = torch.equal(linear(emulator, x, w), exact.expand(tokens, -1))
         assert is_exact == (wanted == "1" or tokens == 64), tokens
 
 
@@ -172,7 +162,7 @@ def test_products(emulator: Any, generator: torch.Generator, shape: Shape, kind:
         w = make(generator, shape, kind, scale_dtype=scale_dtype)
         x = torch.randn(tokens, shape[1], generator=generator).to(dtype)
         bias = torch.randn(shape[0], generator=generator).to(dtype) if tokens == 65 else None
-        w.check(_linear(emulator, x, w, bias, multiprocessors), x, bias, rounded=True)
+        w.check(linear(emulator, x, w, bias, multiprocessors), x, bias, rounded=True)
 
 
 @pytest.mark.parametrize("scale_dtype", FLOATS, ids=str)
@@ -184,7 +174,7 @@ def test_dtypes(
         w = make(generator, (276, 264, 32), kind, scale_dtype=scale_dtype)
         x = torch.randn(70, 264, generator=generator).to(dtype)
         bias = torch.randn(276, generator=generator).to(bias_dtype)
-        w.check(_linear(emulator, x, w, bias, CLUSTERS), x, bias, rounded=True)
+        w.check(linear(emulator, x, w, bias, CLUSTERS), x, bias, rounded=True)
 
 
 @pytest.mark.parametrize("tokens", [65, 100, 127, 128, 129, 200, 257, 400])
@@ -193,10 +183,10 @@ def test_every_number_of_tokens(emulator: Any, generator: torch.Generator, token
     for extra in (None, "zeros"):
         w = make(generator, (276, 648, 64), (4, extra))
         x = torch.randn(tokens, 648, generator=generator).bfloat16()
-        y = _linear(emulator, x, w)
+        y = linear(emulator, x, w)
         w.check(y, x, rounded=True)
         order = torch.randperm(tokens, generator=generator)
-        assert torch.equal(_linear(emulator, x[order], w), y[order])
+        assert torch.equal(linear(emulator, x[order], w), y[order])
 
 
 @pytest.mark.parametrize("splits", range(1, 9))
@@ -204,14 +194,14 @@ def test_every_cluster(emulator: Any, generator: torch.Generator, splits: int) -
     w = make(generator, (270, 128 * 2 * splits + 72, 128), (4, None))
     x = torch.randn(130, w.sizes[2], generator=generator).half()
     bias = torch.randn(270, generator=generator)
-    w.check(_linear(emulator, x, w, bias, CLUSTERS), x, bias, rounded=True)
+    w.check(linear(emulator, x, w, bias, CLUSTERS), x, bias, rounded=True)
 
 
 def test_each_stage_is_used_many_times(emulator: Any, generator: torch.Generator) -> None:
     for kind in ((4, None), (8, "zeros"), (4, "nf4")):
         w = make(generator, (40, 27 * 128 + 72, 128), kind)
         x = torch.randn(70, w.sizes[2], generator=generator).bfloat16()
-        w.check(_linear(emulator, x, w), x, rounded=True)
+        w.check(linear(emulator, x, w), x, rounded=True)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=name_of)
@@ -226,11 +216,11 @@ def test_not_a_number_reaches_its_own_outputs(
         w = make(generator, (20, 136, 64), kind, scale_dtype=scale_dtype)
         x = torch.randn(70, 136, generator=generator).to(dtype)
         x[11, column] = bad
-        finite = _linear(emulator, x, w).isfinite()
+        finite = linear(emulator, x, w).isfinite()
         assert not finite[11].any()
         assert finite[torch.arange(70) != 11].all()
         x[11, column] = 0
-        finite = _linear(emulator, x, w.with_bad_scale(13, 1), multiprocessors=CLUSTERS).isfinite()
+        finite = linear(emulator, x, w.with_bad_scale(13, 1), multiprocessors=CLUSTERS).isfinite()
         assert not finite[:, 13].any()
         assert finite[:, torch.arange(20) != 13].all()
 
@@ -249,4 +239,4 @@ def test_every_combination(
         w = make(generator, (rows, columns, group_size), kind, scale_dtype=scale_dtype)
         x = torch.randn(tokens, columns, generator=generator).to(dtype)
         bias = torch.randn(rows, generator=generator)
-        w.check(_linear(emulator, x, w, bias, multiprocessors), x, bias, rounded=True)
+        w.check(linear(emulator, x, w, bias, multiprocessors), x, bias, rounded=True)
