@@ -345,9 +345,9 @@ const char* launch_wide_block(const LinearParams& params, cudaStream_t stream) {
   p.tile_bytes = p.code_blocks * Block::kBlock;
   p.group_bytes = p.weight.scale_dtype == kFloat32 ? 64 : 32;
   const unsigned all = static_cast<unsigned>(blocks * p.splits);
-  const size_t shared = evenly(Block::kSharedBytes, all);
-  if (p.splits == 1) return launch_early(wide_kernel<Block>, all, Block::kThreads, shared, stream, p);
-  return launch_clusters(wide_kernel<Block>, all, p.splits, Block::kThreads, shared, stream, p);
+  if (p.splits == 1) return launch_early(wide_kernel<Block>, all, Block::kThreads, evenly(Block::kSharedBytes, all), stream, p);
+  // (Clusters need room for all of their blocks beside each other: no multiprocessor is to be full before.)
+  return launch_clusters(wide_kernel<Block>, all, p.splits, Block::kThreads, Block::kSharedBytes, stream, p);
 }
 
 template <class Kind, class T, int kTokenTiles, int kFlush>
