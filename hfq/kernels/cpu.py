@@ -16,7 +16,8 @@ from torch.autograd import forward_ad
 
 from ..core.weight import PackedGrid
 from . import native, rows16
-from .ops import native_dtype, rows16_weight, widened
+from .dense_products import native_dtype, widened
+from .ops import rows16_weight
 from .row import OneByOne, Problem, stack_tiles
 
 __all__ = ["MAX_DIRECT_TOKENS", "CpuRows16", "call", "no_native_code"]

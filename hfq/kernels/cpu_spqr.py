@@ -16,8 +16,8 @@ from ..core.spec import group_count
 from ..core.weight import SpqrGrid
 from . import rows16
 from .cpu import call, no_native_code
+from .dense_products import widened
 from .neutral_spqr import NeutralSpqr, operands, pick_outliers, sizes
-from .ops import widened
 from .row import OneByOne, Problem
 from .spqr_ops import spqr_rows16_weight
 

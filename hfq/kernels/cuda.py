@@ -19,7 +19,7 @@ from .cpu import call
 from .cuda_machine import no_native_code
 from .cuda_ops import fragments_weight
 from .cuda_packing_ops import to_fragments
-from .ops import native_dtype
+from .dense_products import native_dtype
 from .row import AllAtOnce, Problem, stack_tiles
 
 __all__ = [

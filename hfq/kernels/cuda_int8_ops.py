@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from ..core.activations import quantize_tokens
-from .cuda_products import experts_by_parts, fake_linear, gradient_of_bytes
+from .cuda_products import fake_linear
+from .dense_products import experts_by_parts, gradient_of_bytes, native_dtype
 from .int8 import int8_linear, integer_product, scaled_sums
-from .ops import LIBRARY, define_product, native_dtype, register_gradient
+from .ops import LIBRARY, define_product, register_gradient
 
 __all__ = ["PIECE", "signed_weight", "switched"]
 

@@ -26,15 +26,16 @@ import torch
 from torch import Tensor
 
 from . import fragments, reference
-from .cuda_products import (
+from .cuda_products import fake_linear, register_shapes_and_gradients
+from .dense_products import (
     CHUNK,
     experts_by_parts,
-    fake_linear,
     gradient_by_parts,
     linear_by_parts,
-    register_shapes_and_gradients,
+    matmul,
+    native_dtype,
 )
-from .ops import GRID, LIBRARY, SIZES, define_product, matmul, native_dtype
+from .ops import GRID, LIBRARY, SIZES, define_product
 
 __all__ = ["fragments_weight"]
 

@@ -16,8 +16,8 @@ from .cuda import takes_all_experts
 from .cuda_machine import no_native_code
 from .cuda_packing_ops import to_fragments
 from .cuda_spqr_ops import spqr_fragments_weight
+from .dense_products import native_dtype
 from .neutral_spqr import operands, sizes
-from .ops import native_dtype
 from .row import AllAtOnce, Problem
 
 __all__ = ["MAX_DIRECT_TOKENS", "CudaSpqr"]

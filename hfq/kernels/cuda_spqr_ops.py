@@ -23,15 +23,16 @@ from torch import Tensor
 from ..core.bits import packed_bytes
 from ..core.spec import group_count
 from . import fragments, reference, spqr_fragments
-from .cuda_products import (
+from .cuda_products import fake_linear, register_shapes_and_gradients
+from .dense_products import (
     CHUNK,
     experts_by_parts,
-    fake_linear,
     gradient_by_parts,
     linear_by_parts,
-    register_shapes_and_gradients,
+    matmul,
+    native_dtype,
 )
-from .ops import LIBRARY, define_product, matmul, native_dtype
+from .ops import LIBRARY, define_product
 from .spqr_ops import GRID, OPERANDS, SIZES
 
 __all__ = ["spqr_fragments_weight"]

@@ -32,16 +32,8 @@ from torch import Tensor
 from ..core.activations import quantize_tokens
 from ..core.float8 import E4M3, e4m3_values
 from . import cuda_machine, fp8, rows16
-from .cuda_products import experts_by_parts, gradient_of_bytes
-from .ops import (
-    LIBRARY,
-    define_product,
-    native_dtype,
-    register_gradient,
-    rows16_matmul,
-    rows16_product,
-    widened,
-)
+from .dense_products import experts_by_parts, gradient_of_bytes, native_dtype, widened
+from .ops import LIBRARY, define_product, register_gradient, rows16_matmul, rows16_product
 
 __all__: list[str] = []
 

@@ -27,13 +27,14 @@ identity (the straight-through estimator of Bengio et al., 2013).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import cuda_machine, int8, reference
+from .dense_products import linear_by_parts, matmul, native_dtype, widened
 from .rows16 import ROWS
 from .scratch import scratch
 
@@ -43,14 +44,11 @@ __all__ = [
     "SIZES",
     "define_product",
     "dequantized",
-    "matmul",
-    "native_dtype",
     "register_gradient",
     "register_second_gradient",
     "rows16_matmul",
     "rows16_product",
     "rows16_weight",
-    "widened",
 ]
 
 # Any, and not checked: torch does not annotate the class.
@@ -167,14 +165,19 @@ def rows16_matmul(
     Args:
         operands, sizes: as for `rows16_weight`.
     """
+    return linear_by_parts(x, _rows16_parts(operands, sizes, x.dtype), bias, sizes[3])
+
+
+def _rows16_parts(
+    operands: tuple[Any, ...], sizes: tuple[int, ...], dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor]]:
     qweight, scales, zeros, codebook = operands
     bits, group_size, columns, rows = sizes[:4]
     step = max(1, _PIECE // (ROWS * columns)) * ROWS
-    y = x.new_empty((*x.shape[:-1], rows))
     for first in range(0, rows, step):
         part = slice(first, min(first + step, rows))
         count, blocks = part.stop - first, slice(first // ROWS, (first + step) // ROWS)
-        weight = scratch((count, columns), native_dtype(x.dtype))
+        weight = scratch((count, columns), native_dtype(dtype))
         torch.ops.hfq.cpu_dequantize_into(
             weight,
             qweight[blocks],
@@ -183,12 +186,7 @@ def rows16_matmul(
             codebook,
             *(bits, group_size, columns, count),
         )
-        own = None if bias is None else bias[part]
-        product = matmul(x, weight.to(x.dtype), own)
-        if count == rows:
-            return product
-        y[..., part] = product
-    return y
+        yield part, weight.to(dtype)
 
 
 def rows16_weight(operands: tuple[Any, ...], sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -199,44 +197,6 @@ def rows16_weight(operands: tuple[Any, ...], sizes: tuple[int, ...], dtype: torc
     """
     weight: Tensor = torch.ops.hfq.cpu_dequantize(*operands, *sizes[:4], native_dtype(dtype))
     return weight.to(dtype)
-
-
-def native_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What native code writes for it: float32 and narrower; float64 is a float32 weight, widened."""
-    return torch.float32 if dtype == torch.float64 else dtype
-
-
-def _slow_dtypes() -> frozenset[torch.dtype]:
-    """16-bit dtypes that the matrix library multiplies 4 to 10 times as slowly as float32: those without instructions."""
-    found = torch.cpu.get_capabilities()
-    if found.get("architecture") != "x86_64":
-        return frozenset()
-    needed = {torch.bfloat16: "avx512_bf16", torch.float16: "avx512_fp16"}
-    return frozenset(dtype for dtype, feature in needed.items() if not found.get(feature))
-
-
-# A constant, not a cached function: compilers trace what asks for it.
-_SLOW_DTYPES = _slow_dtypes()
-
-
-def widened(x: Tensor) -> Tensor:
-    """x, on the CPU, as the matrix library multiplies it fast."""
-    return x.float() if x.dtype in _SLOW_DTYPES else x
-
-
-def matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x W^T + bias`` in the dtype of x, whatever autocast says: x `[..., K]` and W `[N, K]` of one dtype."""
-    bias = None if bias is None else bias.to(x.dtype)
-    tokens = x.reshape(-1, x.shape[-1])
-    if torch.is_autocast_enabled(x.device.type):
-        # Autocast would choose the dtype of the product; the schema's fake promises that of x.
-        with torch.autocast(x.device.type, enabled=False):
-            y = torch.nn.functional.linear(tokens, weight, bias)
-    else:
-        y = torch.nn.functional.linear(tokens, weight, bias)
-    # No view: autograd refuses to change one in place that an operator returned, and adapters do that.
-    out: Tensor = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
-    return out
 
 
 LIBRARY.impl("dequantize", _dequantize, "CompositeExplicitAutograd")

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .ops import LIBRARY, define_product, dequantized, matmul, register_gradient
+from .dense_products import matmul
+from .ops import LIBRARY, define_product, dequantized, register_gradient
 
 __all__ = ["GRID", "OPERANDS", "SIZES", "spqr_rows16_weight"]
 

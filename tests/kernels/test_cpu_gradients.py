@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hfq.core import bits as bit_packing
 from hfq.core.float8 import e4m3_table
-from hfq.kernels import native, ops, rows16, scratch
+from hfq.kernels import dense_products, native, ops, rows16, scratch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("int2", "int3", "int4", "int4_zeros", "table4", "int8", "float8")
@@ -137,7 +137,7 @@ def test_slow_dtypes_are_multiplied_in_float32(
     wide, narrow = (grad.float() @ whole).to(dtype), grad @ whole.to(dtype)
     assert not torch.equal(wide, narrow)
     for slow, expected in ((dtype, wide), (torch.float64, narrow)):
-        monkeypatch.setattr(ops, "_SLOW_DTYPES", frozenset({slow}))
+        monkeypatch.setattr(dense_products, "_SLOW_DTYPES", frozenset({slow}))
         x = torch.randn(70, 128, generator=generator).to(dtype).requires_grad_()
         y = torch.ops.hfq.cpu_linear(x, *operands, None, *weight.sizes, False)
         assert torch.equal(torch.autograd.grad(y, x, grad)[0], expected)
@@ -153,7 +153,7 @@ def test_other_weights_are_widened_too(
         ({torch.bfloat16}, (grad.float() @ whole).bfloat16()),
         (set(), grad @ whole.bfloat16()),
     ):
-        monkeypatch.setattr(ops, "_SLOW_DTYPES", frozenset(slow))
+        monkeypatch.setattr(dense_products, "_SLOW_DTYPES", frozenset(slow))
         assert torch.equal(product(grad, (), ()), expected)
 
 

@@ -26,7 +26,7 @@ from w8a8_weights import (
 )
 
 from hfq.core.weight import Fp8Grid
-from hfq.kernels import cuda_fp8, cuda_int8_ops, cuda_products, dispatch, fp8
+from hfq.kernels import cuda_fp8, cuda_int8_ops, dense_products, dispatch, fp8
 from hfq.kernels.int8 import MAX_COLUMNS, _cuda_product
 from hfq.kernels.row import Problem
 
@@ -80,7 +80,7 @@ def test_products(
 def test_gradients(
     kind: Kind, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, rows_at_a_time: int
 ) -> None:
-    monkeypatch.setattr(cuda_products, "CHUNK", 4 * K * rows_at_a_time)
+    monkeypatch.setattr(dense_products, "CHUNK", 4 * K * rows_at_a_time)
     grid = kind.stored(generator)
     for product in kind.products:
         x = torch.randn(5, K, generator=generator, requires_grad=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hfq.core.errors import WeightError
 from hfq.core.spec import IntSpec, QuantSpec, SpqrSpec
-from hfq.kernels import native, ops
+from hfq.kernels import dense_products, native
 from hfq.nn.linear import QuantLinear
 
 # With one group per weight and float32 scales, code 0 of a symmetric grid stands for exactly that weight.
@@ -340,7 +340,7 @@ def test_processors_without_16_bit_products_multiply_in_float32(
     packed = quantized(48, 64, generator, format=format, spec=spec, dtype=dtype)
     if not packed.kernel("weight").name.startswith("cpu_"):
         pytest.skip("needs the native CPU kernels")
-    monkeypatch.setattr(ops, "_SLOW_DTYPES", frozenset({dtype}))
+    monkeypatch.setattr(dense_products, "_SLOW_DTYPES", frozenset({dtype}))
     x = torch.randn(40, 64, generator=generator).to(dtype).requires_grad_()
     with native.use_isa("generic"):  # no matrix units
         y = packed(x)
