@@ -205,7 +205,9 @@ def _cuda() -> Iterator[Check]:
         yield Check(name="CUDA kernels", status="missing", found=why_not, remedy=remedy)
     elif status.cuda:
         archs = built.get("archs", ())
-        found = f"built for {', '.join(archs)} by {built.get('compiler', '?')}"
+        found = "loaded; hfq's build did not leave what they were built for"
+        if archs:
+            found = f"built for {', '.join(archs)} by {built.get('compiler', '?')}"
         yield Check(
             name="CUDA kernels", status="ok", found=found, remedy=_late(archs, capabilities)
         )

@@ -151,6 +151,7 @@ def test_gpus_that_cannot_run_the_kernels(monkeypatch):
         found = check(doctor(), "CUDA kernels")
         assert (found.status == "missing") == bool(words) and words in found.found
         assert not words or "CUDA_VISIBLE_DEVICES" in found.remedy
+    assert found.found.startswith("loaded; ")
 
 
 def test_cuda_kernels_that_are_left_out(monkeypatch):
