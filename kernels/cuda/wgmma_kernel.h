@@ -33,7 +33,8 @@ struct WgmmaConsumer {
   static constexpr int kUnits = Block::kUnits, kSums = Block::kSums, kTokenTiles = Block::kTokenTiles;
   static constexpr float kMiddle = 1 << (Block::kBits - 1);
   static constexpr int kAnyDType = -1;  // of scales: the parameters say which
-  // Staged: a chunk begins with where the next one is, a chain of slow instructions, in place of its last unit. (Scales of units leave no registers.)
+  // Staged: codes are asked for before the wgmma in front is waited for, and a chunk begins with where the next one is, a chain of slow instructions,
+  // in place of its last unit. (Scales of units leave no registers for that.)
   template <bool kWhole>
   static constexpr bool kEarly = Block::kStaged && kWhole;
 
@@ -110,16 +111,16 @@ struct WgmmaConsumer {
     wgmma(T{}, products, a[u % 2][0], x + kFrom, (u & mask) != 0);
     wgmma(T{}, products, a[u % 2][1], x + kFrom + 2, true);
     wgmma_commit();
-    if constexpr (!Block::kStaged) wgmma_wait<1>();
+    if constexpr (!kEarly<kWhole>) wgmma_wait<1>();
     if constexpr (u + 1 < kUnits) {
       take<u + 1>(stage);
-      if constexpr (Block::kStaged) wgmma_wait<1>();  // codes are on their way meanwhile
+      if constexpr (kEarly<kWhole>) wgmma_wait<1>();
       unpack<u + 1>();
     } else if (more) {
       if constexpr (!kEarly<kWhole>) next.next();
       mbarrier_wait(block.full(next.at), next.round % 2);
       take<0>(block.stage(next.at));
-      if constexpr (Block::kStaged) wgmma_wait<1>();
+      if constexpr (kEarly<kWhole>) wgmma_wait<1>();
       unpack<0>();
     }
     // (Always so after the last unit. The compiler, which does not know, makes the numbers above before it waits.)
@@ -182,10 +183,8 @@ struct WgmmaConsumer {
     if constexpr (Block::kStaged) {
       if (p.weight.scale_dtype == kFloat16) return run_chunks<true, kFloat16>();
       if (p.weight.scale_dtype == kBFloat16) return run_chunks<true, kBFloat16>();
-      run_chunks<true, kFloat32>();
-    } else {
-      run_chunks<true>();
     }
+    run_chunks<true>();
   }
 
   __device__ __forceinline__ void store_sums(float* partial) const { store_tile<Block>(partial, own_warp(), sums); }

@@ -10,8 +10,8 @@
 // load, and to store by eight lanes at a time.
 //
 // Not measured: taken if HFQ_CUDA_TRY names "staged". Counted for a chunk (int4, bfloat16, groups of 128), 64 and 32 tokens: warps that multiply
-// execute 184 and 166 instructions, the one of weights 165, of x 143 and 95, those of the order 63 and 46, so that a scheduler has at most 901 and
-// 829. Shared memory is busy for 1170 and 720 clocks (512 and 256 of them with wgmma), tensor cores for 1024 and 512, the way from L2 for 1200 and
+// execute 186 and 168 instructions, the one of weights 165, of x 143 and 95, those of the order 63 and 46, so that a scheduler has at most 909 and
+// 837. Shared memory is busy for 1170 and 720 clocks (512 and 256 of them with wgmma), tensor cores for 1024 and 512, the way from L2 for 1200 and
 // 910. Expected: 1390 and 1280 clocks, 0.65 instructions a clock of a scheduler, as with 16 tokens; 2040 and 1530 were measured of wgmma_block.h.
 #pragma once
 
@@ -28,7 +28,7 @@ __device__ __forceinline__ void wait_together(uint32_t barrier, uint32_t bit) {
 
 template <class Block>
 struct WgmmaStagedProducer {
-  static constexpr int kBytes = Block::kBytes;
+  static constexpr int kBytes = Block::kBytes, kTilesAtOnce = kBytes > 1024 ? 2 : kBytes > 512 ? 8 : 16;  // as registers allow
 
   const WgmmaParams& p;
   const Block& block;
@@ -68,7 +68,7 @@ struct WgmmaStagedProducer {
       const uint32_t code_bytes = there < kBytes ? there : kBytes;
       const uint8_t* from = codes_from + behind;
       const uint32_t to = stage + codes_to;
-#pragma unroll 8
+#pragma unroll kTilesAtOnce
       for (uint32_t tile = 0; tile < tiles; ++tile, from += tile_bytes)
 #pragma unroll
         for (uint32_t piece = 0; piece < kBytes; piece += 512)
