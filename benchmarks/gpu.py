@@ -75,8 +75,12 @@ def save(part: str, found: Mapping[str, Any], arguments: Sequence[str], plan: Pl
     switched = {
         switch: value for switch, (value, _) in SWITCHES.items() if os.environ.get(switch) == value
     }
+    names = [SWITCHES[switch][1] for switch in switched]
+    if tried := os.environ.get("HFQ_CUDA_TRY"):
+        switched["HFQ_CUDA_TRY"] = tried
+        names.append("try-" + tried.replace(",", "-"))
     formats = [] if plan.kinds == FULL.kinds else [kind.replace(" ", "-") for kind in plan.kinds]
-    name = "_".join(["gpu", part, *formats, *(SWITCHES[switch][1] for switch in switched)])
+    name = "_".join(["gpu", part, *formats, *names])
     command = shlex.join(["python", "benchmarks/gpu.py", *arguments])
     command = " ".join([*(f"{switch}={value}" for switch, value in switched.items()), command])
     path = machine.write(name, command, {**about_gpu(), part: found})

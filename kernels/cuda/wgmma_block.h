@@ -14,7 +14,7 @@
 // Words of x move, so it goes through registers: a lane loads four words of a token, 16 bytes, and stores each by itself. 32 lanes have 64 columns of
 // four tokens: they load 128 bytes of each, and write the 32 banks once. x of the next chunk is on its way to registers while the ring is full. Its
 // stores are made known to wgmma by those who made them: a fence that might wait for cp.async of its thread, so that there are none. (Large blocks:
-// wgmma_tokens.cu has moved the words, and x comes in bulk, too.)
+// wgmma_tokens.cu has moved the words, and x comes in bulk, too. Staged: wgmma_staged.h.)
 #pragma once
 
 #include <type_traits>
@@ -25,9 +25,10 @@
 namespace hfq {
 namespace {
 
-template <class Kind, class T, int kTokens_, bool kLarge = false>
+template <class Kind, class T, int kTokens_, bool kLarge = false, bool kStaged_ = false>
 struct WgmmaBlock {
   static_assert(!kLarge || kTokens_ == kLargeTokens);
+  static constexpr bool kStaged = kStaged_;
   static constexpr int kTokens = kTokens_;
   static constexpr int kBits = Kind::kCodeBits;
   static constexpr int kTiles = kTokens > 64 && !kLarge ? 8 : 16, kRows = kTiles * kTileRows, kWarpTiles = kLarge ? 2 : 1;
@@ -46,16 +47,20 @@ struct WgmmaBlock {
   static constexpr int kPieces = 8, kAllPieces = kTokens / 2;  // of a warp at a time, of a chunk: 4 tokens, 64 columns
   static constexpr int kSharing = kAllPieces / kPieces < kProducers ? kAllPieces / kPieces : kProducers, kTurns = kProducers / kSharing;
 
+  // Who says that a stage is full: warps that have asked for weights, and that have stored x; staged: lanes that have copied weights, and warps that
+  // have put x in order.
+  static constexpr int kFilling = kStaged ? 32 + kProducers / 2 : kLarge ? kProducers : kProducers + kSharing;
+
   // A stage: two halves of 64 columns of x, [kTokens][128 bytes]; codes of each tile; of each tile scales of the groups in the chunk, and zero
   // points, 8 pairs each; sums of x, [kUnits][kTokens], for scales that float32 sums are multiplied by.
   static constexpr int kHalf = kTokens * 128, kCodesAt = 2 * kHalf, kScalesAt = kCodesAt + kTiles * kBytes, kScaleBytes = kUnits * 64;
   static constexpr int kZerosAt = kScalesAt + kTiles * kScaleBytes, kXSumsAt = kZerosAt + kTiles * kScaleBytes;
   static constexpr int kStage = (kXSumsAt + (kLarge ? 0 : kUnits * kTokens * 4) + 1023) / 1024 * 1024;
   // Shared memory: the ring, the table of a codebook, barriers.
-  static constexpr int kTableBytes = Kind::kTable ? TableCodes::kTableBytes : 0, kBarrierBytes = 256;
+  static constexpr int kTableBytes = Kind::kTable ? TableCodes::kTableBytes : 0, kBarrierBytes = kStaged ? 384 : 256;
   static constexpr int kRoom = (kMostWgmmaBytes - kTableBytes - kBarrierBytes) / kStage, kStages = kRoom > 8 ? 8 : kRoom;
   static constexpr int kRing = kStages * kStage, kSharedBytes = kRing + kTableBytes + kBarrierBytes;
-  static_assert(kStages >= 3 && kTokens * (kRows + 4) * 4 <= kRing && 8 * (3 * kStages + 2) <= kBarrierBytes);
+  static_assert(kStages >= 3 && kTokens * (kRows + 4) * 4 <= kRing && 8 * ((kStaged ? 4 : 3) * kStages + 2) <= kBarrierBytes);
 
   uint8_t* memory;                       // the ring begins here
   uint32_t ring, barriers;               // where those are, as instructions count
@@ -82,11 +87,14 @@ struct WgmmaBlock {
   // The table is filled; all have read all stages, for good.
   __device__ __forceinline__ uint32_t filled() const { return barriers + 24 * kStages; }
   __device__ __forceinline__ uint32_t drained() const { return filled() + 8; }
+  // Staged: x is there, in its own order.
+  __device__ __forceinline__ uint32_t raw(uint32_t at) const { return drained() + 8 + 8 * at; }
 
   // By one thread.
   __device__ __forceinline__ void init_barriers() const {
     for (int i = 0; i < kStages; ++i) {
-      mbarrier_init(full(i), kLarge ? kProducers : kProducers + kSharing);  // those that have asked for weights, and stored x
+      mbarrier_init(full(i), kFilling);
+      if constexpr (kStaged) mbarrier_init(raw(i), 32);
       mbarrier_init(empty(i), kConsumers);
       mbarrier_init(summed(i), kConsumers < kTokenTiles ? kConsumers : kTokenTiles);
     }

@@ -14,6 +14,7 @@
 
 #include "gemm_output.h"
 #include "wgmma_large.h"
+#include "wgmma_staged.h"
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define HFQ_WGMMA
@@ -31,6 +32,11 @@ template <class Kind, class T, class Block>
 struct WgmmaConsumer {
   static constexpr int kUnits = Block::kUnits, kSums = Block::kSums, kTokenTiles = Block::kTokenTiles;
   static constexpr float kMiddle = 1 << (Block::kBits - 1);
+  static constexpr int kAnyDType = -1;  // of scales: the parameters say which
+  // Staged: codes are asked for before the wgmma in front is waited for, and a chunk begins with where the next one is, a chain of slow instructions,
+  // in place of its last unit. (Scales of units leave no registers for that.)
+  template <bool kWhole>
+  static constexpr bool kEarly = Block::kStaged && kWhole;
 
   const WgmmaParams& p;
   const Block& block;
@@ -48,10 +54,15 @@ struct WgmmaConsumer {
     if constexpr (Kind::kTable) table = kept(block.ring + Block::kRing + 4 * lane);
   }
 
-  // Numbers of unit `u`.
+  // Codes of unit `u`, if a block begins with it.
   template <int u>
-  __device__ __forceinline__ void unpack(uint32_t stage) {
+  __device__ __forceinline__ void take(uint32_t stage) {
     if constexpr (u % Kind::kUnits == 0) codes.take(stage + codes_at + u / Kind::kUnits * kBlockBytes<Block::kBits>, lane);
+  }
+
+  // Its numbers.
+  template <int u>
+  __device__ __forceinline__ void unpack() {
     codes.template unit<T, u % Kind::kUnits>(table, a[u % 2]);
     Kind::order(a[u % 2]);
     // Here, and not behind the next fence, where ptxas would add one more.
@@ -86,10 +97,10 @@ struct WgmmaConsumer {
   }
 
   // Units u and later of the stage `turn`, of which `x` describes the activations and `unit` is the first one, of all columns. `more`: another one
-  // follows, whose first unit's numbers are made.
-  // `kWhole`: scales are applied at its end only, and there are no zero points.
-  template <bool kWhole, int u>
-  __device__ __forceinline__ void multiply(uint64_t x, const Turn<Block::kStages>& turn, uint32_t unit, bool more) {
+  // follows, whose first unit's numbers are made; `next` is it, or `turn` if not kEarly.
+  // `kWhole`: scales, of the dtype kScales, are applied at its end only, and there are no zero points.
+  template <bool kWhole, int kScales, int u>
+  __device__ __forceinline__ void multiply(uint64_t x, const Turn<Block::kStages>& turn, Turn<Block::kStages> next, uint32_t unit, bool more) {
     constexpr int kFrom = (u / 2 * Block::kHalf + u % 2 * 64) / 16;
     const uint32_t stage = block.stage(turn.at);
     const bool zeros = !kWhole && p.weight.zeros;
@@ -100,19 +111,22 @@ struct WgmmaConsumer {
     wgmma(T{}, products, a[u % 2][0], x + kFrom, (u & mask) != 0);
     wgmma(T{}, products, a[u % 2][1], x + kFrom + 2, true);
     wgmma_commit();
-    wgmma_wait<1>();
+    if constexpr (!kEarly<kWhole>) wgmma_wait<1>();
     if constexpr (u + 1 < kUnits) {
-      unpack<u + 1>(stage);
+      take<u + 1>(stage);
+      if constexpr (kEarly<kWhole>) wgmma_wait<1>();
+      unpack<u + 1>();
     } else if (more) {
-      Turn<Block::kStages> next = turn;
-      next.next();
+      if constexpr (!kEarly<kWhole>) next.next();
       mbarrier_wait(block.full(next.at), next.round % 2);
-      unpack<0>(block.stage(next.at));
+      take<0>(block.stage(next.at));
+      if constexpr (kEarly<kWhole>) wgmma_wait<1>();
+      unpack<0>();
     }
     // (Always so after the last unit. The compiler, which does not know, makes the numbers above before it waits.)
     if (kWhole ? u + 1 == kUnits : ((u + 1) & mask) == 0) {
       const uint32_t pair = stage + scales_at + (kWhole ? 0 : scales_of(p, unit, u));
-      const Pair s = load_floats(pair, p.weight.scale_dtype);
+      const Pair s = load_floats(pair, kScales == kAnyDType ? p.weight.scale_dtype : static_cast<DType>(kScales));
       if (u == mask && zeros) mbarrier_wait(block.summed(turn.at), turn.round % 2);
       wgmma_wait<0>(products);
       if (zeros) add_zeros(s, pair, stage + Block::kXSumsAt + u * 32 * kTokenTiles);
@@ -120,7 +134,7 @@ struct WgmmaConsumer {
       for (int i = 0; i < kSums; ++i) sums[i] += (i % 4 < 2 ? s.low : s.high) * products[i];
     }
     if constexpr (u + 1 < kUnits)
-      multiply<kWhole, u + 1>(x, turn, unit, more);
+      multiply<kWhole, kScales, u + 1>(x, turn, next, unit, more);
     else
       wgmma_wait<0>();
   }
@@ -139,17 +153,20 @@ struct WgmmaConsumer {
   }
 
   // All chunks of the block.
-  template <bool kWhole>
+  template <bool kWhole, int kScales = kAnyDType>
   __device__ __forceinline__ void run_chunks() {
     const uint64_t x = x_descriptor(block.ring);
     Turn<Block::kStages> turn;
     if (block.chunks) {
       mbarrier_wait(block.full(0), 0);
-      unpack<0>(block.ring);
+      take<0>(block.ring);
+      unpack<0>();
     }
 #pragma unroll 1
     for (uint32_t i = 0; i < block.chunks; ++i, turn.next()) {
-      multiply<kWhole, 0>(x + turn.at * (Block::kStage / 16), turn, (block.chunk + i) * kUnits, i + 1 < block.chunks);
+      Turn<Block::kStages> next = turn;
+      if constexpr (kEarly<kWhole>) next.next();
+      multiply<kWhole, kScales, 0>(x + turn.at * (Block::kStage / 16), turn, next, (block.chunk + i) * kUnits, i + 1 < block.chunks);
       sync_warp();
       if (lane == 0) mbarrier_arrive(block.empty(turn.at));
     }
@@ -157,9 +174,17 @@ struct WgmmaConsumer {
 
   __device__ __forceinline__ void run() {
     if (p.flush_mask == kUnits - 1 && !p.weight.zeros)
-      run_chunks<true>();
+      run_whole();
     else
       run_chunks<false>();
+  }
+
+  __device__ __forceinline__ void run_whole() {
+    if constexpr (Block::kStaged) {
+      if (p.weight.scale_dtype == kFloat16) return run_chunks<true, kFloat16>();
+      if (p.weight.scale_dtype == kBFloat16) return run_chunks<true, kBFloat16>();
+    }
+    run_chunks<true>();
   }
 
   __device__ __forceinline__ void store_sums(float* partial) const { store_tile<Block>(partial, own_warp(), sums); }
@@ -201,11 +226,12 @@ __device__ __forceinline__ void store_outputs(const WgmmaParams& p, const Block&
 
 // ---- kernel
 
-template <class Kind, class T, int kTokens, bool kLarge = false>
-__global__ void __launch_bounds__(WgmmaBlock<Kind, T, kTokens, kLarge>::kThreads, 1) wgmma_kernel(const WgmmaParams p) {
+template <class Kind, class T, int kTokens, bool kLarge = false, bool kStaged = false>
+__global__ void __launch_bounds__(WgmmaBlock<Kind, T, kTokens, kLarge, kStaged>::kThreads, 1) wgmma_kernel(const WgmmaParams p) {
 #ifdef HFQ_WGMMA
-  using Block = WgmmaBlock<Kind, T, kTokens, kLarge>;
+  using Block = WgmmaBlock<Kind, T, kTokens, kLarge, kStaged>;
   using Consumer = std::conditional_t<kLarge, WgmmaLargeConsumer<Kind, T, Block>, WgmmaConsumer<Kind, T, Block>>;
+  using SmallProducer = std::conditional_t<kStaged, WgmmaStagedProducer<Block>, WgmmaProducer<Block>>;
   const Block block(p);
   float* const partial = reinterpret_cast<float*>(block.memory);
   let_next_kernel_start();
@@ -214,7 +240,7 @@ __global__ void __launch_bounds__(WgmmaBlock<Kind, T, kTokens, kLarge>::kThreads
   const int warp = own_warp();
   if (warp >= Block::kConsumers) {
     if constexpr (Block::kOfProducers < Block::kAtFirst) give_registers<Block::kOfProducers>();
-    std::conditional_t<kLarge, WgmmaLargeProducer<Block>, WgmmaProducer<Block>> mine(p, block, warp - Block::kConsumers);
+    std::conditional_t<kLarge, WgmmaLargeProducer<Block>, SmallProducer> mine(p, block, warp - Block::kConsumers);
     mine.run();
   } else {
     if constexpr (Block::kOfConsumers > Block::kAtFirst) take_registers<Block::kOfConsumers>();
@@ -244,24 +270,24 @@ __global__ void __launch_bounds__(WgmmaBlock<Kind, T, kTokens, kLarge>::kThreads
 // ---- launcher
 
 // No splits: the kernel does not run here, for want of shared memory or because another compiler has chosen other registers.
-template <class Kind, class T, int kTokens, bool kLarge>
+template <class Kind, class T, int kTokens, bool kLarge, bool kStaged>
 WgmmaPlan plan_tokens(const LinearParams& p) {
-  using Block = WgmmaBlock<Kind, T, kTokens, kLarge>;
+  using Block = WgmmaBlock<Kind, T, kTokens, kLarge, kStaged>;
   const auto active = [](int blocks) {
     // With fewer registers than they count on, warps would wait for them forever.
     constexpr int kRegisters = Block::kOfConsumers > Block::kAtFirst ? Block::kAtFirst : 0;
-    return active_clusters<WgmmaParams, wgmma_kernel<Kind, T, kTokens, kLarge>>(blocks, Block::kThreads, Block::kSharedBytes, kRegisters);
+    return active_clusters<WgmmaParams, wgmma_kernel<Kind, T, kTokens, kLarge, kStaged>>(blocks, Block::kThreads, Block::kSharedBytes, kRegisters);
   };
   return plan_wgmma(p, {Block::kRows, kTokens, active});
 }
 
-template <class Kind, class T, int kTokens, bool kLarge>
+template <class Kind, class T, int kTokens, bool kLarge, bool kStaged>
 const char* launch_wgmma_tokens(const WgmmaParams& params, cudaStream_t stream) {
-  using Block = WgmmaBlock<Kind, T, kTokens, kLarge>;
-  constexpr auto kKernel = wgmma_kernel<Kind, T, kTokens, kLarge>;
+  using Block = WgmmaBlock<Kind, T, kTokens, kLarge, kStaged>;
+  constexpr auto kKernel = wgmma_kernel<Kind, T, kTokens, kLarge, kStaged>;
   WgmmaParams p = params;
   p.token_tiles = static_cast<uint32_t>((p.tokens + kTokens - 1) / kTokens);
-  p.plan = plan_tokens<Kind, T, kTokens, kLarge>(p);
+  p.plan = plan_tokens<Kind, T, kTokens, kLarge, kStaged>(p);
   if (p.plan.splits == 0) return "the kernel with wgmma does not run here";  // takes_wgmma asks before
   if constexpr (kLarge)
     if (const char* error = launch_arrange(p, stream)) return error;
@@ -269,33 +295,34 @@ const char* launch_wgmma_tokens(const WgmmaParams& params, cudaStream_t stream) 
   return launch_clusters(kKernel, static_cast<unsigned>(blocks), p.plan.splits, Block::kThreads, Block::kSharedBytes, stream, p);
 }
 
-// `use` of what a thread block takes of this product, as types: how many tokens, the fewest that hold all, and whether it is the large one. (Where it
-// does not run, because another compiler has chosen other registers, takes_wgmma says no and gemm_kernel.h is taken.)
+// `use` of what a thread block takes of this product, as types: how many tokens, the fewest that hold all, and whether it is large, or staged. (Where
+// it does not run, because another compiler has chosen other registers, takes_wgmma says no and gemm_kernel.h is taken.)
 template <class Use>
 auto with_block(const LinearParams& p, const Use& use) {
-  if (p.tokens <= 16) return use(std::integral_constant<int, 16>{}, std::false_type{});
-  if (p.tokens <= 32) return use(std::integral_constant<int, 32>{}, std::false_type{});
-  if (p.tokens <= 64) return use(std::integral_constant<int, 64>{}, std::false_type{});
-  if (takes_large_wgmma(p)) return use(std::integral_constant<int, kLargeTokens>{}, std::true_type{});
-  return use(std::integral_constant<int, 128>{}, std::false_type{});
+  constexpr std::true_type yes;
+  constexpr std::false_type no;
+  const auto use_small = [&](auto tokens) { return tried("staged") ? use(tokens, no, yes) : use(tokens, no, no); };
+  if (p.tokens <= 16) return use(std::integral_constant<int, 16>{}, no, no);
+  if (p.tokens <= 32) return use_small(std::integral_constant<int, 32>{});
+  if (p.tokens <= 64) return use_small(std::integral_constant<int, 64>{});
+  if (takes_large_wgmma(p)) return use(std::integral_constant<int, kLargeTokens>{}, yes, no);
+  return use(std::integral_constant<int, 128>{}, no, no);
 }
 
 template <class Kind>
 bool runs_wgmma_of(const LinearParams& p) {
-  return with_block(p, [&](auto tokens, auto large) {
-    constexpr int kTokens = decltype(tokens)::value;
-    constexpr bool kLarge = decltype(large)::value;
-    return (p.x_dtype == kBFloat16 ? plan_tokens<Kind, BFloat16, kTokens, kLarge>(p) : plan_tokens<Kind, Float16, kTokens, kLarge>(p)).splits > 0;
+  return with_block(p, [&](auto tokens, auto large, auto staged) {
+    const WgmmaPlan plan = p.x_dtype == kBFloat16 ? plan_tokens<Kind, BFloat16, tokens, large, staged>(p)
+                                                  : plan_tokens<Kind, Float16, tokens, large, staged>(p);
+    return plan.splits > 0;
   });
 }
 
 template <class Kind>
 const char* launch_wgmma_of(const WgmmaParams& p, cudaStream_t stream) {
-  return with_block(p, [&](auto tokens, auto large) {
-    constexpr int kTokens = decltype(tokens)::value;
-    constexpr bool kLarge = decltype(large)::value;
-    return p.x_dtype == kBFloat16 ? launch_wgmma_tokens<Kind, BFloat16, kTokens, kLarge>(p, stream)
-                                  : launch_wgmma_tokens<Kind, Float16, kTokens, kLarge>(p, stream);
+  return with_block(p, [&](auto tokens, auto large, auto staged) {
+    return p.x_dtype == kBFloat16 ? launch_wgmma_tokens<Kind, BFloat16, tokens, large, staged>(p, stream)
+                                  : launch_wgmma_tokens<Kind, Float16, tokens, large, staged>(p, stream);
   });
 }
 

@@ -28,6 +28,7 @@ SHAPES = (
 @pytest.fixture(autouse=True)
 def _wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HFQ_CUDA_WGMMA", "1")
+    monkeypatch.delenv("HFQ_CUDA_TRY", raising=False)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=name_of)
@@ -144,7 +145,8 @@ def test_every_combination(
 
 
 def test_ladder(emulator: Any, capfd: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
-    arguments = ["--emulated", str(emulator.folder), "identity_rows", "ring", "identity_large"]
+    rungs = ("identity_rows", "ring", "identity_large", "identity_staged")
+    arguments = ["--emulated", str(emulator.folder), *rungs]
     monkeypatch.setattr("sys.argv", ["wgmma_ladder.py", *arguments])
     monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))  # to be set back
     assert wgmma_ladder.main() == 0

@@ -35,6 +35,7 @@ class Rung:
     shape: N, K, group_size (0: a group per row).
     new: what no rung before it has.
     large: by wgmma_large.h, more than 64 tokens.
+    tried: HFQ_CUDA_TRY.
     """
 
     shape: Shape
@@ -43,6 +44,7 @@ class Rung:
     kind: Kind = INT4
     calls: int = 20
     large: bool = False
+    tried: str = ""
 
 
 RUNGS = {
@@ -72,6 +74,10 @@ RUNGS = {
     "large_nf4": Rung((256, LONG, 64), 128, "a table", (4, "nf4"), large=True),
     "large_cluster": Rung((1024, 4096, 128), 300, "clusters, tiles of tokens", large=True),
     "large_full": Rung((4096, 14336, 128), 256, "all multiprocessors", calls=300, large=True),
+    "identity_staged": Rung((300, 136, 0), 30, "wgmma_staged.h: cp.async, order", tried="staged"),
+    "staged32": Rung((256, LONG, 128), 32, "stage after stage", tried="staged"),
+    "staged64": Rung((256, LONG, 64), 63, "setmaxnreg, zero points", (4, "zeros"), tried="staged"),
+    "staged_full": Rung((4096, 14336, 128), 64, "races", calls=300, tried="staged"),
     "full": Rung((4096, 14336, 128), 64, "all multiprocessors; races", calls=300),
     "full16": Rung((14336, 4096, 128), 16, "the same", (4, "zeros"), calls=300),
 }
@@ -158,6 +164,7 @@ def check_products(rung: Rung, weight: Weight, product: Product, device: torch.d
 def climb(name: str, folder: Path | None) -> bool:
     rung = RUNGS[name]
     os.environ["HFQ_CUDA_WGMMA"] = "large" if rung.large else "1"
+    os.environ["HFQ_CUDA_TRY"] = rung.tried
     weight = random_weight(torch.Generator().manual_seed(0), rung.shape, rung.kind)
     product, device = product_of(weight, folder)
     check = check_identity if name.startswith("identity") else check_products

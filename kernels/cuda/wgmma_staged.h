@@ -1,0 +1,153 @@
+// From global memory to stages with 17 to 64 tokens: all of it by cp.async, as far ahead as there are stages, and x in its own order, which is
+// changed where it lies. (In wgmma_block.h x waits in registers of the warps that copy it, a chunk ahead at most: stages were empty for a fifth of
+// the time.)
+//
+// Of the four warps one copies weights, one x, and two put x in order, half of the columns each. Those that copy make no fence, and those that do
+// copy nothing: it is a MEMBAR, which may wait for cp.async of its thread.
+//
+// In the order of wgmma_block.h word t of piece i of a unit is word i of piece t. So if matrix t of ldmatrix is pieces t of eight units, the lane of
+// word i of a row gets all of piece i. Two units of each of four tokens are those eight rows: their places, p ^ m % 8, are in different banks to
+// load, and to store by eight lanes at a time.
+//
+// Not measured: taken if HFQ_CUDA_TRY names "staged". Counted for a chunk (int4, bfloat16, groups of 128), 64 and 32 tokens: warps that multiply
+// execute 186 and 168 instructions, the one of weights 165, of x 143 and 95, those of the order 63 and 46, so that a scheduler has at most 909 and
+// 837. Shared memory is busy for 1170 and 720 clocks (512 and 256 of them with wgmma), tensor cores for 1024 and 512, the way from L2 for 1200 and
+// 910. Expected: 1390 and 1280 clocks, 0.65 instructions a clock of a scheduler, as with 16 tokens; 2040 and 1530 were measured of wgmma_block.h.
+#pragma once
+
+#include "wgmma_block.h"
+
+namespace hfq {
+namespace {
+
+// Lanes stay together: each copy is one instruction for all of them.
+__device__ __forceinline__ void wait_together(uint32_t barrier, uint32_t bit) {
+  mbarrier_wait(barrier, bit);
+  sync_warp();
+}
+
+template <class Block>
+struct WgmmaStagedProducer {
+  static constexpr int kBytes = Block::kBytes, kTilesAtOnce = kBytes > 1024 ? 2 : kBytes > 512 ? 8 : 16;  // as registers allow
+
+  const WgmmaParams& p;
+  const Block& block;
+  const int warp;
+  const uint32_t lane;
+
+  __device__ __forceinline__ WgmmaStagedProducer(const WgmmaParams& params, const Block& b, int of_producers)
+      : p(params), block(b), warp(of_producers), lane(threadIdx.x % 32) {}
+
+  // All chunks of the block. What is not copied, of tokens and rows that do not exist, reaches no other one's sums; codes of columns behind K meet
+  // zeros.
+  __device__ __forceinline__ void run() const {
+    if (warp == 0) copy_weights();
+    wait_for_previous_kernel();
+    if (warp == 1) copy_x();
+    if (warp > 1) order_x(warp - 2);
+  }
+
+  // Of codes a lane has 16 bytes of each 512; of scales and zero points two lanes have 32 bytes of a tile at a time, which hold 4 or 8 pairs.
+  __device__ __forceinline__ void copy_weights() const {
+    static_assert(Block::kTiles == 16);
+    const Weight& w = p.weight;
+    const int64_t first = block.first_tile, left = (w.out_features + kTileRows - 1) / kTileRows - first;
+    const uint32_t tiles = static_cast<uint32_t>(left < Block::kTiles ? left : Block::kTiles), of_group = 8 * pair_bytes(w.scale_dtype);
+    const uint32_t tile_bytes =
+        static_cast<uint32_t>((w.in_features + kBlockColumns<Block::kBits> - 1) / kBlockColumns<Block::kBits>) * kBlockBytes<Block::kBits>;
+    const int64_t numbers = (first + lane / 2) * w.groups * of_group + 16 * (lane % 2);
+    const uint8_t* const codes_from = w.qweight + first * tile_bytes + 16 * lane;
+    const uint8_t* const scales_from = static_cast<const uint8_t*>(w.scales) + numbers;
+    const uint8_t* const zeros_from = static_cast<const uint8_t*>(w.zeros) + numbers;
+    const uint32_t codes_to = Block::kCodesAt + 16 * lane, numbers_to = Block::kScalesAt + lane / 2 * Block::kScaleBytes + 16 * (lane % 2);
+    Turn<Block::kStages> turn;
+#pragma unroll 1
+    for (uint32_t i = 0; i < block.chunks; ++i, turn.next()) {
+      wait_together(block.empty(turn.at), (turn.round + 1) % 2);
+      const uint32_t stage = block.stage(turn.at), behind = (block.chunk + i) * kBytes, there = tile_bytes - behind;
+      const uint32_t code_bytes = there < kBytes ? there : kBytes;
+      const uint8_t* from = codes_from + behind;
+      const uint32_t to = stage + codes_to;
+#pragma unroll kTilesAtOnce
+      for (uint32_t tile = 0; tile < tiles; ++tile, from += tile_bytes)
+#pragma unroll
+        for (uint32_t piece = 0; piece < kBytes; piece += 512)
+          if (piece + 16 * lane < code_bytes) cp_async(to + tile * kBytes + piece, from + piece);
+      const uint32_t unit = (block.chunk + i) * Block::kUnits, group = group_of(p, unit), groups = group_of(p, unit + Block::kUnits - 1) - group + 1;
+      if (lane / 2 < tiles) {
+#pragma unroll 1
+        for (uint32_t at = 0; at < groups * of_group; at += 32) {
+          cp_async(stage + numbers_to + at, scales_from + group * of_group + at);
+          if (w.zeros) cp_async(stage + numbers_to + at + Block::kZerosAt - Block::kScalesAt, zeros_from + group * of_group + at);
+        }
+      }
+      mbarrier_arrive_after_copies(block.full(turn.at));
+    }
+  }
+
+  // A lane has 16 bytes of every fourth token, of both halves of the columns; zeros behind K.
+  __device__ __forceinline__ void copy_x() const {
+    const uint32_t end = static_cast<uint32_t>(p.weight.in_features), row_bytes = 2 * end, token = lane / 8;
+    const int64_t left = p.tokens - block.first_token;
+    const uint32_t tokens = static_cast<uint32_t>(left < Block::kTokens ? left : Block::kTokens);
+    uint32_t column = block.chunk * kWgmmaColumns + 8 * (lane % 8);
+    const uint8_t* x = static_cast<const uint8_t*>(p.x) + static_cast<int64_t>(block.first_token + token) * row_bytes + 2 * column;
+    Turn<Block::kStages> turn;
+#pragma unroll 1
+    for (uint32_t i = 0; i < block.chunks; ++i, turn.next()) {
+      wait_together(block.empty(turn.at), (turn.round + 1) % 2);
+      const uint8_t* from = x;
+      uint32_t to = block.stage(turn.at) + piece_at();
+      const bool exists[2] = {column < end, column + 64 < end};
+#pragma unroll 4
+      for (uint32_t eight = 0; eight < tokens / 8; ++eight, to += 8 * 128) copy_eight(to, from, row_bytes, exists, 8);
+      if (tokens % 8) copy_eight(to, from, row_bytes, exists, tokens % 8);
+      mbarrier_arrive_after_copies(block.raw(turn.at));
+      x += 2 * kWgmmaColumns, column += kWgmmaColumns;
+    }
+  }
+
+  // Of eight tokens, of which so many exist.
+  __device__ __forceinline__ void copy_eight(uint32_t to, const uint8_t*& from, uint32_t row_bytes, const bool (&exists)[2], uint32_t tokens) const {
+#pragma unroll
+    for (uint32_t row = 0; row < 8; row += 4) {
+      if (row + lane / 8 < tokens)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          cp_async_or_zero((to ^ 16 * row) + 128 * row + half * Block::kHalf, from + 128 * half, exists[half]);
+      from = kept(from + 4 * row_bytes);  // one pointer: the compiler would have one for each half
+    }
+  }
+
+  // Where piece `lane` % 8 of token `lane` / 8 of a half stands.
+  __device__ __forceinline__ uint32_t piece_at() const { return 128 * (lane / 8) + 16 * (lane % 8 ^ lane / 8); }
+
+  // Four tokens at a time, both units of a half of their columns.
+  __device__ __forceinline__ void order_x(uint32_t half) const {
+    constexpr uint32_t kAtOnce = 8;  // times four tokens
+    // Row r of a matrix is of token r / 2 and of unit r % 2.
+    const uint32_t row = lane % 8, from = 128 * (row / 2) + 16 * ((row % 2 * 4 + lane / 8) ^ row / 2);
+    Turn<Block::kStages> turn;
+#pragma unroll 1
+    for (uint32_t i = 0; i < block.chunks; ++i, turn.next()) {
+      wait_together(block.raw(turn.at), turn.round % 2);
+      const uint32_t x_at = turn.at * Block::kStage + half * Block::kHalf;
+#pragma unroll
+      for (uint32_t first = 0; first < Block::kTokens / 4; first += kAtOnce) {
+        uint32_t x[kAtOnce][4];
+#pragma unroll
+        for (uint32_t j = 0; j < kAtOnce; ++j) ldmatrix(x[j], block.memory + (((x_at + from) ^ j % 2 * 64) + 512 * (first + j)));
+        sync_warp();
+#pragma unroll
+        for (uint32_t j = 0; j < kAtOnce; ++j)
+          store_shared(((block.ring + x_at + piece_at()) ^ j % 2 * 64) + 512 * (first + j), make_uint4(x[j][0], x[j][1], x[j][2], x[j][3]));
+      }
+      fence_proxy_async();
+      sync_warp();
+      if (lane == 0) mbarrier_arrive(block.full(turn.at));
+    }
+  }
+};
+
+}  // namespace
+}  // namespace hfq

@@ -1,0 +1,151 @@
+"""17 to 64 tokens with x put in order where it lies in shared memory (wgmma_staged.h), run on the CPU, against a float64 reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from fragments_weights import FLOATS, HALVES, KINDS, Kind, Shape, name_of
+from fragments_weights import random_weight as make
+from wgmma_products import ALONE, CLUSTERS, linear
+
+# (N, K, group_size; 0: one group per row): rows that fill no tile, warpgroup or block; columns that end in a chunk, in each of its units, and that turn
+# the ring of stages around more than once; groups of all kinds.
+SHAPES = (
+    (1, 8, 0),
+    (17, 136, 32),
+    (70, 264, 64),
+    (130, 1328, 128),
+    (33, 200, 0),
+    (5, 2280, 96),
+    (272, 392, 160),
+    (300, 2048, 128),
+)
+
+
+@pytest.fixture(autouse=True)
+def _wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HFQ_CUDA_WGMMA", "1")
+    monkeypatch.setenv("HFQ_CUDA_TRY", "others,staged")
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=name_of)
+@pytest.mark.parametrize("shape", SHAPES, ids=name_of)
+def test_products(emulator: Any, generator: torch.Generator, shape: Shape, kind: Kind) -> None:
+    for dtype, tokens, scale_dtype, multiprocessors in zip(
+        (*HALVES, *HALVES),
+        (17, 32, 40, 64),
+        (torch.float16, torch.float32, torch.bfloat16, torch.float16),
+        (ALONE, CLUSTERS, CLUSTERS, ALONE),
+        strict=True,
+    ):
+        w = make(generator, shape, kind, scale_dtype=scale_dtype)
+        x = torch.randn(tokens, shape[1], generator=generator).to(dtype)
+        bias = torch.randn(shape[0], generator=generator).to(dtype) if tokens % 2 else None
+        w.check(linear(emulator, x, w, bias, multiprocessors), x, bias)
+
+
+@pytest.mark.parametrize("tokens", [17, 18, 24, 25, 31, 32, 33, 39, 40, 47, 48, 49, 63, 64])
+def test_every_number_of_tokens(emulator: Any, generator: torch.Generator, tokens: int) -> None:
+    """A token's result depends on no other's: neither on those that exist nor on memory where none is."""
+    w = make(generator, (76, 648, 64), (4, "zeros"))
+    x = torch.randn(tokens, 648, generator=generator).bfloat16()
+    y = linear(emulator, x, w)
+    w.check(y, x)
+    order = torch.randperm(tokens, generator=generator)
+    assert torch.equal(linear(emulator, x[order], w), y[order])
+
+
+def test_the_choice(
+    emulator: Any, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For 17 to 64 tokens where it is asked for: what shared memory it needs, 128 bytes more for barriers, shows which kernel is taken."""
+    w = make(generator, (64, 4096, 32), (4, None))
+    x = torch.randn(64, 4096, generator=generator).bfloat16()
+    bytes_of = {16: 7 * (29 << 10), 32: 6 * (33 << 10), 64: 5 * (41 << 10)}  # all stages
+
+    def is_gemm(tokens: int) -> bool:
+        room = bytes_of[next(most for most in bytes_of if tokens <= most)] + 256
+        found: bool = emulator.gives_gemm_workspace(x[:tokens], w.operands, w.sizes, 90, room)
+        return found
+
+    assert not is_gemm(16)
+    assert is_gemm(17) and is_gemm(32) and is_gemm(33) and is_gemm(64)
+    for others in ("", "stage,staged2"):
+        monkeypatch.setenv("HFQ_CUDA_TRY", others)
+        assert not any(map(is_gemm, (16, 17, 32, 33, 64)))
+
+
+@pytest.mark.parametrize("kind", [(4, None), (3, "zeros"), (8, "e4m3"), (4, "nf4")], ids=name_of)
+def test_the_same_bits(
+    emulator: Any, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, kind: Kind
+) -> None:
+    """Only the way to shared memory is another one: sums and their order are those of wgmma_block.h's."""
+    for tokens, multiprocessors in ((20, ALONE), (64, CLUSTERS)):
+        w = make(generator, (70, 1096, 128), kind)
+        x = torch.randn(tokens, 1096, generator=generator).half()
+        y = linear(emulator, x, w, multiprocessors=multiprocessors)
+        with monkeypatch.context() as without:
+            without.delenv("HFQ_CUDA_TRY")
+            assert torch.equal(y, linear(emulator, x, w, multiprocessors=multiprocessors))
+
+
+@pytest.mark.parametrize("splits", range(1, 9))
+@pytest.mark.parametrize("tokens", [20, 60])
+def test_every_cluster(emulator: Any, generator: torch.Generator, splits: int, tokens: int) -> None:
+    """Columns shared out among up to eight blocks, the last one with fewer."""
+    w = make(generator, (270, 128 * 2 * splits + 72, 128), (4, None))
+    x = torch.randn(tokens, w.sizes[2], generator=generator).half()
+    bias = torch.randn(270, generator=generator)
+    w.check(linear(emulator, x, w, bias, CLUSTERS), x, bias)
+
+
+@pytest.mark.parametrize("scale_dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("group_size", [32, 64, 128, 256])
+@pytest.mark.parametrize("kind", [(4, None), (4, "zeros"), (8, None)], ids=name_of)
+def test_scales(
+    emulator: Any,
+    generator: torch.Generator,
+    kind: Kind,
+    group_size: int,
+    scale_dtype: torch.dtype,
+) -> None:
+    for tokens, dtype in zip((24, 37), HALVES, strict=True):
+        w = make(generator, (40, 1000, group_size), kind, scale_dtype=scale_dtype)
+        x = torch.randn(tokens, 1000, generator=generator).to(dtype)
+        w.check(linear(emulator, x, w), x)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=name_of)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_not_a_number_reaches_its_own_outputs(
+    emulator: Any, generator: torch.Generator, kind: Kind, bad: float
+) -> None:
+    w = make(generator, (20, 136, 64), kind)
+    for dtype, column in zip(HALVES, (135, 3), strict=True):
+        x = torch.randn(39, 136, generator=generator).to(dtype)
+        x[11, column] = bad
+        finite = linear(emulator, x, w).isfinite()
+        assert not finite[11].any()
+        assert finite[torch.arange(39) != 11].all()
+    x = torch.randn(19, 136, generator=generator).bfloat16()
+    finite = linear(emulator, x, w.with_bad_scale(13, 1), multiprocessors=CLUSTERS).isfinite()
+    assert not finite[:, 13].any()
+    assert finite[:, torch.arange(20) != 13].all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS, ids=name_of)
+@pytest.mark.parametrize("group_size", [32, 64, 96, 128, 160, 256, 0])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_every_combination(
+    emulator: Any, generator: torch.Generator, kind: Kind, group_size: int, dtype: torch.dtype
+) -> None:
+    cases = (((40, 1000), ALONE, (27, 50)), ((17, 1608), CLUSTERS, (33, 64)))
+    for (rows, columns), multiprocessors, numbers in cases:
+        w = make(generator, (rows, columns, group_size), kind)
+        for tokens in numbers:
+            x = torch.randn(tokens, columns, generator=generator).to(dtype)
+            bias = torch.randn(rows, generator=generator) if tokens % 2 else None
+            w.check(linear(emulator, x, w, bias, multiprocessors), x, bias)
