@@ -44,6 +44,7 @@ from gpu_weights import KINDS
 SWITCHES = {
     "HFQ_CUDA_OVERLAP": ("0", "no-overlap"),
     "HFQ_CUDA_WGMMA": ("0", "no-wgmma"),
+    "HFQ_CUDA_TRY": ("tokens256", "tokens256"),
 }
 
 PARTS: dict[str, Callable[[Clock, Plan], dict[str, Any]]] = {

@@ -7,7 +7,6 @@
 #include <cstdlib>
 #include <map>
 #include <mutex>
-#include <string>
 #include <utility>
 
 namespace hfq {
@@ -71,12 +70,6 @@ template <class Params>
 bool may_start_early(void (*kernel)(Params)) {
   const char* wanted = std::getenv("HFQ_CUDA_OVERLAP");
   return (!wanted || wanted[0] != '0') && driver_overlaps() && facts_of(kernel).architecture >= 90;
-}
-
-// Whether HFQ_CUDA_TRY, a list with commas, has this name: of a kernel that no GPU has timed yet, and that is not taken without it.
-inline bool tried(const char* name) {
-  const char* const names = std::getenv("HFQ_CUDA_TRY");
-  return names && (',' + std::string(names) + ',').find(',' + std::string(name) + ',') != std::string::npos;
 }
 
 // Null, or CUDA's description of the error, which the next launch is not to find.

@@ -2,6 +2,9 @@
 // the same kernels for the CPU, where tests/kernels/cuda_on_cpu has the same functions.
 #pragma once
 
+#include <cstdlib>
+#include <string>
+
 #include "dtype.h"
 
 #ifdef HFQ_CUDA_ON_CPU
@@ -12,6 +15,12 @@
 #endif
 
 namespace hfq {
+
+// Whether HFQ_CUDA_TRY, a list with commas, has this name: of a kernel that no GPU has timed yet, and that is not taken without it.
+inline bool tried(const char* name) {
+  const char* const names = std::getenv("HFQ_CUDA_TRY");
+  return names && (',' + std::string(names) + ',').find(',' + std::string(name) + ',') != std::string::npos;
+}
 
 // That CUDA takes for each thread block; the most that a block may have is a multiprocessor's without it.
 constexpr size_t kReservedShared = 1 << 10;

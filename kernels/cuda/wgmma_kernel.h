@@ -3,7 +3,7 @@
 // Four warps fill a ring of stages (wgmma_block.h). The others have a tile each; they wait for a stage to be full, and say when it is empty, so that
 // none waits for another that is behind. While the instructions of a unit run, the next one's numbers are made. Scales multiply float32 sums after a
 // group, or a chunk if that ends first; sums of x for zero points come from mma with ones, as in gemm_kernel.h.
-// (More than 64 tokens with large weights: wgmma_large.h.)
+// (More than 64 tokens with large weights: wgmma_large.h, wgmma_pair.h.)
 //
 // x costs as many bytes of L2 as codes do: 64 tokens as many as 256 rows of 4 bits. So 256 rows share it; 128 tokens leave registers for 128 rows
 // only, which suits small weights. Few rows leave multiprocessors without work: then the columns are cut, the blocks that share rows are a cluster,
@@ -14,6 +14,7 @@
 
 #include "gemm_output.h"
 #include "wgmma_large.h"
+#include "wgmma_pair.h"
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define HFQ_WGMMA
@@ -187,7 +188,7 @@ __device__ __forceinline__ void store_outputs(const WgmmaParams& p, const Block&
 #pragma unroll
         for (uint32_t i = 0; i < kAtOnce; ++i) {
           const float4* const of_token = reinterpret_cast<const float4*>(own + i * kWarps * (Block::kRows + 4));
-          if (token + i * kWarps < tokens) parts[i] = splits == 1 ? *of_token : load_of_block(of_token, split);
+          if (token + i * kWarps < tokens) parts[i] = splits == 1 ? *of_token : load_of_block(of_token, block.rank_of(split));
         }
 #pragma unroll
         for (uint32_t i = 0; i < kAtOnce; ++i) sums[i] = plus(sums[i], parts[i]);
@@ -201,20 +202,44 @@ __device__ __forceinline__ void store_outputs(const WgmmaParams& p, const Block&
 
 // ---- kernel
 
+// What a thread block is made of.
+template <class Kind, class T, int kTokens, bool kLarge>
+struct WgmmaParts {
+  using Block = WgmmaBlock<Kind, T, kTokens>;
+  using Producer = WgmmaProducer<Block>;
+  using Consumer = WgmmaConsumer<Kind, T, Block>;
+};
+template <class Kind, class T>
+struct WgmmaParts<Kind, T, kLargeTokens, true> {
+  using Block = WgmmaBlock<Kind, T, kLargeTokens, true>;
+  using Producer = WgmmaLargeProducer<Block>;
+  using Consumer = WgmmaLargeConsumer<Kind, T, Block>;
+};
+template <class Kind, class T>
+struct WgmmaParts<Kind, T, kPairTokens, true> {
+  using Block = WgmmaPairBlock<Kind, T>;
+  using Producer = WgmmaPairProducer<Block>;
+  using Consumer = WgmmaPairConsumer<Kind, T, Block>;
+};
+
 template <class Kind, class T, int kTokens, bool kLarge = false>
-__global__ void __launch_bounds__(WgmmaBlock<Kind, T, kTokens, kLarge>::kThreads, 1) wgmma_kernel(const WgmmaParams p) {
+__global__ void __launch_bounds__(WgmmaParts<Kind, T, kTokens, kLarge>::Block::kThreads, 1) wgmma_kernel(const WgmmaParams p) {
 #ifdef HFQ_WGMMA
-  using Block = WgmmaBlock<Kind, T, kTokens, kLarge>;
-  using Consumer = std::conditional_t<kLarge, WgmmaLargeConsumer<Kind, T, Block>, WgmmaConsumer<Kind, T, Block>>;
+  using Parts = WgmmaParts<Kind, T, kTokens, kLarge>;
+  using Block = typename Parts::Block;
+  constexpr bool kShares = Block::kNeighbours > 1;
   const Block block(p);
   float* const partial = reinterpret_cast<float*>(block.memory);
   let_next_kernel_start();
   if (threadIdx.x == 0) block.init_barriers();
-  sync_block();
+  if constexpr (kShares)
+    sync_cluster_only();
+  else
+    sync_block();
   const int warp = own_warp();
   if (warp >= Block::kConsumers) {
     if constexpr (Block::kOfProducers < Block::kAtFirst) give_registers<Block::kOfProducers>();
-    std::conditional_t<kLarge, WgmmaLargeProducer<Block>, WgmmaProducer<Block>> mine(p, block, warp - Block::kConsumers);
+    typename Parts::Producer mine(p, block, warp - Block::kConsumers);
     mine.run();
   } else {
     if constexpr (Block::kOfConsumers > Block::kAtFirst) take_registers<Block::kOfConsumers>();
@@ -224,7 +249,7 @@ __global__ void __launch_bounds__(WgmmaBlock<Kind, T, kTokens, kLarge>::kThreads
       mbarrier_wait(block.filled(), 0);
     }
     wait_for_previous_kernel();  // which may read what will be overwritten
-    Consumer mine(p, block, warp);
+    typename Parts::Consumer mine(p, block, warp);
     mine.run();
     // In place of the stages, once nobody reads them.
     sync_warp();
@@ -232,7 +257,7 @@ __global__ void __launch_bounds__(WgmmaBlock<Kind, T, kTokens, kLarge>::kThreads
     mbarrier_wait(block.drained(), 0);
     mine.store_sums(partial);
   }
-  if (p.plan.splits > 1)
+  if (kShares || p.plan.splits > 1)
     sync_cluster();
   else
     sync_block();
@@ -246,18 +271,19 @@ __global__ void __launch_bounds__(WgmmaBlock<Kind, T, kTokens, kLarge>::kThreads
 // No splits: the kernel does not run here, for want of shared memory or because another compiler has chosen other registers.
 template <class Kind, class T, int kTokens, bool kLarge>
 WgmmaPlan plan_tokens(const LinearParams& p) {
-  using Block = WgmmaBlock<Kind, T, kTokens, kLarge>;
-  const auto active = [](int blocks) {
+  using Block = typename WgmmaParts<Kind, T, kTokens, kLarge>::Block;
+  const auto active = [](int splits) {
     // With fewer registers than they count on, warps would wait for them forever.
     constexpr int kRegisters = Block::kOfConsumers > Block::kAtFirst ? Block::kAtFirst : 0;
-    return active_clusters<WgmmaParams, wgmma_kernel<Kind, T, kTokens, kLarge>>(blocks, Block::kThreads, Block::kSharedBytes, kRegisters);
+    return active_clusters<WgmmaParams, wgmma_kernel<Kind, T, kTokens, kLarge>>(Block::kNeighbours * splits, Block::kThreads,
+                                                                                Block::kSharedBytes, kRegisters);
   };
-  return plan_wgmma(p, {Block::kRows, kTokens, active});
+  return plan_wgmma(p, {Block::kRows, kTokens, Block::kNeighbours, active});
 }
 
 template <class Kind, class T, int kTokens, bool kLarge>
 const char* launch_wgmma_tokens(const WgmmaParams& params, cudaStream_t stream) {
-  using Block = WgmmaBlock<Kind, T, kTokens, kLarge>;
+  using Block = typename WgmmaParts<Kind, T, kTokens, kLarge>::Block;
   constexpr auto kKernel = wgmma_kernel<Kind, T, kTokens, kLarge>;
   WgmmaParams p = params;
   p.token_tiles = static_cast<uint32_t>((p.tokens + kTokens - 1) / kTokens);
@@ -265,8 +291,10 @@ const char* launch_wgmma_tokens(const WgmmaParams& params, cudaStream_t stream) 
   if (p.plan.splits == 0) return "the kernel with wgmma does not run here";  // takes_wgmma asks before
   if constexpr (kLarge)
     if (const char* error = launch_arrange(p, stream)) return error;
-  const int64_t blocks = (p.weight.out_features + Block::kRows - 1) / Block::kRows * p.token_tiles * p.plan.splits;
-  return launch_clusters(kKernel, static_cast<unsigned>(blocks), p.plan.splits, Block::kThreads, Block::kSharedBytes, stream, p);
+  // Whole clusters: of an odd number of blocks of rows, the last one has a neighbour without rows, which only helps to copy x.
+  const unsigned cluster = Block::kNeighbours * p.plan.splits;
+  const int64_t clusters = divided(p.weight.out_features, Block::kNeighbours * Block::kRows) * p.token_tiles;
+  return launch_clusters(kKernel, static_cast<unsigned>(clusters * cluster), cluster, Block::kThreads, Block::kSharedBytes, stream, p);
 }
 
 // `use` of what a thread block takes of this product, as types: how many tokens, the fewest that hold all, and whether it is the large one. (Where it
@@ -276,7 +304,9 @@ auto with_block(const LinearParams& p, const Use& use) {
   if (p.tokens <= 16) return use(std::integral_constant<int, 16>{}, std::false_type{});
   if (p.tokens <= 32) return use(std::integral_constant<int, 32>{}, std::false_type{});
   if (p.tokens <= 64) return use(std::integral_constant<int, 64>{}, std::false_type{});
-  if (takes_large_wgmma(p)) return use(std::integral_constant<int, kLargeTokens>{}, std::true_type{});
+  if (takes_large_wgmma(p))
+    return large_tokens(p) == kPairTokens ? use(std::integral_constant<int, kPairTokens>{}, std::true_type{})
+                                          : use(std::integral_constant<int, kLargeTokens>{}, std::true_type{});
   return use(std::integral_constant<int, 128>{}, std::false_type{});
 }
 

@@ -144,7 +144,8 @@ def test_every_combination(
 
 
 def test_ladder(emulator: Any, capfd: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
-    arguments = ["--emulated", str(emulator.folder), "identity_rows", "ring", "identity_large"]
+    rungs = ["identity_rows", "ring", "identity_large", "identity_pair"]
+    arguments = ["--emulated", str(emulator.folder), *rungs]
     monkeypatch.setattr("sys.argv", ["wgmma_ladder.py", *arguments])
     monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))  # to be set back
     assert wgmma_ladder.main() == 0

@@ -76,7 +76,7 @@ def _check(source: str, architecture: str, folder: Path) -> None:
 
 def _check_registers(entries: dict[str, str]) -> None:
     """Warps that take registers from others wait forever if a launch has fewer than they count on (kAtFirst, wgmma_block.h)."""
-    for tokens, large, registers in ((64, 0, 96), (128, 0, 168), (128, 1, 168)):
+    for tokens, large, registers in ((64, 0, 96), (128, 0, 168), (128, 1, 168), (256, 1, 168)):
         own = [entry for name, entry in entries.items() if f"ELi{tokens}ELb{large}E" in name]
         assert len(own) == 2, list(entries)
         assert all(f"Used {registers} registers" in entry for entry in own), own

@@ -34,7 +34,8 @@ class Rung:
     """Attributes:
     shape: N, K, group_size (0: a group per row).
     new: what no rung before it has.
-    large: by wgmma_large.h, more than 64 tokens.
+    large: in large blocks, more than 64 tokens.
+    tried: of HFQ_CUDA_TRY.
     """
 
     shape: Shape
@@ -43,8 +44,10 @@ class Rung:
     kind: Kind = INT4
     calls: int = 20
     large: bool = False
+    tried: str = ""
 
 
+PAIR = "tokens256"
 RUNGS = {
     "identity": Rung((256, 128, 0), 16, "descriptor, order of columns, fragments; one stage"),
     "identity_rows": Rung((40, 136, 0), 9, "rows and tokens that do not exist, a tail of columns"),
@@ -72,6 +75,22 @@ RUNGS = {
     "large_nf4": Rung((256, LONG, 64), 128, "a table", (4, "nf4"), large=True),
     "large_cluster": Rung((1024, 4096, 128), 300, "clusters, tiles of tokens", large=True),
     "large_full": Rung((4096, 14336, 128), 256, "all multiprocessors", calls=300, large=True),
+    "identity_pair": Rung(
+        (300, 136, 0), 200, "wgmma_pair.h: copies to two blocks", large=True, tried=PAIR
+    ),
+    "pair": Rung(
+        (256, LONG, 128), 256, "barriers that both blocks arrive at", large=True, tried=PAIR
+    ),
+    "pair_zeros": Rung(
+        (130, LONG, 32), 256, "weights by float32", (4, "zeros"), large=True, tried=PAIR
+    ),
+    "pair_nf4": Rung((256, LONG, 64), 256, "a table", (4, "nf4"), large=True, tried=PAIR),
+    "pair_cluster": Rung(
+        (1024, 4096, 128), 600, "pairs that share columns, tiles of tokens", large=True, tried=PAIR
+    ),
+    "pair_full": Rung(
+        (4096, 14336, 128), 256, "all multiprocessors", calls=300, large=True, tried=PAIR
+    ),
     "full": Rung((4096, 14336, 128), 64, "all multiprocessors; races", calls=300),
     "full16": Rung((14336, 4096, 128), 16, "the same", (4, "zeros"), calls=300),
 }
@@ -158,6 +177,7 @@ def check_products(rung: Rung, weight: Weight, product: Product, device: torch.d
 def climb(name: str, folder: Path | None) -> bool:
     rung = RUNGS[name]
     os.environ["HFQ_CUDA_WGMMA"] = "large" if rung.large else "1"
+    os.environ["HFQ_CUDA_TRY"] = rung.tried
     weight = random_weight(torch.Generator().manual_seed(0), rung.shape, rung.kind)
     product, device = product_of(weight, folder)
     check = check_identity if name.startswith("identity") else check_products
