@@ -44,8 +44,9 @@ from gpu_weights import KINDS
 SWITCHES = {
     "HFQ_CUDA_OVERLAP": ("0", "no-overlap"),
     "HFQ_CUDA_WGMMA": ("0", "no-wgmma"),
-    "HFQ_CUDA_TRY": ("tokens256", "tokens256"),
 }
+# Names of kernels, with commas: results are called by them.
+TRY = "HFQ_CUDA_TRY"
 
 PARTS: dict[str, Callable[[Clock, Plan], dict[str, Any]]] = {
     "kernels": kernels,
@@ -76,8 +77,12 @@ def save(part: str, found: Mapping[str, Any], arguments: Sequence[str], plan: Pl
     switched = {
         switch: value for switch, (value, _) in SWITCHES.items() if os.environ.get(switch) == value
     }
+    names = [SWITCHES[switch][1] for switch in switched]
+    if tried := os.environ.get(TRY):
+        switched[TRY] = tried
+        names += tried.split(",")
     formats = [] if plan.kinds == FULL.kinds else [kind.replace(" ", "-") for kind in plan.kinds]
-    name = "_".join(["gpu", part, *formats, *(SWITCHES[switch][1] for switch in switched)])
+    name = "_".join(["gpu", part, *formats, *names])
     command = shlex.join(["python", "benchmarks/gpu.py", *arguments])
     command = " ".join([*(f"{switch}={value}" for switch, value in switched.items()), command])
     path = machine.write(name, command, {**about_gpu(), part: found})

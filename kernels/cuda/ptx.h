@@ -94,6 +94,10 @@ __device__ __forceinline__ V load_shared(uint32_t at) {
 
 // 4 bytes. wgmma reads them after a fence_proxy_async() of the same thread, and then a barrier.
 __device__ __forceinline__ void store_shared(uint32_t at, uint32_t v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(v) : "memory"); }
+// 8 bytes.
+__device__ __forceinline__ void store_shared(uint32_t at, const uint2& v) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(at), "r"(v.x), "r"(v.y) : "memory");
+}
 
 // 4, 8 or 16 bytes from global to shared memory, behind the thread's back: they are there for this thread after a `cp_async_wait` that covers
 // their group, for others after a barrier behind that. Fewer than 16 go through L1.

@@ -182,6 +182,22 @@ def test_products_with_wgmma(
     check_products((129, 200, 256, 300, 512, 1024), shape, kind, True)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_with_many_rows_for_each_read_of_x(
+    check_products: Callable[..., None],
+    cuda: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, int, int],
+    kind: str,
+) -> None:
+    """Clusters of all sizes come from the shapes."""
+    if torch.cuda.get_device_capability(cuda) != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    monkeypatch.setenv("HFQ_CUDA_TRY", "wide")
+    check_products((1, 2, 7, 8, 9, 16), shape, kind)
+
+
 @pytest.mark.parametrize("kind", ["int4", "int4_zeros"])
 @pytest.mark.parametrize(
     "shape", [(40, 136, 128), (1024, 4096, 128), (33, 11008, 256), (4096, 328, 0)], ids=str
@@ -210,26 +226,28 @@ def test_one_token_in_digits(
 
 @pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")
 @pytest.mark.parametrize(
-    ("wanted", "tokens", "kernels"),
+    ("variable", "value", "tokens", "kernels"),
     [
-        ("0", 40, {"gemm_kernel"}),
-        ("1", 40, {"wgmma_kernel"}),
-        ("1", 70, {"wgmma_kernel"}),
-        ("large", 70, {"arrange_kernel", "wgmma_kernel"}),
+        ("HFQ_CUDA_TRY", "wide", 16, {"wide_kernel"}),
+        ("HFQ_CUDA_WGMMA", "0", 40, {"gemm_kernel"}),
+        ("HFQ_CUDA_WGMMA", "1", 40, {"wgmma_kernel"}),
+        ("HFQ_CUDA_WGMMA", "1", 70, {"wgmma_kernel"}),
+        ("HFQ_CUDA_WGMMA", "large", 70, {"arrange_kernel", "wgmma_kernel"}),
     ],
 )
-def test_wgmma_is_taken_where_it_is_wanted(
+def test_the_kernel_that_is_wanted_is_taken(
     make_weight: MakeWeight,
     generator: torch.Generator,
     cuda: torch.device,
     monkeypatch: pytest.MonkeyPatch,
-    wanted: str,
+    variable: str,
+    value: str,
     tokens: int,
     kernels: set[str],
 ) -> None:
     if torch.cuda.get_device_capability(cuda) != (9, 0):
         pytest.skip("wgmma needs compute capability 9.0")
-    monkeypatch.setenv("HFQ_CUDA_WGMMA", wanted)
+    monkeypatch.setenv(variable, value)
     weight = make_weight(1024, 4096, 128)
     x = torch.randn(tokens, 4096, generator=generator).to(cuda, torch.bfloat16)
     activities = [torch.profiler.ProfilerActivity.CUDA]
@@ -239,7 +257,7 @@ def test_wgmma_is_taken_where_it_is_wanted(
     names = [event.key for event in profile.key_averages()]
     if not any("hfq" in name for name in names):
         pytest.skip("the profiler sees no kernels")
-    possible = ("arrange_kernel", "wgmma_kernel", "gemm_kernel")
+    possible = ("arrange_kernel", "wgmma_kernel", "gemm_kernel", "wide_kernel")
     assert {part for part in possible if any(part in name for name in names)} == kernels, names
 
 

@@ -16,6 +16,7 @@ PATTERNS = (
     *(
         "experts_*.cu",
         "wgmma_*.cu",
+        "wide_*.cu",
         "*unpack.cu",
         "unpack_bytes.cu",
         "round_weights.cu",
@@ -28,7 +29,7 @@ PATTERNS = (
 )
 HOT = sorted(path.name for pattern in PATTERNS for path in CUDA.glob(pattern))
 # Of each family the one with the fewest registers to spare, for every run.
-CLOSE = ("linear_int3.cu", "gemm_table4.cu", "wgmma_int3.cu", "spqr_linear3.cu")
+CLOSE = ("linear_int3.cu", "gemm_table4.cu", "wgmma_int3.cu", "spqr_linear3.cu", "wide_int4.cu")
 
 
 def _entries(source: str, architecture: str, folder: Path) -> dict[str, str]:

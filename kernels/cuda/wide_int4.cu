@@ -1,0 +1,7 @@
+#include "wide_kernel.h"
+
+namespace hfq {
+
+const char* launch_wide_int4(const LinearParams& params, cudaStream_t stream) { return launch_wide_of<IntCodes<4>>(params, stream); }
+
+}  // namespace hfq

@@ -1,0 +1,373 @@
+// The kernel of wide.h, for one kind of codes in each file that includes this.
+//
+// A warp takes 128 columns at a time (a step) of all rows of its thread block, 8 (or 4) tiles of 16, and 8 or 16 tokens. So x of a step is read once
+// from L2 for 128 rows, and once from shared memory, into registers, for 8 tiles. Warps of a block, and blocks of a cluster, take turns with steps;
+// nothing is shared between them until their sums meet.
+//
+// Memory of a warp: codes of one step, a place for each tile; x of one step; scales of two, in turns. A tile's place is filled again, for the next
+// step, as soon as the tile has been multiplied, and x as soon as it is in registers. So all copies are eight tiles ahead of their use, some 3000
+// clocks where three warps share a scheduler. (Nothing comes from global memory to registers: linear_kernel.h says why.)
+//
+// 1 KB of 4-bit codes (a tile of a step) takes 148 instructions of the loop with 16 tokens in bfloat16, 131 with 8 (88 for codes, 16 and 8 mma, 8
+// and 4 for sums); wgmma_kernel.h has 215 with 16 tokens, linear_kernel.h 194 with one, beginnings and ends counted. nf4 in groups of 64 takes 127.
+// Each scheduler of an H200 has 54 KB of 4096 x 14336: 8000 instructions with 16 tokens, of which those for codes take 6100 clocks of their pipe, mma
+// 5800; memory takes 13000 (7.3 us). No GPU has timed it.
+#pragma once
+
+#include "gemm_output.h"
+#include "linear_step.h"
+#include "target.h"
+#include "wide.h"
+
+namespace hfq {
+namespace {
+
+// `kFlush`: scales are applied after so many units.
+template <class Kind_, class T_, int kTokenTiles_, int kFlush_, bool kZeros_>
+struct WideBlock : StepCodes<Kind_> {
+  using Kind = Kind_;
+  using T = T_;
+  using StepCodes<Kind>::kBits;
+  using StepCodes<Kind>::kBytes;
+  static constexpr int kTokenTiles = kTokenTiles_, kTokens = 8 * kTokenTiles, kFlush = kFlush_;
+  static constexpr bool kZeros = kZeros_;
+  // 8-bit codes are twice the memory for the same rows; a table, 32 KB, is shared by eight warps.
+  static constexpr int kGroups = kStepUnits / kFlush, kKinds = kZeros ? 2 : 1;  // of a step; of scales and zero points
+  static constexpr bool kManyNumbers = kTokenTiles * kGroups * kKinds == 8;       // for which 8 tiles leave no registers
+  static constexpr int kTiles = Kind::kTable || kBits == 8 || kManyNumbers ? 4 : 8, kRows = kTiles * kTileRows, kNumbers = kKinds * kTiles;
+  // Twelve or sixteen warps of a multiprocessor, by the registers they need.
+  static constexpr bool kLarge = kManyNumbers || (kTokenTiles == 2 && (kTiles == 8 || Kind::kTable));
+  static constexpr int kWarps = !Kind::kTable ? 4 : kLarge ? 6 : 8, kThreads = 32 * kWarps, kBlocksAtOnce = (kLarge ? 12 : 16) / kWarps;
+
+  // Memory of a warp. Codes [kTiles][kBytes]; x [kTokens][256 bytes]; pairs [kGroups][scales, zero points][kTiles][8]: as they are stored, of two
+  // steps in turns, in places of 64 bytes, and as floats. Then its sums, [kTokens][kRows + 4] floats.
+  static constexpr int kRowBytes = 2 * kStepColumns, kPairsStride = 64;
+  static constexpr int kXAt = kTiles * kBytes, kPairsAt = kXAt + kTokens * kRowBytes, kPairsBytes = kGroups * kNumbers * kPairsStride;
+  static constexpr int kFloatsAt = kPairsAt + 2 * kPairsBytes, kWarpBytes = kFloatsAt + kPairsBytes, kSumsStride = kRows + 4;
+  static_assert(kWarpBytes % 128 == 0 && kTokens * kSumsStride * 4 <= kWarpBytes);
+  static constexpr int kTableBytes = Kind::kTable ? TableCodes::kTableBytes : 0;
+  static constexpr int kSharedBytes = kTableBytes + kWarps * kWarpBytes;
+};
+
+template <class Block>
+struct WideWarp {
+  using Kind = typename Block::Kind;
+  using T = typename Block::T;
+  static constexpr int kTiles = Block::kTiles, kTokenTiles = Block::kTokenTiles, kGroups = Block::kGroups, kFlush = Block::kFlush;
+  static constexpr int kBytes = Block::kBytes, kBlock = Block::kBlock, kBlocks = kBytes / kBlock;
+  static constexpr bool kZeros = Block::kZeros;
+  static constexpr float kMiddle = 1 << (Block::kBits - 1);
+  static constexpr int kPairsRounds = (Block::kNumbers * 4 + 31) / 32;  // of 32 lanes, where pairs have 64 bytes
+
+  const WideParams& p;
+  int lane, tiles;  // of the block's, those that exist
+  // What is copied next: the step, and from where. Codes of a tile after the other.
+  uint32_t step;
+  const uint8_t *codes_from, *tile_from, *x_from, *pairs_from[kPairsRounds];
+  // What the lane reads, and where what it copies goes; pairs: the first of a piece.
+  uint32_t codes_at, x_at, pairs_at, floats_to, floats_at, pairs_to[kPairsRounds];
+  float sums[kTiles][kTokenTiles][4] = {};
+
+  __device__ __forceinline__ WideWarp(const WideParams& params, uint32_t memory) : p(params), lane(threadIdx.x % 32) {
+    const Weight& w = p.weight;
+    const uint32_t splits = p.splits, warp = shuffle_from(threadIdx.x / 32, 0);  // the same for all lanes, as the compiler then knows
+    const int64_t first_tile = static_cast<int64_t>(blockIdx.x / splits) * kTiles, left = (w.out_features + kTileRows - 1) / kTileRows - first_tile;
+    tiles = static_cast<int>(left < kTiles ? left : kTiles);
+    step = warp * splits + blockIdx.x % splits;
+    codes_at = kept(memory + 16u * lane);
+    codes_from = w.qweight + first_tile * p.tile_bytes + step * kBytes + 16 * lane;
+    // 16 lanes have a token.
+    x_from = static_cast<const uint8_t*>(p.x) + lane / 16 * 2 * w.in_features + step * Block::kRowBytes + 16 * (lane % 16);
+    x_at = kept(memory + Block::kXAt + lane / 4 * Block::kRowBytes + 64 * (lane / 4 % 2) + 16 * (lane % 4));
+
+    // A lane copies 16 bytes of a group: 4 or 2 pairs of a tile.
+    const uint32_t of_tile = p.group_bytes / 16;
+#pragma unroll
+    for (int i = 0; i < kPairsRounds; ++i) {
+      const uint32_t at = lane + 32 * i, number = at / of_tile, tile = number % kTiles;
+      const void* const of_kind = kZeros && number >= kTiles ? w.zeros : w.scales;
+      const int64_t own = first_tile + (static_cast<int>(tile) < tiles ? tile : 0);
+      pairs_from[i] = static_cast<const uint8_t*>(of_kind) + own * w.groups * p.group_bytes + 16 * (at % of_tile);
+      pairs_to[i] = kept(memory + Block::kPairsAt + number * Block::kPairsStride + 16 * (at % of_tile));
+    }
+    // Of what is stored, 32 lanes convert four times 8 pairs at a time; then the pair of a lane's rows is what it reads.
+    pairs_at = kept(memory + Block::kPairsAt + lane / 8 * Block::kPairsStride + lane % 8 * (p.group_bytes / 8));
+    floats_to = kept(memory + Block::kFloatsAt + 8 * lane);
+    floats_at = kept(memory + Block::kFloatsAt + lane / 4 * 8);
+  }
+
+  // ---- from global memory
+
+  // (Copies are instructions without branches: where there is nothing to copy, zeros are written.)
+
+  // Codes of the next tile.
+  __device__ __forceinline__ void copy_codes(int tile) {
+    const int left = static_cast<int>(p.code_blocks) - static_cast<int>(step * kBlocks);
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+      const uint32_t to = codes_at + tile * kBytes + i * kBlock;
+      cp_async_or_zero(to, tile_from + i * kBlock, i < left);
+      if (kBlock > 512 && lane < (kBlock - 512) / 16) cp_async_or_zero(to + 512, tile_from + 512, i < left);
+    }
+    tile_from += p.tile_bytes;
+  }
+
+  // x of the next step. Units change places with their neighbours in odd tokens, so that 8 lanes read from all banks.
+  __device__ __forceinline__ void copy_x() {
+    const int left = static_cast<int>(p.tokens) - lane / 16;
+    const bool exists = step * kStepColumns + 8 * (lane % 16) < static_cast<uint32_t>(p.weight.in_features);
+    const uint32_t to = kept((codes_at ^ lane / 16 * 64) + Block::kXAt);
+    const uint8_t* from = x_from;
+#pragma unroll
+    for (int i = 0; i < Block::kTokens / 2; ++i, from += 4 * p.weight.in_features)
+      cp_async_or_zero(to + i * 2 * Block::kRowBytes, from, exists && 2 * i < left);
+    x_from += p.stride * Block::kRowBytes;
+  }
+
+  // Scales and zero points of the next step, to the first or second place.
+  __device__ __forceinline__ void copy_pairs(uint32_t place) {
+    const uint32_t last = static_cast<uint32_t>(p.weight.groups) - 1;
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      uint32_t group = multiply_high(2 * (step * kStepUnits + i * kFlush), p.group_magic);
+      group = group < last ? group : last;  // of units behind K, and steps behind the last one
+#pragma unroll
+      for (int r = 0; r < kPairsRounds; ++r)
+        if (lane + 32u * r < Block::kNumbers * (p.group_bytes / 16))
+          cp_async(pairs_to[r] + place + i * Block::kNumbers * Block::kPairsStride, pairs_from[r] + static_cast<uint64_t>(group) * p.group_bytes);
+    }
+  }
+
+  // ---- to sums
+
+  // What a warp holds of x while it goes through its tiles.
+  struct Activations {
+    uint32_t b[kStepUnits][kTokenTiles][2][2];
+    float sums[kGroups][kTokenTiles][2];  // over the units of a group, for zero points
+  };
+
+  __device__ __forceinline__ void take_x(Activations& x) const {
+#pragma unroll
+    for (int u = 0; u < kStepUnits; ++u)
+#pragma unroll
+      for (int i = 0; i < kTokenTiles; ++i) {
+        const uint32_t at = (x_at ^ u % 2 * 64) + u / 2 * 128 + i * 8 * Block::kRowBytes;
+        Kind::activations(load_shared<uint4>(at), x.b[u][i]);
+      }
+    if constexpr (kZeros) {
+      constexpr uint32_t kOne = kBoth<T, 1>, ones[4] = {kOne, kOne, kOne, kOne};
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group)
+#pragma unroll
+        for (int i = 0; i < kTokenTiles; ++i) {
+          float d[4] = {};
+#pragma unroll
+          for (int u = group * kFlush; u < (group + 1) * kFlush; ++u) {
+            mma(T{}, d, ones, x.b[u][i][0][0], x.b[u][i][0][1]);
+            mma(T{}, d, ones, x.b[u][i][1][0], x.b[u][i][1][1]);
+          }
+          x.sums[group][i][0] = d[0], x.sums[group][i][1] = d[1];
+        }
+    }
+  }
+
+  // Scales become floats, and zero points what products lack: with code - middle they lack middle - zero for each activation.
+  __device__ __forceinline__ void convert_pairs(uint32_t place) const {
+    constexpr int kRounds = kGroups * Block::kNumbers / 4;
+    RawPair raw[kRounds];
+    Pair pairs[kRounds];
+#pragma unroll
+    for (int i = 0; i < kRounds; ++i) raw[i] = load_pair(pairs_at + place + 4 * i * Block::kPairsStride, p.weight.scale_dtype);
+    to_floats(raw, p.weight.scale_dtype, pairs);
+#pragma unroll
+    for (int i = 0; i < kRounds; ++i) {
+      Pair& pair = pairs[i];
+      if (4 * i % Block::kNumbers >= kTiles) pair = {kMiddle - pair.low, kMiddle - pair.high};
+      store_shared(floats_to + 4 * i * Block::kPairsStride, make_uint2(as_bits(pair.low), as_bits(pair.high)));
+    }
+  }
+  // Those of a lane's rows.
+  __device__ __forceinline__ Pair floats_of(int group, int kind, int tile) const {
+    const uint2 both = load_shared<uint2>(floats_at + ((group * Block::kKinds + kind) * kTiles + tile) * Block::kPairsStride);
+    return {as_float(both.x), as_float(both.y)};
+  }
+
+  // Units u and later of a tile.
+  template <int u>
+  __device__ __forceinline__ void multiply(int tile, uint32_t table, const Activations& x, Kind& codes, float (&products)[kTokenTiles][4]) {
+    constexpr int kGroup = u / kFlush;
+    if constexpr (u % Kind::kUnits == 0) codes.take(codes_at + tile * kBytes + u / Kind::kUnits * kBlock, lane);
+    if constexpr (u % kFlush == 0)
+#pragma unroll
+      for (int i = 0; i < kTokenTiles; ++i)
+#pragma unroll
+        for (int c = 0; c < 4; ++c) products[i][c] = 0.0f;
+    uint32_t a[2][4];
+    codes.template unit<T, u % Kind::kUnits>(table, a);
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+      for (int i = 0; i < kTokenTiles; ++i) mma(T{}, products[i], a[j], x.b[u][i][j][0], x.b[u][i][j][1]);
+    if constexpr ((u + 1) % kFlush == 0) {
+      const Pair scale = floats_of(kGroup, 0, tile), lack = kZeros ? floats_of(kGroup, 1, tile) : Pair{};
+#pragma unroll
+      for (int i = 0; i < kTokenTiles; ++i)
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          if constexpr (kZeros) products[i][c] += (c < 2 ? lack.low : lack.high) * x.sums[kGroup][i][c % 2];
+          sums[tile][i][c] += (c < 2 ? scale.low : scale.high) * products[i][c];
+        }
+    }
+    if constexpr (u + 1 < kStepUnits) multiply<u + 1>(tile, table, x, codes, products);
+  }
+
+  // All steps of the warp. `fill`: what is to be done once while the first weights are on their way. `table`: of the lane.
+  template <class Fill>
+  __device__ __forceinline__ void run(uint32_t table, const Fill& fill) {
+    let_next_kernel_start();
+    tile_from = codes_from;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile)
+      if (tile < tiles) copy_codes(tile);
+    copy_pairs(0);
+    fill();
+    wait_for_previous_kernel();
+    copy_x();
+    // A group of copies for each tile, so that the oldest of kTiles groups is always what comes next: here all of them in the first one.
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) cp_async_commit();
+#pragma unroll 1
+    for (uint32_t place = 0; step < p.steps; place ^= Block::kPairsBytes) {
+      cp_async_wait<kTiles - 1>();
+      sync_warp();  // x and scales are there for all lanes
+      Activations x;
+      take_x(x);
+      convert_pairs(place);
+      step += p.stride;
+      sync_warp();  // all have read x and stored their pairs
+      copy_x();
+      copy_pairs(place ^ Block::kPairsBytes);
+      tile_from = codes_from += p.stride * kBytes;
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        // (A branch that also keeps the compiler from beginning with several tiles, for which there are no registers.)
+        if (tile < tiles) {
+          cp_async_wait<kTiles - 1>();
+          if constexpr (kBlock > 512) sync_warp();  // lanes take words that others have copied
+          Kind codes;
+          float products[kTokenTiles][4];
+          multiply<0>(tile, table, x, codes, products);
+          if constexpr (kBlock > 512) sync_warp();
+          copy_codes(tile);
+        }
+        cp_async_commit();
+      }
+    }
+    cp_async_wait<0>();
+    sync_warp();  // the warp's memory is free
+  }
+
+  // To the warp's memory, which `to` points to: [kTokens][kSumsStride]. Lanes of 2 tokens and a row each have other banks.
+  __device__ __forceinline__ void store_sums(float* to) const {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+      for (int i = 0; i < kTokenTiles; ++i)
+#pragma unroll
+        for (int c = 0; c < 4; ++c)
+          to[(8 * i + 2 * (lane % 4) + c % 2) * Block::kSumsStride + kTileRows * tile + lane / 4 + c / 2 * 8] = sums[tile][i][c];
+  }
+};
+
+// ---- kernel
+
+template <class Block>
+__global__ void __launch_bounds__(Block::kThreads, Block::kBlocksAtOnce) wide_kernel(const WideParams p) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  using T = typename Block::T;
+  constexpr int kFours = Block::kRows / 4, kWarpFloats = Block::kWarpBytes / 4;
+  uint8_t* const shared = shared_memory();
+  float* const own = reinterpret_cast<float*>(shared + Block::kTableBytes);  // of warp 0
+  const int warp = threadIdx.x / 32;
+  {
+    WideWarp<Block> mine(p, shared_address(own + warp * kWarpFloats));
+    mine.run(kept(shared_address(shared) + 4 * mine.lane), [&] {
+      if constexpr (Block::Kind::kTable) {
+        TableCodes::fill<T>(shared, p.weight.codebook);
+        sync_block();
+      }
+    });
+    mine.store_sums(own + warp * kWarpFloats);
+  }
+  sync_block();
+
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x / p.splits) * Block::kRows;
+  for (int i = threadIdx.x; i < p.tokens * kFours; i += Block::kThreads) {
+    const int token = i / kFours, four = i % kFours;
+    float4* const at = reinterpret_cast<float4*>(own + token * Block::kSumsStride + 4 * four);
+    float4 sum = *at;
+#pragma unroll
+    for (int w = 1; w < Block::kWarps; ++w) sum = plus(sum, at[w * (kWarpFloats / 4)]);
+    if (p.splits == 1)
+      store_rows<T>(p, token, first_row + 4 * four, sum);
+    else
+      *at = sum;
+  }
+  if (p.splits == 1) return;
+  // A block has every so many tokens of all rows.
+  const int split = blockIdx.x % p.splits;
+  sync_cluster();
+  for (int i = threadIdx.x; split + i / kFours * p.splits < p.tokens; i += Block::kThreads) {
+    const int token = split + i / kFours * p.splits, four = i % kFours;
+    const float4* const at = reinterpret_cast<const float4*>(own + token * Block::kSumsStride + 4 * four);
+    float4 parts[kMostWideSplits];
+#pragma unroll
+    for (int s = 0; s < kMostWideSplits; ++s) parts[s] = s < p.splits ? load_of_block(at, s) : float4{};
+#pragma unroll
+    for (int s = 1; s < kMostWideSplits; ++s) parts[0] = plus(parts[0], parts[s]);
+    store_rows<T>(p, token, first_row + 4 * four, parts[0]);
+  }
+  sync_cluster_only();  // nobody's shared memory goes before all have read it
+#endif
+}
+
+// ---- launcher
+
+template <class Block>
+const char* launch_wide_block(const LinearParams& params, cudaStream_t stream) {
+  WideParams p = {};
+  static_cast<LinearParams&>(p) = params;
+  const int64_t blocks = divided(p.weight.out_features, Block::kRows);
+  p.steps = static_cast<uint32_t>(divided(p.weight.in_features, kStepColumns));
+  p.splits = wide_splits(blocks, p.steps, Block::kWarps);
+  p.stride = p.splits * Block::kWarps;
+  p.code_blocks = static_cast<uint32_t>(divided(p.weight.in_features, kBlockColumns<Block::kBits>));
+  p.tile_bytes = p.code_blocks * Block::kBlock;
+  p.group_bytes = p.weight.scale_dtype == kFloat32 ? 64 : 32;
+  const unsigned all = static_cast<unsigned>(blocks * p.splits);
+  const size_t shared = evenly(Block::kSharedBytes, all);
+  if (p.splits == 1) return launch_early(wide_kernel<Block>, all, Block::kThreads, shared, stream, p);
+  return launch_clusters(wide_kernel<Block>, all, p.splits, Block::kThreads, shared, stream, p);
+}
+
+template <class Kind, class T, int kTokenTiles, int kFlush>
+const char* launch_wide_flush(const LinearParams& p, cudaStream_t stream) {
+  if constexpr (Kind::kMayHaveZeros)
+    if (p.weight.zeros) return launch_wide_block<WideBlock<Kind, T, kTokenTiles, kFlush, true>>(p, stream);
+  return launch_wide_block<WideBlock<Kind, T, kTokenTiles, kFlush, false>>(p, stream);
+}
+
+template <class Kind, class T>
+const char* launch_wide_tokens(const LinearParams& p, cudaStream_t stream) {
+  const bool whole = flush_mask(p.weight, kStepUnits) == kStepUnits - 1;
+  if (p.tokens <= 8) return whole ? launch_wide_flush<Kind, T, 1, 4>(p, stream) : launch_wide_flush<Kind, T, 1, 2>(p, stream);
+  return whole ? launch_wide_flush<Kind, T, 2, 4>(p, stream) : launch_wide_flush<Kind, T, 2, 2>(p, stream);
+}
+
+template <class Kind>
+const char* launch_wide_of(const LinearParams& p, cudaStream_t stream) {
+  return p.x_dtype == kBFloat16 ? launch_wide_tokens<Kind, BFloat16>(p, stream) : launch_wide_tokens<Kind, Float16>(p, stream);
+}
+
+}  // namespace
+}  // namespace hfq
