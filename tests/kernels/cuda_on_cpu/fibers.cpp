@@ -614,7 +614,7 @@ void mbarrier_init(uint32_t barrier, uint32_t count) {
 
 namespace {
 
-// The barrier there, or the end of all; null if nobody has made one.
+// The barrier there, which the thread may use; null if nobody has made one.
 Mbarrier* found_at(Block& block, uint32_t barrier) {
   const auto found = block.mbarriers.find(place(barrier));
   if (found == block.mbarriers.end()) return nullptr;
