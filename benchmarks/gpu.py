@@ -45,6 +45,8 @@ SWITCHES = {
     "HFQ_CUDA_OVERLAP": ("0", "no-overlap"),
     "HFQ_CUDA_WGMMA": ("0", "no-wgmma"),
 }
+# Names of kernels, with commas: results are called by them.
+TRY = "HFQ_CUDA_TRY"
 
 PARTS: dict[str, Callable[[Clock, Plan], dict[str, Any]]] = {
     "kernels": kernels,
@@ -76,9 +78,9 @@ def save(part: str, found: Mapping[str, Any], arguments: Sequence[str], plan: Pl
         switch: value for switch, (value, _) in SWITCHES.items() if os.environ.get(switch) == value
     }
     names = [SWITCHES[switch][1] for switch in switched]
-    if tried := os.environ.get("HFQ_CUDA_TRY"):
-        switched["HFQ_CUDA_TRY"] = tried
-        names.append("try-" + tried.replace(",", "-"))
+    if tried := os.environ.get(TRY):
+        switched[TRY] = tried
+        names += tried.split(",")
     formats = [] if plan.kinds == FULL.kinds else [kind.replace(" ", "-") for kind in plan.kinds]
     name = "_".join(["gpu", part, *formats, *names])
     command = shlex.join(["python", "benchmarks/gpu.py", *arguments])

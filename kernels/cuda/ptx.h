@@ -254,14 +254,15 @@ __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// d[64 x n] = a[64 x 16] b[16 x n], or d += where `add`, in float32, for n = 16, 32, 64 and 128. Warp w of four has rows 16 w .. 16 w + 15 in the
-// registers of the mma above: a[4], and d[4 i + c] of columns 8 i .. 8 i + 7. b is in shared memory; its descriptor (PTX ISA, "Matrix
+// d[64 x n] = a[64 x 16] b[16 x n], or d += where `add`, in float32, for n = 16, 32, 64, 128 and 256. Warp w of four has rows 16 w .. 16 w + 15 in
+// the registers of the mma above: a[4], and d[4 i + c] of columns 8 i .. 8 i + 7. b is in shared memory; its descriptor (PTX ISA, "Matrix
 // descriptor format") says where.
 #define HFQ_SUMS4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define HFQ_SUMS8(i) HFQ_SUMS4(i), HFQ_SUMS4(i + 4)
 #define HFQ_SUMS16(i) HFQ_SUMS8(i), HFQ_SUMS8(i + 8)
 #define HFQ_SUMS32(i) HFQ_SUMS16(i), HFQ_SUMS16(i + 16)
 #define HFQ_SUMS64(i) HFQ_SUMS32(i), HFQ_SUMS32(i + 32)
+#define HFQ_SUMS128(i) HFQ_SUMS64(i), HFQ_SUMS64(i + 64)
 #define HFQ_NAMES8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define HFQ_NAMES16 HFQ_NAMES8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define HFQ_NAMES32 HFQ_NAMES16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -269,6 +270,11 @@ __device__ __forceinline__ void give_registers() {
   HFQ_NAMES32                                                                                                                                \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58" \
   ", %59, %60, %61, %62, %63"
+#define HFQ_NAMES128                                                                                                                         \
+  HFQ_NAMES64                                                                                                                                \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89"       \
+  ", %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113"   \
+  ", %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 // `a0` .. `add`: names of the operands behind those of the sums.
 #define HFQ_WGMMA(Type, type, n, sums, a0, a1, a2, a3, b, add)                                                                                \
   __device__ __forceinline__ void wgmma(Type, float (&d)[sums], const uint32_t (&a)[4], uint64_t descriptor, bool adds) {                      \
@@ -278,19 +284,22 @@ __device__ __forceinline__ void give_registers() {
                  : HFQ_SUMS##sums(0)                                                                                                          \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor), "r"(static_cast<uint32_t>(adds)));                            \
   }
-#define HFQ_WGMMAS(Type, type)                                             \
-  HFQ_WGMMA(Type, type, 16, 8, "%8", "%9", "%10", "%11", "%12", "%13")     \
-  HFQ_WGMMA(Type, type, 32, 16, "%16", "%17", "%18", "%19", "%20", "%21")  \
-  HFQ_WGMMA(Type, type, 64, 32, "%32", "%33", "%34", "%35", "%36", "%37")  \
-  HFQ_WGMMA(Type, type, 128, 64, "%64", "%65", "%66", "%67", "%68", "%69")
+#define HFQ_WGMMAS(Type, type)                                                    \
+  HFQ_WGMMA(Type, type, 16, 8, "%8", "%9", "%10", "%11", "%12", "%13")            \
+  HFQ_WGMMA(Type, type, 32, 16, "%16", "%17", "%18", "%19", "%20", "%21")         \
+  HFQ_WGMMA(Type, type, 64, 32, "%32", "%33", "%34", "%35", "%36", "%37")         \
+  HFQ_WGMMA(Type, type, 128, 64, "%64", "%65", "%66", "%67", "%68", "%69")        \
+  HFQ_WGMMA(Type, type, 256, 128, "%128", "%129", "%130", "%131", "%132", "%133")
 HFQ_WGMMAS(BFloat16, "bf16")
 HFQ_WGMMAS(Float16, "f16")
 #undef HFQ_WGMMAS
 #undef HFQ_WGMMA
+#undef HFQ_NAMES128
 #undef HFQ_NAMES64
 #undef HFQ_NAMES32
 #undef HFQ_NAMES16
 #undef HFQ_NAMES8
+#undef HFQ_SUMS128
 #undef HFQ_SUMS64
 #undef HFQ_SUMS32
 #undef HFQ_SUMS16
@@ -315,6 +324,22 @@ __device__ __forceinline__ float4 load_of_block(const float4* own, uint32_t rank
                : "r"(shared_address(own)), "r"(rank));
   return v;
 }
+
+// Arrives at the barrier that block `rank` has where `barrier` is in this one. Those that wait there may overwrite what this thread's wgmma has read.
+// (No more: with release.cluster, what it wrote would be there for them, after a MEMBAR of the whole GPU.)
+__device__ __forceinline__ void mbarrier_arrive_of_block(uint32_t barrier, uint32_t rank) {
+  asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
+               "r"(rank)
+               : "memory");
+}
+// copy_bulk to the same place of all blocks whose bits `blocks` has, and to the barrier of each.
+__device__ __forceinline__ void copy_bulk_to_blocks(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier, uint32_t blocks) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(shared),
+               "l"(global), "r"(bytes), "r"(barrier), "h"(static_cast<uint16_t>(blocks))
+               : "memory");
+}
+// Barriers that this thread has made are there for all of the cluster and its copies, after a sync_cluster_only().
+__device__ __forceinline__ void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 // ---- numbers ----
 

@@ -47,18 +47,20 @@ bool takes_large_wgmma(const LinearParams& p) {
   return p.tokens > 64 && ((numbers(p) > kSmall && exact_end) || wanted("large"));
 }
 
+int32_t large_tokens(const LinearParams& p) { return p.tokens > kLargeTokens && tried("tokens256") ? kPairTokens : kLargeTokens; }
+
 int64_t wgmma_workspace(const LinearParams& p) { return takes_large_wgmma(p) ? arranged_floats(p) : 0; }
 
 // The number of blocks that share the columns with which the last round of clusters ends first.
 WgmmaPlan plan_wgmma(const LinearParams& p, const WgmmaShape& shape) {
   const int64_t chunks = divided(p.weight.in_features, kWgmmaColumns);
-  const int64_t tiles = divided(p.weight.out_features, shape.rows) * divided(p.tokens, shape.tokens);
-  const float read = (shape.rows * p.weight.bits / 8.0f + 2.0f * shape.tokens) / kBytesPerClock;
+  const int64_t tiles = divided(p.weight.out_features, shape.rows * shape.neighbours) * divided(p.tokens, shape.tokens);
+  const float read = (shape.rows * p.weight.bits / 8.0f + 2.0f * shape.tokens / shape.neighbours) / kBytesPerClock;
   const float multiplied = static_cast<float>(shape.rows) * shape.tokens / kProductsPerClock;
   const float chunk_clocks = kWgmmaColumns * (read > multiplied ? read : multiplied);
   WgmmaPlan best = {};
   float least = 0;
-  for (int32_t splits = 1; splits <= kMostClusterBlocks && (splits == 1 || chunks >= 2 * splits); ++splits) {
+  for (int32_t splits = 1; splits * shape.neighbours <= kMostClusterBlocks && (splits == 1 || chunks >= 2 * splits); ++splits) {
     const int active = shape.active_clusters(splits);
     if (active == 0) continue;
     const int64_t split_chunks = divided(chunks, splits);

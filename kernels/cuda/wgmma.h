@@ -8,6 +8,7 @@ namespace hfq {
 constexpr int kWgmmaColumns = 128;     // of a stage
 constexpr int kMostClusterBlocks = 8;  // that any GPU of compute capability 9.0 takes
 constexpr int kLargeTokens = 128;      // of a thread block of wgmma_large.h
+constexpr int kPairTokens = 256;       // of wgmma_pair.h
 // Of shared memory: all that a thread block may have. 28 KiB are left to the L1 cache, through which x goes, 16 KiB at a time.
 constexpr int kMostWgmmaBytes = 227 << 10;
 
@@ -20,10 +21,11 @@ struct WgmmaParams : LinearParams {
   WgmmaPlan plan;
 };
 
-// What a thread block of a kernel takes, and how many clusters of so many blocks run at a time.
+// What a thread block of a kernel takes, how many blocks of neighbouring rows share x, and how many clusters of those run at a time, each cut into so
+// many.
 struct WgmmaShape {
-  int32_t rows, tokens;
-  int (*active_clusters)(int blocks);
+  int32_t rows, tokens, neighbours;
+  int (*active_clusters)(int splits);
 };
 
 WgmmaPlan plan_wgmma(const LinearParams& params, const WgmmaShape& shape);
@@ -32,13 +34,16 @@ WgmmaPlan plan_wgmma(const LinearParams& params, const WgmmaShape& shape);
 // "large" elsewhere as well.
 bool takes_wgmma(const LinearParams& params);
 
-// Whether a product that takes them takes wgmma_large.h: more than 64 tokens with a weight that is not small, or with HFQ_CUDA_WGMMA=large any.
+// Whether a product that takes them takes large blocks: more than 64 tokens with a weight that is not small, or with HFQ_CUDA_WGMMA=large any.
 bool takes_large_wgmma(const LinearParams& params);
+
+// Of a thread block, then: kPairTokens of more than kLargeTokens if HFQ_CUDA_TRY has "tokens256".
+int32_t large_tokens(const LinearParams& params);
 
 // Floats of the workspace of a product that takes these kernels.
 int64_t wgmma_workspace(const LinearParams& params);
 
-// Of x in the order of wgmma_large.h; and what enqueues the kernel that writes it to the workspace so (wgmma_tokens.cu). Words and pieces of 16 bytes
+// Of x in the order of large blocks; and what enqueues the kernel that writes it to the workspace so (wgmma_tokens.cu). Words and pieces of 16 bytes
 // are in the places of wgmma_block.h; numbers of tokens and columns that do not exist are zeros.
 int64_t arranged_floats(const LinearParams& params);
 const char* launch_arrange(const LinearParams& params, cudaStream_t stream);

@@ -25,14 +25,18 @@
 namespace hfq {
 namespace {
 
-template <class Kind, class T, int kTokens_, bool kLarge = false, bool kStaged_ = false>
+// How stages are filled, and which rows and tokens a block has: as here, wgmma_staged.h, wgmma_large.h, wgmma_pair.h.
+enum class WgmmaWay { kThroughRegisters, kStaged, kLarge, kPair };
+
+template <class Kind, class T, int kTokens_, WgmmaWay kWay>
 struct WgmmaBlock {
+  static constexpr bool kStaged = kWay == WgmmaWay::kStaged, kLarge = kWay == WgmmaWay::kLarge;
   static_assert(!kLarge || kTokens_ == kLargeTokens);
-  static constexpr bool kStaged = kStaged_;
   static constexpr int kTokens = kTokens_;
   static constexpr int kBits = Kind::kCodeBits;
   static constexpr int kTiles = kTokens > 64 && !kLarge ? 8 : 16, kRows = kTiles * kTileRows, kWarpTiles = kLarge ? 2 : 1;
   static constexpr int kConsumers = kTiles / kWarpTiles, kProducers = 4, kThreads = 32 * (kConsumers + kProducers);  // warps
+  static constexpr int kWeightWarps = kProducers, kNeighbours = 1;  // (wgmma_pair.h has others)
   // Registers of a thread. Where the copying warps give some to the others, all have as many at first as there are for all (ptxas' number, which
   // has to be this one: tests/kernels/test_ptxas.py).
   static constexpr int kAtFirst = kConsumers == 16 ? 96 : 168;
@@ -78,6 +82,9 @@ struct WgmmaBlock {
     chunk = split * p.plan.split_chunks;
     chunks = chunk < all ? (all - chunk < static_cast<uint32_t>(p.plan.split_chunks) ? all - chunk : p.plan.split_chunks) : 0;
   }
+
+  // Which block of the cluster has another part of the columns.
+  __device__ __forceinline__ uint32_t rank_of(uint32_t other_split) const { return other_split; }
 
   __device__ __forceinline__ uint32_t stage(uint32_t at) const { return ring + at * kStage; }
   // Barriers of a stage: it is there, all have read it, sums of its x are there.
@@ -145,7 +152,7 @@ __device__ __forceinline__ uint32_t scales_of(const WgmmaParams& p, uint32_t uni
 // of 15.5: H200, 4096 x 14336, 16 tokens.)
 template <class Block>
 struct WgmmaWeights {
-  static constexpr int kTiles = Block::kTiles / Block::kProducers, kBytes = Block::kBytes;
+  static constexpr int kTiles = Block::kTiles / Block::kWeightWarps, kBytes = Block::kBytes;
 
   const WgmmaParams& p;
   const Block& block;

@@ -3,7 +3,7 @@
 // Four warps fill a ring of stages (wgmma_block.h). The others have a tile each; they wait for a stage to be full, and say when it is empty, so that
 // none waits for another that is behind. While the instructions of a unit run, the next one's numbers are made. Scales multiply float32 sums after a
 // group, or a chunk if that ends first; sums of x for zero points come from mma with ones, as in gemm_kernel.h.
-// (More than 64 tokens with large weights: wgmma_large.h.)
+// (More than 64 tokens with large weights: wgmma_large.h, wgmma_pair.h.)
 //
 // x costs as many bytes of L2 as codes do: 64 tokens as many as 256 rows of 4 bits. So 256 rows share it; 128 tokens leave registers for 128 rows
 // only, which suits small weights. Few rows leave multiprocessors without work: then the columns are cut, the blocks that share rows are a cluster,
@@ -14,6 +14,7 @@
 
 #include "gemm_output.h"
 #include "wgmma_large.h"
+#include "wgmma_pair.h"
 #include "wgmma_staged.h"
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -212,7 +213,7 @@ __device__ __forceinline__ void store_outputs(const WgmmaParams& p, const Block&
 #pragma unroll
         for (uint32_t i = 0; i < kAtOnce; ++i) {
           const float4* const of_token = reinterpret_cast<const float4*>(own + i * kWarps * (Block::kRows + 4));
-          if (token + i * kWarps < tokens) parts[i] = splits == 1 ? *of_token : load_of_block(of_token, split);
+          if (token + i * kWarps < tokens) parts[i] = splits == 1 ? *of_token : load_of_block(of_token, block.rank_of(split));
         }
 #pragma unroll
         for (uint32_t i = 0; i < kAtOnce; ++i) sums[i] = plus(sums[i], parts[i]);
@@ -226,21 +227,45 @@ __device__ __forceinline__ void store_outputs(const WgmmaParams& p, const Block&
 
 // ---- kernel
 
-template <class Kind, class T, int kTokens, bool kLarge = false, bool kStaged = false>
-__global__ void __launch_bounds__(WgmmaBlock<Kind, T, kTokens, kLarge, kStaged>::kThreads, 1) wgmma_kernel(const WgmmaParams p) {
+// What a thread block is made of.
+template <class Kind, class T, int kTokens, WgmmaWay kWay>
+struct WgmmaParts {
+  static constexpr bool kStaged = kWay == WgmmaWay::kStaged;
+  using Block = WgmmaBlock<Kind, T, kTokens, kWay>;
+  using Producer = std::conditional_t<kStaged, WgmmaStagedProducer<Block>, WgmmaProducer<Block>>;
+  using Consumer = WgmmaConsumer<Kind, T, Block>;
+};
+template <class Kind, class T>
+struct WgmmaParts<Kind, T, kLargeTokens, WgmmaWay::kLarge> {
+  using Block = WgmmaBlock<Kind, T, kLargeTokens, WgmmaWay::kLarge>;
+  using Producer = WgmmaLargeProducer<Block>;
+  using Consumer = WgmmaLargeConsumer<Kind, T, Block>;
+};
+template <class Kind, class T>
+struct WgmmaParts<Kind, T, kPairTokens, WgmmaWay::kPair> {
+  using Block = WgmmaPairBlock<Kind, T>;
+  using Producer = WgmmaPairProducer<Block>;
+  using Consumer = WgmmaPairConsumer<Kind, T, Block>;
+};
+
+template <class Kind, class T, int kTokens, WgmmaWay kWay>
+__global__ void __launch_bounds__(WgmmaParts<Kind, T, kTokens, kWay>::Block::kThreads, 1) wgmma_kernel(const WgmmaParams p) {
 #ifdef HFQ_WGMMA
-  using Block = WgmmaBlock<Kind, T, kTokens, kLarge, kStaged>;
-  using Consumer = std::conditional_t<kLarge, WgmmaLargeConsumer<Kind, T, Block>, WgmmaConsumer<Kind, T, Block>>;
-  using SmallProducer = std::conditional_t<kStaged, WgmmaStagedProducer<Block>, WgmmaProducer<Block>>;
+  using Parts = WgmmaParts<Kind, T, kTokens, kWay>;
+  using Block = typename Parts::Block;
+  constexpr bool kShares = Block::kNeighbours > 1;
   const Block block(p);
   float* const partial = reinterpret_cast<float*>(block.memory);
   let_next_kernel_start();
   if (threadIdx.x == 0) block.init_barriers();
-  sync_block();
+  if constexpr (kShares)
+    sync_cluster_only();
+  else
+    sync_block();
   const int warp = own_warp();
   if (warp >= Block::kConsumers) {
     if constexpr (Block::kOfProducers < Block::kAtFirst) give_registers<Block::kOfProducers>();
-    std::conditional_t<kLarge, WgmmaLargeProducer<Block>, SmallProducer> mine(p, block, warp - Block::kConsumers);
+    typename Parts::Producer mine(p, block, warp - Block::kConsumers);
     mine.run();
   } else {
     if constexpr (Block::kOfConsumers > Block::kAtFirst) take_registers<Block::kOfConsumers>();
@@ -250,7 +275,7 @@ __global__ void __launch_bounds__(WgmmaBlock<Kind, T, kTokens, kLarge, kStaged>:
       mbarrier_wait(block.filled(), 0);
     }
     wait_for_previous_kernel();  // which may read what will be overwritten
-    Consumer mine(p, block, warp);
+    typename Parts::Consumer mine(p, block, warp);
     mine.run();
     // In place of the stages, once nobody reads them.
     sync_warp();
@@ -258,7 +283,7 @@ __global__ void __launch_bounds__(WgmmaBlock<Kind, T, kTokens, kLarge, kStaged>:
     mbarrier_wait(block.drained(), 0);
     mine.store_sums(partial);
   }
-  if (p.plan.splits > 1)
+  if (kShares || p.plan.splits > 1)
     sync_cluster();
   else
     sync_block();
@@ -270,59 +295,64 @@ __global__ void __launch_bounds__(WgmmaBlock<Kind, T, kTokens, kLarge, kStaged>:
 // ---- launcher
 
 // No splits: the kernel does not run here, for want of shared memory or because another compiler has chosen other registers.
-template <class Kind, class T, int kTokens, bool kLarge, bool kStaged>
+template <class Kind, class T, int kTokens, WgmmaWay kWay>
 WgmmaPlan plan_tokens(const LinearParams& p) {
-  using Block = WgmmaBlock<Kind, T, kTokens, kLarge, kStaged>;
-  const auto active = [](int blocks) {
+  using Block = typename WgmmaParts<Kind, T, kTokens, kWay>::Block;
+  const auto active = [](int splits) {
     // With fewer registers than they count on, warps would wait for them forever.
     constexpr int kRegisters = Block::kOfConsumers > Block::kAtFirst ? Block::kAtFirst : 0;
-    return active_clusters<WgmmaParams, wgmma_kernel<Kind, T, kTokens, kLarge, kStaged>>(blocks, Block::kThreads, Block::kSharedBytes, kRegisters);
+    return active_clusters<WgmmaParams, wgmma_kernel<Kind, T, kTokens, kWay>>(Block::kNeighbours * splits, Block::kThreads, Block::kSharedBytes,
+                                                                              kRegisters);
   };
-  return plan_wgmma(p, {Block::kRows, kTokens, active});
+  return plan_wgmma(p, {Block::kRows, kTokens, Block::kNeighbours, active});
 }
 
-template <class Kind, class T, int kTokens, bool kLarge, bool kStaged>
+template <class Kind, class T, int kTokens, WgmmaWay kWay>
 const char* launch_wgmma_tokens(const WgmmaParams& params, cudaStream_t stream) {
-  using Block = WgmmaBlock<Kind, T, kTokens, kLarge, kStaged>;
-  constexpr auto kKernel = wgmma_kernel<Kind, T, kTokens, kLarge, kStaged>;
+  using Block = typename WgmmaParts<Kind, T, kTokens, kWay>::Block;
+  constexpr auto kKernel = wgmma_kernel<Kind, T, kTokens, kWay>;
   WgmmaParams p = params;
   p.token_tiles = static_cast<uint32_t>((p.tokens + kTokens - 1) / kTokens);
-  p.plan = plan_tokens<Kind, T, kTokens, kLarge, kStaged>(p);
+  p.plan = plan_tokens<Kind, T, kTokens, kWay>(p);
   if (p.plan.splits == 0) return "the kernel with wgmma does not run here";  // takes_wgmma asks before
-  if constexpr (kLarge)
+  if constexpr (kWay == WgmmaWay::kLarge || kWay == WgmmaWay::kPair)
     if (const char* error = launch_arrange(p, stream)) return error;
-  const int64_t blocks = (p.weight.out_features + Block::kRows - 1) / Block::kRows * p.token_tiles * p.plan.splits;
-  return launch_clusters(kKernel, static_cast<unsigned>(blocks), p.plan.splits, Block::kThreads, Block::kSharedBytes, stream, p);
+  // Whole clusters: of an odd number of blocks of rows, the last one has a neighbour without rows, which only helps to copy x.
+  const unsigned cluster = Block::kNeighbours * p.plan.splits;
+  const int64_t clusters = divided(p.weight.out_features, Block::kNeighbours * Block::kRows) * p.token_tiles;
+  return launch_clusters(kKernel, static_cast<unsigned>(clusters * cluster), cluster, Block::kThreads, Block::kSharedBytes, stream, p);
 }
 
-// `use` of what a thread block takes of this product, as types: how many tokens, the fewest that hold all, and whether it is large, or staged. (Where
-// it does not run, because another compiler has chosen other registers, takes_wgmma says no and gemm_kernel.h is taken.)
+// `use` of what a thread block takes of this product, as types: how many tokens, the fewest that hold all, and which way. (Where it does not run,
+// because another compiler has chosen other registers, takes_wgmma says no and gemm_kernel.h is taken.)
 template <class Use>
 auto with_block(const LinearParams& p, const Use& use) {
-  constexpr std::true_type yes;
-  constexpr std::false_type no;
-  const auto use_small = [&](auto tokens) { return tried("staged") ? use(tokens, no, yes) : use(tokens, no, no); };
-  if (p.tokens <= 16) return use(std::integral_constant<int, 16>{}, no, no);
+  constexpr std::integral_constant<WgmmaWay, WgmmaWay::kThroughRegisters> through_registers;
+  constexpr std::integral_constant<WgmmaWay, WgmmaWay::kStaged> staged;
+  constexpr std::integral_constant<WgmmaWay, WgmmaWay::kLarge> large;
+  constexpr std::integral_constant<WgmmaWay, WgmmaWay::kPair> pair;
+  const auto use_small = [&](auto tokens) { return tried("staged") ? use(tokens, staged) : use(tokens, through_registers); };
+  if (p.tokens <= 16) return use(std::integral_constant<int, 16>{}, through_registers);
   if (p.tokens <= 32) return use_small(std::integral_constant<int, 32>{});
   if (p.tokens <= 64) return use_small(std::integral_constant<int, 64>{});
-  if (takes_large_wgmma(p)) return use(std::integral_constant<int, kLargeTokens>{}, yes, no);
-  return use(std::integral_constant<int, 128>{}, no, no);
+  if (!takes_large_wgmma(p)) return use(std::integral_constant<int, 128>{}, through_registers);
+  if (large_tokens(p) == kPairTokens) return use(std::integral_constant<int, kPairTokens>{}, pair);
+  return use(std::integral_constant<int, kLargeTokens>{}, large);
 }
 
 template <class Kind>
 bool runs_wgmma_of(const LinearParams& p) {
-  return with_block(p, [&](auto tokens, auto large, auto staged) {
-    const WgmmaPlan plan = p.x_dtype == kBFloat16 ? plan_tokens<Kind, BFloat16, tokens, large, staged>(p)
-                                                  : plan_tokens<Kind, Float16, tokens, large, staged>(p);
+  return with_block(p, [&](auto tokens, auto way) {
+    const WgmmaPlan plan = p.x_dtype == kBFloat16 ? plan_tokens<Kind, BFloat16, tokens, way>(p) : plan_tokens<Kind, Float16, tokens, way>(p);
     return plan.splits > 0;
   });
 }
 
 template <class Kind>
 const char* launch_wgmma_of(const WgmmaParams& p, cudaStream_t stream) {
-  return with_block(p, [&](auto tokens, auto large, auto staged) {
-    return p.x_dtype == kBFloat16 ? launch_wgmma_tokens<Kind, BFloat16, tokens, large, staged>(p, stream)
-                                  : launch_wgmma_tokens<Kind, Float16, tokens, large, staged>(p, stream);
+  return with_block(p, [&](auto tokens, auto way) {
+    return p.x_dtype == kBFloat16 ? launch_wgmma_tokens<Kind, BFloat16, tokens, way>(p, stream)
+                                  : launch_wgmma_tokens<Kind, Float16, tokens, way>(p, stream);
   });
 }
 

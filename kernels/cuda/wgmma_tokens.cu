@@ -1,4 +1,4 @@
-// x for wgmma_large.h, put once into the order in which stages have it (wgmma_block.h), so that they are filled by copies in bulk alone. Else each
+// x for large blocks, put once into the order in which stages have it (wgmma_block.h), so that they are filled by copies in bulk alone. Else each
 // block of rows would permute the same x through its registers: 128 tokens of 4096 x 14336 took 41.6 us so, and take 32 (H200).
 #include "target.h"
 #include "wgmma.h"
@@ -7,18 +7,18 @@ namespace hfq {
 namespace {
 
 constexpr int kThreads = 256, kPieces = kWgmmaColumns / 8, kBlockTokens = kThreads / kPieces;  // pieces of 16 bytes: of a token in a chunk
-constexpr int kTileTokens = kLargeTokens;
-static_assert(kTileTokens % kBlockTokens == 0);
+static_assert(kLargeTokens % kBlockTokens == 0 && kPairTokens % kBlockTokens == 0);
 
 struct ArrangeParams {
   const uint16_t* x;     // [M, K], numbers of any dtype of 16 bits
-  uint8_t* to;           // [ceil(M / 128), chunks, 2, 128, 128 bytes]: tiles of tokens, chunks of columns, their halves, tokens
+  uint8_t* to;           // [tiles, chunks, 2, tokens, 128 bytes]: tiles of tokens, chunks of columns, their halves, tokens
   int64_t tokens;        // M
   uint32_t in_features;  // K, a multiple of 8
   uint32_t chunks;       // ceil(K / 128)
 };
 
-// A thread block has one chunk of 16 tokens, a thread 16 bytes of a token, a word of each of four pieces.
+// A thread block has one chunk of 16 tokens, a thread 16 bytes of a token, a word of each of four pieces. `kTileTokens`: of a tile.
+template <int kTileTokens>
 __global__ void __launch_bounds__(kThreads) arrange_kernel(const ArrangeParams p) {
   let_next_kernel_start();
   const uint32_t chunk = blockIdx.x % p.chunks, piece = threadIdx.x % kPieces, half = piece / 8, unit = piece / 4 % 2, t = piece % 4;
@@ -36,7 +36,8 @@ __global__ void __launch_bounds__(kThreads) arrange_kernel(const ArrangeParams p
 }  // namespace
 
 int64_t arranged_floats(const LinearParams& p) {
-  return divided(p.tokens, kTileTokens) * kTileTokens * divided(p.weight.in_features, kWgmmaColumns) * kWgmmaColumns / 2;
+  const int64_t tokens = large_tokens(p);
+  return divided(p.tokens, tokens) * tokens * divided(p.weight.in_features, kWgmmaColumns) * kWgmmaColumns / 2;
 }
 
 const char* launch_arrange(const LinearParams& params, cudaStream_t stream) {
@@ -45,8 +46,9 @@ const char* launch_arrange(const LinearParams& params, cudaStream_t stream) {
   p.tokens = params.tokens, p.in_features = static_cast<uint32_t>(params.weight.in_features);
   p.chunks = static_cast<uint32_t>(divided(params.weight.in_features, kWgmmaColumns));
   // Whole tiles, so that all of the workspace is written, and nothing behind it. (2^31 blocks would be 8 TB of x.)
-  const int64_t blocks = divided(p.tokens, kTileTokens) * (kTileTokens / kBlockTokens) * p.chunks;
-  return launch_early(arrange_kernel, static_cast<unsigned>(blocks), kThreads, 0, stream, p);
+  const int64_t tokens = large_tokens(params), blocks = divided(p.tokens, tokens) * (tokens / kBlockTokens) * p.chunks;
+  const auto kernel = tokens == kPairTokens ? arrange_kernel<kPairTokens> : arrange_kernel<kLargeTokens>;
+  return launch_early(kernel, static_cast<unsigned>(blocks), kThreads, 0, stream, p);
 }
 
 }  // namespace hfq

@@ -160,9 +160,10 @@ def test_what_is_written_is_drawn_and_judged_again(
     written = json.loads((tmp_path / "gpu_kernels_no-overlap.json").read_text())
     assert written["command"] == "HFQ_CUDA_OVERLAP=0 python benchmarks/gpu.py --rounds 1"
     with monkeypatch.context() as patch:
-        patch.setenv("HFQ_CUDA_TRY", "staged,other")
+        patch.setenv("HFQ_CUDA_TRY", "wide,tokens256")
         gpu.save("kernels", results["kernels"], [], gpu.TINY)
-    assert (tmp_path / "gpu_kernels_try-staged-other.json").exists()
+    written = json.loads((tmp_path / "gpu_kernels_wide_tokens256.json").read_text())
+    assert written["command"].startswith("HFQ_CUDA_TRY=wide,tokens256 python ")
     capsys.readouterr()
     assert gpu.main(["--plot"]) == 0
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.svg")} == pictures

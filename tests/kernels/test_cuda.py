@@ -183,6 +183,8 @@ def test_products_with_wgmma(
     check_products((100, 128, 130), shape, kind, shape[0] * shape[1] > 1 << 25)
     monkeypatch.setenv("HFQ_CUDA_WGMMA", "large")
     check_products((65, 100, 128, 130, 200, 512), shape, kind, True)
+    monkeypatch.setenv("HFQ_CUDA_TRY", "tokens256")
+    check_products((129, 200, 256, 300, 512, 1024), shape, kind, True)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -39,6 +39,9 @@ def races(self_check: SelfCheck) -> Iterator[None]:
         ("early_constant", "a load of constants reads what the kernel in front writes"),
         ("bulk_ring_no_fence", "no fence.proxy.async covers"),
         ("bulk_ring_not_aligned", "misaligned copy_bulk"),
+        ("shared_ring_no_fence", "barrier that is not known to the cluster"),
+        ("shared_ring_no_barrier", "barrier that is not known to the cluster"),
+        ("copy_to_block_that_ends", "ends while copies to it are on the way"),
     ],
 )
 def test_mistakes_are_seen(self_check: SelfCheck, kernel: str, words: str) -> None:
@@ -58,6 +61,8 @@ def test_mistakes_are_seen(self_check: SelfCheck, kernel: str, words: str) -> No
         ("ring_no_wait", "thread .* reads shared memory, cp.async of thread .* writes it"),
         ("ring_filled_too_early", "cp.async of thread .* writes shared memory"),
         ("bulk_ring_no_wait", "a copy in bulk writes shared memory, thread .* reads it"),
+        ("shared_ring_no_wait", "shared memory"),
+        ("shared_ring_filled_too_early", "a copy in bulk writes shared memory"),
         (
             "sum_of_cluster_without_memory",
             "block .* reads shared memory, thread .* of block .* writes",
@@ -78,6 +83,11 @@ def test_reads_by_any_pointer_are_seen(self_check: SelfCheck, races: None) -> No
         self_check.run("reads_too_far_by_itself", torch.zeros(128, dtype=torch.int32))
 
 
+def test_blocks_that_may_end_too_early_are_seen(self_check: SelfCheck, races: None) -> None:
+    with pytest.raises(RuntimeError, match="may end before others are done with it"):
+        self_check.run("shared_ring_that_ends", torch.zeros(128, dtype=torch.int32))
+
+
 def test_waits_that_may_come_too_late_are_seen(self_check: SelfCheck, races: None) -> None:
     with pytest.raises(RuntimeError, match="so late that its phase is over"):
         self_check.run("turns_that_are_missed", torch.zeros(128, dtype=torch.int32))
@@ -86,7 +96,7 @@ def test_waits_that_may_come_too_late_are_seen(self_check: SelfCheck, races: Non
 @pytest.mark.parametrize(
     "kernel",
     [
-        *("neighbours", "wgmma", "ring", "bulk_ring", "sum_of_cluster"),
+        *("neighbours", "wgmma", "ring", "bulk_ring", "shared_ring", "sum_of_cluster"),
         *("matrices", "early", "turns"),
     ],
 )
@@ -189,10 +199,19 @@ def test_copies_in_bulk(self_check: SelfCheck, generator: torch.Generator) -> No
         assert _wrong(self_check, f"bulk_ring_{mistake}", x, expected), mistake
 
 
+def test_copies_to_blocks_of_a_cluster(self_check: SelfCheck, generator: torch.Generator) -> None:
+    x = torch.randint(1 << 10, (128,), generator=generator, dtype=torch.int32)
+    expected = torch.zeros(32, dtype=torch.int32)
+    for i, j in itertools.product(range(7), range(2)):
+        expected = 3 * expected + x[4 * i + 32 * j :][:32]
+    assert torch.equal(self_check.run("shared_ring", x)[:64].view(2, 32), expected.expand(2, 32))
+    assert _wrong(self_check, "shared_ring_no_wait", x, expected.repeat(2))
+
+
 def test_blocks_of_a_cluster_read_each_other(self_check: SelfCheck) -> None:
     x = torch.arange(128, dtype=torch.int32)
     y = self_check.run("sum_of_cluster", x).view(torch.float32)[:32].view(4, 8)
     expected = 15.0 * x[1:33:4] + 0 * 8 + 1 * 4 + 2 * 2 + 3
     assert torch.equal(y, expected.expand(4, 8))
-    with pytest.raises(RuntimeError, match="read from a block that has ended"):
+    with pytest.raises(RuntimeError, match="use of a block that has ended"):
         self_check.run("sum_of_cluster_that_ends", x)

@@ -145,7 +145,7 @@ def test_every_combination(
 
 
 def test_ladder(emulator: Any, capfd: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
-    rungs = ("identity_rows", "ring", "identity_large", "identity_staged")
+    rungs = ("identity_rows", "ring", "identity_large", "identity_staged", "identity_pair")
     arguments = ["--emulated", str(emulator.folder), *rungs]
     monkeypatch.setattr("sys.argv", ["wgmma_ladder.py", *arguments])
     monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))  # to be set back

@@ -9,7 +9,7 @@ import torch
 from fragments_weights import FLOATS, HALVES, KINDS, ROUNDING, Kind, Shape, name_of
 from fragments_weights import random_weight as make
 from torch import Tensor
-from wgmma_products import ALONE, CLUSTERS, linear
+from wgmma_products import ALONE, CLUSTERS, arranged, arranged_floats, linear
 
 # (N, K, group_size; 0: one group per row): rows that fill no tile, warpgroup or block; columns that end in a chunk; groups of all kinds.
 SHAPES = (
@@ -21,7 +21,7 @@ SHAPES = (
     (5, 1096, 96),
     (272, 392, 160),
 )
-TILE, CHUNK = 128, 128  # tokens and columns of a stage
+TILE = 128  # tokens of a stage
 
 
 @pytest.fixture(autouse=True)
@@ -34,23 +34,7 @@ def _weights(emulator: Any, weight: Any, dtype: torch.dtype) -> Tensor:
     return linear(emulator, torch.eye(weight.sizes[2], dtype=dtype), weight).T
 
 
-def _floats(tokens: int, columns: int) -> int:
-    """Of a workspace: 16-bit numbers of whole stages."""
-    return -(-tokens // TILE) * TILE * -(-columns // CHUNK) * CHUNK // 2
-
-
 # ---- the order of x
-
-
-def _arranged(x: Tensor) -> Tensor:
-    """Numbers `[M, K]` in the order that wgmma_block.h describes."""
-    tokens, columns = -len(x) % TILE, -x.shape[1] % CHUNK
-    whole = torch.nn.functional.pad(x, (0, columns, 0, tokens))
-    # A word of two numbers is word 4t + i of a unit, and goes to place t of piece i.
-    words = whole.view(-1, TILE, whole.shape[1] // CHUNK, 2, 2, 4, 4, 2)
-    pieces = words.permute(0, 2, 3, 1, 4, 6, 5, 7).reshape(-1, TILE, 8, 8)
-    row, place = torch.arange(TILE)[:, None], torch.arange(8)
-    return pieces[:, row, place ^ row % 8].flatten()
 
 
 @pytest.mark.parametrize("shape", [(65, 8), (127, 136), (128, 128), (129, 392), (200, 1096)])
@@ -59,7 +43,7 @@ def test_x_is_put_in_order(
 ) -> None:
     """Bits are copied, whatever they mean; what does not exist is zero. Nothing is written behind the workspace."""
     x = torch.randint(-(1 << 15), 1 << 15, shape, generator=generator, dtype=torch.int16)
-    assert torch.equal(emulator.arranged(x, _floats(*shape)), _arranged(x))
+    assert torch.equal(emulator.arranged(x, arranged_floats(*shape, TILE)), arranged(x, TILE))
 
 
 # ---- which products, and their workspace
@@ -69,18 +53,18 @@ def test_the_choice(emulator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large blocks, and the memory for x, are for more than 64 tokens with weights of more than 2^25 numbers, where the kernel runs."""
     monkeypatch.delenv("HFQ_CUDA_WGMMA")
     small, large = (4, 128, 4096, 8192), (4, 128, 4104, 8192)
-    assert emulator.workspace(65, large, 90) == _floats(65, 4104)
-    assert emulator.workspace(300, large, 90) == _floats(300, 4104)
+    assert emulator.workspace(65, large, 90) == arranged_floats(65, 4104, TILE)
+    assert emulator.workspace(300, large, 90) == arranged_floats(300, 4104, TILE)
     assert emulator.workspace(64, large, 90) == emulator.workspace(65, small, 90) == 0
     gemm = [emulator.workspace(65, large, *device) for device in ((80,), (90, 99 << 10))]
-    assert _floats(65, 4104) not in gemm  # another GPU; too little shared memory
+    assert arranged_floats(65, 4104, TILE) not in gemm  # another GPU; too little shared memory
     monkeypatch.setenv("HFQ_CUDA_WGMMA", "0")
     assert emulator.workspace(65, large, 90) == gemm[0]
     monkeypatch.setenv("HFQ_CUDA_WGMMA", "1")
-    assert emulator.workspace(65, large, 90) == _floats(65, 4104)
+    assert emulator.workspace(65, large, 90) == arranged_floats(65, 4104, TILE)
     assert emulator.workspace(65, small, 90) == 0
     monkeypatch.setenv("HFQ_CUDA_WGMMA", "large")
-    assert emulator.workspace(65, small, 90) == _floats(65, 4096)
+    assert emulator.workspace(65, small, 90) == arranged_floats(65, 4096, TILE)
     assert emulator.workspace(64, small, 90) == emulator.workspace(8, large, 90) == 0
 
 

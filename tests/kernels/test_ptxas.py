@@ -77,9 +77,15 @@ def _check(source: str, architecture: str, folder: Path) -> None:
 
 def _check_registers(entries: dict[str, str]) -> None:
     """Warps that take registers from others wait forever if a launch has fewer than they count on (kAtFirst, wgmma_block.h)."""
-    launches = ((64, 0, 0, 96), (64, 0, 1, 96), (128, 0, 0, 168), (128, 1, 0, 168))
-    for tokens, large, staged, registers in launches:
-        kernel = f"ELi{tokens}ELb{large}ELb{staged}E"
+    # Tokens, WgmmaWay, registers.
+    for tokens, way, registers in (
+        (64, 0, 96),
+        (64, 1, 96),
+        (128, 0, 168),
+        (128, 2, 168),
+        (256, 3, 168),
+    ):
+        kernel = f"ELi{tokens}ELNS0_8WgmmaWayE{way}E"
         own = [entry for name, entry in entries.items() if kernel in name]
         assert len(own) == 2, list(entries)
         assert all(f"Used {registers} registers" in entry for entry in own), own

@@ -34,8 +34,8 @@ class Rung:
     """Attributes:
     shape: N, K, group_size (0: a group per row).
     new: what no rung before it has.
-    large: by wgmma_large.h, more than 64 tokens.
-    tried: HFQ_CUDA_TRY.
+    large: in large blocks, more than 64 tokens.
+    tried: of HFQ_CUDA_TRY.
     """
 
     shape: Shape
@@ -47,6 +47,7 @@ class Rung:
     tried: str = ""
 
 
+PAIR = "tokens256"
 RUNGS = {
     "identity": Rung((256, 128, 0), 16, "descriptor, order of columns, fragments; one stage"),
     "identity_rows": Rung((40, 136, 0), 9, "rows and tokens that do not exist, a tail of columns"),
@@ -78,6 +79,22 @@ RUNGS = {
     "staged32": Rung((256, LONG, 128), 32, "stage after stage", tried="staged"),
     "staged64": Rung((256, LONG, 64), 63, "setmaxnreg, zero points", (4, "zeros"), tried="staged"),
     "staged_full": Rung((4096, 14336, 128), 64, "races", calls=300, tried="staged"),
+    "identity_pair": Rung(
+        (300, 136, 0), 200, "wgmma_pair.h: copies to two blocks", large=True, tried=PAIR
+    ),
+    "pair": Rung(
+        (256, LONG, 128), 256, "barriers that both blocks arrive at", large=True, tried=PAIR
+    ),
+    "pair_zeros": Rung(
+        (130, LONG, 32), 256, "weights by float32", (4, "zeros"), large=True, tried=PAIR
+    ),
+    "pair_nf4": Rung((256, LONG, 64), 256, "a table", (4, "nf4"), large=True, tried=PAIR),
+    "pair_cluster": Rung(
+        (1024, 4096, 128), 600, "pairs that share columns, tiles of tokens", large=True, tried=PAIR
+    ),
+    "pair_full": Rung(
+        (4096, 14336, 128), 256, "all multiprocessors", calls=300, large=True, tried=PAIR
+    ),
     "full": Rung((4096, 14336, 128), 64, "all multiprocessors; races", calls=300),
     "full16": Rung((14336, 4096, 128), 16, "the same", (4, "zeros"), calls=300),
 }

@@ -131,9 +131,14 @@ class Linear(Launchers):
         return self.ask("linear_workspace", _product(x, operands, None, sizes)[0]) > 0
 
     def workspace(
-        self, tokens: int, sizes: Sizes, capability: int, shared_bytes: int = H100
+        self,
+        tokens: int,
+        sizes: Sizes,
+        capability: int,
+        shared_bytes: int = H100,
+        multiprocessors: int = 1,
     ) -> int:
-        """Floats of a product with an int weight, on one multiprocessor."""
+        """Floats of a product with an int weight."""
         bits, group_size, in_features, out_features = sizes
         weight = Weight(
             out_features=out_features,
@@ -143,7 +148,7 @@ class Linear(Launchers):
             bits=bits,
             scale_dtype=torch.float16,
         )
-        self.set_device(1, shared_bytes)
+        self.set_device(multiprocessors, shared_bytes)
         self._library.set_compute_capability(capability)
         params = LinearParams(weight=weight, tokens=tokens, x_dtype=torch.bfloat16)
         return self.ask("linear_workspace", params)

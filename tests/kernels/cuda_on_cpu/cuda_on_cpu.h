@@ -177,9 +177,12 @@ inline void mbarrier_init(uint32_t barrier, uint32_t count) { cuda_on_cpu::mbarr
 inline void mbarrier_arrive(uint32_t barrier) { cuda_on_cpu::mbarrier_arrive(barrier); }
 inline void mbarrier_arrive_after_copies(uint32_t barrier) { cuda_on_cpu::mbarrier_arrive_after_copies(barrier); }
 inline void mbarrier_arrive_and_expect(uint32_t barrier, uint32_t bytes) { cuda_on_cpu::mbarrier_arrive_and_expect(barrier, bytes); }
-inline void copy_bulk(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier) {
+inline void check_bulk(uint32_t shared, const void* global, uint32_t bytes) {
   if (shared % 16 || reinterpret_cast<uintptr_t>(global) % 16 || bytes % 16) cuda_on_cpu::fail("misaligned copy_bulk");
   cuda_on_cpu::check_range(global, bytes);
+}
+inline void copy_bulk(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier) {
+  check_bulk(shared, global, bytes);
   cuda_on_cpu::copy_bulk(shared, global, bytes, barrier);
 }
 inline void mbarrier_wait(uint32_t barrier, uint32_t bit) { cuda_on_cpu::mbarrier_wait(barrier, bit); }
@@ -509,6 +512,12 @@ void wgmma(T, float (&d)[n], const uint32_t (&a)[4], uint64_t descriptor, bool a
 inline void sync_cluster() { cuda_on_cpu::sync_cluster(true); }
 inline void sync_cluster_only() { cuda_on_cpu::sync_cluster(false); }
 inline float4 load_of_block(const float4* own, uint32_t rank) { return *static_cast<const float4*>(cuda_on_cpu::of_block(own, rank, 16)); }
+inline void mbarrier_arrive_of_block(uint32_t barrier, uint32_t rank) { cuda_on_cpu::mbarrier_arrive_of_block(barrier, rank); }
+inline void copy_bulk_to_blocks(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier, uint32_t blocks) {
+  check_bulk(shared, global, bytes);
+  cuda_on_cpu::copy_bulk_to_blocks(shared, global, bytes, barrier, blocks);
+}
+inline void fence_mbarrier_init() { cuda_on_cpu::fence_mbarrier_init(); }
 
 // ---- launch ----
 

@@ -71,8 +71,10 @@ struct Warp {
 struct Mbarrier {
   uint32_t count, left, phase;
   int64_t bytes;      // that are expected and have not come
-  unsigned maker;     // thread
+  unsigned maker;     // thread, of all of the cluster
   bool known;         // to copies in bulk
+  bool fenced;        // to be known to the cluster after its next barrier
+  bool everywhere;    // is
   unsigned clock;     // of its phases
   uint32_t made;      // at this time of its maker
   races::Clock told, ended;  // what those that wait learn from arrivals: of the phase, and of the one that has ended
@@ -102,6 +104,7 @@ struct Block {
   std::vector<uint32_t> stored;             // and by which thread, if that has made it known to nobody
   std::map<uint32_t, Mbarrier> mbarriers;   // by their places in shared memory
   std::vector<BulkCopy> bulk_copies;        // on the way
+  std::map<unsigned, uint32_t> uses;        // threads of other blocks that have used it, and when for the last time
   std::vector<std::vector<uint64_t>> what;  // of each warpgroup, what its warps have started
 };
 
@@ -132,10 +135,23 @@ void leave(State state) {
   swapcontext(&current->context, &scheduler);
 }
 
+unsigned number_of(const Fiber& fiber) { return static_cast<unsigned>(&fiber - fibers.data()); }
+
+// Nothing has to come, and one of its threads at least has waited for those of others that used it.
+void check_end(const Block& block) {
+  if (!block.bulk_copies.empty()) message = "a block ends while copies to it are on the way";
+  const unsigned first = static_cast<unsigned>(&block - cluster.data()) * threads;
+  for (const auto& [whose, time] : block.uses) {
+    bool known = false;
+    for (unsigned i = first; i < first + threads && !known; ++i) known = races::knows_step(i, whose, time);
+    if (!known) message = "a block may end before others are done with it";
+  }
+}
+
 void run_fiber() {
   (*body)();
   ++done;
-  ++current->block->ended;
+  if (++current->block->ended == static_cast<int>(threads)) check_end(*current->block);
   leave(State::kDone);
 }
 
@@ -162,8 +178,6 @@ bool within(const void* p, size_t bytes, const uint8_t* begin, size_t size) {
   return at >= first && at + bytes <= first + size;
 }
 
-unsigned number_of(const Fiber& fiber) { return static_cast<unsigned>(&fiber - fibers.data()); }
-
 Warp& current_warp() { return current->block->warps[current->thread / 32]; }
 
 void clear(Block& block, unsigned index) {
@@ -177,6 +191,7 @@ void clear(Block& block, unsigned index) {
   block.stored.assign(shared_size / 4 + 1, kNobody);
   block.mbarriers.clear();
   block.bulk_copies.clear();
+  block.uses.clear();
   block.what.assign((threads + 127) / 128, {});
 }
 
@@ -384,7 +399,9 @@ void sync_block() {
 void sync_cluster(bool memory) {
   if (++in_cluster_barrier < static_cast<int>(fibers.size())) return leave(State::kInClusterBarrier);
   in_cluster_barrier = 0;
-  if (races::wanted && memory) races::meet(0, static_cast<unsigned>(fibers.size()));
+  if (races::wanted) (memory ? races::meet : races::meet_steps)(0, static_cast<unsigned>(fibers.size()));
+  for (Block& block : cluster)
+    for (auto& [place, barrier] : block.mbarriers) barrier.everywhere = barrier.fenced;
   wake(State::kInClusterBarrier, nullptr);
 }
 
@@ -435,11 +452,21 @@ uint8_t* at_shared_address(uint32_t address, size_t bytes) {
   return p;
 }
 
+namespace {
+
+Block& block_of_rank(unsigned rank) {
+  if (rank >= cluster.size()) fail("no such block in the cluster");
+  Block& block = cluster[rank];
+  if (block.ended == static_cast<int>(threads)) fail("use of a block that has ended");
+  if (races::wanted && &block != current->block) block.uses[number_of(*current)] = races::time_of(number_of(*current));
+  return block;
+}
+
+}  // namespace
+
 const void* of_block(const void* own, unsigned rank, size_t bytes) {
   check_shared(own, bytes);
-  if (rank >= cluster.size()) fail("no such block in the cluster");
-  if (cluster[rank].ended == static_cast<int>(threads)) fail("read from a block that has ended");
-  return cluster[rank].shared_begin + (static_cast<const uint8_t*>(own) - shared_memory());
+  return block_of_rank(rank).shared_begin + (static_cast<const uint8_t*>(own) - shared_memory());
 }
 
 void allow(const void* p, size_t bytes, Access access) { ranges.push_back({static_cast<const uint8_t*>(p), bytes, access}); }
@@ -495,8 +522,7 @@ void access_later(unsigned clock, uint32_t time, const void* p, size_t bytes, bo
 
 // A barrier of which this thread knows.
 Mbarrier& known(Mbarrier& barrier) {
-  const unsigned number = number_of(*current);
-  if (!races::knows(number, number / threads * threads + barrier.maker, barrier.made)) fail("a barrier that may not have been made yet");
+  if (!barrier.everywhere && !races::knows(number_of(*current), barrier.maker, barrier.made)) fail("a barrier that may not have been made yet");
   return barrier;
 }
 
@@ -555,7 +581,12 @@ void fence_proxy_async() {
     if (uint32_t& thread = current->block->stored[word]; thread == current->thread) thread = kNobody;
   current->stored.clear();
   for (auto& [place, barrier] : current->block->mbarriers)
-    if (barrier.maker == current->thread) barrier.known = true;
+    if (barrier.maker == number_of(*current)) barrier.known = true;
+}
+
+void fence_mbarrier_init() {
+  for (auto& [place, barrier] : current->block->mbarriers)
+    if (barrier.maker == number_of(*current)) barrier.known = barrier.fenced = true;
 }
 
 bool unfenced(uint32_t address, size_t bytes) {
@@ -577,22 +608,37 @@ void mbarrier_init(uint32_t barrier, uint32_t count) {
   if (count == 0) fail("a barrier of nobody");
   Mbarrier& made = current->block->mbarriers[place(barrier)] = {};
   made.count = made.left = count;
-  made.maker = current->thread;
+  made.maker = number_of(*current);
   if (races::wanted) made.clock = races::clock_of_barrier(), made.made = races::time_of(number_of(*current));
 }
 
-void mbarrier_arrive(uint32_t barrier) {
-  const auto found = current->block->mbarriers.find(place(barrier));
-  if (races::wanted && found != current->block->mbarriers.end()) {
-    Mbarrier& told = known(found->second);
+namespace {
+
+// The barrier there, which the thread may use; null if nobody has made one.
+Mbarrier* found_at(Block& block, uint32_t barrier) {
+  const auto found = block.mbarriers.find(place(barrier));
+  if (found == block.mbarriers.end()) return nullptr;
+  if (&block != current->block && !found->second.everywhere) fail("use of another block's barrier that is not known to the cluster");
+  return &found->second;
+}
+
+void arrive_at(Block& block, uint32_t barrier) {
+  Mbarrier* const found = found_at(block, barrier);
+  if (races::wanted && found) {
+    Mbarrier& told = known(*found);
     races::tell_steps(number_of(*current), told.arrived);
     races::tell(number_of(*current), told.told);
   }
-  arrive(*current->block, place(barrier));
+  arrive(block, place(barrier));
   if (!message.empty()) fail(message.c_str());
   arrived = true;
   leave(State::kReady);
 }
+
+}  // namespace
+
+void mbarrier_arrive(uint32_t barrier) { arrive_at(*current->block, barrier); }
+void mbarrier_arrive_of_block(uint32_t barrier, unsigned rank) { arrive_at(block_of_rank(rank), barrier); }
 
 void mbarrier_arrive_after_copies(uint32_t barrier) {
   const auto found = current->block->mbarriers.find(place(barrier));
@@ -630,19 +676,33 @@ void mbarrier_arrive_and_expect(uint32_t barrier, uint32_t bytes) {
   mbarrier_arrive(barrier);
 }
 
-void copy_bulk(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier) {
-  const auto found = current->block->mbarriers.find(place(barrier));
-  if (found == current->block->mbarriers.end() || !found->second.known) fail("copy_bulk for a barrier that no fence.proxy.async covers");
+namespace {
+
+void begin_copy(Block& block, uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier) {
+  Mbarrier* const found = found_at(block, barrier);
+  if (!found || !found->known) fail("copy_bulk for a barrier that no fence.proxy.async covers");
   if (bytes == 0) fail("copy_bulk of nothing");
-  uint8_t* const to = shared_memory() + (static_cast<int64_t>(shared) - kSharedBase);
-  if (!within(to, bytes, shared_memory(), shared_size)) fail("copy_bulk outside of shared memory");
+  uint8_t* const to = block.shared_begin + (static_cast<int64_t>(shared) - kSharedBase);
+  if (!within(to, bytes, block.shared_begin, shared_size)) fail("copy_bulk outside of shared memory");
   if (races::wanted) {
-    const Mbarrier& counts = known(found->second);
+    const Mbarrier& counts = known(*found);
     access_later(counts.clock, counts.phase + 1, to, bytes, true);
     access_later(counts.clock, counts.phase + 1, global, bytes, false);
   }
   std::memset(to, kPoison, bytes);
-  current->block->bulk_copies.push_back({{to, global, bytes}, found->first});
+  block.bulk_copies.push_back({{to, global, bytes}, place(barrier)});
+}
+
+}  // namespace
+
+void copy_bulk(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier) {
+  begin_copy(*current->block, shared, global, bytes, barrier);
+}
+
+void copy_bulk_to_blocks(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier, uint32_t blocks) {
+  if (blocks == 0) fail("copy_bulk to nobody");
+  for (unsigned rank = 0; rank < 32; ++rank)
+    if (blocks >> rank & 1) begin_copy(block_of_rank(rank), shared, global, bytes, barrier);
 }
 
 void fence_registers() { current_warp().fenced = true; }

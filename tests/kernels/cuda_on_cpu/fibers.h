@@ -78,9 +78,14 @@ void mbarrier_arrive(uint32_t barrier);
 void mbarrier_arrive_after_copies(uint32_t barrier);
 void mbarrier_wait(uint32_t barrier, uint32_t bit);
 // A phase ends when all have arrived and as many bytes as they expect have come. A copy comes when those of threads do; one of
-// nothing never ends. The barrier must have been there for it: a fence_proxy_async of the thread that made it.
+// nothing never ends. The barrier must have been there for it: a fence_proxy_async of the thread that made it, or a fence_mbarrier_init.
 void mbarrier_arrive_and_expect(uint32_t barrier, uint32_t bytes);
 void copy_bulk(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier);
+// The same at those places of other blocks of the cluster; `blocks` has their bits. Barriers are known to them after a fence_mbarrier_init of the
+// thread that made them and any barrier of the cluster. No block may end before others are done with it.
+void fence_mbarrier_init();
+void mbarrier_arrive_of_block(uint32_t barrier, unsigned rank);
+void copy_bulk_to_blocks(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier, uint32_t blocks);
 
 // Instructions of a warpgroup that go on beside the threads, one part for each warp. `what`: the same for all four warps, or it is a mistake.
 // `work` is called as late as the waits of the warp allow. The functions are called once for each warp, within `together`.

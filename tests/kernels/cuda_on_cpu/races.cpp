@@ -133,6 +133,19 @@ void meet(unsigned first, unsigned count) {
 void tell_steps(unsigned thread, Clock& clock) { join(clock, clocks[thread]), join(clock, steps[thread]); }
 void learn_steps(unsigned thread, const Clock& clock) { join(steps[thread], clock); }
 
+void meet_steps(unsigned first, unsigned count) {
+  Clock all;
+  for (unsigned i = first; i < first + count; ++i) tell_steps(i, all);
+  for (unsigned i = first; i < first + count; ++i) {
+    steps[i] = all;
+    ++clocks[i][i];
+  }
+}
+
+bool knows_step(unsigned thread, unsigned whose, uint32_t time) {
+  return knows(thread, whose, time) || (steps[thread].size() > whose && steps[thread][whose] >= time);
+}
+
 void tell(unsigned thread, Clock& clock) {
   join(clock, clocks[thread]);
   ++clocks[thread][thread];

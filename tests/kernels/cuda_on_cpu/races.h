@@ -42,6 +42,8 @@ void learn(unsigned thread, const Clock& clock);
 // How far threads have come only: cp.async arrives at a barrier after its thread has waited, but what that thread wrote is not there for others.
 void tell_steps(unsigned thread, Clock& clock);
 void learn_steps(unsigned thread, const Clock& clock);
+void meet_steps(unsigned first, unsigned count);
+bool knows_step(unsigned thread, unsigned whose, uint32_t time);
 // The thread, or `clock`, knows that `whose` has come as far as `time`.
 void learn_time(unsigned thread, unsigned whose, uint32_t time);
 uint32_t time_of(unsigned thread);

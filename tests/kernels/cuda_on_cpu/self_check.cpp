@@ -220,6 +220,51 @@ void bulk_ring(Params p) {
   store(p.to + threadIdx.x, sum);
 }
 
+// Two blocks. One thread of each fills its half of each of two stages, in both blocks; a warp adds up what is in its own.
+template <Mistake kMistake>
+void shared_ring(Params p) {
+  const uint32_t full = shared_address(shared_memory()), empty = full + 16, lane = threadIdx.x % 32, block = blockIdx.x;
+  uint32_t* stages = reinterpret_cast<uint32_t*>(shared_memory() + 64);  // [2][64]
+  constexpr bool kAlone = kMistake == Mistake::kMemoryChanges;  // stages are filled without a look at the neighbour
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 2; ++i) mbarrier_init(full + 8 * i, 1), mbarrier_init(empty + 8 * i, kAlone ? 1 : 2);
+    if (kMistake != Mistake::kNoProxyFence) fence_mbarrier_init();
+  }
+  if (kMistake == Mistake::kNoBarrier)
+    sync_block();
+  else
+    sync_cluster_only();
+  constexpr uint32_t kRounds = 7;
+  if (threadIdx.x == 32)
+    for (uint32_t i = 0; i < kRounds; ++i) {
+      const uint32_t at = full + 8 * (i % 2);
+      if (i >= 2) mbarrier_wait(empty + 8 * (i % 2), (i / 2 - 1) % 2);
+      mbarrier_arrive_and_expect(at, 256);
+      copy_bulk_to_blocks(shared_address(stages + 64 * (i % 2) + 32 * block), p.from + 4 * i + 32 * block, 128, at, 3);
+    }
+  if (threadIdx.x < 32) {
+    uint32_t sum = 0;
+    for (uint32_t i = 0; i < kRounds; ++i) {
+      if (kMistake != Mistake::kNoWait) mbarrier_wait(full + 8 * (i % 2), i / 2 % 2);
+      for (int j = 0; j < 2; ++j) sum = 3 * sum + stages[64 * (i % 2) + 32 * j + lane];
+      sync_warp();
+      if (lane < 2 && (!kAlone || lane == block)) mbarrier_arrive_of_block(empty + 8 * (i % 2), lane);
+    }
+    store(p.to + 32 * block + lane, sum);
+  }
+  sync_warp();
+  if (kMistake != Mistake::kNoFence) sync_cluster_only();
+}
+
+// A copy to the neighbour, which ends.
+void copy_to_block_that_ends(Params p) {
+  const uint32_t there = shared_address(shared_memory());
+  if (threadIdx.x == 0) mbarrier_init(there, 1), fence_mbarrier_init();
+  sync_cluster_only();
+  if (threadIdx.x == 0 && blockIdx.x == 0) copy_bulk_to_blocks(there + 64, p.from, 128, there, 2);
+  sync_cluster_only();
+}
+
 // Each of four blocks adds up what all have, in their order.
 template <Mistake kMistake>
 void sum_of_cluster(Params p) {
@@ -277,6 +322,13 @@ constexpr struct {
     {"bulk_ring_filled_too_early", bulk_ring<Mistake::kMemoryChanges>, 128},
     {"bulk_ring_no_fence", bulk_ring<Mistake::kNoProxyFence>, 128},
     {"bulk_ring_not_aligned", bulk_ring<Mistake::kNotAligned>, 128},
+    {"shared_ring", shared_ring<Mistake::kNone>, 64, 2},
+    {"shared_ring_no_fence", shared_ring<Mistake::kNoProxyFence>, 64, 2},
+    {"shared_ring_no_barrier", shared_ring<Mistake::kNoBarrier>, 64, 2},
+    {"shared_ring_no_wait", shared_ring<Mistake::kNoWait>, 64, 2},
+    {"shared_ring_filled_too_early", shared_ring<Mistake::kMemoryChanges>, 64, 2},
+    {"shared_ring_that_ends", shared_ring<Mistake::kNoFence>, 64, 2},
+    {"copy_to_block_that_ends", copy_to_block_that_ends, 32, 2},
     {"sum_of_cluster", sum_of_cluster<Mistake::kNone>, 32, 4},
     {"sum_of_cluster_that_ends", sum_of_cluster<Mistake::kNoBarrier>, 32, 4},
     {"sum_of_cluster_without_memory", sum_of_cluster<Mistake::kNoFence>, 32, 4},

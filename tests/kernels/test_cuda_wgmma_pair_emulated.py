@@ -1,0 +1,171 @@
+"""Pairs of thread blocks that share x, 256 tokens of it at a time (wgmma_pair.h), run on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from fragments_weights import FLOATS, HALVES, KINDS, Kind, Shape, name_of
+from fragments_weights import random_weight as make
+from wgmma_products import CLUSTERS, arranged, arranged_floats, linear
+
+# (N, K, group_size; 0: one group per row): rows that fill no tile or block, pairs whose second block has some or none; columns that end in a chunk;
+# groups of all kinds.
+SHAPES = (
+    (1, 8, 0),
+    (17, 136, 32),
+    (128, 264, 64),
+    (270, 520, 128),
+    (133, 200, 0),
+    (5, 1096, 96),
+    (400, 392, 160),
+)
+TILE = 256  # tokens of a stage
+PAIR = 2  # multiprocessors for one pair
+
+
+@pytest.fixture(autouse=True)
+def _wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HFQ_CUDA_WGMMA", "large")
+    monkeypatch.setenv("HFQ_CUDA_TRY", "others,tokens256")
+
+
+# ---- which products, and the order of x
+
+
+def test_the_choice(emulator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than 128 tokens of those for which large blocks are taken, and only where they are to be tried."""
+    monkeypatch.delenv("HFQ_CUDA_WGMMA")
+    small, large = (4, 128, 4096, 8192), (4, 128, 4104, 8192)
+
+    def floats(tokens: int, sizes: tuple[int, int, int, int] = large) -> int:
+        found: int = emulator.workspace(tokens, sizes, 90, multiprocessors=PAIR)
+        return found
+
+    assert floats(300) == arranged_floats(300, 4104, TILE) != arranged_floats(300, 4104, 128)
+    assert floats(128) == arranged_floats(128, 4104, 128)
+    assert floats(300, small) == 0
+    for names in ("", "tokens", "tokens2560"):
+        monkeypatch.setenv("HFQ_CUDA_TRY", names)
+        assert floats(300) == arranged_floats(300, 4104, 128)
+    monkeypatch.delenv("HFQ_CUDA_TRY")
+    assert floats(300) == arranged_floats(300, 4104, 128)
+
+
+@pytest.mark.parametrize("shape", [(129, 8), (256, 136), (257, 392), (700, 1096)])
+def test_x_is_put_in_order(
+    emulator: Any, generator: torch.Generator, shape: tuple[int, int]
+) -> None:
+    x = torch.randint(-(1 << 15), 1 << 15, shape, generator=generator, dtype=torch.int16)
+    floats = arranged_floats(*shape, TILE)
+    assert torch.equal(emulator.arranged(x, floats), arranged(x, TILE))
+
+
+# ---- products
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=name_of)
+@pytest.mark.parametrize("shape", SHAPES, ids=name_of)
+def test_products(emulator: Any, generator: torch.Generator, shape: Shape, kind: Kind) -> None:
+    for dtype, tokens, scale_dtype, multiprocessors in zip(
+        HALVES, (129, 257), (torch.float16, torch.float32), (CLUSTERS, PAIR), strict=True
+    ):
+        w = make(generator, shape, kind, scale_dtype=scale_dtype)
+        x = torch.randn(tokens, shape[1], generator=generator).to(dtype)
+        bias = torch.randn(shape[0], generator=generator).to(dtype) if tokens == 129 else None
+        w.check(linear(emulator, x, w, bias, multiprocessors), x, bias, rounded=True)
+
+
+@pytest.mark.parametrize("scale_dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_dtypes(
+    emulator: Any, generator: torch.Generator, dtype: torch.dtype, scale_dtype: torch.dtype
+) -> None:
+    for kind, bias_dtype in (((4, None), torch.float32), ((3, "zeros"), torch.bfloat16)):
+        w = make(generator, (276, 264, 32), kind, scale_dtype=scale_dtype)
+        x = torch.randn(150, 264, generator=generator).to(dtype)
+        bias = torch.randn(276, generator=generator).to(bias_dtype)
+        w.check(linear(emulator, x, w, bias, CLUSTERS), x, bias, rounded=True)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=name_of)
+def test_results_are_those_of_other_large_blocks(
+    emulator: Any, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, kind: Kind
+) -> None:
+    """To the bit, where nobody shares columns: the same weights, added in the same order."""
+    for dtype in HALVES:
+        w = make(generator, (270, 392, 64), kind)
+        x = torch.randn(130, 392, generator=generator).to(dtype)
+        y = linear(emulator, x, w, multiprocessors=PAIR)
+        with monkeypatch.context() as without:
+            without.delenv("HFQ_CUDA_TRY")
+            assert torch.equal(y, linear(emulator, x, w))
+
+
+@pytest.mark.parametrize("tokens", [129, 200, 255, 256, 257, 384, 600, 1024])
+def test_every_number_of_tokens(emulator: Any, generator: torch.Generator, tokens: int) -> None:
+    """A token's result depends on no other's."""
+    for extra in (None, "zeros"):
+        w = make(generator, (140, 392, 64), (4, extra))
+        x = torch.randn(tokens, 392, generator=generator).bfloat16()
+        y = linear(emulator, x, w, multiprocessors=PAIR)
+        w.check(y, x, rounded=True)
+        order = torch.randperm(tokens, generator=generator)
+        assert torch.equal(linear(emulator, x[order], w, multiprocessors=PAIR), y[order])
+
+
+@pytest.mark.parametrize("splits", range(1, 5))
+def test_every_cluster(emulator: Any, generator: torch.Generator, splits: int) -> None:
+    """As many pairs share columns as there are multiprocessors for: sums are in another order."""
+    w = make(generator, (230, 12 * 128 + 72, 128), (4, None))
+    x = torch.randn(150, w.sizes[2], generator=generator).half()
+    bias = torch.randn(230, generator=generator)
+    y = linear(emulator, x, w, bias, PAIR * splits)
+    w.check(y, x, bias, rounded=True)
+    assert torch.equal(y, linear(emulator, x, w, bias, PAIR)) == (splits == 1)
+
+
+def test_each_stage_is_used_many_times(emulator: Any, generator: torch.Generator) -> None:
+    for kind in ((2, None), (3, None), (4, None), (8, "zeros"), (4, "nf4")):
+        w = make(generator, (40, 27 * 128 + 72, 128), kind)
+        x = torch.randn(130, w.sizes[2], generator=generator).bfloat16()
+        w.check(linear(emulator, x, w, multiprocessors=PAIR), x, rounded=True)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=name_of)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_not_a_number_reaches_its_own_outputs(
+    emulator: Any, generator: torch.Generator, kind: Kind, bad: float
+) -> None:
+    for dtype, scale_dtype, column in (
+        *((dtype, dtype, 135) for dtype in HALVES),
+        (torch.bfloat16, torch.float16, 3),
+    ):
+        w = make(generator, (140, 136, 64), kind, scale_dtype=scale_dtype)
+        x = torch.randn(150, 136, generator=generator).to(dtype)
+        x[141, column] = bad
+        finite = linear(emulator, x, w, multiprocessors=PAIR).isfinite()
+        assert not finite[141].any()
+        assert finite[torch.arange(150) != 141].all()
+        x[141, column] = 0
+        finite = linear(emulator, x, w.with_bad_scale(133, 1), multiprocessors=PAIR).isfinite()
+        assert not finite[:, 133].any()
+        assert finite[:, torch.arange(140) != 133].all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS, ids=name_of)
+@pytest.mark.parametrize("group_size", [32, 64, 96, 128, 160, 256, 0])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_every_combination(
+    emulator: Any, generator: torch.Generator, kind: Kind, group_size: int, dtype: torch.dtype
+) -> None:
+    cases = (((140, 1000), PAIR, 129), ((270, 1608), CLUSTERS, 257))
+    for ((rows, columns), multiprocessors, tokens), scale_dtype in zip(
+        cases, (torch.float16, torch.bfloat16), strict=True
+    ):
+        w = make(generator, (rows, columns, group_size), kind, scale_dtype=scale_dtype)
+        x = torch.randn(tokens, columns, generator=generator).to(dtype)
+        bias = torch.randn(rows, generator=generator)
+        w.check(linear(emulator, x, w, bias, multiprocessors), x, bias, rounded=True)
