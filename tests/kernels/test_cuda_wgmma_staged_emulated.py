@@ -18,9 +18,9 @@ SHAPES = (
     (70, 264, 64),
     (130, 1328, 128),
     (33, 200, 0),
-    (5, 2280, 96),
     (272, 392, 160),
-    (300, 2048, 128),
+    pytest.param((5, 2280, 96), marks=pytest.mark.slow),
+    pytest.param((300, 2048, 128), marks=pytest.mark.slow),
 )
 
 
