@@ -5,14 +5,16 @@
 // nothing is shared between them until their sums meet.
 //
 // Memory of a warp: codes of one step, a place for each tile; x of one step; scales of two, in turns. A tile's place is filled again, for the next
-// step, as soon as the tile has been multiplied, and x as soon as it is in registers. So all copies are eight tiles ahead of their use, some 3000
-// clocks where three warps share a scheduler. (Nothing comes from global memory to registers: linear_kernel.h says why.)
+// step, as soon as the tile has been multiplied, and x as soon as it is in registers. So all copies are eight (or four) tiles ahead of their use,
+// some 3000 clocks where three warps share a scheduler. (Nothing comes from global memory to registers: linear_kernel.h says why.)
 //
 // 1 KB of 4-bit codes (a tile of a step) takes 148 instructions of the loop with 16 tokens in bfloat16, 131 with 8 (88 for codes, 16 and 8 mma, 8
 // and 4 for sums); wgmma_kernel.h has 215 with 16 tokens, linear_kernel.h 194 with one, beginnings and ends counted. nf4 in groups of 64 takes 127.
 // Each scheduler of an H200 has 54 KB of 4096 x 14336: 8000 instructions with 16 tokens, of which those for codes take 6100 clocks of their pipe, mma
 // 5800; memory takes 13000 (7.3 us). No GPU has timed it.
 #pragma once
+
+#include <type_traits>
 
 #include "gemm_output.h"
 #include "linear_step.h"
@@ -31,7 +33,7 @@ struct WideBlock : StepCodes<Kind_> {
   using StepCodes<Kind>::kBytes;
   static constexpr int kTokenTiles = kTokenTiles_, kTokens = 8 * kTokenTiles, kFlush = kFlush_;
   static constexpr bool kZeros = kZeros_;
-  // 8-bit codes are twice the memory for the same rows; a table, 32 KB, is shared by eight warps.
+  // 8-bit codes are twice the memory for the same rows; a table, 32 KB, is shared by six or eight warps.
   static constexpr int kGroups = kStepUnits / kFlush, kKinds = kZeros ? 2 : 1;  // of a step; of scales and zero points
   static constexpr bool kManyNumbers = kTokenTiles * kGroups * kKinds == 8;       // for which 8 tiles leave no registers
   static constexpr int kTiles = Kind::kTable || kBits == 8 || kManyNumbers ? 4 : 8, kRows = kTiles * kTileRows, kNumbers = kKinds * kTiles;
@@ -359,9 +361,11 @@ const char* launch_wide_flush(const LinearParams& p, cudaStream_t stream) {
 
 template <class Kind, class T>
 const char* launch_wide_tokens(const LinearParams& p, cudaStream_t stream) {
-  const bool whole = flush_mask(p.weight, kStepUnits) == kStepUnits - 1;
-  if (p.tokens <= 8) return whole ? launch_wide_flush<Kind, T, 1, 4>(p, stream) : launch_wide_flush<Kind, T, 1, 2>(p, stream);
-  return whole ? launch_wide_flush<Kind, T, 2, 4>(p, stream) : launch_wide_flush<Kind, T, 2, 2>(p, stream);
+  if constexpr (!std::is_same<Kind, E4m3Codes>::value) {
+    const bool whole = flush_mask(p.weight, kStepUnits) == kStepUnits - 1;
+    if (!whole) return p.tokens <= 8 ? launch_wide_flush<Kind, T, 1, 2>(p, stream) : launch_wide_flush<Kind, T, 2, 2>(p, stream);
+  }
+  return p.tokens <= 8 ? launch_wide_flush<Kind, T, 1, 4>(p, stream) : launch_wide_flush<Kind, T, 2, 4>(p, stream);
 }
 
 template <class Kind>
