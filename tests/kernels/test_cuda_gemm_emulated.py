@@ -9,6 +9,7 @@ import pytest
 import torch
 from fragments_weights import HALVES, KINDS, SHAPES, Kind, Shape, name_of
 from fragments_weights import random_weight as make
+from product_checks import check_only_bad, check_tokens_are_apart
 
 # Bytes of shared memory that a thread block may have, of GPUs of compute capability 9.0, 8.0 and 8.9.
 H100, A100, CONSUMER = 227 << 10, 163 << 10, 99 << 10
@@ -39,10 +40,7 @@ def test_tokens_do_not_depend_on_their_neighbours(
 ) -> None:
     w = make(generator, (76, 648, 64), kind)
     x = torch.randn(tokens, 648, generator=generator).bfloat16()
-    y = emulator.linear(x, w.operands, None, w.sizes)
-    w.check(y, x)
-    order = torch.randperm(tokens, generator=generator)
-    assert torch.equal(emulator.linear(x[order], w.operands, None, w.sizes), y[order])
+    check_tokens_are_apart(lambda x: emulator.linear(x, w.operands, None, w.sizes), w, x, generator)
 
 
 def test_every_cut(emulator: Any, generator: torch.Generator) -> None:
@@ -87,11 +85,7 @@ def test_not_a_number_among_more_tokens(
     for dtype, column, multiprocessors in zip(HALVES, (135, 3), (1, 1 << 20), strict=True):
         x = torch.randn(19, 136, generator=generator).to(dtype)
         x[11, column] = bad
-        finite = emulator.linear(x, w.operands, None, w.sizes, multiprocessors).isfinite()
-        assert not finite[11].any()
-        assert finite[torch.arange(19) != 11].all()
+        check_only_bad(emulator.linear(x, w.operands, None, w.sizes, multiprocessors), 11)
     x = torch.randn(9, 136, generator=generator).bfloat16()
     w = w.with_bad_scale(13, 1)
-    finite = emulator.linear(x, w.operands, None, w.sizes).isfinite()
-    assert not finite[:, 13].any()
-    assert finite[:, torch.arange(20) != 13].all()
+    check_only_bad(emulator.linear(x, w.operands, None, w.sizes).T, 13)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from fragments_weights import FLOATS, HALVES, KINDS, ROUNDING, Kind, Shape, name_of
 from fragments_weights import random_weight as make
+from product_checks import check_only_bad, check_tokens_are_apart
 from torch import Tensor
 from wgmma_products import ALONE, CLUSTERS, arranged, arranged_floats, linear
 
@@ -167,10 +168,7 @@ def test_every_number_of_tokens(emulator: Any, generator: torch.Generator, token
     for extra in (None, "zeros"):
         w = make(generator, (276, 648, 64), (4, extra))
         x = torch.randn(tokens, 648, generator=generator).bfloat16()
-        y = linear(emulator, x, w)
-        w.check(y, x, rounded=True)
-        order = torch.randperm(tokens, generator=generator)
-        assert torch.equal(linear(emulator, x[order], w), y[order])
+        check_tokens_are_apart(lambda x, w=w: linear(emulator, x, w), w, x, generator, rounded=True)
 
 
 @pytest.mark.parametrize("splits", range(1, 9))
@@ -200,13 +198,9 @@ def test_not_a_number_reaches_its_own_outputs(
         w = make(generator, (20, 136, 64), kind, scale_dtype=scale_dtype)
         x = torch.randn(70, 136, generator=generator).to(dtype)
         x[11, column] = bad
-        finite = linear(emulator, x, w).isfinite()
-        assert not finite[11].any()
-        assert finite[torch.arange(70) != 11].all()
+        check_only_bad(linear(emulator, x, w), 11)
         x[11, column] = 0
-        finite = linear(emulator, x, w.with_bad_scale(13, 1), multiprocessors=CLUSTERS).isfinite()
-        assert not finite[:, 13].any()
-        assert finite[:, torch.arange(20) != 13].all()
+        check_only_bad(linear(emulator, x, w.with_bad_scale(13, 1), multiprocessors=CLUSTERS).T, 13)
 
 
 @pytest.mark.slow

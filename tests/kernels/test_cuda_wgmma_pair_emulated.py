@@ -8,6 +8,7 @@ import pytest
 import torch
 from fragments_weights import FLOATS, HALVES, KINDS, Kind, Shape, name_of
 from fragments_weights import random_weight as make
+from product_checks import check_only_bad, check_tokens_are_apart
 from wgmma_products import CLUSTERS, arranged, arranged_floats, linear
 
 # (N, K, group_size; 0: one group per row): rows that fill no tile or block, pairs whose second block has some or none; columns that end in a chunk;
@@ -109,10 +110,13 @@ def test_every_number_of_tokens(emulator: Any, generator: torch.Generator, token
     for extra in (None, "zeros"):
         w = make(generator, (140, 392, 64), (4, extra))
         x = torch.randn(tokens, 392, generator=generator).bfloat16()
-        y = linear(emulator, x, w, multiprocessors=PAIR)
-        w.check(y, x, rounded=True)
-        order = torch.randperm(tokens, generator=generator)
-        assert torch.equal(linear(emulator, x[order], w, multiprocessors=PAIR), y[order])
+        check_tokens_are_apart(
+            lambda x, w=w: linear(emulator, x, w, multiprocessors=PAIR),
+            w,
+            x,
+            generator,
+            rounded=True,
+        )
 
 
 @pytest.mark.parametrize("splits", range(1, 5))
@@ -145,13 +149,9 @@ def test_not_a_number_reaches_its_own_outputs(
         w = make(generator, (140, 136, 64), kind, scale_dtype=scale_dtype)
         x = torch.randn(150, 136, generator=generator).to(dtype)
         x[141, column] = bad
-        finite = linear(emulator, x, w, multiprocessors=PAIR).isfinite()
-        assert not finite[141].any()
-        assert finite[torch.arange(150) != 141].all()
+        check_only_bad(linear(emulator, x, w, multiprocessors=PAIR), 141)
         x[141, column] = 0
-        finite = linear(emulator, x, w.with_bad_scale(133, 1), multiprocessors=PAIR).isfinite()
-        assert not finite[:, 133].any()
-        assert finite[:, torch.arange(140) != 133].all()
+        check_only_bad(linear(emulator, x, w.with_bad_scale(133, 1), multiprocessors=PAIR).T, 133)
 
 
 @pytest.mark.slow

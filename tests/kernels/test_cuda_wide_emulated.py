@@ -8,6 +8,8 @@ import pytest
 import torch
 from fragments_weights import FLOATS, HALVES, KINDS, Kind, Shape, name_of
 from fragments_weights import random_weight as make
+from product_checks import check_only_bad, check_tokens_are_apart
+from wgmma_products import ALONE, CLUSTERS, linear
 
 # (N, K, group_size; 0: one group per row): rows that fill no tile or thread block, columns that end in a step, groups of half and whole steps.
 SHAPES: tuple[Shape, ...] = (
@@ -31,15 +33,14 @@ def _wanted(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=name_of)
 def test_products(emulator: Any, generator: torch.Generator, shape: Shape, kind: Kind) -> None:
     # One thread block for all columns, clusters, and as many as are used at most.
-    devices = (1, 4, 1 << 20)
+    devices = (ALONE, 4, CLUSTERS)
     for tokens, dtype, scale_dtype, multiprocessors in zip(
         TOKENS, 3 * HALVES, 2 * FLOATS, 2 * devices, strict=True
     ):
         w = make(generator, shape, kind, scale_dtype=scale_dtype)
         x = torch.randn(tokens, shape[1], generator=generator).to(dtype)
         bias = torch.randn(shape[0], generator=generator).to(dtype) if tokens % 2 else None
-        y = emulator.linear(x, w.operands, bias, w.sizes, multiprocessors, capability=90)
-        w.check(y, x, bias)
+        w.check(linear(emulator, x, w, bias, multiprocessors), x, bias)
 
 
 @pytest.mark.parametrize("splits", range(1, 9))
@@ -49,8 +50,7 @@ def test_every_cluster(emulator: Any, generator: torch.Generator, splits: int, k
     w = make(generator, (150, 128 * (8 * splits + 3) + 72, 128), kind)
     x = torch.randn(11, w.sizes[2], generator=generator).half()
     bias = torch.randn(150, generator=generator)
-    y = emulator.linear(x, w.operands, bias, w.sizes, 2 * splits, capability=90)
-    w.check(y, x, bias)
+    w.check(linear(emulator, x, w, bias, 2 * splits), x, bias)
 
 
 @pytest.mark.parametrize("tokens", range(1, 17))
@@ -58,11 +58,8 @@ def test_every_number_of_tokens(emulator: Any, generator: torch.Generator, token
     """A token's result depends on no other's: neither on those that exist nor on memory where none is."""
     w = make(generator, (76, 1224, 64), (4, "zeros"))
     x = torch.randn(tokens, 1224, generator=generator).bfloat16()
-    y = emulator.linear(x, w.operands, None, w.sizes, capability=90)
-    w.check(y, x)
-    order = torch.randperm(tokens, generator=generator)
-    assert torch.equal(
-        emulator.linear(x[order], w.operands, None, w.sizes, capability=90), y[order]
+    check_tokens_are_apart(
+        lambda x: linear(emulator, x, w, multiprocessors=CLUSTERS), w, x, generator
     )
 
 
@@ -75,14 +72,9 @@ def test_not_a_number_reaches_its_own_outputs(
     for dtype, column in zip(HALVES, (135, 3), strict=True):
         x = torch.randn(13, 136, generator=generator).to(dtype)
         x[11, column] = bad
-        finite = emulator.linear(x, w.operands, None, w.sizes, capability=90).isfinite()
-        assert not finite[11].any()
-        assert finite[torch.arange(13) != 11].all()
+        check_only_bad(linear(emulator, x, w, multiprocessors=CLUSTERS), 11)
     x = torch.randn(9, 136, generator=generator).bfloat16()
-    bad_weight = w.with_bad_scale(13, 1)
-    finite = emulator.linear(x, bad_weight.operands, None, w.sizes, capability=90).isfinite()
-    assert not finite[:, 13].any()
-    assert finite[:, torch.arange(20) != 13].all()
+    check_only_bad(linear(emulator, x, w.with_bad_scale(13, 1), multiprocessors=CLUSTERS).T, 13)
 
 
 def test_the_choice(
