@@ -189,7 +189,8 @@ def test_stack(kind: Kind, generator: torch.Generator) -> None:
     whole, parts = stacked
     x = torch.randn(3, K, generator=generator)
     each = [kind.expected(x, grid) for grid in grids]
-    assert torch.equal(row.linear(x, whole, None, False), torch.cat(each, dim=-1))
+    # Close: matrix libraries add floats in an order that depends on the shape.
+    torch.testing.assert_close(row.linear(x, whole, None, False), torch.cat(each, dim=-1))
     for part, wanted in zip(parts, each, strict=True):
         assert torch.equal(row.linear(x, part, None, False), wanted)
     assert parts[0].qweight.data_ptr() == whole.qweight.data_ptr()
