@@ -53,6 +53,8 @@ _HALVES = (torch.bfloat16, torch.float16)
 # Largest differences in proportion to the largest value that is right: float32 sums of 1040 products; roundings of results, weights and
 # codebooks to 16 bits; activations of 8 bits where the reference has floats.
 _EXACT, _ROUNDED, _INT8 = 1e-5, 1e-2, 3e-2
+# Errors of weights that a device has packed, beside those of the same packed on the CPU: sums in another order turn some codes over.
+_PACKED = 1.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,13 @@ class _Comparison:
         error = ((found - expected).abs().amax() / expected.abs().amax()).item()
         if not error <= bound:
             self.faults.append(f"{what}: off by {error:.1e} of the largest value")
+
+    def check_packed(self, there: Tensor, here: Tensor, exact: Tensor) -> None:
+        """Weights that the device and the CPU have packed, and what both were to hold."""
+        self.count += 1
+        found, least = ((packed - exact).norm().item() for packed in (there, here))
+        if not found <= _PACKED * least:
+            self.faults.append(f"packed there: an error of {found:.3g}, on the CPU {least:.3g}")
 
 
 def self_test(
@@ -129,9 +138,17 @@ def _test(format_name: str, spec: QuantSpec, device: torch.device) -> Verdict:
 
 @dataclass(frozen=True)
 class _Weight:
-    """A stack of random weights: as stored on the CPU, and as a kernel of the device reads it."""
+    """A stack of random weights.
 
+    Attributes:
+        exact: before they are packed, on the CPU.
+        stored, packed_there: as they are stored, packed on the CPU and on the device; both on the CPU.
+        ready: as the device's kernel reads them; packed on the CPU, so that each fault has one cause.
+    """
+
+    exact: Tensor
     stored: Grid
+    packed_there: Grid
     ready: Any
     row: KernelRow[Any]
     device: torch.device
@@ -148,18 +165,22 @@ class _Weight:
             in_features=_COLUMNS,
             experts=_EXPERTS,
         )
-        weight = torch.randn(slot.float_shape, generator=generator) * 0.02
+        # In 16 bits, as most are: what kernels of a GPU pack.
+        weight = (torch.randn(slot.float_shape, generator=generator) * 0.02).bfloat16()
         method = ALGORITHMS.get("rtn")
 
         def round_to_nearest(rows: Tensor) -> QuantizedWeight:
             return method.quantize(rows, spec, method.options)
 
         stored = pack_weight(weight, slot, round_to_nearest)
+        packed = pack_weight(weight.to(device), slot, round_to_nearest)
+        back = neutral_grid(slot, {key: tensor.cpu() for key, tensor in packed.items()})
         there = {key: tensor.to(device) for key, tensor in stored.items()}
         grid = neutral_grid(slot, there)
         row = dispatch.select(Problem.of(grid)).row
         ready, _ = to_kernel(grid, there, row)
-        return cls(neutral_grid(slot, stored), ready, row, device, generator)
+        exact = weight.float()
+        return cls(exact, neutral_grid(slot, stored), back, ready, row, device, generator)
 
     @property
     def reference(self) -> KernelRow[Any]:
@@ -193,9 +214,11 @@ class _Weight:
                 comparison.check(f"{tokens} tokens of {name}{how}", y, expected, bound)
 
     def compare_others(self, comparison: _Comparison) -> None:
-        """The weight itself, some of its rows, experts, gradients."""
+        """The weight itself, some of its rows, experts, gradients, packing."""
         one, dtype = self.ready.expert(1), torch.bfloat16
         exact = self.reference.dequantize(self.stored.expert(1), torch.float32)
+        there = self.reference.dequantize(self.packed_there.expert(1), torch.float32)
+        comparison.check_packed(there, exact, self.exact[1])
         with torch.no_grad():
             found = self.row.dequantize(one, torch.float32)
             comparison.check("dequantized", found, exact, _EXACT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from hfq.diagnose import doctor
+from hfq.diagnose import doctor, selftest
 from hfq.diagnose.selftest import WEIGHTS, Verdict, self_test
 from hfq.kernels import native
 from hfq.kernels.neutral import Neutral
+from hfq.nn.packing import pack_weight
 
 CPU = torch.device("cpu")
 
@@ -47,7 +49,7 @@ def test_kernels_of_this_machine_are_right() -> None:
     tested = list(self_test(CPU))
     assert len({each.weight for each in tested}) == len(tested) == len(WEIGHTS)
     assert not [each for each in tested if each.faults]
-    assert {each.count for each in tested} == {24}
+    assert {each.count for each in tested} == {25}
     if native.load().cpu:
         assert {"cpu_rows16", "cpu_int8", "cpu_fp8", "cpu_spqr"} <= {each.kernel for each in tested}
 
@@ -92,6 +94,24 @@ def test_a_wrong_shape_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     change_linear(monkeypatch, lambda y: y[:, :-1])
     faults = of_weight("nf4").faults
     assert faults[0] == "1 tokens of bfloat16: shape (1, 239), not (1, 240)"
+
+
+@pytest.mark.parametrize("key", ["weight", "weight_scale"])
+def test_a_weight_that_the_device_packs_wrongly_is_a_fault(
+    monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    """The device's is the second of two; one group of one expert is enough."""
+    calls = itertools.count()
+
+    def pack(*arguments: Any) -> dict[str, Tensor]:
+        packed = pack_weight(*arguments)
+        if next(calls) % 2:
+            packed[key][1, 5].view(torch.uint8)[:] = 0xFF  # scales: NaN
+        return packed
+
+    monkeypatch.setattr(selftest, "pack_weight", pack)
+    (fault,) = of_weight("int 4 bits").faults
+    assert fault.startswith("packed there: an error of ")
 
 
 @pytest.mark.usefixtures("without_native_kernels")
