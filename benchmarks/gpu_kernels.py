@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from gpu_clock import Clock, Graphed, graph_of, in_turns, ratio, replayable, spread
 from gpu_plan import Plan
-from gpu_weights import KINDS, Dense, Packed, random_tokens, random_weight, relative_error
+from gpu_weights import KINDS, Dense, Packed, random_tokens, random_weight
 
 __all__ = ["kernels"]
 
@@ -69,11 +69,8 @@ def _kernel_row(
         "failure": "",
     }
     try:
-        row["relative_error"] = relative_error(weight.linear(x), x.double() @ weight.exact.T)
-        if not row["relative_error"] < KINDS[name].bound:
-            row["failure"] = (
-                f"relative error {row['relative_error']:.4f}, at most {KINDS[name].bound}"
-            )
+        row["relative_error"], row["failure"] = weight.checked(x)
+        if row["failure"]:
             return row
         own = graph_of(clock, weight.linear, x, len(weight.grids))
         eager = clock.eager_seconds(functools.partial(weight.linear, x), _EAGER_CALLS)

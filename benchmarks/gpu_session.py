@@ -19,6 +19,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -55,6 +56,7 @@ class Step:
 
 def steps() -> list[Step]:
     """In their order. One format comes before all of them, and alone again with each switch off."""
+    clusters = str(Path(tempfile.gettempdir()) / "gpu_clusters")
     return [
         Step(
             "build",
@@ -64,7 +66,14 @@ def steps() -> list[Step]:
         ),
         Step("doctor", 20, (sys.executable, "-m", "hfq", "doctor")),
         # Each rung in a process of its own: kernels whose barriers are wrong hang, and a fault would fail every later test.
-        Step("wgmma ladder", 90, (sys.executable, "tests/kernels/wgmma_ladder.py")),
+        Step("wgmma ladder", 120, (sys.executable, "tests/kernels/wgmma_ladder.py")),
+        # What waits for a verdict; how many clusters run at once decides some of it.
+        Step(
+            "clusters",
+            20,
+            ("nvcc", "-arch=native", "-run", "-o", clusters, "benchmarks/gpu_clusters.cu"),
+        ),
+        Step("trials", 120, (*BENCHMARK, "--only", "trials")),
         Step("tests", 180, (*PYTEST, "-m", "gpu", "tests")),
         Step("int4", 20, (*BENCHMARK, "--only", "kernels", *INT4)),
         Step("model", 30, (*BENCHMARK, "--only", "models", *INT4)),

@@ -73,6 +73,7 @@ class Packed:
     """One weight `[N, K]` at several addresses.
 
     Attributes:
+        bound: of its kind.
         choice: the kernel, and why others were refused.
         grids: in the kernel's layout.
         size: bytes of one.
@@ -89,6 +90,7 @@ class Packed:
         def encode(rows: Tensor) -> QuantizedWeight:
             return rtn.quantize(rows, spec, rtn.options)
 
+        self.bound = kind.bound
         held = pack_weight(random_weight(n, k, device), slot, encode)
         self.exact = packed_format.unpack(held, spec, k).dequantize().double()
         grid = neutral_grid(slot, held)
@@ -106,6 +108,12 @@ class Packed:
         """``x W^T`` with the next copy, activations as exact as the kernel has them."""
         y: Tensor = self.choice.row.linear(x, next(self._turn), None, False)
         return y
+
+    def checked(self, x: Tensor) -> tuple[float, str]:
+        """The relative error of a product, and what is wrong with it, if anything is."""
+        error = relative_error(self.linear(x), x.double() @ self.exact.T)
+        wrong = not error < self.bound  # NaN is
+        return error, f"relative error {error:.4f}, at most {self.bound}" if wrong else ""
 
 
 class Dense:

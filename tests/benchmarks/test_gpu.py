@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ MODULES = (
     "gpu_gradients",
     "gpu_models",
     "gpu_packing",
+    "gpu_trials",
     "gpu_report",
     "gpu",
 )
@@ -105,6 +107,31 @@ def test_wrong_products_are_failures(
         assert gpu.failures(found) == 3
         goals = gpu.goals(found, plan.large)
         assert goals[0].verdict == "MISSED" and goals[-1].verdict == "not measured"
+
+
+def test_trials_are_for_their_tokens_and_take_other_kernels(
+    gpu: ModuleType, results: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens: dict[str, set[int]] = {}
+    for row in results["trials"]["rows"]:
+        assert not row["failure"] and row["times_as_fast"] > 0
+        tokens.setdefault(row["trial"], set()).add(row["tokens"])
+    assert tokens == {"wide": {1, 16}, "staged": {64}, "tokens256": {256}}
+
+    plan = gpu.replace(gpu.TINY, kinds=("int4 g128", "W8A8 dynamic"))
+    monkeypatch.setenv("HFQ_CUDA_TRY", "staged")
+    for kernels, failed in (
+        (lambda: [os.environ["HFQ_CUDA_TRY"]], False),
+        (lambda: ["always the same"], True),
+    ):
+        monkeypatch.setattr(gpu.CpuClock, "kernels", lambda self, work, names=kernels: names())
+        found = gpu.trials(gpu.CpuClock(), plan)
+        assert {row["weights"] for row in found["rows"]} == {"int4 g128"}
+        for row in found["rows"]:
+            assert row["kernels"] == (["always the same"] if failed else [row["trial"]])
+            assert ("takes the same kernels" in row["failure"]) == failed
+        assert gpu.failures({"trials": found}) == (len(found["rows"]) if failed else 0)
+    assert os.environ["HFQ_CUDA_TRY"] == "staged"
 
 
 def test_a_report_and_pictures_of_it_all(
