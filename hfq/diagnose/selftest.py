@@ -217,8 +217,8 @@ class _Weight:
         """The weight itself, some of its rows, experts, gradients, packing."""
         one, dtype = self.ready.expert(1), torch.bfloat16
         exact = self.reference.dequantize(self.stored.expert(1), torch.float32)
-        there = self.reference.dequantize(self.packed_there.expert(1), torch.float32)
-        comparison.check_packed(there, exact, self.exact[1])
+        packed_there = self.reference.dequantize(self.packed_there.expert(1), torch.float32)
+        comparison.check_packed(packed_there, exact, self.exact[1])
         with torch.no_grad():
             found = self.row.dequantize(one, torch.float32)
             comparison.check("dequantized", found, exact, _EXACT)
