@@ -4,8 +4,8 @@
 // from L2 for 128 rows, and once from shared memory, into registers, for 8 tiles. Warps of a block, and blocks of a cluster, take turns with steps;
 // nothing is shared between them until their sums meet.
 //
-// Memory of a warp: codes of one step, a place for each tile; x of one step; scales of two, in turns. A tile's place is filled again, for the next
-// step, as soon as the tile has been multiplied, and x as soon as it is in registers. So all copies are eight (or four) tiles ahead of their use,
+// Memory of a warp: codes of one step, a place for each tile; x of one step; scales of one, as they are stored and as floats. A tile's place is
+// filled again, for the next step, as soon as the tile has been multiplied, x as soon as it is in registers, scales as soon as they are floats. So all copies are eight (or four) tiles ahead of their use,
 // some 3000 clocks where three warps share a scheduler. (Nothing comes from global memory to registers: linear_kernel.h says why.)
 //
 // 1 KB of 4-bit codes (a tile of a step) takes 148 instructions of the loop with 16 tokens in bfloat16, 131 with 8 (88 for codes, 16 and 8 mma, 8
@@ -41,11 +41,11 @@ struct WideBlock : StepCodes<Kind_> {
   static constexpr bool kLarge = kManyNumbers || (kTokenTiles == 2 && (kTiles == 8 || Kind::kTable));
   static constexpr int kWarps = !Kind::kTable ? 4 : kLarge ? 6 : 8, kThreads = 32 * kWarps, kBlocksAtOnce = (kLarge ? 12 : 16) / kWarps;
 
-  // Memory of a warp. Codes [kTiles][kBytes]; x [kTokens][256 bytes]; pairs [kGroups][scales, zero points][kTiles][8]: as they are stored, of two
-  // steps in turns, in places of 64 bytes, and as floats. Then its sums, [kTokens][kRows + 4] floats.
+  // Memory of a warp. Codes [kTiles][kBytes]; x [kTokens][256 bytes]; pairs [kGroups][scales, zero points][kTiles][8]: as they are stored, in
+  // places of 64 bytes, and as floats. Then its sums, [kTokens][kRows + 4] floats.
   static constexpr int kRowBytes = 2 * kStepColumns, kPairsStride = 64;
   static constexpr int kXAt = kTiles * kBytes, kPairsAt = kXAt + kTokens * kRowBytes, kPairsBytes = kGroups * kNumbers * kPairsStride;
-  static constexpr int kFloatsAt = kPairsAt + 2 * kPairsBytes, kWarpBytes = kFloatsAt + kPairsBytes, kSumsStride = kRows + 4;
+  static constexpr int kFloatsAt = kPairsAt + kPairsBytes, kWarpBytes = kFloatsAt + kPairsBytes, kSumsStride = kRows + 4;
   static_assert(kWarpBytes % 128 == 0 && kTokens * kSumsStride * 4 <= kWarpBytes);
   static constexpr int kTableBytes = Kind::kTable ? TableCodes::kTableBytes : 0;
   static constexpr int kSharedBytes = kTableBytes + kWarps * kWarpBytes;
@@ -126,8 +126,8 @@ struct WideWarp {
     x_from += p.stride * Block::kRowBytes;
   }
 
-  // Scales and zero points of the next step, to the first or second place.
-  __device__ __forceinline__ void copy_pairs(uint32_t place) {
+  // Scales and zero points of the next step.
+  __device__ __forceinline__ void copy_pairs() {
     const uint32_t last = static_cast<uint32_t>(p.weight.groups) - 1;
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
@@ -136,7 +136,7 @@ struct WideWarp {
 #pragma unroll
       for (int r = 0; r < kPairsRounds; ++r)
         if (lane + 32u * r < Block::kNumbers * (p.group_bytes / 16))
-          cp_async(pairs_to[r] + place + i * Block::kNumbers * Block::kPairsStride, pairs_from[r] + static_cast<uint64_t>(group) * p.group_bytes);
+          cp_async(pairs_to[r] + i * Block::kNumbers * Block::kPairsStride, pairs_from[r] + static_cast<uint64_t>(group) * p.group_bytes);
     }
   }
 
@@ -174,12 +174,12 @@ struct WideWarp {
   }
 
   // Scales become floats, and zero points what products lack: with code - middle they lack middle - zero for each activation.
-  __device__ __forceinline__ void convert_pairs(uint32_t place) const {
+  __device__ __forceinline__ void convert_pairs() const {
     constexpr int kRounds = kGroups * Block::kNumbers / 4;
     RawPair raw[kRounds];
     Pair pairs[kRounds];
 #pragma unroll
-    for (int i = 0; i < kRounds; ++i) raw[i] = load_pair(pairs_at + place + 4 * i * Block::kPairsStride, p.weight.scale_dtype);
+    for (int i = 0; i < kRounds; ++i) raw[i] = load_pair(pairs_at + 4 * i * Block::kPairsStride, p.weight.scale_dtype);
     to_floats(raw, p.weight.scale_dtype, pairs);
 #pragma unroll
     for (int i = 0; i < kRounds; ++i) {
@@ -231,7 +231,7 @@ struct WideWarp {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile)
       if (tile < tiles) copy_codes(tile);
-    copy_pairs(0);
+    copy_pairs();
     fill();
     wait_for_previous_kernel();
     copy_x();
@@ -239,16 +239,16 @@ struct WideWarp {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) cp_async_commit();
 #pragma unroll 1
-    for (uint32_t place = 0; step < p.steps; place ^= Block::kPairsBytes) {
+    while (step < p.steps) {
       cp_async_wait<kTiles - 1>();
       sync_warp();  // x and scales are there for all lanes
       Activations x;
       take_x(x);
-      convert_pairs(place);
+      convert_pairs();
       step += p.stride;
-      sync_warp();  // all have read x and stored their pairs
+      sync_warp();  // all have read x and pairs as they are stored, and written them as floats
       copy_x();
-      copy_pairs(place ^ Block::kPairsBytes);
+      copy_pairs();
       tile_from = codes_from += p.stride * kBytes;
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
