@@ -97,6 +97,7 @@ class HfqQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **unused: Any
     ) -> PreTrainedModel:
+        _check_whole(model)
         self._prefix = model.base_model_prefix
         self.checkpoint_files = tuple(checkpoint_files or ())
         headers = None if not checkpoint_files else self._headers(checkpoint_files)
@@ -426,6 +427,26 @@ def _decoding() -> ModuleType:
     from . import decode
 
     return decode
+
+
+def _check_whole(model: PreTrainedModel) -> None:
+    """Each process has to load whole weights: groups and tiles of a packed one go across the cuts of a plan for its float form.
+
+    Raises:
+        ConfigError: `from_pretrained` is to share them out.
+    """
+    wanted = getattr(model.config, "distributed_config", None)
+    sizes = {
+        name: value
+        for name in ("tp_size", "ep_size", "pp_size", "fsdp_size", "dp_replicate_size")
+        if (value := getattr(wanted, name, None) or 1) > 1
+    }
+    if sizes:
+        found = ", ".join(f"{name}={value}" for name, value in sizes.items())
+        raise ConfigError(
+            f"expected each process to load all of a quantized model, got distributed_config with {found}. Load it without; to share the "
+            "weights out for training, apply torch.distributed.fsdp.fully_shard (or accelerate with fsdp_version 2) to the loaded model"
+        )
 
 
 def _packed_modules(model: nn.Module) -> Iterator[tuple[str, PackedModule]]:

@@ -23,6 +23,7 @@ __all__ = [
     "as_bits",
     "as_float",
     "in_kernel_layout",
+    "kernel_grid",
     "neutral_grid",
     "show_to_kernels",
     "to_kernel",
@@ -99,15 +100,30 @@ def to_kernel(
         # Decoded operands (double-quantized scales) are extra; all others live in what is held.
         if operand.data_ptr() == held[key].data_ptr():
             prepared[key] = as_bits(operands[field])
-    grid = replace(grid, **operands)
     show_to_kernels(next(iter(held.values())))
-    # Compilers take the shapes and addresses of Parameters for constant, those of other tensors not.
+    return _constant(replace(grid, **operands)), prepared
+
+
+def kernel_grid(slot: PackedSlot, held: Mapping[str, Tensor], row: KernelRow[Any]) -> Grid:
+    """The operands behind tensors that are in the layout of `row`, where they are; only what is decoded is extra."""
+    grid = neutral_grid(slot, held)
+    decoded: dict[str, Any] = {
+        field: row.prepare(operand, grid.bits)
+        for key, field in grid.OPERANDS.items()
+        if (operand := getattr(grid, field)) is not None
+        and operand.data_ptr() != held[key].data_ptr()
+    }
+    return _constant(replace(grid, **decoded))
+
+
+def _constant(grid: Grid) -> Grid:
+    """Compilers take the shapes and addresses of Parameters for constant, those of other tensors not."""
     frozen: dict[str, Any] = {
         name: nn.Parameter(value, requires_grad=False)
         for name, value in vars(grid).items()
         if isinstance(value, Tensor)
     }
-    return replace(grid, **frozen), prepared
+    return replace(grid, **frozen)
 
 
 def to_neutral(

@@ -134,6 +134,8 @@ class PackedModule(PackedParameters):
             if self._owner:
                 setattr(self._owner[0], name, value)
                 return self._follow_owner()
+            if self._is_held(name, value):
+                return super().__setattr__(name, value)
             self.restore()
             if value.is_floating_point() and not value.is_meta:
                 value = frozen(as_bits(value.data), like=value)
@@ -221,7 +223,13 @@ class PackedModule(PackedParameters):
                 tensor = state_dict.get(name)
                 if not isinstance(tensor, Tensor):
                     continue
-                if tensor.dtype != entry.dtype:
+                if self._sharded:
+                    error_msgs.append(
+                        f"{name}: packed weights are loaded before fully_shard (FSDP2), not after it, by each process "
+                        "(accelerate: fsdp_cpu_ram_efficient_loading: false)"
+                    )
+                    del state_dict[name]
+                elif tensor.dtype != entry.dtype:
                     error_msgs.append(
                         f"{name}: expected a packed tensor of {entry.dtype}, got {tensor.dtype}"
                     )

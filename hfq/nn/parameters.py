@@ -7,7 +7,8 @@ floats.
 
 They are in the neutral layout of their format until `prepare` turns them into the layout of the kernel that was
 chosen for their device; the same Parameters hold either, so there is one copy in memory. Everything that leaves
-the module (state dict, copies, `.to`) sees the neutral layout.
+the module (state dict, copies, `.to`) sees the neutral layout. Parameters that FSDP2 shards stay as they are: what it
+gathers for a forward is what kernels read (sharding.py).
 """
 
 from __future__ import annotations
@@ -26,16 +27,18 @@ from ..core.errors import CheckpointError, KernelError, WeightError
 from ..core.weight import Grid
 from ..formats import FORMATS, INPUT_SCALE, check_tensors
 from ..kernels import dispatch
-from ..kernels.row import KernelRow, Problem
+from ..kernels.row import AsStored, KernelRow, Problem
 from .layout import (
     as_bits,
     as_float,
     in_kernel_layout,
+    kernel_grid,
     neutral_grid,
     to_kernel,
     to_neutral,
     wait_for_streams,
 )
+from .sharding import is_sharded, shard_like, whole
 from .siblings import Siblings, is_capturing
 from .slot import PackedSlot
 
@@ -78,6 +81,8 @@ class PackedParameters(nn.Module):
     _prepared: dict[str, Operands]
     # The module whose tensors this one uses (tied weights), in a tuple so that it is no submodule.
     _owner: tuple[PackedParameters, ...] = ()
+    # Whether FSDP2 sets the Parameters, in parts and gathered in turns.
+    _sharded = False
 
     def _init_slots(self, slots: Mapping[str, PackedSlot], device: Any) -> None:
         """Register the packed parameters, uninitialised, in the neutral layout."""
@@ -217,14 +222,16 @@ class PackedParameters(nn.Module):
             FORMATS.get(slot.format).check_values(tensors, slot.in_features)
 
     def _held_neutral(self, base: str) -> dict[str, Tensor]:
-        """What the Parameters of a slot hold, brought into the neutral layout."""
+        """What the Parameters of a slot hold, brought into the neutral layout; in parts where they are in parts."""
         slot = self.slots[base]
         held = {key: parameter.detach() for key, parameter in self.packed_parameters(base).items()}
         if not in_kernel_layout(slot, held):
             return held
+        complete = {key: whole(tensor) for key, tensor in held.items()}
         known = self._prepared.get(base)
-        choice = self._choose(neutral_grid(slot, held)) if known is None else known.choice
-        return to_neutral(slot, held, choice.row)
+        choice = self._choose(neutral_grid(slot, complete)) if known is None else known.choice
+        neutral = to_neutral(slot, complete, choice.row)
+        return {key: shard_like(tensor, held[key]) for key, tensor in neutral.items()}
 
     # ---- kernel layout
 
@@ -259,6 +266,19 @@ class PackedParameters(nn.Module):
                     self._parameters[name] = frozen(empty, like=held)
                     self._prepared.pop(base, None)
 
+    def _is_held(self, name: str, value: nn.Parameter) -> bool:
+        """Whether a Parameter is what the module holds by this name, in parts or gathered: FSDP2 sets them in turns."""
+        held = self._parameters.get(name)
+        if held is None or (held.shape, held.dtype) != (value.shape, value.dtype):
+            return False
+        if is_sharded(value) and not self._sharded:
+            self._sharded = True
+            self._prepared.clear()  # it has the whole weight, which is to go
+        return is_sharded(value) or is_sharded(held)
+
+    def _has_parts_only(self, base: str) -> bool:
+        return self._sharded and any(map(is_sharded, self.packed_parameters(base).values()))
+
     def prepare(self) -> None:
         """Choose a kernel for each slot and bring its tensors into that kernel's layout, in place."""
         holder = self._owner[0] if self._owner else self
@@ -278,6 +298,8 @@ class PackedParameters(nn.Module):
         slot, parameters = self.slots[base], self.packed_parameters(base)
         if not all(isinstance(parameter, nn.Parameter) for parameter in parameters.values()):
             return  # lent for one call by `torch.func.functional_call`
+        if self._sharded:
+            return self._prepare_gathered(base)
         if is_capturing(parameters["weight"]):
             # It would be done in each replay, from memory that is somebody else's by then.
             raise KernelError(
@@ -298,6 +320,25 @@ class PackedParameters(nn.Module):
             choice=choice, grid=grid, name=name, codes=parameters["weight"]
         )
 
+    def _prepare_gathered(self, base: str) -> None:
+        """What FSDP2 has gathered is read where it is, in the layout that it was sharded in."""
+        slot, parameters = self.slots[base], self.packed_parameters(base)
+        held = {key: parameter.detach() for key, parameter in parameters.items()}
+        if self._has_parts_only(base):
+            return
+        choice = self._choose(neutral_grid(slot, held))
+        prepare: Any = type(choice.row).prepare
+        if prepare is not AsStored.prepare and not in_kernel_layout(slot, held):
+            return  # sharded before it was prepared: what is gathered is not to be copied each time
+        operands = Operands(
+            choice=choice,
+            grid=kernel_grid(slot, held, choice.row),
+            name=slot.attribute("weight"),
+            codes=parameters["weight"],
+        )
+        operands.siblings.leave(for_good=True)  # weights stay where they are
+        self._prepared[base] = operands
+
     def _is_prepared(self, base: str) -> bool:
         found = self._prepared.get(base)
         return found is not None and found.codes is self._parameters[found.name]
@@ -306,8 +347,10 @@ class PackedParameters(nn.Module):
         return bool((self._owner[0] if self._owner else self)._prepared)
 
     def restore(self) -> None:
-        """Bring all tensors back into the neutral layout, in place."""
+        """Bring all tensors back into the neutral layout, in place. Those that are sharded stay in the one they have."""
         holder = self._owner[0] if self._owner else self
+        if holder._sharded:
+            return holder._prepared.clear()
         with _PREPARING, torch.inference_mode(False):
             for base in holder.slots:
                 held, parameters = holder._held_neutral(base), holder.packed_parameters(base)
@@ -338,7 +381,14 @@ class PackedParameters(nn.Module):
         self.prepare()
         if self._is_prepared(base):
             return self._prepared[base]
-        return self._as_stored(base, "the weights are offloaded and fetched for each call")
+        if self._has_parts_only(base):
+            raise KernelError(
+                "expected a whole packed weight, got a part of one (DTensor): fully_shard (FSDP2) gathers them for a module's forward, "
+                "its `unshard` at other times"
+            )
+        sharded = "the weights were sharded as they are stored"
+        fetched = "the weights are offloaded and fetched for each call"
+        return self._as_stored(base, sharded if self._sharded else fetched)
 
     def grid(self, base: str) -> Grid:
         """What the slot's kernel reads."""

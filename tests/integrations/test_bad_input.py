@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 from hfq import CheckpointError, ConfigError, HfqConfig, VersionError, WeightError
 
@@ -126,3 +127,19 @@ def test_a_config_of_hfq_keeps_its_kernel_mode(float_folder: Path) -> None:
     model = quantize(float_folder, {"kernel_mode": "int8"})
     assert model.model.layers[0].mlp.up_proj.kernel_mode == "int8"
     assert "kernel_mode" not in HfqConfig(kernel_mode="int8").to_dict()
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_weights_that_are_to_be_loaded_in_parts(
+    packed: bool, packed_folder: Path, float_folder: Path
+) -> None:
+    folder = packed_folder if packed else float_folder
+    config = AutoConfig.from_pretrained(folder)
+    config.distributed_config = DistributedConfig(tp_size=1)
+    settings = (
+        {"config": config} if packed else {"config": config, "quantization_config": HfqConfig()}
+    )
+    AutoModelForCausalLM.from_pretrained(folder, **settings)
+    config.distributed_config = DistributedConfig(tp_size=2)
+    with pytest.raises(ConfigError, match=r"tp_size=2.*fully_shard"):
+        AutoModelForCausalLM.from_pretrained(folder, **settings)

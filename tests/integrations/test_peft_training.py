@@ -67,7 +67,10 @@ def test_all_linear_finds_the_packed_layers_and_trains(
 
 
 def test_training_in_several_processes(checkpoint: Path, ids: Tensor, tmp_path: Path) -> None:
-    """Two learn from one sequence each, and both get the mean of the gradients. Gloo, as NCCL, has no integers of 16 bits."""
+    """Two learn from one sequence each, and both get the mean of the gradients. Gloo, as NCCL, has no integers of 16 bits.
+
+    Each holds the whole model, or half of each tensor, packed ones as well.
+    """
     torch.save(ids, tmp_path / "ids.pt")
     script = Path(__file__).with_name("train_together.py")
     # As pytest's filters say: there may be no native kernels, and PEFT uses names that Transformers renames.
@@ -92,6 +95,12 @@ def test_training_in_several_processes(checkpoint: Path, ids: Tensor, tmp_path: 
         for rank in range(2):
             found = torch.load(tmp_path / f"{kind}-{rank}.pt")
             close_gradients({f"module.{name}": each for name, each in mean.items()}, found, 1e-5)
+            if kind == "prompt":
+                continue
+            sharded = torch.load(tmp_path / f"{kind}-sharded-{rank}.pt")
+            close_gradients(mean, sharded["gradients"], 1e-5)
+            close(sharded["logits"]["logits"], model(ids[rank : rank + 1]).logits)
+            assert rank == 1 or same(sharded["state"], model.state_dict())
 
 
 def test_the_last_word_on_what_processes_share_is_the_users(checkpoint: Path) -> None:
