@@ -97,6 +97,12 @@ def test_nvcc_need_not_be_on_the_path(tmp_path: Path) -> None:
     assert info["cuda"]["built"] is True, info["cuda"]["reason"]
 
 
+@pytest.fixture(scope="module")
+def configured_again(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a build that knows its compilers after the first time."""
+    return tmp_path_factory.mktemp("again")
+
+
 @pytest.mark.parametrize(
     ("found", "wanted"),
     [
@@ -113,18 +119,19 @@ def test_nvcc_need_not_be_on_the_path(tmp_path: Path) -> None:
     ],
 )
 def test_code_for_the_gpus_of_the_machine(
-    tmp_path: Path, found: str, wanted: list[str] | None
+    configured_again: Path, found: str, wanted: list[str] | None
 ) -> None:
     """What the driver would compile for minutes when it is first used; none where no GPU could run it."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("needs nvcc")
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True)
-    smi = tmp_path / "bin" / "nvidia-smi"
-    smi.parent.mkdir()
+    smi = configured_again / "bin" / "nvidia-smi"
+    smi.parent.mkdir(exist_ok=True)
     smi.write_text(f"#!/bin/sh\nprintf '{found}'\n")
     smi.chmod(0o755)
-    info = _configure(tmp_path / "build", f"{smi.parent}{os.pathsep}{os.environ['PATH']}")["cuda"]
+    path = f"{smi.parent}{os.pathsep}{os.environ['PATH']}"
+    info = _configure(configured_again / "build", path)["cuda"]
     if wanted is None:
         assert info["built"] is False and "8.0, which no GPU of the machine had" in str(
             info["reason"]

@@ -234,17 +234,16 @@ inline float from_int(int32_t i) { return static_cast<float>(i); }
 
 inline float to_float(BFloat16, uint16_t v) { return as_float(static_cast<uint32_t>(v) << 16); }
 inline float to_float(Float16, uint16_t v) {
-  const int exponent = v >> 10 & 31;
-  const float mantissa = static_cast<float>(v & 1023);
-  float f = exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(mantissa + 1024, exponent - 25);
+  const uint32_t exponent = v >> 10 & 31, mantissa = v & 1023;
+  float f = exponent == 0 ? static_cast<float>(mantissa) * 0x1p-24f : as_float((exponent + 112) << 23 | mantissa << 13);
   if (exponent == 31) f = mantissa ? NAN : INFINITY;
   return v & 0x8000 ? -f : f;
 }
 
 // E4M3 of the Open Compute Project: 4 bits of exponent, counted from 7, and 3 of mantissa; no infinities.
 inline float e4m3_to_float(uint8_t v) {
-  const int exponent = v >> 3 & 15, mantissa = v & 7;
-  float f = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -9) : std::ldexp(static_cast<float>(mantissa + 8), exponent - 10);
+  const uint32_t exponent = v >> 3 & 15, mantissa = v & 7;
+  float f = exponent == 0 ? static_cast<float>(mantissa) * 0x1p-9f : as_float((exponent + 120) << 23 | mantissa << 20);
   if ((v & 0x7f) == 0x7f) f = NAN;
   return v & 0x80 ? -f : f;
 }
@@ -420,19 +419,11 @@ void wgmma_wait(float (&)[n]) {
   wgmma_wait<kPending>();
 }
 
-// Bytes at `address`, which may not be in the way between copies and wgmma.
-inline uint16_t number_for_wgmma(uint32_t address) {
-  uint16_t number;
-  std::memcpy(&number, cuda_on_cpu::at_shared_address(address, 2), 2);
-  if (cuda_on_cpu::unfenced(address / 4 * 4, 4)) cuda_on_cpu::fail("wgmma reads what no fence.proxy.async covers");
-  return number;
-}
-
 // The second operand, [n][16 along k], of a descriptor: PTX ISA, "Shared Memory Matrix Layout" and "Matrix Descriptor Format". Without
 // transposition its rows of k lie in 8 x 16 bytes ("core matrices"). With a swizzle, 8 rows of 32, 64 or 128 bytes follow each other, eight of them
 // `stride` bytes from the next eight, and bits 4 .. 6 of an address are changed by bits 7 .. 9 of the same. Without one, core matrices
 // are `leading` bytes apart along k and `stride` bytes along n.
-inline std::vector<uint16_t> second_operand(uint64_t descriptor, int columns, bool starts) {
+inline std::vector<uint16_t> second_operand(uint64_t descriptor, unsigned columns, bool starts) {
   const auto bits = [&](int from, int count) { return static_cast<uint32_t>(descriptor >> from & ((1u << count) - 1)); };
   const uint32_t start = bits(0, 14) << 4, leading = bits(16, 14) << 4, stride = bits(32, 14) << 4, base = bits(49, 3), mode = bits(62, 2);
   constexpr uint64_t kFields = 0x3fffull | 0x3fffull << 16 | 0x3fffull << 32 | 7ull << 49 | 3ull << 62;
@@ -440,13 +431,14 @@ inline std::vector<uint16_t> second_operand(uint64_t descriptor, int columns, bo
   const uint32_t row_bytes = mode == 1 ? 128 : mode == 2 ? 64 : mode == 3 ? 32 : 16;
   // Where the pattern begins at a multiple of 8 rows, as it must for a base of 0, the matrix begins in its first row.
   if (mode && (base || (start & (8 * row_bytes - 1)) >= row_bytes)) cuda_on_cpu::fail("a swizzled matrix that does not begin with its pattern");
-  std::vector<uint16_t> b;
-  for (int n = 0; n < columns; ++n)
-    for (int k = 0; k < 16; ++k) {
-      uint32_t address = start + n / 8 * stride + n % 8 * row_bytes + 2 * (mode ? k : k % 8) + (mode ? 0 : k / 8 * leading);
+  std::vector<uint16_t> b(16 * columns);
+  for (unsigned n = 0; n < columns; ++n)
+    for (unsigned half = 0; half < 2; ++half) {  // along k, 16 bytes each: what a swizzle leaves together
+      uint32_t address = start + n / 8 * stride + n % 8 * row_bytes + half * (mode ? 16 : leading);
       address ^= (address >> 7 & (row_bytes / 16 - 1)) << 4;
-      if (starts && k % 8 == 0) cuda_on_cpu::read_by_wgmma(address, 16);
-      b.push_back(number_for_wgmma(address));
+      if (starts) cuda_on_cpu::read_by_wgmma(address, 16);
+      std::memcpy(&b[16 * n + 8 * half], cuda_on_cpu::at_shared_address(address, 16), 16);
+      if (cuda_on_cpu::unfenced(address, 16)) cuda_on_cpu::fail("wgmma reads what no fence.proxy.async covers");
     }
   return b;
 }
@@ -494,13 +486,15 @@ void wgmma(T, float (&d)[n], const uint32_t (&a)[4], uint64_t descriptor, bool a
           const uint16_t half = static_cast<uint16_t>(own->a[lane][i / 2] >> 16 * (i % 2));
           rows[lane / 4 + i / 2 % 2 * 8][2 * (lane % 4) + i % 2 + i / 4 * 8] = to_float(T{}, half);
         }
+      std::vector<double> columns;
+      for (const uint16_t half : b) columns.push_back(to_float(T{}, half));
       going_on.erase(std::find(going_on.begin(), going_on.end(), own));
       const auto next = std::find_if(going_on.begin(), going_on.end(), [&](const auto& other) { return other->d[0] == own->d[0]; });
       for (int lane = 0; lane < 32; ++lane)
         for (int i = 0; i < n; ++i) {
           const int row = lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + 2 * (lane % 4) + i % 2;
           double sum = first.adds ? own->sums[lane][i] : 0.0f;
-          for (int k = 0; k < 16; ++k) sum += rows[row][k] * to_float(T{}, b[column * 16 + k]);
+          for (int k = 0; k < 16; ++k) sum += rows[row][k] * columns[column * 16 + k];
           (next == going_on.end() ? own->d[lane][i] : (*next)->sums[lane][i]) = static_cast<float>(sum);
         }
     });
