@@ -34,6 +34,7 @@ from .layout import (
     in_kernel_layout,
     kernel_grid,
     neutral_grid,
+    show_to_kernels,
     to_kernel,
     to_neutral,
     wait_for_streams,
@@ -271,10 +272,16 @@ class PackedParameters(nn.Module):
         held = self._parameters.get(name)
         if held is None or (held.shape, held.dtype) != (value.shape, value.dtype):
             return False
-        if is_sharded(value) and not self._sharded:
-            self._sharded = True
-            self._prepared.clear()  # it has the whole weight, which is to go
-        return is_sharded(value) or is_sharded(held)
+        if is_sharded(value):
+            if not self._sharded:
+                self._sharded = True
+                self._prepared.clear()  # it has the whole weight, which is to go
+            return True
+        if is_sharded(held) and any(
+            name == slot.attribute("weight") for slot in self.slots.values()
+        ):
+            show_to_kernels(value)  # gathered a moment ago, with all others of the module
+        return is_sharded(held)
 
     def _has_parts_only(self, base: str) -> bool:
         return self._sharded and any(map(is_sharded, self.packed_parameters(base).values()))

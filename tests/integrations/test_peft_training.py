@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import peft
@@ -15,6 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.fsdp import fully_shard
 from transformers import Trainer, TrainingArguments
 
 from hfq.nn.linear import QuantLinear
@@ -109,20 +111,38 @@ def test_the_last_word_on_what_processes_share_is_the_users(checkpoint: Path) ->
     assert model._ddp_params_and_buffers_to_ignore == ["x"]
 
 
+@pytest.fixture
+def nccl(cuda: torch.device) -> Iterator[torch.device]:
+    """A group of one process."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
+    yield cuda
+    torch.distributed.destroy_process_group()
+
+
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore")
 def test_training_in_several_processes_on_gpus(
-    checkpoint: Path, ids: Tensor, cuda: torch.device
+    checkpoint: Path, ids: Tensor, nccl: torch.device
 ) -> None:
-    model = with_lora(load(checkpoint, torch.bfloat16)).to(cuda)
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
-    try:
-        together = nn.parallel.DistributedDataParallel(model, device_ids=[0])
-        together(input_ids=ids.to(cuda), labels=ids.to(cuda)).loss.backward()
-    finally:
-        torch.distributed.destroy_process_group()
+    model = with_lora(load(checkpoint, torch.bfloat16)).to(nccl)
+    together = nn.parallel.DistributedDataParallel(model, device_ids=[0])
+    together(input_ids=ids.to(nccl), labels=ids.to(nccl)).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")
+def test_sharded_weights_on_gpus(checkpoint: Path, ids: Tensor, nccl: torch.device) -> None:
+    model, ids = with_lora(load(checkpoint, torch.bfloat16)).to(nccl), ids.to(nccl)
+    wanted, logits = gradients(model, ids), model(ids).logits
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    for _ in range(3):
+        close(model(ids).logits, logits, 0.02)
+        found = gradients(model, ids)
+    close_gradients({name: each.full_tensor() for name, each in found.items()}, wanted, 0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
