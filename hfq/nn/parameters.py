@@ -268,10 +268,22 @@ class PackedParameters(nn.Module):
                     self._prepared.pop(base, None)
 
     def _is_held(self, name: str, value: nn.Parameter) -> bool:
-        """Whether a Parameter is what the module holds by this name, in parts or gathered: FSDP2 sets them in turns."""
+        """Whether a Parameter is what the module holds by this name, in parts or gathered: FSDP2 sets them in turns.
+
+        Raises:
+            KernelError: it was cast on the way.
+        """
         held = self._parameters.get(name)
-        if held is None or (held.shape, held.dtype) != (value.shape, value.dtype):
+        if held is None or held.shape != value.shape:
             return False
+        if held.dtype != value.dtype:
+            if not is_sharded(held):
+                return False
+            raise KernelError(
+                f"expected {name} to be gathered as {held.dtype}, got {value.dtype}: PyTorch before 2.12 casts packed weights, too, where FSDP2 "
+                "has a MixedPrecisionPolicy with param_dtype. Leave that out (accelerate: mixed_precision: no) and load the model in the dtype "
+                "to compute in, or use a newer PyTorch"
+            )
         if is_sharded(value):
             if not self._sharded:
                 self._sharded = True

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.distributed import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -109,6 +110,23 @@ def test_tied_weights(mesh: DeviceMesh, generator: torch.Generator) -> None:
         assert equal(gathered(model), before)
 
 
+def test_packed_tensors_that_were_cast_are_refused(
+    mesh: DeviceMesh, generator: torch.Generator
+) -> None:
+    """As PyTorch 2.11 does it for a policy with param_dtype."""
+    packed = quantized(generator)
+    x, wanted = torch.ones(1, 32), packed(torch.ones(1, 32))
+    sharded(packed, mesh)
+    codes = packed.qweight.full_tensor()
+    with pytest.raises(KernelError, match="param_dtype"):
+        packed.qweight = nn.Parameter(codes.bfloat16())
+    packed.unshard()
+    close(packed(x), wanted)
+
+
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.12"), reason="PyTorch 2.11 casts integers"
+)
 def test_casts_of_floats_do_not_reach_packed_tensors(
     mesh: DeviceMesh, generator: torch.Generator
 ) -> None:
