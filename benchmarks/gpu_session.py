@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import machine
 
@@ -138,20 +138,11 @@ class Session:
         log = self.folder / f"{step.name.replace(' ', '_')}.log"
         start = time.perf_counter()
         with log.open("wb") as output:
-            process = subprocess.Popen(
-                step.command,
-                cwd=ROOT,
-                env={**os.environ, "PYTHONPATH": str(ROOT), **step.environment},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # what it starts is stopped with it
-            )
             try:
-                status = "ok" if process.wait(limit) == 0 else "FAILED"
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                status = "cut off"
+                status = self._status(step, limit, output)
+            except OSError as error:  # no such program
+                output.write(str(error).encode())
+                status = "FAILED"
         self.done[step.name] = {
             "status": status,
             "seconds": round(time.perf_counter() - start, 1),
@@ -160,6 +151,23 @@ class Session:
         self.file.write_text(json.dumps(self.done, indent=2) + "\n", encoding="utf-8")
         for path in machine.RESULTS.glob("gpu_*.json"):
             (self.folder / path.name).write_bytes(path.read_bytes())
+
+    @staticmethod
+    def _status(step: Step, limit: float, output: IO[bytes]) -> str:
+        process = subprocess.Popen(
+            step.command,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **step.environment},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # what it starts is stopped with it
+        )
+        try:
+            return "ok" if process.wait(limit) == 0 else "FAILED"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return "cut off"
 
     def table(self, names: Sequence[str]) -> str:
         """A row for each step, with the last line that it wrote."""

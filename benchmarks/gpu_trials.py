@@ -12,36 +12,43 @@ from contextlib import contextmanager
 from statistics import median
 from typing import Any
 
+import torch
 from gpu_clock import Clock, graph_of, in_turns, ratio, spread
 from gpu_plan import Plan
 from gpu_weights import KINDS, Dense, Packed, random_tokens
 from torch import Tensor
 
+from hfq.kernels.cuda import max_direct_tokens
+
 __all__ = ["TRY", "trials"]
 
 # Names of kernels, with commas.
 TRY = "HFQ_CUDA_TRY"
-# Name -> whether it is for so many tokens (M).
-_TRIALS: dict[str, Callable[[int], bool]] = {
-    "wide": lambda m: m <= 16,
-    "staged": lambda m: 16 < m <= 64,
-    "tokens256": lambda m: m > 128,
+# Name -> whether it is for so many tokens (M), of which the packed weight is read directly up to `most`.
+_TRIALS: dict[str, Callable[[int, int], bool]] = {
+    "wide": lambda m, most: m <= 16,
+    "staged": lambda m, most: 16 < m <= 64,
+    "tokens256": lambda m, most: 128 < m <= most,
 }
 # Formats that other kernels multiply.
 _OTHERS = ("W8A8 dynamic", "fp8 dynamic", "spqr 3 bits")
 
 
 def trials(clock: Clock, plan: Plan) -> dict[str, Any]:
-    """Every product of the large shapes that a trial is for; each checked against float64, both ways, before it is timed."""
+    """Every product of the large shapes that a trial is for, on compute capability 9.0; checked against float64 before it is timed."""
     rows: list[dict[str, Any]] = []
+    if clock.device.type == "cuda" and torch.cuda.get_device_capability(clock.device) != (9, 0):
+        print("trials are for compute capability 9.0, which this GPU has not")
+        return {"rows": rows}
     for k, n in plan.large:
         dense = Dense(n, k, clock.device, clock.cache_bytes)
         for kind in plan.kinds:
             if kind in _OTHERS:
                 continue
             weight = Packed(KINDS[kind], n, k, clock.device, clock.cache_bytes)
+            most = max_direct_tokens(weight.grids[0], clock.device, torch.bfloat16)
             for trial, is_for in _TRIALS.items():
-                for m in filter(is_for, plan.tokens):
+                for m in (tokens for tokens in plan.tokens if is_for(tokens, most)):
                     row = {"trial": trial, "weights": kind, "shape": [k, n], "tokens": m}
                     rows.append(row | _row(clock, plan.rounds, trial, weight, dense, m))
             print(f"{kind}, {k} x {n}", flush=True)

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from ..algorithms import ALGORITHMS
+from ..core.errors import HfqError
 from ..core.spec import CodebookSpec, Fp8Spec, Int8Spec, IntSpec, QuantSpec, SpqrSpec
 from ..core.weight import Grid, QuantizedWeight
 from ..kernels import dispatch
 from ..kernels.row import KernelRow, Problem
 from ..nn.layout import neutral_grid, to_kernel
-from ..nn.packing import pack_weight
+from ..nn.packing import Encode, pack_weight
 from ..nn.slot import PackedSlot
 
 __all__ = ["WEIGHTS", "Verdict", "self_test"]
@@ -126,7 +127,7 @@ def _test(format_name: str, spec: QuantSpec, device: torch.device) -> Verdict:
         kernel = weight.row.name
         weight.compare_products(comparison)
         weight.compare_others(comparison)
-    except RuntimeError as failure:  # KernelError and what native kernels and PyTorch raise
+    except (RuntimeError, HfqError) as failure:  # what native kernels, PyTorch and we raise
         comparison.faults.append(" ".join(str(failure).split()))
     return Verdict(
         weight=_named(format_name, spec),
@@ -142,13 +143,15 @@ class _Weight:
 
     Attributes:
         exact: before they are packed, on the CPU.
-        stored, packed_there: as they are stored, packed on the CPU and on the device; both on the CPU.
-        ready: as the device's kernel reads them; packed on the CPU, so that each fault has one cause.
+        stored: packed on the CPU, so that each fault has one cause.
+        ready: as the device's kernel reads them.
+        pack: quantizes a slice of rows.
     """
 
     exact: Tensor
+    slot: PackedSlot
+    pack: Encode
     stored: Grid
-    packed_there: Grid
     ready: Any
     row: KernelRow[Any]
     device: torch.device
@@ -173,14 +176,12 @@ class _Weight:
             return method.quantize(rows, spec, method.options)
 
         stored = pack_weight(weight, slot, round_to_nearest)
-        packed = pack_weight(weight.to(device), slot, round_to_nearest)
-        back = neutral_grid(slot, {key: tensor.cpu() for key, tensor in packed.items()})
         there = {key: tensor.to(device) for key, tensor in stored.items()}
         grid = neutral_grid(slot, there)
         row = dispatch.select(Problem.of(grid)).row
         ready, _ = to_kernel(grid, there, row)
-        exact = weight.float()
-        return cls(exact, neutral_grid(slot, stored), back, ready, row, device, generator)
+        here = neutral_grid(slot, stored)
+        return cls(weight, slot, round_to_nearest, here, ready, row, device, generator)
 
     @property
     def reference(self) -> KernelRow[Any]:
@@ -217,8 +218,6 @@ class _Weight:
         """The weight itself, some of its rows, experts, gradients, packing."""
         one, dtype = self.ready.expert(1), torch.bfloat16
         exact = self.reference.dequantize(self.stored.expert(1), torch.float32)
-        packed_there = self.reference.dequantize(self.packed_there.expert(1), torch.float32)
-        comparison.check_packed(packed_there, exact, self.exact[1])
         with torch.no_grad():
             found = self.row.dequantize(one, torch.float32)
             comparison.check("dequantized", found, exact, _EXACT)
@@ -240,6 +239,11 @@ class _Weight:
         y = self.row.linear(x, one, None, False)
         (found,) = torch.autograd.grad(y, x, gradient.to(self.device))
         comparison.check("gradient", found, gradient.float() @ exact, _ROUNDED)
+
+        packed = pack_weight(self.exact.to(self.device), self.slot, self.pack)
+        back = neutral_grid(self.slot, {key: tensor.cpu() for key, tensor in packed.items()})
+        packed_there = self.reference.dequantize(back.expert(1), torch.float32)
+        comparison.check_packed(packed_there, exact, self.exact[1].float())
 
 
 def _named(format_name: str, spec: QuantSpec) -> str:

@@ -26,7 +26,7 @@ from transformers.utils import logging
 from ..algorithms import ALGORITHMS
 from ..calibration.blocks import find_blocks
 from ..config import HfqConfig, Recipe
-from ..core.errors import CheckpointError, ConfigError, HfqError
+from ..core.errors import CheckpointError, ConfigError, HfqError, KernelError
 from ..core.weight import QuantizedWeight
 from ..formats import TensorLayout, check_tensors
 from ..nn.embedding import QuantEmbedding
@@ -382,7 +382,12 @@ class HfqQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
         """Called before saving: back to the stored layout in place, so that saving makes no second copy."""
-        for _, module in _packed_modules(model):
+        for name, module in _packed_modules(model):
+            if module.is_sharded_out:
+                raise KernelError(
+                    f"{name}: the packed model cannot be saved after FSDP2 (fully_shard) has shared it out. It has not changed since: save it "
+                    "before, and its adapters (PEFT's save_pretrained) now"
+                )
             if not module.is_offloaded:
                 module.restore()
         return None, {}

@@ -100,6 +100,7 @@ class PackedModule(PackedParameters):
 
         The module is unchanged if that fails. A static scale of its activations stays.
         """
+        self._check_not_sharded("writing a packed weight")
         spec = self.slots[base].spec
 
         def round_to_nearest(rows: Tensor) -> QuantizedWeight:
@@ -223,7 +224,7 @@ class PackedModule(PackedParameters):
                 tensor = state_dict.get(name)
                 if not isinstance(tensor, Tensor):
                     continue
-                if self._sharded:
+                if self.is_sharded_out:
                     error_msgs.append(
                         f"{name}: packed weights are loaded before fully_shard (FSDP2), not after it, by each process "
                         "(accelerate: fsdp_cpu_ram_efficient_loading: false)"

@@ -27,7 +27,7 @@ from ..core.errors import CheckpointError, KernelError, WeightError
 from ..core.weight import Grid
 from ..formats import FORMATS, INPUT_SCALE, check_tensors
 from ..kernels import dispatch
-from ..kernels.row import AsStored, KernelRow, Problem
+from ..kernels.row import KernelRow, Problem
 from .layout import (
     as_bits,
     as_float,
@@ -39,7 +39,7 @@ from .layout import (
     to_neutral,
     wait_for_streams,
 )
-from .sharding import is_sharded, shard_like, whole
+from .sharding import is_sharded, sendable, shard_like, whole
 from .siblings import Siblings, is_capturing
 from .slot import PackedSlot
 
@@ -82,8 +82,8 @@ class PackedParameters(nn.Module):
     _prepared: dict[str, Operands]
     # The module whose tensors this one uses (tied weights), in a tuple so that it is no submodule.
     _owner: tuple[PackedParameters, ...] = ()
-    # Whether FSDP2 sets the Parameters, in parts and gathered in turns.
-    _sharded = False
+    # Once FSDP2 sets the Parameters, in parts and gathered in turns: the kernel of each slot that was prepared before, whose layout they are in.
+    _sharded_for: dict[str, KernelRow[Any]] | None = None
 
     def _init_slots(self, slots: Mapping[str, PackedSlot], device: Any) -> None:
         """Register the packed parameters, uninitialised, in the neutral layout."""
@@ -143,7 +143,9 @@ class PackedParameters(nn.Module):
         if self._owner:
             return self._owner[0].neutral_tensors(base)
         layout = self.slots[base].layout()
-        copies = self._prepared[base].copies if base in self._prepared else {}
+        # (Of parts none is kept: all processes have to gather a weight, or none.)
+        kept = base in self._prepared and not self.is_sharded_out
+        copies = self._prepared[base].copies if kept else {}
         tensors = dict(copies)
         if tensors.keys() != self.packed_parameters(base).keys():
             held = self._held_neutral(base)
@@ -177,10 +179,12 @@ class PackedParameters(nn.Module):
 
         Raises:
             CheckpointError: a tensor is missing, its shape or dtype is not the slot's, or indices in it are wrong.
+            KernelError: FSDP2 has shared the weights out.
         """
         if self._owner:
             self._owner[0].set_packed(base, tensors)
             return self._follow_owner()
+        self._check_not_sharded("writing a packed weight")
         slot = self.slots[base]
         check_tensors(base, tensors, slot.layout())
         self._check_values(base, tensors)
@@ -227,7 +231,7 @@ class PackedParameters(nn.Module):
         slot = self.slots[base]
         held = {key: parameter.detach() for key, parameter in self.packed_parameters(base).items()}
         if not in_kernel_layout(slot, held):
-            return held
+            return {key: sendable(tensor) for key, tensor in held.items()}
         complete = {key: whole(tensor) for key, tensor in held.items()}
         known = self._prepared.get(base)
         choice = self._choose(neutral_grid(slot, complete)) if known is None else known.choice
@@ -280,23 +284,37 @@ class PackedParameters(nn.Module):
             if not is_sharded(held):
                 return False
             raise KernelError(
-                f"expected {name} to be gathered as {held.dtype}, got {value.dtype}: PyTorch before 2.12 casts packed weights, too, where FSDP2 "
-                "has a MixedPrecisionPolicy with param_dtype. Leave that out (accelerate: mixed_precision: no) and load the model in the dtype "
-                "to compute in, or use a newer PyTorch"
+                f"expected {name} to be gathered as {held.dtype}, got {value.dtype}. (PyTorch before 2.12 casts packed weights, too, where FSDP2 "
+                "has a MixedPrecisionPolicy with param_dtype: leave that out, accelerate's mixed_precision: no, and load the model in the dtype "
+                "to compute in.)"
             )
         if is_sharded(value):
-            if not self._sharded:
-                self._sharded = True
+            if self._sharded_for is None:
+                known = self._prepared.items()
+                self._sharded_for = {base: operands.choice.row for base, operands in known}
                 self._prepared.clear()  # it has the whole weight, which is to go
             return True
+        if held is value:  # of a module that shares it
+            return self.is_sharded_out
         if is_sharded(held) and any(
             name == slot.attribute("weight") for slot in self.slots.values()
         ):
             show_to_kernels(value)  # gathered a moment ago, with all others of the module
         return is_sharded(held)
 
+    @property
+    def is_sharded_out(self) -> bool:
+        """Whether FSDP2 sets the Parameters: layouts stay, and nobody else is to write them."""
+        return (self._owner[0] if self._owner else self)._sharded_for is not None
+
+    def _check_not_sharded(self, what: str) -> None:
+        if self.is_sharded_out:
+            raise KernelError(
+                f"{what} after FSDP2 (fully_shard) has shared out the packed weights of the model is not possible: do it before"
+            )
+
     def _has_parts_only(self, base: str) -> bool:
-        return self._sharded and any(map(is_sharded, self.packed_parameters(base).values()))
+        return self.is_sharded_out and any(map(is_sharded, self.packed_parameters(base).values()))
 
     def prepare(self) -> None:
         """Choose a kernel for each slot and bring its tensors into that kernel's layout, in place."""
@@ -317,7 +335,7 @@ class PackedParameters(nn.Module):
         slot, parameters = self.slots[base], self.packed_parameters(base)
         if not all(isinstance(parameter, nn.Parameter) for parameter in parameters.values()):
             return  # lent for one call by `torch.func.functional_call`
-        if self._sharded:
+        if self._sharded_for is not None:
             return self._prepare_gathered(base)
         if is_capturing(parameters["weight"]):
             # It would be done in each replay, from memory that is somebody else's by then.
@@ -345,10 +363,15 @@ class PackedParameters(nn.Module):
         held = {key: parameter.detach() for key, parameter in parameters.items()}
         if self._has_parts_only(base):
             return
-        choice = self._choose(neutral_grid(slot, held))
-        prepare: Any = type(choice.row).prepare
-        if prepare is not AsStored.prepare and not in_kernel_layout(slot, held):
-            return  # sharded before it was prepared: what is gathered is not to be copied each time
+        choice, before = self._choose(neutral_grid(slot, held)), (self._sharded_for or {}).get(base)
+        if before is None:
+            return  # what is gathered is not to be brought into another layout each time
+        if before is not choice.row:
+            raise KernelError(
+                f"expected weights in the layout of {choice.row.name}, which {parameters['weight'].device} takes, got that of {before.name}: "
+                "FSDP2 (fully_shard) has moved the model. Move it to the device of its process before, such as by "
+                'from_pretrained(..., device_map={"": local_rank})'
+            )
         operands = Operands(
             choice=choice,
             grid=kernel_grid(slot, held, choice.row),
@@ -368,7 +391,7 @@ class PackedParameters(nn.Module):
     def restore(self) -> None:
         """Bring all tensors back into the neutral layout, in place. Those that are sharded stay in the one they have."""
         holder = self._owner[0] if self._owner else self
-        if holder._sharded:
+        if holder._sharded_for is not None:
             return holder._prepared.clear()
         with _PREPARING, torch.inference_mode(False):
             for base in holder.slots:
@@ -407,7 +430,7 @@ class PackedParameters(nn.Module):
             )
         sharded = "the weights were sharded as they are stored"
         fetched = "the weights are offloaded and fetched for each call"
-        return self._as_stored(base, sharded if self._sharded else fetched)
+        return self._as_stored(base, sharded if self.is_sharded_out else fetched)
 
     def grid(self, base: str) -> Grid:
         """What the slot's kernel reads."""
@@ -419,6 +442,8 @@ class PackedParameters(nn.Module):
 
     def kernel_choice(self, base: str) -> dispatch.Choice:
         """The kernel of a slot and why others were refused."""
+        if self._has_parts_only(base) and base in self._prepared:
+            return self._prepared[base].choice  # of what was gathered last
         return self.operands(base).choice
 
     def _choose(self, grid: Grid) -> dispatch.Choice:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from torch.distributed.tensor import DTensor
 
-__all__ = ["is_sharded", "shard_like", "whole"]
+__all__ = ["is_sharded", "sendable", "shard_like", "whole"]
 
 
 def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
@@ -49,7 +49,7 @@ def whole(tensor: Tensor) -> Tensor:
 def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
     """A tensor that all processes have, of which each then holds the part that it holds of `other`.
 
-    Integers of 16 bits stay whole: who asks for them later could not send them.
+    Of 16-bit integers, and floats held as such, each keeps the whole: `full_tensor` could not send the integers.
     """
     if not is_sharded(other):
         return tensor
@@ -60,3 +60,10 @@ def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
     if tensor.dtype == torch.int16:
         return everywhere
     return everywhere.redistribute(placements=other.placements)
+
+
+def sendable(tensor: Tensor) -> Tensor:
+    """The tensor, or what `shard_like` makes of it."""
+    if is_sharded(tensor) and tensor.dtype == torch.int16:
+        return shard_like(whole(tensor), tensor)
+    return tensor

@@ -153,6 +153,7 @@ def _settle(modules: Sequence[QuantLinear]) -> None:
         module
         for module in modules
         if sum(other is module for other in modules) == 1
+        and not module.is_sharded_out  # since then
         and module.operands("weight").siblings.alone < _PATIENCE
     ]
     for _, alike in groupby(sorted(once, key=kind), kind):

@@ -65,6 +65,17 @@ def test_each_step_once_and_failures_are_told(
     assert done(out)["bad"] == "ok"
 
 
+def test_a_program_that_is_not_there_is_a_failure(
+    session: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = [session.Step("compiler", 1, ("no-such-program",))]
+    monkeypatch.setattr(session, "steps", lambda: steps)
+    monkeypatch.setattr(session.machine, "RESULTS", tmp_path / "results")
+    assert session.main([str(tmp_path)]) == 1
+    assert done(tmp_path) == {"compiler": "FAILED"}
+    assert "no-such-program" in (tmp_path / "compiler.log").read_text()
+
+
 def test_steps_that_do_not_fit_wait(
     session: ModuleType,
     use_steps: Callable[..., None],

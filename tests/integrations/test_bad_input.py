@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
-from hfq import CheckpointError, ConfigError, HfqConfig, VersionError, WeightError
+from hfq import CheckpointError, ConfigError, HfqConfig, KernelError, VersionError, WeightError
 
 from .test_roundtrip import quantize
 from .tiny_models import build
@@ -127,6 +128,19 @@ def test_a_config_of_hfq_keeps_its_kernel_mode(float_folder: Path) -> None:
     model = quantize(float_folder, {"kernel_mode": "int8"})
     assert model.model.layers[0].mlp.up_proj.kernel_mode == "int8"
     assert "kernel_mode" not in HfqConfig(kernel_mode="int8").to_dict()
+
+
+def test_a_model_that_was_shared_out_is_not_saved(packed_folder: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(packed_folder)
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+        with pytest.raises(KernelError, match="save it before"):
+            model.save_pretrained(tmp_path / "out")
+    finally:
+        torch.distributed.destroy_process_group()
+    assert not list(tmp_path.glob("out/*.safetensors"))
 
 
 @pytest.mark.parametrize("packed", [True, False])

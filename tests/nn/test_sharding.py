@@ -16,9 +16,12 @@ from torch.distributed import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+import hfq
 from hfq.core.errors import KernelError
 from hfq.core.spec import QuantSpec
-from hfq.kernels.row import AsStored
+from hfq.kernels import dispatch
+from hfq.nn import parameters
+from hfq.nn.layout import in_kernel_layout
 
 from .packed_modules import equal, quantized, snapshot, tied
 
@@ -65,11 +68,6 @@ def test_every_format(
     (wanted_grad,) = torch.autograd.grad(wanted, x, grad)
     before = snapshot(packed)
     packed.prepare() if prepared else packed.restore()
-    # Unless it was sharded before it was in the kernel's layout.
-    in_place = prepared or type(packed.kernel("weight")).prepare is AsStored.prepare
-    if not prepared:
-        packed.restore()
-
     model = sharded(packed, mesh)
     held = {name: (p.shape, p.dtype) for name, p in packed.named_parameters()}
     read = []
@@ -82,8 +80,9 @@ def test_every_format(
         read.append(packed._prepared.get("weight"))
         assert {name: (p.shape, p.dtype) for name, p in packed.named_parameters()} == held
         assert all(isinstance(parameter, DTensor) for parameter in packed.parameters())
-    assert read[0] is read[1] and (read[0] is not None) == in_place
-    if in_place:
+    # Unless it was sharded before it was in the kernel's layout.
+    assert read[0] is read[1] and (read[0] is not None) == prepared
+    if prepared:
         assert read[0].codes.untyped_storage().size() == 0
     assert equal(gathered(model), before)
 
@@ -104,10 +103,13 @@ def test_tied_weights(mesh: DeviceMesh, generator: torch.Generator) -> None:
     index, x = torch.tensor([3, 39, 0]), torch.randn(2, 32, generator=generator)
     wanted, before = model(index, x), snapshot(model)
     fully_shard(model, mesh=mesh)
+    read = []
     for _ in range(2):
         close(model(index, x), wanted)
         model.reshard()
         assert equal(gathered(model), before)
+        read.append(model.ends["head"]._prepared["weight"])
+    assert read[0] is read[1]
 
 
 def test_packed_tensors_that_were_cast_are_refused(
@@ -150,8 +152,72 @@ def test_a_part_is_no_weight(mesh: DeviceMesh, generator: torch.Generator) -> No
         packed.dequantize()
     packed.unshard()
     assert torch.equal(packed.dequantize(), wanted)
-    packed.reshard()
-    with pytest.raises(RuntimeError, match="before fully_shard"):
-        packed.load_state_dict(state)
+    for parts in (False, True):
+        packed.reshard() if parts else None
+        with pytest.raises(RuntimeError, match="before fully_shard"):
+            packed.load_state_dict(state)
+        with pytest.raises(KernelError, match="do it before"):
+            packed.weight = torch.ones(24, 32)
+        with pytest.raises(KernelError, match="do it before"):
+            packed.requantize("weight", torch.ones(24, 32))
     packed.load_state_dict({"bias": packed.state_dict()["bias"] + 1}, strict=False)
     torch.testing.assert_close(packed.state_dict()["bias"].full_tensor(), state["bias"] + 1)
+
+
+def test_weights_in_the_layout_of_another_device(
+    mesh: DeviceMesh, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where `fully_shard` moves a model from the CPU to a GPU: what is cut then is in the CPU kernel's layout."""
+    packed = quantized(generator)
+    x = torch.ones(1, 32)
+    packed(x)
+    assert in_kernel_layout(packed.slot, packed.packed_parameters("weight"))
+    model = sharded(packed, mesh)
+    found = dispatch.select
+    monkeypatch.setattr(
+        dispatch, "select", lambda p: dispatch.Choice(dispatch.rows(p.kind)[-1], ())
+    )
+    with pytest.raises(KernelError, match="before, such as by"):
+        model(x)
+    monkeypatch.setattr(dispatch, "select", found)
+    model(x)
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_modules_that_saw_an_input_before_they_were_sharded(
+    mesh: DeviceMesh, generator: torch.Generator
+) -> None:
+    """Another model's forward, which looks who else saw an input, leaves them alone."""
+    first, second, other = (quantized(generator) for _ in range(3))
+    x = torch.ones(1, 32)
+    for module in (first, second):
+        module(x)
+    for module in (first, second):
+        fully_shard(module, mesh=mesh)
+    other(torch.ones(1, 32))
+
+
+def test_all_or_none_gather_for_a_state_dict(
+    mesh: DeviceMesh, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a process still has of an earlier one does not matter: others wait for it."""
+    packed = quantized(generator)
+    packed(torch.ones(1, 32))
+    sharded(packed, mesh)
+    called = []
+    whole = parameters.whole
+    monkeypatch.setattr(parameters, "whole", lambda t: (called.append(1), whole(t))[1])
+    counts = []
+    kept = []
+    for _ in range(2):
+        called.clear()
+        kept.append(packed.state_dict())
+        counts.append(len(called))
+    assert counts[0] == counts[1] > 0
+
+
+def test_diagnosis_of_parts(mesh: DeviceMesh, generator: torch.Generator) -> None:
+    packed = quantized(generator)
+    before = hfq.explain(packed).weights[0].kernel
+    sharded(packed, mesh)(torch.ones(1, 32))
+    assert hfq.explain(packed).weights[0].kernel == before
