@@ -203,7 +203,7 @@ def test_all_or_none_gather_for_a_state_dict(
     """What a process still has of an earlier one does not matter: others wait for it."""
     packed = quantized(generator)
     packed(torch.ones(1, 32))
-    sharded(packed, mesh)
+    sharded(packed, mesh)(torch.ones(1, 32))
     called = []
     whole = parameters.whole
     monkeypatch.setattr(parameters, "whole", lambda t: (called.append(1), whole(t))[1])
