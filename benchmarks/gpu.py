@@ -42,11 +42,13 @@ from gpu_report import PICTURES, REPORTS, goals, report_goals
 from gpu_trials import TRY, trials
 from gpu_weights import KINDS
 
-# Environment variables, what changes the kernels that are taken, and what results are called that were measured so (those that TRY has, by its names).
+# Environment variables, what changes the kernels that are taken, and what results are called that were measured so. (Those with TRY are called
+# by the names that it has.)
 SWITCHES = {
     "HFQ_CUDA_OVERLAP": ("0", "no-overlap"),
     "HFQ_CUDA_WGMMA": ("0", "no-wgmma"),
 }
+
 PARTS: dict[str, Callable[[Clock, Plan], dict[str, Any]]] = {
     "kernels": kernels,
     "gradients": gradients,

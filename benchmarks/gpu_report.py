@@ -18,6 +18,17 @@ Results = Mapping[str, Any]
 # ---- tables
 
 
+def _shape(row: Mapping[str, Any]) -> str:
+    return "x".join(map(str, row["shape"]))
+
+
+def _report_failures(found: Results, what: str) -> None:
+    """A line for each row that failed; `what`: its name, with fields of the row."""
+    for row in found["rows"]:
+        if row["failure"]:
+            print(wrapped(f"FAILED: {what.format(**row)}: {row['failure']}"))
+
+
 def report_kernels(found: Results) -> None:
     """Every product that was right; then which kernels were refused, and why; then what failed.
 
@@ -31,7 +42,7 @@ def report_kernels(found: Results) -> None:
     rows = [
         (
             row["weights"],
-            "x".join(map(str, row["shape"])),
+            _shape(row),
             str(row["tokens"]),
             f"{row['microseconds']:.1f}",
             f"{row['spread']:.0%}",
@@ -54,13 +65,7 @@ def report_kernels(found: Results) -> None:
     }
     for line in sorted(refused):
         print(wrapped(line))
-    for row in found["rows"]:
-        if row["failure"]:
-            print(
-                wrapped(
-                    f"FAILED: {row['weights']}, {row['shape']}, {row['tokens']} tokens, {row['kernel']}: {row['failure']}"
-                )
-            )
+    _report_failures(found, "{weights}, {shape}, {tokens} tokens, {kernel}")
 
 
 def report_gradients(found: Results) -> None:
@@ -68,7 +73,7 @@ def report_gradients(found: Results) -> None:
     rows = [
         (
             row["weights"],
-            "x".join(map(str, row["shape"])),
+            _shape(row),
             str(row["tokens"]),
             f"{row['microseconds']:.0f}",
             f"{row['bfloat16_microseconds']:.0f}",
@@ -78,9 +83,7 @@ def report_gradients(found: Results) -> None:
         if not row["failure"]
     ]
     print(format_table(("gradients", "KxN", "tokens", "us", "bfloat16 us", "x bf16"), rows))
-    for row in found["rows"]:
-        if row["failure"]:
-            print(wrapped(f"FAILED: gradient, {row['weights']}, {row['shape']}: {row['failure']}"))
+    _report_failures(found, "gradient, {weights}, {shape}")
 
 
 def _tasks(models: Mapping[str, Any]) -> list[str]:
@@ -141,7 +144,7 @@ def report_trials(found: Results) -> None:
         (
             row["trial"],
             row["weights"],
-            "x".join(map(str, row["shape"])),
+            _shape(row),
             str(row["tokens"]),
             f"{row['microseconds']:.1f}",
             f"{row['spread']:.0%}",
@@ -153,13 +156,7 @@ def report_trials(found: Results) -> None:
     ]
     head = ("trial", "weights", "KxN", "M", "us", "spread", "before us", "x before", "x bf16")
     print(format_table(head, rows))
-    for row in found["rows"]:
-        if row["failure"]:
-            print(
-                wrapped(
-                    f"FAILED: {row['trial']}, {row['weights']}, {row['shape']}, {row['tokens']} tokens: {row['failure']}"
-                )
-            )
+    _report_failures(found, "{trial}, {weights}, {shape}, {tokens} tokens")
     worth: dict[tuple[str, str, int], list[Any]] = {}
     for row in right:
         worth.setdefault((row["trial"], row["weights"], row["tokens"]), []).append(row)

@@ -154,6 +154,7 @@ class Session:
 
     @staticmethod
     def _status(step: Step, limit: float, output: IO[bytes]) -> str:
+        """Of a step that was run to its end, or for `limit` seconds."""
         process = subprocess.Popen(
             step.command,
             cwd=ROOT,

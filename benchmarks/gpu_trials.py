@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from gpu_clock import Clock, graph_of, in_turns, ratio, spread
@@ -69,10 +69,10 @@ def _row(
         return weight.linear(x)
 
     try:
-        with _trying(""):
+        with patch.dict(os.environ, {TRY: ""}):  # which the library reads at each launch
             before = clock.kernels(product)
             graphs = [graph_of(clock, weight.linear, x, len(weight.grids))]
-        with _trying(trial):
+        with patch.dict(os.environ, {TRY: trial}):
             kernels = clock.kernels(product)
             _, failure = weight.checked(x)
             graphs.append(graph_of(clock, weight.linear, x, len(weight.grids)))
@@ -98,17 +98,3 @@ def _row(
         "times_as_fast": ratio(without, own),
         "ratio_to_bfloat16": ratio(theirs, own),
     }
-
-
-@contextmanager
-def _trying(names: str) -> Iterator[None]:
-    """The library reads the variable at each launch."""
-    before = os.environ.get(TRY)
-    os.environ[TRY] = names
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[TRY]
-        else:
-            os.environ[TRY] = before

@@ -104,9 +104,8 @@ def to_kernel(
     return _constant(replace(grid, **operands)), prepared
 
 
-def kernel_grid(slot: PackedSlot, held: Mapping[str, Tensor], row: KernelRow[Any]) -> Grid:
-    """The operands behind tensors that are in the layout of `row`, where they are; only what is decoded is extra."""
-    grid = neutral_grid(slot, held)
+def kernel_grid(grid: Grid, held: Mapping[str, Tensor], row: KernelRow[Any]) -> Grid:
+    """As `to_kernel`, of tensors that are in the layout of `row` already: operands are where they are, only what is decoded is extra."""
     decoded: dict[str, Any] = {
         field: row.prepare(operand, grid.bits)
         for key, field in grid.OPERANDS.items()

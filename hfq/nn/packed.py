@@ -135,7 +135,7 @@ class PackedModule(PackedParameters):
             if self._owner:
                 setattr(self._owner[0], name, value)
                 return self._follow_owner()
-            if self._is_held(name, value):
+            if self._follow_sharding(name, value):
                 return super().__setattr__(name, value)
             self.restore()
             if value.is_floating_point() and not value.is_meta:

@@ -271,8 +271,10 @@ class PackedParameters(nn.Module):
                     self._parameters[name] = frozen(empty, like=held)
                     self._prepared.pop(base, None)
 
-    def _is_held(self, name: str, value: nn.Parameter) -> bool:
-        """Whether a Parameter is what the module holds by this name, in parts or gathered: FSDP2 sets them in turns.
+    def _follow_sharding(self, name: str, value: nn.Parameter) -> bool:
+        """Whether a Parameter that is being set is what the module holds by this name, in parts or gathered, as FSDP2 does it in turns.
+
+        Takes note of the first parts, and shows kernels what was gathered.
 
         Raises:
             KernelError: it was cast on the way.
@@ -359,13 +361,13 @@ class PackedParameters(nn.Module):
 
     def _prepare_gathered(self, base: str) -> None:
         """What FSDP2 has gathered is read where it is, in the layout that it was sharded in."""
+        before = (self._sharded_for or {}).get(base)
+        if before is None or self._has_parts_only(base):
+            return  # (None: what is gathered is not to be brought into another layout each time)
         slot, parameters = self.slots[base], self.packed_parameters(base)
         held = {key: parameter.detach() for key, parameter in parameters.items()}
-        if self._has_parts_only(base):
-            return
-        choice, before = self._choose(neutral_grid(slot, held)), (self._sharded_for or {}).get(base)
-        if before is None:
-            return  # what is gathered is not to be brought into another layout each time
+        grid = neutral_grid(slot, held)
+        choice = self._choose(grid)
         if before is not choice.row:
             raise KernelError(
                 f"expected weights in the layout of {choice.row.name}, which {parameters['weight'].device} takes, got that of {before.name}: "
@@ -374,7 +376,7 @@ class PackedParameters(nn.Module):
             )
         operands = Operands(
             choice=choice,
-            grid=kernel_grid(slot, held, choice.row),
+            grid=kernel_grid(grid, held, choice.row),
             name=slot.attribute("weight"),
             codes=parameters["weight"],
         )

@@ -64,6 +64,4 @@ def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
 
 def sendable(tensor: Tensor) -> Tensor:
     """The tensor, or what `shard_like` makes of it."""
-    if is_sharded(tensor) and tensor.dtype == torch.int16:
-        return shard_like(whole(tensor), tensor)
-    return tensor
+    return shard_like(whole(tensor), tensor) if tensor.dtype == torch.int16 else tensor

@@ -5,8 +5,9 @@
 // nothing is shared between them until their sums meet.
 //
 // Memory of a warp: codes of one step, a place for each tile; x of one step; scales of one, as they are stored and as floats. A tile's place is
-// filled again, for the next step, as soon as the tile has been multiplied, x as soon as it is in registers, scales as soon as they are floats. So all copies are eight (or four) tiles ahead of their use,
-// some 3000 clocks where three warps share a scheduler. (Nothing comes from global memory to registers: linear_kernel.h says why.)
+// filled again, for the next step, as soon as the tile has been multiplied, x as soon as it is in registers, scales as soon as they are floats. So
+// all copies are eight (or four) tiles ahead of their use, some 3000 clocks where three warps share a scheduler. (Nothing comes from global memory
+// to registers: linear_kernel.h says why.)
 //
 // 1 KB of 4-bit codes (a tile of a step) takes 148 instructions of the loop with 16 tokens in bfloat16, 131 with 8 (88 for codes, 16 and 8 mma, 8
 // and 4 for sums); wgmma_kernel.h has 215 with 16 tokens, linear_kernel.h 194 with one, beginnings and ends counted. nf4 in groups of 64 takes 127.

@@ -130,16 +130,13 @@ def test_a_config_of_hfq_keeps_its_kernel_mode(float_folder: Path) -> None:
     assert "kernel_mode" not in HfqConfig(kernel_mode="int8").to_dict()
 
 
-def test_a_model_that_was_shared_out_is_not_saved(packed_folder: Path, tmp_path: Path) -> None:
+def test_a_model_that_was_shared_out_is_not_saved(
+    packed_folder: Path, tmp_path: Path, one_process: torch.distributed.DeviceMesh
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(packed_folder)
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
-        with pytest.raises(KernelError, match="save it before"):
-            model.save_pretrained(tmp_path / "out")
-    finally:
-        torch.distributed.destroy_process_group()
+    fully_shard(model, mesh=one_process)
+    with pytest.raises(KernelError, match="save it before"):
+        model.save_pretrained(tmp_path / "out")
     assert not list(tmp_path.glob("out/*.safetensors"))
 
 

@@ -6,7 +6,6 @@ tests/integrations/test_peft_training.py has two processes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -29,12 +28,9 @@ from .packed_modules import equal, quantized, snapshot, tied
 pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module.*returned a view:UserWarning")
 
 
-@pytest.fixture(scope="module")
-def mesh() -> Iterator[DeviceMesh]:
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield torch.distributed.init_device_mesh("cpu", (1,))
-    torch.distributed.destroy_process_group()
+@pytest.fixture
+def mesh(one_process: DeviceMesh) -> DeviceMesh:
+    return one_process
 
 
 def sharded(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
