@@ -186,6 +186,30 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t bit) {
       : "memory");
 }
 
+// ---- thread blocks of one launch that are no cluster ----
+
+// A word of global memory that was 0 when the kernel began gets a number that is not. What this thread wrote before is there for those that have
+// waited for it, and so is what others wrote that this one has met at a barrier.
+__device__ __forceinline__ void raise_flag(uint32_t* flag, uint32_t number) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(number) : "memory");
+}
+// Until it has; returns the number. Only for what a block with a lower index does: blocks are started in that order, so that it runs or has ended.
+__device__ __forceinline__ uint32_t wait_for_flag(const uint32_t* flag) {
+  uint32_t number;
+  asm volatile(
+      "{\n.reg .pred lowered;\nagain:\nld.acquire.gpu.global.u32 %0, [%1];\nsetp.eq.u32 lowered, %0, 0;\n@lowered bra again;\n}"
+      : "=r"(number)
+      : "l"(flag)
+      : "memory");
+  return number;
+}
+// What another block wrote while this kernel runs: not from L1, which does not learn of it.
+__device__ __forceinline__ float4 load_of_others(const float4* p) {
+  float4 v;
+  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p) : "memory");
+  return v;
+}
+
 // ---- tensor cores ----
 
 // d[16 x 8] += a[16 x 16] b[16 x 8] in float32. With g = lane / 4, t = lane % 4 a lane holds, two neighbours along k to a register,

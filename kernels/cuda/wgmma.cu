@@ -1,4 +1,4 @@
-// When wgmma is taken, and how a product is cut into clusters of thread blocks.
+// When wgmma is taken, and how a product is cut into clusters of thread blocks, or into ranges.
 #include "wgmma.h"
 
 #include <cstdlib>
@@ -15,6 +15,10 @@ constexpr float kProductsPerClock = 2048;    // of tensor cores
 constexpr float kStartClocks = 2000;         // until a block's first stage is there, and its sums have gone
 constexpr float kClusterClocks = 1500;       // two barriers of a cluster, and the way to a neighbour's shared memory
 constexpr float kClusterBytesPerClock = 16;  // from there
+
+// Of wgmma_pair.h, measured on an H200: 4096 x 14336 with 256 tokens took 49.4 us for 32 chunks, 14336 x 4096 with partial sums 64.1 for 38.
+constexpr int64_t kPairChunkClocks = 2500, kPairStartClocks = 6500;
+constexpr int64_t kPartialClocks = 2500;  // to write 128 KB of partial sums, or to read them: reckoned
 
 // Of a weight. Measured on an H200, in us (K x N): 16 tokens of 4096 x 4096 take 9.2, 8.3 with gemm_kernel.h; of 4096 x 14336 15.7 and 21.2.
 // 128 tokens of 4096 x 4096 take 22.7 in large blocks, of which there are few, 20.8 in others; of 4096 x 14336 32 and 50, of 14336 x 4096 42 and 59,
@@ -49,18 +53,22 @@ bool takes_large_wgmma(const LinearParams& p) {
 
 int32_t large_tokens(const LinearParams& p) { return p.tokens > kLargeTokens && tried("tokens256") ? kPairTokens : kLargeTokens; }
 
-int64_t wgmma_workspace(const LinearParams& p) { return takes_large_wgmma(p) ? arranged_floats(p) : 0; }
+int64_t wgmma_workspace(const LinearParams& p) {
+  if (!takes_large_wgmma(p)) return 0;
+  const int64_t partials = large_tokens(p) == kPairTokens ? most_ranges(p) * kPairRows * kPairTokens : 0;
+  return arranged_floats(p) + flags_of_pairs(p) + partials;
+}
 
 // The number of blocks that share the columns with which the last round of clusters ends first.
 WgmmaPlan plan_wgmma(const LinearParams& p, const WgmmaShape& shape) {
   const int64_t chunks = divided(p.weight.in_features, kWgmmaColumns);
-  const int64_t tiles = divided(p.weight.out_features, shape.rows * shape.neighbours) * divided(p.tokens, shape.tokens);
-  const float read = (shape.rows * p.weight.bits / 8.0f + 2.0f * shape.tokens / shape.neighbours) / kBytesPerClock;
+  const int64_t tiles = divided(p.weight.out_features, shape.rows) * divided(p.tokens, shape.tokens);
+  const float read = (shape.rows * p.weight.bits / 8.0f + 2.0f * shape.tokens) / kBytesPerClock;
   const float multiplied = static_cast<float>(shape.rows) * shape.tokens / kProductsPerClock;
   const float chunk_clocks = kWgmmaColumns * (read > multiplied ? read : multiplied);
   WgmmaPlan best = {};
   float least = 0;
-  for (int32_t splits = 1; splits * shape.neighbours <= kMostClusterBlocks && (splits == 1 || chunks >= 2 * splits); ++splits) {
+  for (int32_t splits = 1; splits <= kMostClusterBlocks && (splits == 1 || chunks >= 2 * splits); ++splits) {
     const int active = shape.active_clusters(splits);
     if (active == 0) continue;
     const int64_t split_chunks = divided(chunks, splits);
@@ -70,6 +78,55 @@ WgmmaPlan plan_wgmma(const LinearParams& p, const WgmmaShape& shape) {
     if (least == 0 || clocks < least) best = {splits, static_cast<int32_t>(split_chunks)}, least = clocks;
   }
   return best;
+}
+
+namespace {
+
+int64_t pair_chunks(const LinearParams& p) { return divided(p.weight.in_features, kWgmmaColumns); }
+int64_t pair_tiles(const LinearParams& p) { return divided(p.weight.out_features, kPairRows) * divided(p.tokens, kPairTokens); }
+
+// Until the range that needs longest has ended, where a unit is a chunk and ranges end anywhere.
+int64_t clocks_of(const PairPlan& plan) {
+  const int64_t chunks = plan.tile_units;
+  const auto first = [&](int64_t range) { return range * plan.units / plan.ranges; };
+  int64_t most = 0;
+  for (int64_t range = 0, begin = 0, end; range < plan.ranges; ++range, begin = end) {
+    end = first(range + 1);
+    const int64_t tile = (end - 1) / chunks * chunks;
+    int64_t partials = begin % chunks ? 1 : 0;  // written
+    if (begin <= tile)
+      for (int64_t other = range + 1; first(other) < tile + chunks; ++other) ++partials;  // read
+    const int64_t clocks = (end - begin) * kPairChunkClocks + partials * kPartialClocks;
+    if (clocks > most) most = clocks;
+  }
+  return kPairStartClocks + most;
+}
+
+}  // namespace
+
+int64_t most_ranges(const LinearParams& p) {
+  const int64_t pairs = multiprocessors() / 2, chunks = pair_tiles(p) * pair_chunks(p);
+  return pairs < chunks ? pairs : chunks;
+}
+
+// Whole tiles, if there are more of them than pairs; else so many ranges of each tile; or ranges that begin anywhere, which leaves no pair idle, but
+// of which most write partial sums and read others'.
+PairPlan plan_pairs(const LinearParams& p, int active) {
+  if (active == 0) return {};
+  const auto as_plan = [](int64_t units, int64_t tile_units, int64_t unit_chunks, int64_t ranges) {
+    return PairPlan{static_cast<uint32_t>(units), static_cast<uint32_t>(tile_units), static_cast<uint32_t>(unit_chunks), static_cast<uint32_t>(ranges)};
+  };
+  const int64_t chunks = pair_chunks(p), tiles = pair_tiles(p), all = tiles * chunks, pairs = active < all ? active : all;
+  const int64_t whole = tiles < pairs ? tiles : pairs;
+  PairPlan best = as_plan(tiles, 1, chunks, whole);
+  if (all * pairs >> 32) return best;  // so many rounds that none of it matters
+  int64_t least = kPairStartClocks + divided(tiles, whole) * chunks * kPairChunkClocks;
+  for (int64_t splits = 2; splits * tiles <= pairs && splits <= chunks; ++splits) {
+    const int64_t clocks = kPairStartClocks + divided(chunks, splits) * kPairChunkClocks + (splits - 1) * kPartialClocks;
+    if (clocks < least) best = as_plan(all, chunks, 1, splits * tiles), least = clocks;
+  }
+  const PairPlan anywhere = as_plan(all, chunks, 1, pairs);
+  return clocks_of(anywhere) < least ? anywhere : best;
 }
 
 const char* launch_wgmma(const LinearParams& params, cudaStream_t stream) {

@@ -8,7 +8,8 @@ namespace hfq {
 constexpr int kWgmmaColumns = 128;     // of a stage
 constexpr int kMostClusterBlocks = 8;  // that any GPU of compute capability 9.0 takes
 constexpr int kLargeTokens = 128;      // of a thread block of wgmma_large.h
-constexpr int kPairTokens = 256;       // of wgmma_pair.h
+// Of wgmma_pair.h: tokens of a thread block, rows of the two that are a pair, warps that multiply, each with 16 rows.
+constexpr int kPairTokens = 256, kPairRows = 256, kPairWarps = 8;
 // Of shared memory: all that a thread block may have. 28 KiB are left to the L1 cache, through which x goes, 16 KiB at a time.
 constexpr int kMostWgmmaBytes = 227 << 10;
 
@@ -17,18 +18,34 @@ struct WgmmaPlan {
   int32_t split_chunks;  // kWgmmaColumns columns each, of each of them
 };
 
-struct WgmmaParams : LinearParams {
-  WgmmaPlan plan;
+// wgmma_pair.h: all tiles of the output stand in a row, of each its chunks of kWgmmaColumns columns, and each pair has a range of it: range r is units
+// [r * units / ranges, (r + 1) * units / ranges). A unit is a chunk, or a tile with all its chunks. units * ranges < 2^32.
+struct PairPlan {
+  uint32_t units;
+  uint32_t tile_units, unit_chunks;  // units of a tile, chunks of a unit
+  uint32_t ranges;                   // 0 if none runs
 };
 
-// What a thread block of a kernel takes, how many blocks of neighbouring rows share x, and how many clusters of those run at a time, each cut into so
-// many.
+struct WgmmaParams : LinearParams {
+  WgmmaPlan plan;
+  // wgmma_pair.h only.
+  PairPlan pairs;
+  uint32_t* flags;  // [ranges, 2, kPairWarps], zeros: a warp has written its partial sums
+  float* partials;  // [ranges, 2, kPairTokens / 8, 32 kPairWarps, 4]
+};
+
+// What a thread block of a kernel takes, and how many clusters of so many of them run at a time.
 struct WgmmaShape {
-  int32_t rows, tokens, neighbours;
+  int32_t rows, tokens;
   int (*active_clusters)(int splits);
 };
 
 WgmmaPlan plan_wgmma(const LinearParams& params, const WgmmaShape& shape);
+
+// For `active` pairs that run at a time.
+PairPlan plan_pairs(const LinearParams& params, int active);
+// No plan on the current device has more ranges.
+int64_t most_ranges(const LinearParams& params);
 
 // Whether launch_linear takes these kernels for more than few tokens: where they are faster than gemm_kernel.h, unless HFQ_CUDA_WGMMA is 0; with 1 or
 // "large" elsewhere as well.
@@ -44,8 +61,10 @@ int32_t large_tokens(const LinearParams& params);
 int64_t wgmma_workspace(const LinearParams& params);
 
 // Of x in the order of large blocks; and what enqueues the kernel that writes it to the workspace so (wgmma_tokens.cu). Words and pieces of 16 bytes
-// are in the places of wgmma_block.h; numbers of tokens and columns that do not exist are zeros.
+// are in the places of wgmma_block.h; numbers of tokens and columns that do not exist are zeros. Behind it, of pairs, stand flags for most_ranges(),
+// which the same kernel makes zeros, and their partial sums.
 int64_t arranged_floats(const LinearParams& params);
+int64_t flags_of_pairs(const LinearParams& params);
 const char* launch_arrange(const LinearParams& params, cudaStream_t stream);
 
 // Whether the kernels are there for the current device: those of a build for sm_90 without the "a" are empty.

@@ -36,7 +36,7 @@ struct WgmmaBlock {
   static constexpr int kBits = Kind::kCodeBits;
   static constexpr int kTiles = kTokens > 64 && !kLarge ? 8 : 16, kRows = kTiles * kTileRows, kWarpTiles = kLarge ? 2 : 1;
   static constexpr int kConsumers = kTiles / kWarpTiles, kProducers = 4, kThreads = 32 * (kConsumers + kProducers);  // warps
-  static constexpr int kWeightWarps = kProducers, kNeighbours = 1;  // (wgmma_pair.h has others)
+  static constexpr int kWeightWarps = kProducers;  // (wgmma_pair.h has others)
   // Registers of a thread. Where the copying warps give some to the others, all have as many at first as there are for all (ptxas' number, which
   // has to be this one: tests/kernels/test_ptxas.py).
   static constexpr int kAtFirst = kConsumers == 16 ? 96 : 168;
@@ -82,9 +82,6 @@ struct WgmmaBlock {
     chunk = split * p.plan.split_chunks;
     chunks = chunk < all ? (all - chunk < static_cast<uint32_t>(p.plan.split_chunks) ? all - chunk : p.plan.split_chunks) : 0;
   }
-
-  // Which block of the cluster has another part of the columns.
-  __device__ __forceinline__ uint32_t rank_of(uint32_t other_split) const { return other_split; }
 
   __device__ __forceinline__ uint32_t stage(uint32_t at) const { return ring + at * kStage; }
   // Barriers of a stage: it is there, all have read it, sums of its x are there.
@@ -164,10 +161,11 @@ struct WgmmaWeights {
   const uint8_t* from;
   uint32_t to;
 
-  __device__ __forceinline__ WgmmaWeights(const WgmmaParams& params, const Block& b, int warp)
-      : p(params), block(b), unit(b.chunk * Block::kUnits) {
+  // From this chunk on, of the rows that begin with tile `first_tile`.
+  __device__ __forceinline__ WgmmaWeights(const WgmmaParams& params, const Block& b, int warp, uint32_t first_tile, uint32_t chunk)
+      : p(params), block(b), unit(chunk * Block::kUnits) {
     const Weight& w = p.weight;
-    const int64_t first = static_cast<int64_t>(block.first_tile) + warp * kTiles, left = (w.out_features + kTileRows - 1) / kTileRows - first;
+    const int64_t first = static_cast<int64_t>(first_tile) + warp * kTiles, left = (w.out_features + kTileRows - 1) / kTileRows - first;
     tiles = static_cast<uint32_t>(left < 0 ? 0 : left < kTiles ? left : kTiles);
     tile_bytes = static_cast<uint32_t>((w.in_features + kBlockColumns<Block::kBits> - 1) / kBlockColumns<Block::kBits>) * kBlockBytes<Block::kBits>;
     const uint32_t lane = threadIdx.x % 32, what = lane / kTiles, tile = lane % kTiles;  // codes, scales, zero points
@@ -209,7 +207,7 @@ struct WgmmaProducer {
   uint4 x[kPieces] = {};
 
   __device__ __forceinline__ WgmmaProducer(const WgmmaParams& params, const Block& b, int warp)
-      : p(params), block(b), weights(params, b, warp), lane(threadIdx.x % 32), x_chunk(warp / kSharing) {
+      : p(params), block(b), weights(params, b, warp, b.first_tile, b.chunk), lane(threadIdx.x % 32), x_chunk(warp / kSharing) {
     const Weight& w = p.weight;
     const int own = warp % kSharing, half = kHalves == 1 ? own % 2 : 0, token = own / 2 * 8 + lane / 8;
     const uint32_t row_bytes = static_cast<uint32_t>(w.in_features) * 2;

@@ -213,7 +213,7 @@ __device__ __forceinline__ void store_outputs(const WgmmaParams& p, const Block&
 #pragma unroll
         for (uint32_t i = 0; i < kAtOnce; ++i) {
           const float4* const of_token = reinterpret_cast<const float4*>(own + i * kWarps * (Block::kRows + 4));
-          if (token + i * kWarps < tokens) parts[i] = splits == 1 ? *of_token : load_of_block(of_token, block.rank_of(split));
+          if (token + i * kWarps < tokens) parts[i] = splits == 1 ? *of_token : load_of_block(of_token, split);
         }
 #pragma unroll
         for (uint32_t i = 0; i < kAtOnce; ++i) sums[i] = plus(sums[i], parts[i]);
@@ -253,12 +253,11 @@ __global__ void __launch_bounds__(WgmmaParts<Kind, T, kTokens, kWay>::Block::kTh
 #ifdef HFQ_WGMMA
   using Parts = WgmmaParts<Kind, T, kTokens, kWay>;
   using Block = typename Parts::Block;
-  constexpr bool kShares = Block::kNeighbours > 1;
+  constexpr bool kIsPair = kWay == WgmmaWay::kPair;
   const Block block(p);
-  float* const partial = reinterpret_cast<float*>(block.memory);
   let_next_kernel_start();
   if (threadIdx.x == 0) block.init_barriers();
-  if constexpr (kShares)
+  if constexpr (kIsPair)
     sync_cluster_only();
   else
     sync_block();
@@ -277,34 +276,48 @@ __global__ void __launch_bounds__(WgmmaParts<Kind, T, kTokens, kWay>::Block::kTh
     wait_for_previous_kernel();  // which may read what will be overwritten
     typename Parts::Consumer mine(p, block, warp);
     mine.run();
-    // In place of the stages, once nobody reads them.
-    sync_warp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(block.drained());
-    mbarrier_wait(block.drained(), 0);
-    mine.store_sums(partial);
+    if constexpr (!kIsPair) {
+      // In place of the stages, once nobody reads them.
+      sync_warp();
+      if (threadIdx.x % 32 == 0) mbarrier_arrive(block.drained());
+      mbarrier_wait(block.drained(), 0);
+      mine.store_sums(reinterpret_cast<float*>(block.memory));
+    }
   }
-  if (kShares || p.plan.splits > 1)
-    sync_cluster();
-  else
-    sync_block();
-  store_outputs<T>(p, block, partial);
-  if (p.plan.splits > 1) sync_cluster_only();  // nobody's shared memory goes before all have read it
+  if constexpr (!kIsPair) {  // whose consumers have stored all
+    if (p.plan.splits > 1)
+      sync_cluster();
+    else
+      sync_block();
+    store_outputs<T>(p, block, reinterpret_cast<const float*>(block.memory));
+    if (p.plan.splits > 1) sync_cluster_only();  // nobody's shared memory goes before all have read it
+  }
 #endif
 }
 
 // ---- launcher
 
-// No splits: the kernel does not run here, for want of shared memory or because another compiler has chosen other registers.
+// Clusters of so many blocks that run at a time; none for want of shared memory, or because another compiler has chosen other registers.
 template <class Kind, class T, int kTokens, WgmmaWay kWay>
-WgmmaPlan plan_tokens(const LinearParams& p) {
+int active_blocks(int cluster) {
   using Block = typename WgmmaParts<Kind, T, kTokens, kWay>::Block;
-  const auto active = [](int splits) {
-    // With fewer registers than they count on, warps would wait for them forever.
-    constexpr int kRegisters = Block::kOfConsumers > Block::kAtFirst ? Block::kAtFirst : 0;
-    return active_clusters<WgmmaParams, wgmma_kernel<Kind, T, kTokens, kWay>>(Block::kNeighbours * splits, Block::kThreads, Block::kSharedBytes,
-                                                                              kRegisters);
-  };
-  return plan_wgmma(p, {Block::kRows, kTokens, Block::kNeighbours, active});
+  // With fewer registers than they count on, warps would wait for them forever.
+  constexpr int kRegisters = Block::kOfConsumers > Block::kAtFirst ? Block::kAtFirst : 0;
+  return active_clusters<WgmmaParams, wgmma_kernel<Kind, T, kTokens, kWay>>(cluster, Block::kThreads, Block::kSharedBytes, kRegisters);
+}
+
+// What the kernel takes of a product, in `p`. False: it does not run here.
+template <class Kind, class T, int kTokens, WgmmaWay kWay>
+bool plan_tokens(WgmmaParams& p) {
+  p.token_tiles = static_cast<uint32_t>(divided(p.tokens, kTokens));
+  if constexpr (kWay == WgmmaWay::kPair) {
+    p.pairs = plan_pairs(p, active_blocks<Kind, T, kTokens, kWay>(2));
+    return p.pairs.ranges > 0;
+  } else {
+    using Block = typename WgmmaParts<Kind, T, kTokens, kWay>::Block;
+    p.plan = plan_wgmma(p, {Block::kRows, kTokens, active_blocks<Kind, T, kTokens, kWay>});
+    return p.plan.splits > 0;
+  }
 }
 
 template <class Kind, class T, int kTokens, WgmmaWay kWay>
@@ -312,14 +325,16 @@ const char* launch_wgmma_tokens(const WgmmaParams& params, cudaStream_t stream) 
   using Block = typename WgmmaParts<Kind, T, kTokens, kWay>::Block;
   constexpr auto kKernel = wgmma_kernel<Kind, T, kTokens, kWay>;
   WgmmaParams p = params;
-  p.token_tiles = static_cast<uint32_t>((p.tokens + kTokens - 1) / kTokens);
-  p.plan = plan_tokens<Kind, T, kTokens, kWay>(p);
-  if (p.plan.splits == 0) return "the kernel with wgmma does not run here";  // takes_wgmma asks before
+  if (!plan_tokens<Kind, T, kTokens, kWay>(p)) return "the kernel with wgmma does not run here";  // takes_wgmma asks before
   if constexpr (kWay == WgmmaWay::kLarge || kWay == WgmmaWay::kPair)
     if (const char* error = launch_arrange(p, stream)) return error;
-  // Whole clusters: of an odd number of blocks of rows, the last one has a neighbour without rows, which only helps to copy x.
-  const unsigned cluster = Block::kNeighbours * p.plan.splits;
-  const int64_t clusters = divided(p.weight.out_features, Block::kNeighbours * Block::kRows) * p.token_tiles;
+  if constexpr (kWay == WgmmaWay::kPair) {
+    float* const flags = p.workspace + arranged_floats(p);
+    p.flags = reinterpret_cast<uint32_t*>(flags), p.partials = flags + flags_of_pairs(p);
+    return launch_clusters(kKernel, 2 * p.pairs.ranges, 2, Block::kThreads, Block::kSharedBytes, stream, p);
+  }
+  const unsigned cluster = p.plan.splits;
+  const int64_t clusters = divided(p.weight.out_features, Block::kRows) * p.token_tiles;
   return launch_clusters(kKernel, static_cast<unsigned>(clusters * cluster), cluster, Block::kThreads, Block::kSharedBytes, stream, p);
 }
 
@@ -342,9 +357,10 @@ auto with_block(const LinearParams& p, const Use& use) {
 
 template <class Kind>
 bool runs_wgmma_of(const LinearParams& p) {
+  WgmmaParams planned = {};
+  static_cast<LinearParams&>(planned) = p;
   return with_block(p, [&](auto tokens, auto way) {
-    const WgmmaPlan plan = p.x_dtype == kBFloat16 ? plan_tokens<Kind, BFloat16, tokens, way>(p) : plan_tokens<Kind, Float16, tokens, way>(p);
-    return plan.splits > 0;
+    return p.x_dtype == kBFloat16 ? plan_tokens<Kind, BFloat16, tokens, way>(planned) : plan_tokens<Kind, Float16, tokens, way>(planned);
   });
 }
 

@@ -23,7 +23,7 @@ struct WgmmaLargeProducer {
   const uint8_t* x_from;  // of the chunk that is copied next
 
   __device__ __forceinline__ WgmmaLargeProducer(const WgmmaParams& p, const Block& b, int warp)
-      : block(b), weights(p, b, warp), x_to(warp * kShare) {
+      : block(b), weights(p, b, warp, b.first_tile, b.chunk), x_to(warp * kShare) {
     const int64_t chunks = (p.weight.in_features + kWgmmaColumns - 1) / kWgmmaColumns, tile = block.first_token / Block::kTokens;
     x_from = reinterpret_cast<const uint8_t*>(p.workspace) + (tile * chunks + block.chunk) * kXBytes + x_to;
   }

@@ -6,29 +6,78 @@
 // runs, one waits behind it, the next one is unpacked.
 //
 // x would cost 64 KB of L2 for each chunk, with 8 KB of codes 36 bytes a clock of a multiprocessor, of 28 that are published. So two blocks of
-// neighbouring rows are a pair, each of which asks for half of x for both: 20 bytes a clock. A stage of x is free when both have read it. A
-// cluster is a pair, or as many of them as share the columns. Of an odd number of blocks of rows the last pair has one without rows, which only
-// helps to copy x.
-// Expected, none of it measured: 2050 to 2200 clocks a chunk, where wgmma_large.h takes 2740 with as many tokens.
+// neighbouring rows are a pair, a cluster, each of which asks for half of x for both: 20 bytes a clock. A stage of x is free when both have read it.
+// Of an odd number of blocks of rows the last pair has one without rows, which only helps to copy x.
+//
+// Few tiles leave multiprocessors idle: 4096 x 14336 has 56 pairs of tiles, and 66 pairs run at a time on an H200. Clusters of more blocks, which
+// could share columns, find less room still: 17 of six, 15 of eight. So the work of the product is one row of chunks, a tile after the other, and
+// each pair has a range of it (PairPlan) that may begin and end in the midst of a tile. What it has of one tile is a segment. One without the tile's
+// first chunk writes its sums to global memory. The range with the first chunk reads those of all others, in their order, so that results are the
+// same each time, and stores outputs.
+//
+// It waits for them, which must not be forever. Blocks are started in the order of their indices, so that one with a lower index runs or has ended,
+// whatever else runs on the GPU; and none waits before it has written its own sums, those of its first segment. So a block may wait for lower
+// indices. The later chunks of a tile are at the beginning of their ranges, and its first ones at the end of theirs: those that are waited for have
+// the next ranges. Hence ranges are counted from the last pair on.
 #pragma once
 
+#include "gemm_output.h"
 #include "wgmma_rounded.h"
 
 namespace hfq {
 namespace {
 
+// What a range has of one tile.
+struct WgmmaSegment {
+  uint32_t all;            // chunks of a tile
+  uint32_t tile;           // of 256 rows and 256 tokens; those of the same rows are neighbours
+  uint32_t chunk, chunks;  // the first one, and how many; 0: the range is over
+  uint32_t left;           // of the range, behind these
+
+  __device__ __forceinline__ void next() {
+    ++tile, chunk = 0;
+    take();
+  }
+  __device__ __forceinline__ void take() {
+    chunks = left < all - chunk ? left : all - chunk;
+    left -= chunks;
+  }
+
+  __device__ __forceinline__ uint32_t token_tile(const WgmmaParams& p) const { return tile % p.token_tiles; }
+  // Of the rows of a block.
+  template <class Block>
+  __device__ __forceinline__ uint32_t first_tile(const WgmmaParams& p, const Block& block) const {
+    return (tile / p.token_tiles * Block::kNeighbours + block.neighbour) * Block::kTiles;
+  }
+};
+
+// By whole warps. The compiler knows then that it is the same for all lanes, and so are turns and counts of chunks, which need no registers of each:
+// 278 instructions a chunk in place of 310.
+__device__ __forceinline__ WgmmaSegment first_segment(const WgmmaParams& p, uint32_t range) {
+  const PairPlan& plan = p.pairs;
+  const uint32_t begin = range * plan.units / plan.ranges, end = (range + 1) * plan.units / plan.ranges;
+  WgmmaSegment s = {};
+  s.all = plan.tile_units * plan.unit_chunks;
+  s.tile = shuffle_from(begin / plan.tile_units, 0);
+  s.chunk = shuffle_from(begin % plan.tile_units * plan.unit_chunks, 0);
+  s.left = shuffle_from((end - begin) * plan.unit_chunks, 0);
+  s.take();
+  return s;
+}
+
 // Two rings in place of one (wgmma_block.h), since three whole chunks of both find no room: of x with 64 columns a stage, alike in both blocks, and
-// of weights with a chunk a stage. Of 4 bits five stages each.
+// of weights with a chunk a stage. Of 4 bits five stages each. They run on from segment to segment.
 template <class Kind, class T>
 struct WgmmaPairBlock {
   static constexpr int kTokens = kPairTokens, kBits = Kind::kCodeBits;
   static constexpr int kTiles = 8, kRows = kTiles * kTileRows, kWarpTiles = 1, kNeighbours = 2;
-  static constexpr int kConsumers = kTiles, kProducers = 4, kThreads = 32 * (kConsumers + kProducers);  // warps
+  static constexpr int kConsumers = kPairWarps, kProducers = 4, kThreads = 32 * (kConsumers + kProducers);  // warps
   static constexpr int kWeightWarps = 2;  // of the producers; another one copies x
   static constexpr int kAtFirst = 168, kOfConsumers = 216, kOfProducers = 72;  // registers, as in wgmma_block.h
   static constexpr int kUnits = kWgmmaColumns / kUnitColumns;
   static constexpr int kBlocks = kWgmmaColumns / kBlockColumns<kBits>, kBytes = kBlocks * kBlockBytes<kBits>;  // of a chunk of one tile
   static constexpr int kSums = kTokens / 2;
+  static_assert(kTiles == kConsumers && kNeighbours * kRows == kPairRows);
 
   static constexpr int kXStage = kTokens * 128, kXShare = kXStage / kNeighbours;
   static constexpr int kCodesAt = 0, kScalesAt = kTiles * kBytes, kScaleBytes = kUnits * 64, kZerosAt = kScalesAt + kTiles * kScaleBytes;
@@ -38,29 +87,23 @@ struct WgmmaPairBlock {
   static constexpr int kRoom = kMostWgmmaBytes - kTableBytes - kBarrierBytes, kXStages = (kRoom - 3 * kStage) / kXStage;
   static constexpr int kXRing = kXStages * kXStage, kStages = (kRoom - kXRing) / kStage;
   static constexpr int kRing = kXRing + kStages * kStage, kSharedBytes = kRing + kTableBytes + kBarrierBytes;
-  static_assert(kXStages >= 5 && kTokens * (kRows + 4) * 4 <= kXRing && 8 * (2 * (kXStages + kStages) + 2) <= kBarrierBytes);
+  static_assert(kXStages >= 5 && 8 * (2 * (kXStages + kStages) + 1) <= kBarrierBytes);
 
-  uint8_t* memory;                       // the rings begin here
-  uint32_t ring, barriers;               // where those are, as instructions count
-  uint32_t splits, split, neighbour, first_token, first_tile;
-  uint32_t chunk, chunks;                // the first one, and how many
+  uint8_t* memory;          // the rings begin here
+  uint32_t ring, barriers;  // where those are, as instructions count
+  uint32_t neighbour;
+  WgmmaSegment first;  // of the range
 
+  // By all threads.
   __device__ __forceinline__ explicit WgmmaPairBlock(const WgmmaParams& p) {
     memory = swizzled_memory();
     ring = shared_address(memory), barriers = kept(ring + kRing + kTableBytes);
-    splits = p.plan.splits;
-    const uint32_t all = static_cast<uint32_t>((p.weight.in_features + kWgmmaColumns - 1) / kWgmmaColumns);
-    const uint32_t pair = blockIdx.x / (kNeighbours * splits);
-    split = blockIdx.x % splits, neighbour = blockIdx.x / splits % kNeighbours;
-    first_token = pair % p.token_tiles * kTokens;
-    first_tile = (pair / p.token_tiles * kNeighbours + neighbour) * kTiles;
-    chunk = split * p.plan.split_chunks;
-    chunks = chunk < all ? (all - chunk < static_cast<uint32_t>(p.plan.split_chunks) ? all - chunk : p.plan.split_chunks) : 0;
+    neighbour = blockIdx.x % kNeighbours;
+    first = first_segment(p, range(p));
   }
 
-  // Which block of the cluster has another part of the columns, of these rows or of the neighbour's.
-  __device__ __forceinline__ uint32_t rank_of(uint32_t other_split) const { return rank_of(neighbour, other_split); }
-  __device__ __forceinline__ uint32_t rank_of(uint32_t other, uint32_t other_split) const { return other * splits + other_split; }
+  // (Made again where it is needed: a register less through all chunks.)
+  static __device__ __forceinline__ uint32_t range(const WgmmaParams& p) { return p.pairs.ranges - 1 - kept(blockIdx.x) / kNeighbours; }
 
   __device__ __forceinline__ uint32_t x_stage(uint32_t at) const { return ring + at * kXStage; }
   __device__ __forceinline__ uint32_t stage(uint32_t at) const { return ring + kXRing + at * kStage; }
@@ -69,16 +112,14 @@ struct WgmmaPairBlock {
   __device__ __forceinline__ uint32_t empty(uint32_t at) const { return full(at) + 8 * kStages; }
   __device__ __forceinline__ uint32_t x_full(uint32_t at) const { return barriers + 16 * kStages + 8 * at; }
   __device__ __forceinline__ uint32_t x_empty(uint32_t at) const { return x_full(at) + 8 * kXStages; }
-  // The table is filled; all have read all of x, for good.
+  // The table is filled.
   __device__ __forceinline__ uint32_t filled() const { return barriers + 16 * (kStages + kXStages); }
-  __device__ __forceinline__ uint32_t drained() const { return filled() + 8; }
 
   // By one thread, before a barrier of the cluster: what the neighbour copies arrives here, too.
   __device__ __forceinline__ void init_barriers() const {
     for (int i = 0; i < kStages; ++i) mbarrier_init(full(i), kWeightWarps), mbarrier_init(empty(i), kConsumers);
     for (int i = 0; i < kXStages; ++i) mbarrier_init(x_full(i), 1), mbarrier_init(x_empty(i), kNeighbours * kConsumers);
     mbarrier_init(filled(), 32 * kConsumers);
-    mbarrier_init(drained(), kConsumers);
     fence_mbarrier_init();
   }
 };
@@ -94,48 +135,71 @@ struct WgmmaPairProducer {
   __device__ __forceinline__ void run() const {
     if (warp < Block::kWeightWarps) copy_weights();
     if (warp == Block::kWeightWarps && threadIdx.x % 32 == 0) copy_x();
-    sync_warp();                 // what follows takes whole warps
-    wait_for_previous_kernel();  // which may read the outputs' memory
   }
 
   __device__ __forceinline__ void copy_weights() const {
-    WgmmaWeights<Block> weights(p, block, warp);
     Turn<Block::kStages> turn;
 #pragma unroll 1
-    for (uint32_t i = 0; i < block.chunks; ++i, turn.next()) {
-      if (turn.round) mbarrier_wait(block.empty(turn.at), (turn.round - 1) % 2);
-      sync_warp();  // a lane that copies nothing could come so late that it sees the bit of the next phase but one
-      weights.copy(turn.at, 0);
+    for (WgmmaSegment segment = block.first; segment.chunks; segment.next()) {
+      WgmmaWeights<Block> weights(p, block, warp, segment.first_tile(p, block), segment.chunk);
+#pragma unroll 1
+      for (uint32_t i = 0; i < segment.chunks; ++i, turn.next()) {
+        if (turn.round) mbarrier_wait(block.empty(turn.at), (turn.round - 1) % 2);
+        sync_warp();  // a lane that copies nothing could come so late that it sees the bit of the next phase but one
+        weights.copy(turn.at, 0);
+      }
     }
   }
 
   // By one thread: of each stage the block's share, to both blocks. The neighbour's share may come first.
   __device__ __forceinline__ void copy_x() const {
-    const int64_t chunks = (p.weight.in_features + kWgmmaColumns - 1) / kWgmmaColumns, tile = block.first_token / Block::kTokens;
-    const uint32_t share = block.neighbour * Block::kXShare, both = (1u | 1u << block.splits) << block.split;
-    const uint8_t* from = reinterpret_cast<const uint8_t*>(p.workspace) + (tile * chunks + block.chunk) * 2 * Block::kXStage + share;
+    const uint32_t share = block.neighbour * Block::kXShare;
     Turn<Block::kXStages> turn;
     wait_for_previous_kernel();
 #pragma unroll 1
-    for (uint32_t i = 0; i < 2 * block.chunks; ++i, turn.next(), from += Block::kXStage) {
-      if (turn.round) mbarrier_wait(block.x_empty(turn.at), (turn.round - 1) % 2);
-      mbarrier_arrive_and_expect(block.x_full(turn.at), Block::kXStage);
-      copy_bulk_to_blocks(block.x_stage(turn.at) + share, from, Block::kXShare, block.x_full(turn.at), both);
+    for (WgmmaSegment segment = block.first; segment.chunks; segment.next()) {
+      const int64_t chunk = static_cast<int64_t>(segment.token_tile(p)) * segment.all + segment.chunk;
+      const uint8_t* from = reinterpret_cast<const uint8_t*>(p.workspace) + chunk * 2 * Block::kXStage + share;
+#pragma unroll 1
+      for (uint32_t i = 0; i < 2 * segment.chunks; ++i, turn.next(), from += Block::kXStage) {
+        wait_until_empty(turn);
+        mbarrier_arrive_and_expect(block.x_full(turn.at), Block::kXStage);
+        copy_bulk_to_blocks(block.x_stage(turn.at) + share, from, Block::kXShare, block.x_full(turn.at), 3);
+      }
     }
+    // Until both blocks have read all: before, the neighbour may still arrive here, and copies be on the way from here to it.
+#pragma unroll 1
+    for (int i = 0; i < Block::kXStages; ++i, turn.next()) wait_until_empty(turn);
+  }
+
+  __device__ __forceinline__ void wait_until_empty(const Turn<Block::kXStages>& turn) const {
+    if (turn.round) mbarrier_wait(block.x_empty(turn.at), (turn.round - 1) % 2);
   }
 };
 
 template <class Kind, class T, class Block>
 struct WgmmaPairConsumer : WgmmaRounded<Kind, T, Block, 4> {
   using Rounded = WgmmaRounded<Kind, T, Block, 4>;
-  using Rounded::a, Rounded::block, Rounded::kUnits, Rounded::lane, Rounded::sums;
-  using Rounded::Rounded;
+  using Rounded::a, Rounded::block, Rounded::kUnits, Rounded::kSums, Rounded::lane, Rounded::p, Rounded::sums;
+
+  WgmmaSegment segment;
+  Turn<Block::kXStages> x_turn;
+  Turn<Block::kStages> turn;
+
+  __device__ __forceinline__ WgmmaPairConsumer(const WgmmaParams& params, const Block& b, int warp)
+      : Rounded(params, b, warp), segment(b.first) {}
+
+  // The last stage of x that was multiplied, which nothing reads any more.
+  __device__ __forceinline__ void free_x_behind() const {
+    sync_warp();
+    const uint32_t behind = x_turn.at ? x_turn.at - 1 : Block::kXStages - 1;
+    if (lane < Block::kNeighbours) mbarrier_arrive_of_block(block.x_empty(behind), lane);
+  }
 
   // Units u and later of a chunk. While the instructions of the one before run and this one's wait, the next one is unpacked. `first`: no other chunk
-  // is behind; `more`: another one follows.
+  // of the segment is behind; `more`: another one follows.
   template <Scaling kScaling, bool kWhole, int u>
-  __device__ __forceinline__ void multiply(uint64_t x, Turn<Block::kXStages>& x_turn, Turn<Block::kStages>& turn, uint32_t unit, bool first,
-                                           bool more) {
+  __device__ __forceinline__ void multiply(uint64_t x, uint32_t unit, bool first, bool more) {
     if (u % 2 == 0) mbarrier_wait(block.x_full(x_turn.at), x_turn.round % 2);
     wgmma_fence();
 #pragma unroll
@@ -153,31 +217,129 @@ struct WgmmaPairConsumer : WgmmaRounded<Kind, T, Block, 4> {
       turn.next();
     }
     wgmma_wait<1>();
-    if (u % 2 == 0 && !(u == 0 && first)) {  // nothing reads the stage of x behind any more
-      sync_warp();
-      const uint32_t behind = x_turn.at ? x_turn.at - 1 : Block::kXStages - 1;
-      if (lane < Block::kNeighbours) mbarrier_arrive_of_block(block.x_empty(behind), block.rank_of(lane, block.split));
-    }
+    if (u % 2 == 0 && !(u == 0 && first)) free_x_behind();
     if (u % 2 == 1) x_turn.next();
-    if constexpr (u + 1 < kUnits) multiply<kScaling, kWhole, u + 1>(x, x_turn, turn, unit, first, more);
+    if constexpr (u + 1 < kUnits) multiply<kScaling, kWhole, u + 1>(x, unit, first, more);
   }
 
   template <Scaling kScaling, bool kWhole>
   __device__ __forceinline__ void run_chunks() {
     const uint64_t x = x_descriptor(block.ring);
-    Turn<Block::kXStages> x_turn;
-    Turn<Block::kStages> turn;
-    if (block.chunks) {
-      mbarrier_wait(block.full(0), 0);
-      this->template unpack<kScaling, kWhole, 0>(block.stage(0), block.chunk * kUnits);
-    }
 #pragma unroll 1
-    for (uint32_t i = 0; i < block.chunks; ++i)
-      multiply<kScaling, kWhole, 0>(x, x_turn, turn, (block.chunk + i) * kUnits, i == 0, i + 1 < block.chunks);
-    wgmma_wait<0>(sums[0]);
+    for (; segment.chunks; segment.next()) {
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) sums[0][i] = 0.0f;
+      mbarrier_wait(block.full(turn.at), turn.round % 2);
+      this->template unpack<kScaling, kWhole, 0>(block.stage(turn.at), segment.chunk * kUnits);
+#pragma unroll 1
+      for (uint32_t i = 0; i < segment.chunks; ++i)
+        multiply<kScaling, kWhole, 0>(x, (segment.chunk + i) * kUnits, i == 0, i + 1 < segment.chunks);
+      wgmma_wait<0>(sums[0]);
+      free_x_behind();
+      if (segment.chunk > 0) {
+        write_partial();
+      } else {
+        if (segment.chunks < segment.all) add_partials();
+        store_outputs();
+      }
+    }
   }
 
   __device__ __forceinline__ void run() { run_rounded(*this); }
+
+  // ---- sums of a tile that several ranges have: each warp's by itself, as they stand in registers, for the same warp of the range that adds them
+
+  static constexpr int kPartialThreads = 32 * Block::kConsumers;
+
+  __device__ __forceinline__ uint32_t* flag(uint32_t range) const {
+    return p.flags + (range * Block::kNeighbours + block.neighbour) * Block::kConsumers + threadIdx.x / 32;
+  }
+  __device__ __forceinline__ float4* partial(uint32_t range) const {
+    const int64_t blocks = range * Block::kNeighbours + block.neighbour;
+    return reinterpret_cast<float4*>(p.partials + blocks * (kSums * kPartialThreads)) + threadIdx.x;
+  }
+  __device__ __forceinline__ void write_partial() const {
+    const uint32_t range = block.range(p);
+    float4* const to = partial(range);
+#pragma unroll
+    for (int i = 0; i < kSums; i += 4) store(to + i / 4 * kPartialThreads, make_float4(sums[0][i], sums[0][i + 1], sums[0][i + 2], sums[0][i + 3]));
+    sync_warp();
+    if (lane == 0) raise_flag(flag(range), segment.chunks);
+  }
+
+  // Those of the next ranges, until all chunks of the tile are there. 48 numbers of a thread are on the way at a time, in three groups: one is added
+  // and asked for anew while the others come. (64 cost registers, and with them 8 instructions a chunk.)
+  __device__ __forceinline__ void add_partials() {
+    constexpr int kGroup = 4, kAhead = 3, kGroups = kSums / 4 / kGroup;
+#pragma unroll 1
+    for (uint32_t other = block.range(p) + 1, chunks = segment.chunks; chunks < segment.all; ++other) {
+      chunks += shuffle_from(wait_for_flag(flag(other)), 0);
+      const float4* const from = partial(other);
+      float4 parts[kAhead][kGroup];
+      const auto load_group = [&](int group) {
+#pragma unroll
+        for (int i = 0; i < kGroup; ++i) parts[group % kAhead][i] = load_of_others(from + (group * kGroup + i) * kPartialThreads);
+      };
+#pragma unroll
+      for (int group = 0; group < kAhead; ++group) load_group(group);
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) {
+#pragma unroll
+        for (int i = 0; i < kGroup; ++i) {
+          float* const d = sums[0] + 4 * (group * kGroup + i);
+          const float4& part = parts[group % kAhead][i];
+          d[0] += part.x, d[1] += part.y, d[2] += part.z, d[3] += part.w;
+        }
+        if (group + kAhead < kGroups) load_group(group + kAhead);
+      }
+    }
+  }
+
+  // ---- outputs, from registers, since the rings are in use
+  //
+  // Lane 4g + t has rows g and g + 8 of the warp's 16, of tokens 2t and 2t + 1 of eight. It gives one of the tokens to lane 4 (g ^ 1) + t for that
+  // one's other rows, and then one half of the rows to lane 4 (g ^ 2) + t:
+  //
+  //   rows g & ~1, g | 1, and those + 8, of token 2t + g % 2
+  //   rows r .. r + 3 of that token, r = 8 (g / 2 % 2) + 4 (g / 4)
+  //
+  // which are 8 bytes of each lane, and 32 of each token.
+  __device__ __forceinline__ void store_outputs() const {
+    const int64_t rows = p.weight.out_features, row = (static_cast<int64_t>(segment.first_tile(p, block)) + this->first_tile) * kTileRows + lane / 4;
+    const float low = p.bias && row < rows ? load_float(p.bias, row, p.bias_dtype) : 0.0f;
+    const float high = p.bias && row + 8 < rows ? load_float(p.bias, row + 8, p.bias_dtype) : 0.0f;
+    const bool odd = lane & 4, upper = lane & 8;
+    // Of `own` and what came for it, the lower row first: the halves with the rows that are kept, and with the others.
+    const uint32_t lower_rows = odd ? 0x1054 : 0x5410, upper_rows = odd ? 0x3276 : 0x7632;
+    const uint32_t kept_rows = upper ? upper_rows : lower_rows, given_rows = upper ? lower_rows : upper_rows;
+    const int64_t n = row - lane / 4 + (upper ? 8 : 0) + lane / 16 * 4;
+    const int64_t token = static_cast<int64_t>(segment.token_tile(p)) * Block::kTokens + 2 * (lane % 4) + (odd ? 1 : 0);
+    const int left = static_cast<int>(p.tokens - token < Block::kTokens ? p.tokens - token : Block::kTokens);
+    const int exist = static_cast<int>(rows - n < 4 ? rows - n : 4);
+    const auto each = [&](const auto& store_four) {
+      uint16_t* y = static_cast<uint16_t*>(p.y) + token * rows + n;
+#pragma unroll
+      for (int i = 0; i < kSums / 4; ++i, y += 8 * rows) {
+        const float* const d = sums[0] + 4 * i;
+        const uint32_t first = from_floats(T{}, d[0] + low, d[2] + high), second = from_floats(T{}, d[1] + low, d[3] + high);
+        const uint32_t own = odd ? second : first, others = shuffle_xor(odd ? first : second, 4);
+        const uint32_t keeps = permute_bytes(own, others, kept_rows), came = shuffle_xor(permute_bytes(own, others, given_rows), 8);
+        if (8 * i < left) store_four(y, upper ? uint2{came, keeps} : uint2{keeps, came});
+      }
+    };
+    // Each of these instructions is read once: those of the usual case stand together.
+    if (rows % 4 == 0) {
+      each([&](uint16_t* y, const uint2& four) {
+        if (exist > 0) store(reinterpret_cast<uint2*>(y), four);
+      });
+    } else {
+      each([&](uint16_t* y, const uint2& four) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (i < exist) store(y + i, static_cast<uint16_t>((i < 2 ? four.x : four.y) >> 16 * (i % 2)));
+      });
+    }
+  }
 };
 
 }  // namespace

@@ -42,6 +42,9 @@ def races(self_check: SelfCheck) -> Iterator[None]:
         ("shared_ring_no_fence", "barrier that is not known to the cluster"),
         ("shared_ring_no_barrier", "barrier that is not known to the cluster"),
         ("copy_to_block_that_ends", "ends while copies to it are on the way"),
+        ("flag_of_later_block", "a wait for what no block before this one does"),
+        ("flag_that_nobody_raises", "a wait for what no block before this one does"),
+        ("flag_not_lowered", "a flag that is not lowered before it is raised"),
     ],
 )
 def test_mistakes_are_seen(self_check: SelfCheck, kernel: str, words: str) -> None:
@@ -71,6 +74,10 @@ def test_mistakes_are_seen(self_check: SelfCheck, kernel: str, words: str) -> No
             "sum_of_cluster_to_one_place",
             "block .* writes global memory, thread .* of block .* writes",
         ),
+        *(
+            (f"flag_{mistake}", "thread .* reads global memory, a thread of another cluster writes")
+            for mistake in ("without_wait", "for_one_thread", "of_one_thread", "before_the_last_write")
+        ),
     ],
 )
 def test_races_are_seen(self_check: SelfCheck, races: None, kernel: str, words: str) -> None:
@@ -97,7 +104,7 @@ def test_waits_that_may_come_too_late_are_seen(self_check: SelfCheck, races: Non
     "kernel",
     [
         *("neighbours", "wgmma", "ring", "bulk_ring", "shared_ring", "sum_of_cluster"),
-        *("matrices", "early", "turns"),
+        *("matrices", "early", "turns", "flag"),
     ],
 )
 def test_what_barriers_order_is_no_race(self_check: SelfCheck, races: None, kernel: str) -> None:
@@ -121,6 +128,13 @@ def test_copies_are_there_when_they_were_waited_for(self_check: SelfCheck) -> No
 def test_kernels_that_start_early_wait(self_check: SelfCheck) -> None:
     x = torch.arange(128, dtype=torch.int32)
     assert torch.equal(self_check.run("early", x)[:32], x[:32])
+
+
+def test_blocks_wait_for_flags_of_those_before(self_check: SelfCheck) -> None:
+    y = self_check.run("flag", torch.zeros(128, dtype=torch.int32))
+    expected = torch.arange(5, 37, dtype=torch.int32).roll(-1)
+    expected[0] += 3
+    assert torch.equal(y[1:33], expected)
 
 
 def test_matrices_and_shuffles(self_check: SelfCheck, generator: torch.Generator) -> None:

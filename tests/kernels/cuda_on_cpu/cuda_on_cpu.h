@@ -187,6 +187,18 @@ inline void copy_bulk(uint32_t shared, const void* global, uint32_t bytes, uint3
 }
 inline void mbarrier_wait(uint32_t barrier, uint32_t bit) { cuda_on_cpu::mbarrier_wait(barrier, bit); }
 
+// ---- thread blocks of one launch that are no cluster ----
+
+inline void raise_flag(uint32_t* flag, uint32_t number) {
+  cuda_on_cpu::check_global(flag, 4, cuda_on_cpu::Way::kStore);
+  cuda_on_cpu::raise_flag(flag, number);
+}
+inline uint32_t wait_for_flag(const uint32_t* flag) {
+  cuda_on_cpu::check_global(flag, 4, cuda_on_cpu::Way::kLoad);
+  return cuda_on_cpu::wait_for_flag(flag);
+}
+inline float4 load_of_others(const float4* p) { return load_written(p); }
+
 // ---- numbers ----
 
 template <uint32_t kMask>

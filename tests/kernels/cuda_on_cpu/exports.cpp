@@ -14,6 +14,7 @@ extern "C" {
 int64_t linear_workspace(const hfq::LinearParams* params) { return hfq::linear_workspace(*params); }
 const char* arrange(const hfq::LinearParams* params) { return hfq::launch_arrange(*params, nullptr); }
 void gemm_plan(const hfq::LinearParams* params, hfq::GemmPlan* plan) { *plan = hfq::plan_gemm(*params); }
+void pair_plan(const hfq::LinearParams* params, int active, hfq::PairPlan* plan) { *plan = hfq::plan_pairs(*params, active); }
 const char* linear(const hfq::LinearParams* params) { return hfq::launch_linear(*params, nullptr); }
 const char* spqr_linear(const hfq::SpqrLinearParams* params) { return hfq::launch_spqr_linear(*params, nullptr); }
 const char* spqr_unpack(const hfq::SpqrUnpackParams* params) { return hfq::launch_spqr_unpack(*params, nullptr); }

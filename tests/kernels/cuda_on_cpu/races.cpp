@@ -30,11 +30,26 @@ struct Watched {
 };
 std::vector<Watched> shared;
 std::unordered_map<uintptr_t, Accesses> global;
+// What a flag tells: of a cluster, how far its threads had come; and the same of those that it knew of by flags.
+using Told = std::vector<std::pair<uint32_t, Clock>>;
+std::unordered_map<const void*, Told> flags;
+std::vector<const Told*> seen;  // by threads of this cluster, each with a place behind the others of a clock, where those that know of it have 1
 std::string message;
 
 void join(Clock& into, const Clock& from) {
   if (into.size() < from.size()) into.resize(from.size());
   for (size_t i = 0; i < from.size(); ++i) into[i] = std::max(into[i], from[i]);
+}
+
+size_t place_of_seen(size_t number) { return 2 * threads + threads / 32 + kBarriers + number; }
+
+// One who knows `knows` knows of an access of another cluster.
+bool knows_by_flags(const Clock& knows, const Access& other) {
+  for (size_t i = 0; i < seen.size(); ++i)
+    if (place_of_seen(i) < knows.size() && knows[place_of_seen(i)])
+      for (const auto& [of_cluster, clock] : *seen[i])
+        if (of_cluster == other.cluster && clock[other.whose] >= other.time) return true;
+  return false;
 }
 
 std::string name(const Access& access, const char* place) {
@@ -55,7 +70,8 @@ bool add(Accesses& all, const Access& own, const Clock& knows, const char* place
   bool kept = false;
   for (size_t i = 0; i < all.size();) {
     Access& other = all[i];
-    const bool known = other.cluster == cluster && knows[other.whose] >= other.time, overlaps = other.bytes & own.bytes;
+    const bool overlaps = other.bytes & own.bytes;
+    const bool known = other.cluster == cluster ? knows[other.whose] >= other.time : overlaps && knows_by_flags(knows, other);
     if (overlaps && (own.writes || other.writes) && !known) {
       message = "a race: " + name(own, place) + ", " + name(other, "it") + ", and nothing orders them";
       return false;
@@ -101,12 +117,14 @@ const char* add_all(const void* p, size_t bytes, const Access& own, const Clock&
 
 void begin_launch() {
   global.clear();
+  flags.clear();
   cluster = 0;
 }
 
 void begin_cluster(unsigned count, std::vector<Memory> memory) {
   ++cluster;
   threads = count, barriers = 0;
+  seen.clear();
   clocks.resize(threads);
   steps.assign(threads, {});
   for (unsigned i = 0; i < threads; ++i) {
@@ -169,6 +187,26 @@ void tell_time(Clock& clock, unsigned whose, uint32_t time) {
 uint32_t time_of(unsigned thread) { return clocks[thread][thread]; }
 
 bool knows(unsigned thread, unsigned whose, uint32_t time) { return clocks[thread][whose] >= time; }
+
+void raise(unsigned thread, const void* flag) {
+  Told& told = flags[flag];
+  told.assign(1, {cluster, clocks[thread]});
+  for (size_t i = 0; i < seen.size(); ++i)
+    if (place_of_seen(i) < clocks[thread].size() && clocks[thread][place_of_seen(i)]) told.insert(told.end(), seen[i]->begin(), seen[i]->end());
+  ++clocks[thread][thread];
+}
+
+bool see(unsigned thread, const void* flag) {
+  const auto found = flags.find(flag);
+  if (found == flags.end()) return false;
+  const Told* const told = &found->second;
+  const auto place = static_cast<size_t>(std::find(seen.begin(), seen.end(), told) - seen.begin());
+  if (place == seen.size()) seen.push_back(told);
+  Clock& clock = clocks[thread];
+  if (clock.size() <= place_of_seen(place)) clock.resize(place_of_seen(place) + 1);
+  clock[place_of_seen(place)] = 1;
+  return true;
+}
 
 const char* access(unsigned thread, const void* p, size_t bytes, bool writes) {
   return add_all(p, bytes, {cluster, thread, clocks[thread][thread], 0, writes}, clocks[thread]);

@@ -19,7 +19,7 @@ extern bool wanted;  // off: nothing is looked at
 
 using Clock = std::vector<uint32_t>;
 
-// Of global memory, what is written is watched; it is forgotten when a launch begins. Nothing orders blocks that are no cluster.
+// Of global memory, what is written is watched; it is forgotten when a launch begins. Nothing orders blocks that are no cluster but flags.
 void begin_launch();
 struct Memory {
   const uint8_t* begin;
@@ -49,6 +49,10 @@ void learn_time(unsigned thread, unsigned whose, uint32_t time);
 uint32_t time_of(unsigned thread);
 bool knows(unsigned thread, unsigned whose, uint32_t time);
 void tell_time(Clock& clock, unsigned whose, uint32_t time);
+
+// A flag tells threads of later clusters what this thread knows. False: nobody has raised it in this launch.
+void raise(unsigned thread, const void* flag);
+bool see(unsigned thread, const void* flag);
 
 // An access of a thread, or asked for by it and ended for those who know that `whose` has come as far as `time`. Returns null, or a message.
 const char* access(unsigned thread, const void* p, size_t bytes, bool writes);

@@ -282,6 +282,26 @@ void sum_of_cluster(Params p) {
   if (kMistake != Mistake::kNoBarrier) sync_cluster_only();
 }
 
+// Two blocks that are no cluster: the second one's threads read what the first one's have written, once a flag says so. (`to` begins with the flag.)
+template <Mistake kMistake>
+void flag_between_blocks(Params p) {
+  constexpr bool kBackwards = kMistake == Mistake::kOtherDescriptor;
+  uint32_t* const words = p.to + 64;
+  const uint32_t thread = threadIdx.x;
+  if (kMistake == Mistake::kNotAligned && blockIdx.x == 0 && thread == 7) store(p.to, 9u);
+  if ((blockIdx.x == 0) != kBackwards) {
+    store(words + thread, thread + 5);
+    if (kMistake != Mistake::kNoFence) sync_warp();
+    if (thread == 7 && kMistake != Mistake::kMemoryChanges) raise_flag(p.to, 3);
+    if (kMistake == Mistake::kNoBarrier) store(words + thread, thread + 5);
+  } else {
+    uint32_t number = 0;
+    if (kMistake != Mistake::kNoWait && thread == 0) number = wait_for_flag(p.to);
+    if (kMistake != Mistake::kRegistersChange) sync_warp();
+    store(p.to + 1 + thread, load_written(words + (thread + 1) % 32) + number);
+  }
+}
+
 // Starts before the kernel has ended that gives `from` and reads what was in `to`.
 template <Mistake kMistake>
 void early(Params p) {
@@ -298,6 +318,7 @@ constexpr struct {
   void (*kernel)(Params);
   unsigned threads = 32, cluster = 1;
   bool early = false;
+  unsigned clusters = 1;
 } kKernels[] = {
     {"wgmma", wgmma_of_columns<Mistake::kNone>, 128},
     {"wgmma_no_proxy_fence", wgmma_of_columns<Mistake::kNoProxyFence>, 128},
@@ -333,6 +354,14 @@ constexpr struct {
     {"sum_of_cluster_that_ends", sum_of_cluster<Mistake::kNoBarrier>, 32, 4},
     {"sum_of_cluster_without_memory", sum_of_cluster<Mistake::kNoFence>, 32, 4},
     {"sum_of_cluster_to_one_place", sum_of_cluster<Mistake::kMemoryChanges>, 32, 4},
+    {"flag", flag_between_blocks<Mistake::kNone>, 32, 1, false, 2},
+    {"flag_of_later_block", flag_between_blocks<Mistake::kOtherDescriptor>, 32, 1, false, 2},
+    {"flag_that_nobody_raises", flag_between_blocks<Mistake::kMemoryChanges>, 32, 1, false, 2},
+    {"flag_not_lowered", flag_between_blocks<Mistake::kNotAligned>, 32, 1, false, 2},
+    {"flag_without_wait", flag_between_blocks<Mistake::kNoWait>, 32, 1, false, 2},
+    {"flag_for_one_thread", flag_between_blocks<Mistake::kRegistersChange>, 32, 1, false, 2},
+    {"flag_of_one_thread", flag_between_blocks<Mistake::kNoFence>, 32, 1, false, 2},
+    {"flag_before_the_last_write", flag_between_blocks<Mistake::kNoBarrier>, 32, 1, false, 2},
     {"early", early<Mistake::kNone>, 32, 1, true},
     {"early_write", early<Mistake::kMemoryChanges>, 32, 1, true},
     {"early_read", early<Mistake::kNoWait>, 32, 1, true},
@@ -365,7 +394,7 @@ extern "C" const char* self_check(const char* name, const uint32_t* from, uint32
       const size_t shared_bytes = one.threads > 32 ? 4096 : 2048;
       going_on.clear();
       const Params params = {from, to};
-      return cuda_on_cpu::run_blocks(one.cluster, one.cluster, one.threads, shared_bytes, one.early, [&] { one.kernel(params); });
+      return cuda_on_cpu::run_blocks(one.clusters * one.cluster, one.cluster, one.threads, shared_bytes, one.early, [&] { one.kernel(params); });
     }
   return "no such kernel";
 }
