@@ -125,7 +125,9 @@ PairPlan plan_pairs(const LinearParams& p, int active) {
     const int64_t clocks = kPairStartClocks + divided(chunks, splits) * kPairChunkClocks + (splits - 1) * kPartialClocks;
     if (clocks < least) best = as_plan(all, chunks, 1, splits * tiles), least = clocks;
   }
-  const PairPlan anywhere = as_plan(all, chunks, 1, pairs);
+  // No more ranges than the longest one makes necessary: 56 tiles of 32 chunks are 64 ranges of 28, two to a tile, or 66 of which some have 28, too, and
+  // up to three are in a tile.
+  const PairPlan anywhere = as_plan(all, chunks, 1, divided(all, divided(all, pairs)));
   return clocks_of(anywhere) < least ? anywhere : best;
 }
 

@@ -76,7 +76,12 @@ def test_mistakes_are_seen(self_check: SelfCheck, kernel: str, words: str) -> No
         ),
         *(
             (f"flag_{mistake}", "thread .* reads global memory, a thread of another cluster writes")
-            for mistake in ("without_wait", "for_one_thread", "of_one_thread", "before_the_last_write")
+            for mistake in (
+                "without_wait",
+                "for_one_thread",
+                "of_one_thread",
+                "before_the_last_write",
+            )
         ),
     ],
 )

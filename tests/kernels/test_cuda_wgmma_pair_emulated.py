@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import itertools
 from typing import Any
 
 import pytest
@@ -45,7 +47,11 @@ def test_the_choice(emulator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         found: int = emulator.workspace(tokens, sizes, 90, multiprocessors=PAIR)
         return found
 
-    assert floats(300) == arranged_floats(300, 4104, TILE) + RANGE_FLOATS != arranged_floats(300, 4104, 128)
+    assert (
+        floats(300)
+        == arranged_floats(300, 4104, TILE) + RANGE_FLOATS
+        != arranged_floats(300, 4104, 128)
+    )
     assert floats(128) == arranged_floats(128, 4104, 128)
     assert floats(300, small) == 0
     for names in ("", "tokens", "tokens2560"):
@@ -120,17 +126,6 @@ def test_every_number_of_tokens(emulator: Any, generator: torch.Generator, token
         )
 
 
-@pytest.mark.parametrize("splits", range(1, 5))
-def test_every_cluster(emulator: Any, generator: torch.Generator, splits: int) -> None:
-    """As many pairs share columns as there are multiprocessors for: sums are in another order."""
-    w = make(generator, (230, 12 * 128 + 72, 128), (4, None))
-    x = torch.randn(150, w.sizes[2], generator=generator).half()
-    bias = torch.randn(230, generator=generator)
-    y = linear(emulator, x, w, bias, PAIR * splits)
-    w.check(y, x, bias, rounded=True)
-    assert torch.equal(y, linear(emulator, x, w, bias, PAIR)) == (splits == 1)
-
-
 def test_each_stage_is_used_many_times(emulator: Any, generator: torch.Generator) -> None:
     for kind in ((2, None), (3, None), (4, None), (8, "zeros"), (4, "nf4")):
         w = make(generator, (40, 27 * 128 + 72, 128), kind)
@@ -153,6 +148,126 @@ def test_not_a_number_reaches_its_own_outputs(
         check_only_bad(linear(emulator, x, w, multiprocessors=PAIR), 141)
         x[141, column] = 0
         check_only_bad(linear(emulator, x, w.with_bad_scale(133, 1), multiprocessors=PAIR).T, 133)
+
+
+# ---- ranges of all chunks
+
+# (tile, first chunk, chunks)
+Segments = list[tuple[int, int, int]]
+
+
+def ranges_of(emulator: Any, tokens: int, rows: int, columns: int, pairs: int) -> list[Segments]:
+    """What each range has of the tiles, by the plan; all of each tile, once."""
+    plan = emulator.pair_plan(tokens, (4, 0, columns, rows), pairs)
+    chunks, tiles = -(-columns // 128), -(-rows // 256) * -(-tokens // TILE)
+    assert plan.tile_units * plan.unit_chunks == chunks and plan.units == tiles * plan.tile_units
+    assert 0 < plan.ranges <= pairs and plan.units * plan.ranges < 1 << 32
+    ends = [r * plan.units // plan.ranges * plan.unit_chunks for r in range(plan.ranges + 1)]
+    found = []
+    for begin, end in itertools.pairwise(ends):
+        assert begin < end
+        segments = []
+        while begin < end:
+            count = min(end - begin, chunks - begin % chunks)
+            segments.append((begin // chunks, begin % chunks, count))
+            begin += count
+        found.append(segments)
+    assert sum(count for segments in found for _, _, count in segments) == tiles * chunks
+    return found
+
+
+def contributors(ranges: list[Segments]) -> collections.Counter[int]:
+    """Of each tile."""
+    return collections.Counter(tile for segments in ranges for tile, _, _ in segments)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "ranges", "most", "shared"),
+    [
+        # Shapes of Llama 3 8B and 70B. Chunks of a range at most, and ranges of a tile.
+        (14336, 4096, 64, 28, 2),
+        (4096, 14336, 64, 28, 4),
+        (28672, 8192, 66, 109, 2),
+        (4096, 4096, 64, 8, 4),
+    ],
+)
+def test_plans_of_an_h200(
+    emulator: Any, rows: int, columns: int, ranges: int, most: int, shared: int
+) -> None:
+    """66 pairs run at a time."""
+    found = ranges_of(emulator, 256, rows, columns, 66)
+    assert len(found) == ranges
+    assert max(sum(count for _, _, count in segments) for segments in found) == most
+    assert max(contributors(found).values()) == shared
+
+
+def test_plans_without_shared_tiles(emulator: Any) -> None:
+    assert emulator.pair_plan(256, (4, 0, 4096, 4096), 0).ranges == 0
+    # As many tiles as pairs, or more tiles than numbers of 32 bits have chunks for.
+    for tokens, rows, columns in ((256, 66 * 256, 4096), (1 << 20, 1 << 18, 1 << 15)):
+        ranges = emulator.pair_plan(tokens, (4, 0, columns, rows), 66)
+        assert (ranges.tile_units, ranges.unit_chunks) == (1, columns // 128)
+    assert len(ranges_of(emulator, 200, 100, 1000, 1 << 19)) <= 8
+
+
+# (tokens, N, K, pairs), and what is new: segments of a range, ranges of a tile, at most.
+CUTS = {
+    "two_ranges": ((150, 230, 1608, 2), 1, 2),
+    "three_ranges": ((256, 256, 1536, 3), 1, 3),
+    "four_ranges": ((140, 130, 2000, 4), 1, 4),
+    "five_ranges": ((129, 100, 3848, 5), 1, 5),
+    "begin_and_end_within": ((130, 600, 1896, 4), 2, 2),
+    "within_one_tile": ((200, 500, 3816, 5), 2, 3),
+    "tiles_of_tokens": ((600, 300, 752, 4), 2, 2),
+    "whole_tiles_between": ((130, 1540, 640, 3), 3, 2),
+    "all_of_one": ((600, 300, 392, 1), 6, 1),
+    "rounds_of_whole_tiles": ((300, 520, 264, 3), 2, 1),
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_every_cut(emulator: Any, generator: torch.Generator, name: str) -> None:
+    """Results are right and the same each time, whoever adds them up."""
+    (tokens, rows, columns, pairs), segments, shared = CUTS[name]
+    ranges = ranges_of(emulator, tokens, rows, columns, pairs)
+    assert max(map(len, ranges)) == segments
+    assert max(contributors(ranges).values()) == shared
+    dtype = torch.float16 if columns % 128 == 0 else torch.bfloat16
+    w = make(generator, (rows, columns, 64), (4, None))
+    x = torch.randn(tokens, columns, generator=generator).to(dtype)
+    bias = torch.randn(rows, generator=generator)
+    y = linear(emulator, x, w, bias, PAIR * pairs)
+    w.check(y, x, bias, rounded=True)
+    assert torch.equal(y, linear(emulator, x, w, bias, PAIR * pairs))
+    alone = linear(emulator, x, w, bias, PAIR)
+    tiles = -(-tokens // TILE)
+    for tile, count in contributors(ranges).items():
+        if count == 1:  # else sums are in another order
+            m, n = tile % tiles * TILE, tile // tiles * 256
+            assert torch.equal(y[m : m + TILE, n : n + 256], alone[m : m + TILE, n : n + 256])
+    assert torch.equal(y, alone) == (shared == 1)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=name_of)
+def test_every_kind_in_ranges(emulator: Any, generator: torch.Generator, kind: Kind) -> None:
+    """Scales and codes of segments that begin within groups and tiles."""
+    shape = (402, 1544, 160)
+    ranges = ranges_of(emulator, 260, shape[0], shape[1], 3)
+    assert any(first for segments in ranges for _, first, _ in segments)
+    w = make(generator, shape, kind)
+    x = torch.randn(260, shape[1], generator=generator).bfloat16()
+    w.check(linear(emulator, x, w, multiprocessors=PAIR * 3), x, rounded=True)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_not_a_number_passes_through_partial_sums(
+    emulator: Any, generator: torch.Generator, bad: float
+) -> None:
+    w = make(generator, (280, 1544, 64), (4, "zeros"))
+    for column in (0, 700, 1543):  # of the range that adds, and of others
+        x = torch.randn(150, 1544, generator=generator).half()
+        x[141, column] = bad
+        check_only_bad(linear(emulator, x, w, multiprocessors=PAIR * 5), 141)
 
 
 @pytest.mark.slow

@@ -89,11 +89,21 @@ RUNGS = {
         (130, LONG, 32), 256, "weights by float32", (4, "zeros"), large=True, tried=PAIR
     ),
     "pair_nf4": Rung((256, LONG, 64), 256, "a table", (4, "nf4"), large=True, tried=PAIR),
-    "pair_cluster": Rung(
-        (1024, 4096, 128), 600, "pairs that share columns, tiles of tokens", large=True, tried=PAIR
+    "pair_shared": Rung(
+        (1024, 4096, 128),
+        600,
+        "tiles of several pairs: partial sums, flags",
+        large=True,
+        tried=PAIR,
     ),
     "pair_full": Rung(
         (4096, 14336, 128), 256, "all multiprocessors", calls=300, large=True, tried=PAIR
+    ),
+    "pair_ranges": Rung(
+        (14336, 4096, 128), 256, "ranges that begin in tiles", calls=300, large=True, tried=PAIR
+    ),
+    "pair_rounds": Rung(
+        (28672, 4096, 128), 1000, "several tiles of a pair", calls=100, large=True, tried=PAIR
     ),
     "full": Rung((4096, 14336, 128), 64, "all multiprocessors; races", calls=300),
     "full16": Rung((14336, 4096, 128), 16, "the same", (4, "zeros"), calls=300),

@@ -48,6 +48,12 @@ class GemmPlan(Params):
     )
 
 
+class PairPlan(Params):
+    """kernels/cuda/wgmma.h"""
+
+    _fields_ = fields(INT, "units", "tile_units", "unit_chunks", "ranges")
+
+
 class ExpertsParams(Params):
     """kernels/cuda/experts.h"""
 
@@ -180,6 +186,14 @@ class Linear(Launchers):
         self.set_device(multiprocessors, shared_bytes)
         params = LinearParams(weight=weight, tokens=tokens)
         self._library.gemm_plan(ctypes.byref(params), ctypes.byref(plan))
+        return plan
+
+    def pair_plan(self, tokens: int, sizes: Sizes, pairs: int) -> PairPlan:
+        """How a product is shared out among `pairs` that run at a time."""
+        weight = Weight(out_features=sizes[3], in_features=sizes[2])
+        plan = PairPlan()
+        params = LinearParams(weight=weight, tokens=tokens)
+        self._library.pair_plan(ctypes.byref(params), pairs, ctypes.byref(plan))
         return plan
 
     def experts_linear(
