@@ -114,7 +114,8 @@ int64_t most_ranges(const LinearParams& p) {
 PairPlan plan_pairs(const LinearParams& p, int active) {
   if (active == 0) return {};
   const auto as_plan = [](int64_t units, int64_t tile_units, int64_t unit_chunks, int64_t ranges) {
-    return PairPlan{static_cast<uint32_t>(units), static_cast<uint32_t>(tile_units), static_cast<uint32_t>(unit_chunks), static_cast<uint32_t>(ranges)};
+    const auto number = [](int64_t n) { return static_cast<uint32_t>(n); };
+    return PairPlan{number(units), number(tile_units), number(unit_chunks), number(ranges)};
   };
   const int64_t chunks = pair_chunks(p), tiles = pair_tiles(p), all = tiles * chunks, pairs = active < all ? active : all;
   const int64_t whole = tiles < pairs ? tiles : pairs;
@@ -125,8 +126,8 @@ PairPlan plan_pairs(const LinearParams& p, int active) {
     const int64_t clocks = kPairStartClocks + divided(chunks, splits) * kPairChunkClocks + (splits - 1) * kPartialClocks;
     if (clocks < least) best = as_plan(all, chunks, 1, splits * tiles), least = clocks;
   }
-  // No more ranges than the longest one makes necessary: 56 tiles of 32 chunks are 64 ranges of 28, two to a tile, or 66 of which some have 28, too, and
-  // up to three are in a tile.
+  // No more ranges than the longest one makes necessary: 56 tiles of 32 chunks are 64 ranges of 28, two to a tile, or 66 of which some have 28, too,
+  // and up to three are in a tile.
   const PairPlan anywhere = as_plan(all, chunks, 1, divided(all, divided(all, pairs)));
   return clocks_of(anywhere) < least ? anywhere : best;
 }

@@ -18,8 +18,8 @@ struct WgmmaPlan {
   int32_t split_chunks;  // kWgmmaColumns columns each, of each of them
 };
 
-// wgmma_pair.h: all tiles of the output stand in a row, of each its chunks of kWgmmaColumns columns, and each pair has a range of it: range r is units
-// [r * units / ranges, (r + 1) * units / ranges). A unit is a chunk, or a tile with all its chunks. units * ranges < 2^32.
+// wgmma_pair.h: all tiles of the output stand in a row, of each its chunks of kWgmmaColumns columns, and each pair has a range of it: range r is
+// units [r * units / ranges, (r + 1) * units / ranges). A unit is a chunk, or a tile with all its chunks. units * ranges < 2^32.
 struct PairPlan {
   uint32_t units;
   uint32_t tile_units, unit_chunks;  // units of a tile, chunks of a unit

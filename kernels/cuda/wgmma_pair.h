@@ -1,7 +1,7 @@
 // From stages to sums for 129 and more tokens: 128 rows and 256 tokens of a thread block, and x for two blocks at once.
 //
 // Of 256 tokens a block of wgmma_large.h takes 128, so that each weight is unpacked twice. Here it is unpacked once, for one tile of a warp: 278
-// instructions for a chunk (4 bits, bfloat16, scales in two parts; 226 with scales as stored, 511 through float32) in place of 419, for the same 2048
+// instructions for a chunk (4 bits, bfloat16, scales in two parts; 232 with scales as stored, 509 through float32) in place of 419, for the same 2048
 // clocks of tensor cores. Two such warps are 556 of a scheduler. A unit's operands are 8 registers, so that there is room for those of four: one unit
 // runs, one waits behind it, the next one is unpacked.
 //
@@ -222,6 +222,8 @@ struct WgmmaPairConsumer : WgmmaRounded<Kind, T, Block, 4> {
     if constexpr (u + 1 < kUnits) multiply<kScaling, kWhole, u + 1>(x, unit, first, more);
   }
 
+  // All segments. (If they chose among these functions one by one, sums of six loops would meet, for which there are no registers: ptxas would wait
+  // for each wgmma.)
   template <Scaling kScaling, bool kWhole>
   __device__ __forceinline__ void run_chunks() {
     const uint64_t x = x_descriptor(block.ring);
@@ -258,6 +260,7 @@ struct WgmmaPairConsumer : WgmmaRounded<Kind, T, Block, 4> {
     const int64_t blocks = range * Block::kNeighbours + block.neighbour;
     return reinterpret_cast<float4*>(p.partials + blocks * (kSums * kPartialThreads)) + threadIdx.x;
   }
+
   __device__ __forceinline__ void write_partial() const {
     const uint32_t range = block.range(p);
     float4* const to = partial(range);
@@ -327,7 +330,7 @@ struct WgmmaPairConsumer : WgmmaRounded<Kind, T, Block, 4> {
         if (8 * i < left) store_four(y, upper ? uint2{came, keeps} : uint2{keeps, came});
       }
     };
-    // Each of these instructions is read once: those of the usual case stand together.
+    // Instructions that run once have to come from memory: those of the usual case stand together.
     if (rows % 4 == 0) {
       each([&](uint16_t* y, const uint2& four) {
         if (exist > 0) store(reinterpret_cast<uint2*>(y), four);
