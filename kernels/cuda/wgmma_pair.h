@@ -253,12 +253,13 @@ struct WgmmaPairConsumer : WgmmaRounded<Kind, T, Block, 4> {
 
   static constexpr int kPartialThreads = 32 * Block::kConsumers;
 
+  // (The thread is read again, for want of a register.)
   __device__ __forceinline__ uint32_t* flag(uint32_t range) const {
-    return p.flags + (range * Block::kNeighbours + block.neighbour) * Block::kConsumers + threadIdx.x / 32;
+    return p.flags + (range * Block::kNeighbours + block.neighbour) * Block::kConsumers + kept(threadIdx.x) / 32;
   }
   __device__ __forceinline__ float4* partial(uint32_t range) const {
     const int64_t blocks = range * Block::kNeighbours + block.neighbour;
-    return reinterpret_cast<float4*>(p.partials + blocks * (kSums * kPartialThreads)) + threadIdx.x;
+    return reinterpret_cast<float4*>(p.partials + blocks * (kSums * kPartialThreads)) + kept(threadIdx.x);
   }
 
   __device__ __forceinline__ void write_partial() const {
