@@ -107,7 +107,7 @@ struct Block {
   std::vector<uint32_t> stored;             // and by which thread, if that has made it known to nobody
   std::map<uint32_t, Mbarrier> mbarriers;   // by their places in shared memory
   std::vector<BulkCopy> bulk_copies;        // on the way
-  std::map<unsigned, uint32_t> uses;        // threads of other blocks that have used it, and when for the last time
+  std::map<unsigned, uint32_t> uses;        // by threads of other blocks and by their copies: whose clock, and its time for the last one
   std::vector<std::vector<uint64_t>> what;  // of each warpgroup, what its warps have started
 };
 
@@ -156,7 +156,7 @@ void leave(State state) {
 
 unsigned number_of(const Fiber& fiber) { return static_cast<unsigned>(&fiber - fibers.data()); }
 
-// Nothing has to come, and one of its threads at least has waited for those of others that used it.
+// Nothing has to come, and one of its threads at least has waited for others and their copies that used it.
 void check_end(const Block& block) {
   if (!block.bulk_copies.empty()) message = "a block ends while copies to it are on the way";
   const unsigned first = static_cast<unsigned>(&block - cluster.data()) * threads;
@@ -474,10 +474,15 @@ uint8_t* at_shared_address(uint32_t address, size_t bytes) {
 
 namespace {
 
-Block& block_of_rank(unsigned rank) {
+Block& running_block(unsigned rank) {
   if (rank >= cluster.size()) fail("no such block in the cluster");
   Block& block = cluster[rank];
   if (block.ended == static_cast<int>(threads)) fail("use of a block that has ended");
+  return block;
+}
+
+Block& block_of_rank(unsigned rank) {
+  Block& block = running_block(rank);
   if (races::wanted && &block != current->block) block.uses[number_of(*current)] = races::time_of(number_of(*current));
   return block;
 }
@@ -706,6 +711,7 @@ void begin_copy(Block& block, uint32_t shared, const void* global, uint32_t byte
   if (!within(to, bytes, block.shared_begin, shared_size)) fail("copy_bulk outside of shared memory");
   if (races::wanted) {
     const Mbarrier& counts = known(*found);
+    if (&block != current->block) block.uses[counts.clock] = counts.phase + 1;
     access_later(counts.clock, counts.phase + 1, to, bytes, true);
     access_later(counts.clock, counts.phase + 1, global, bytes, false);
   }
@@ -722,7 +728,7 @@ void copy_bulk(uint32_t shared, const void* global, uint32_t bytes, uint32_t bar
 void copy_bulk_to_blocks(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier, uint32_t blocks) {
   if (blocks == 0) fail("copy_bulk to nobody");
   for (unsigned rank = 0; rank < 32; ++rank)
-    if (blocks >> rank & 1) begin_copy(block_of_rank(rank), shared, global, bytes, barrier);
+    if (blocks >> rank & 1) begin_copy(running_block(rank), shared, global, bytes, barrier);
 }
 
 void raise_flag(uint32_t* flag, uint32_t number) {
