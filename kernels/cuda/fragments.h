@@ -62,13 +62,16 @@ constexpr uint32_t kBoth = bits_of<T>(1.0 * kNumber / (1 << kShift)) * 0x10001u;
 
 // The codes at bit kAt of either half of a word, as code - 2^(bits-1). With the exponent of 2^mantissa the mantissa counts in ones: a field
 // at bit p below its end gives 2^mantissa + code 2^p, and one multiply-add, exact, the number. Fields that lie there together share a shift.
-template <class T, int kBits, int kAt>
+// `kRaised`: 2^mantissa + code as it is, of a field that lies at the end.
+template <class T, int kBits, int kAt, bool kRaised>
 __device__ __forceinline__ uint32_t field_numbers(uint32_t word) {
   constexpr int kMantissa = Format<T>::kMantissa, kSpan = kMantissa / kBits * kBits;
   constexpr int kShift = kAt / kSpan * kSpan, kPlace = kAt - kShift;
   constexpr uint32_t kMask = 0x00010001u * (((1u << kBits) - 1) << kPlace);
   constexpr int kOffset = (1 << (kMantissa - kPlace)) + (1 << (kBits - 1));
-  return fma2(T{}, and_or<kMask>(word >> kShift, kBoth<T, 1 << kMantissa>), kBoth<T, 1, kPlace>, kBoth<T, -kOffset>);
+  static_assert(!kRaised || kPlace == 0);
+  const uint32_t raised = and_or<kMask>(word >> kShift, kBoth<T, 1 << kMantissa>);
+  return kRaised ? raised : fma2(T{}, raised, kBoth<T, 1, kPlace>, kBoth<T, -kOffset>);
 }
 
 // Two 8-bit codes in the lower bytes of the halves, as code - 128.
@@ -99,8 +102,12 @@ struct Codes {
     }
   }
 
+  // What sums of products lack for each activation if numbers are raised (field_numbers), where each code can be: 0 elsewhere.
+  template <class T>
+  static constexpr int kRaise = kBits == 4 && Format<T>::kMantissa / kBits == 1 ? (1 << Format<T>::kMantissa) + (1 << (kBits - 1)) : 0;
+
   // Register r as two numbers.
-  template <class T, int r>
+  template <class T, int r, bool kRaised = false>
   __device__ __forceinline__ uint32_t numbers() const {
     if constexpr (kE4m3) {
       return e4m3_numbers(T{}, permute_bytes(words[r / 2], 0, r % 2 ? 0x3424u : 0x1404u));
@@ -108,15 +115,15 @@ struct Codes {
       return byte_numbers(T{}, permute_bytes(words[r / 2], 0, r % 2 ? 0x4342u : 0x4140u));
     } else if constexpr (kBits == 3) {
       if constexpr (r < 30) {
-        return field_numbers<T, 3, 3 * (r % 5)>(words[r / 5]);
+        return field_numbers<T, 3, 3 * (r % 5), kRaised>(words[r / 5]);
       } else {
         constexpr int w = 3 * (r - 30);
         const uint32_t code = ((words[w] >> 15) & 0x00010001u) | ((words[w + 1] >> 14) & 0x00020002u) | ((words[w + 2] >> 13) & 0x00040004u);
-        return field_numbers<T, 3, 0>(code);
+        return field_numbers<T, 3, 0, kRaised>(code);
       }
     } else {
       constexpr int kFields = 16 / kBits;
-      return field_numbers<T, kBits, kBits * (r % kFields)>(words[r / kFields]);
+      return field_numbers<T, kBits, kBits * (r % kFields), kRaised>(words[r / kFields]);
     }
   }
 };
@@ -128,17 +135,17 @@ template <int kBits, bool kE4m3 = false>
 struct IntCodes : Codes<kBits, kE4m3> {
   static constexpr bool kTable = false, kMayHaveZeros = !kE4m3;
 
-  template <class T, int kUnit>
+  template <class T, int kUnit, bool kRaised = false>
   __device__ __forceinline__ void unit(uint32_t, uint32_t (&a)[2][4]) const {
     constexpr int r = 8 * kUnit;
-    a[0][0] = this->template numbers<T, r>();
-    a[0][2] = this->template numbers<T, r + 1>();
-    a[0][1] = this->template numbers<T, r + 2>();
-    a[0][3] = this->template numbers<T, r + 3>();
-    a[1][0] = this->template numbers<T, r + 4>();
-    a[1][2] = this->template numbers<T, r + 5>();
-    a[1][1] = this->template numbers<T, r + 6>();
-    a[1][3] = this->template numbers<T, r + 7>();
+    a[0][0] = this->template numbers<T, r, kRaised>();
+    a[0][2] = this->template numbers<T, r + 1, kRaised>();
+    a[0][1] = this->template numbers<T, r + 2, kRaised>();
+    a[0][3] = this->template numbers<T, r + 3, kRaised>();
+    a[1][0] = this->template numbers<T, r + 4, kRaised>();
+    a[1][2] = this->template numbers<T, r + 5, kRaised>();
+    a[1][1] = this->template numbers<T, r + 6, kRaised>();
+    a[1][3] = this->template numbers<T, r + 7, kRaised>();
   }
 
   // From the order of `activations` to that of the columns.
@@ -160,8 +167,11 @@ struct TableCodes : Codes<4> {
   static constexpr bool kTable = true, kMayHaveZeros = false;
   static constexpr int kTableBytes = 256 * 32 * 4;
 
+  template <class T>
+  static constexpr int kRaise = 0;
+
   // `table`: of the lane.
-  template <class T, int kUnit>
+  template <class T, int kUnit, bool kRaised = false>
   __device__ __forceinline__ void unit(uint32_t table, uint32_t (&a)[2][4]) const {
 #pragma unroll
     for (int j = 0; j < 2; ++j)

@@ -38,6 +38,14 @@ inline uint32_t flush_mask(const Weight& w, uint32_t units) {
   return mask;
 }
 
+constexpr int kStepColumns = 128;  // that a warp has at a time: linear_kernel.h, linear_digits_kernel.h, wide_kernel.h
+
+// Whether one token is multiplied in digits (linear_digits_kernel.h), unless wide.h takes it.
+inline bool takes_digits(const LinearParams& p) {
+  const Weight& w = p.weight;
+  return p.tokens == 1 && !w.codebook && w.bits == 4 && (w.groups == 1 || w.group_size % kStepColumns == 0);
+}
+
 // Enqueues the kernels. Returns null, or CUDA's description of the error. K below 2^20.
 const char* launch_linear(const LinearParams& params, cudaStream_t stream);
 

@@ -229,11 +229,6 @@ __global__ void __launch_bounds__(32 * kMostDigitWarps, 1) linear_digits_kernel(
 
 // ---- launcher
 
-inline bool takes_digits(const LinearParams& p) {
-  const Weight& w = p.weight;
-  return p.tokens == 1 && !w.codebook && w.bits == 4 && (w.groups == 1 || w.group_size % kStepColumns == 0);
-}
-
 template <class T, bool kZeros>
 const char* launch_digits_of(const LinearParams& params, cudaStream_t stream) {
   using Warp = DigitsWarp<kZeros>;

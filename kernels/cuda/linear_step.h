@@ -7,7 +7,7 @@
 namespace hfq {
 namespace {
 
-constexpr int kStepColumns = 128, kStepUnits = kStepColumns / kUnitColumns;
+constexpr int kStepUnits = kStepColumns / kUnitColumns;
 
 // Bytes and places of a step of `Kind`.
 template <class Kind>

@@ -16,6 +16,12 @@
 
 namespace hfq {
 
+// Whether an environment variable has this value.
+inline bool is_set(const char* variable, const char* value) {
+  const char* const set = std::getenv(variable);
+  return set && std::string(set) == value;
+}
+
 // Whether HFQ_CUDA_TRY, a list with commas, has this name: of a kernel that no GPU has timed yet, and that is not taken without it.
 inline bool tried(const char* name) {
   const char* const names = std::getenv("HFQ_CUDA_TRY");

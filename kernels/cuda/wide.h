@@ -8,20 +8,40 @@ namespace hfq {
 constexpr int kMostWideTokens = 16;
 constexpr int kMostWideSplits = 8;  // thread blocks of a cluster, as any GPU of compute capability 9.0 takes them
 
-struct WideParams : LinearParams {
-  int32_t splits;         // thread blocks that share the columns of the same rows: a cluster
-  uint32_t steps;         // of columns
-  uint32_t stride;        // of a warp: splits times warps of a thread block
-  uint32_t code_blocks;   // that are stored of a tile
-  uint32_t tile_bytes;    // of codes
-  uint32_t group_bytes;   // of the 8 pairs of a group and a tile
+// How a product is shared out. Thread blocks of neighbouring rows have as many tiles, or one less; those of a cluster share the columns of the same rows.
+struct WidePlan {
+  int32_t groups;  // of rows: clusters; 0 if none runs
+  int32_t splits;  // thread blocks of a cluster
+  int32_t warps;   // of a thread block
+  int32_t room;    // for so many thread blocks a multiprocessor is to have room; 0: for any number
 };
 
-// Whether launch_linear takes these kernels.
+struct WideParams : LinearParams {
+  WidePlan plan;
+  uint32_t tiles, more;  // of a group at least, and how many groups, the first ones, have one more
+  uint32_t steps;        // of columns
+  uint32_t stride;       // of a warp: splits times warps of a thread block
+  uint32_t code_blocks;  // that are stored of a tile
+  uint32_t tile_bytes;   // of codes
+  uint32_t group_bytes;  // of the 8 pairs of a group of columns and a tile
+};
+
+// What a kernel may have: tiles of a thread block, warps and shared memory of a multiprocessor; what x of a step costs, in tiles; and how many clusters
+// of so many thread blocks run at a time if each has a multiprocessor.
+struct WideShape {
+  int32_t tiles, warps;
+  size_t warp_bytes, table_bytes;
+  float x;
+  int (*active_clusters)(int splits);
+};
+
+WidePlan plan_wide(int64_t tiles, int64_t steps, const WideShape& shape);
+
+// Whether launch_linear takes these kernels: where they are faster than others, unless HFQ_CUDA_WIDE is 0; with 1 wherever they run.
 bool takes_wide(const LinearParams& params);
 
-// Into how many thread blocks of `warps` each of `blocks` is cut, for which there are `steps` steps of columns.
-int32_t wide_splits(int64_t blocks, int64_t steps, int warps);
+// Whether the kernels are there for the current device.
+bool wide_was_compiled();
 
 // One for each kind of codes, so that they are compiled side by side; called by launch_linear.
 const char* launch_wide_int2(const LinearParams& params, cudaStream_t stream);

@@ -37,10 +37,10 @@ struct WideBlock : StepCodes<Kind_> {
   // 8-bit codes are twice the memory for the same rows; a table, 32 KB, is shared by six or eight warps.
   static constexpr int kGroups = kStepUnits / kFlush, kKinds = kZeros ? 2 : 1;  // of a step; of scales and zero points
   static constexpr bool kManyNumbers = kTokenTiles * kGroups * kKinds == 8;       // for which 8 tiles leave no registers
-  static constexpr int kTiles = Kind::kTable || kBits == 8 || kManyNumbers ? 4 : 8, kRows = kTiles * kTileRows, kNumbers = kKinds * kTiles;
+  static constexpr int kTiles = (Kind::kTable && kTokenTiles == 2) || kBits == 8 || kManyNumbers ? 4 : 8, kRows = kTiles * kTileRows, kNumbers = kKinds * kTiles;
   // Twelve or sixteen warps of a multiprocessor, by the registers they need.
   static constexpr bool kLarge = kManyNumbers || (kTokenTiles == 2 && (kTiles == 8 || Kind::kTable));
-  static constexpr int kWarps = !Kind::kTable ? 4 : kLarge ? 6 : 8, kThreads = 32 * kWarps, kBlocksAtOnce = (kLarge ? 12 : 16) / kWarps;
+  static constexpr int kMostWarps = kLarge ? 12 : 16, kThreads = 32 * kMostWarps;
 
   // Memory of a warp. Codes [kTiles][kBytes]; x [kTokens][256 bytes]; pairs [kGroups][scales, zero points][kTiles][8]: as they are stored, in
   // places of 64 bytes, and as floats. Then its sums, [kTokens][kRows + 4] floats.
@@ -49,8 +49,14 @@ struct WideBlock : StepCodes<Kind_> {
   static constexpr int kFloatsAt = kPairsAt + kPairsBytes, kWarpBytes = kFloatsAt + kPairsBytes, kSumsStride = kRows + 4;
   static_assert(kWarpBytes % 128 == 0 && kTokens * kSumsStride * 4 <= kWarpBytes);
   static constexpr int kTableBytes = Kind::kTable ? TableCodes::kTableBytes : 0;
-  static constexpr int kSharedBytes = kTableBytes + kWarps * kWarpBytes;
 };
+
+// The rows of a thread block, in tiles.
+__device__ __forceinline__ uint32_t first_tile_of(const WideParams& p) {
+  const uint32_t group = blockIdx.x / p.plan.splits;
+  return group * p.tiles + (group < p.more ? group : p.more);
+}
+__device__ __forceinline__ int tiles_of(const WideParams& p) { return static_cast<int>(p.tiles + (blockIdx.x / p.plan.splits < p.more)); }
 
 template <class Block>
 struct WideWarp {
@@ -59,7 +65,16 @@ struct WideWarp {
   static constexpr int kTiles = Block::kTiles, kTokenTiles = Block::kTokenTiles, kGroups = Block::kGroups, kFlush = Block::kFlush;
   static constexpr int kBytes = Block::kBytes, kBlock = Block::kBlock, kBlocks = kBytes / kBlock;
   static constexpr bool kZeros = Block::kZeros;
-  static constexpr float kMiddle = 1 << (Block::kBits - 1);
+  // Numbers are raised where they can be, since it is an instruction less for two of them: what sums of products then lack for each activation is what
+  // they begin with, or a part of what zero points change.
+  static constexpr int kRaise = kGroups * kTokenTiles == 4 && !kZeros ? 0 : Kind::template kRaise<T>;  // (no registers for four sums)
+  static constexpr bool kSumsX = kZeros || kRaise > 0;
+  // Both instructions of a unit have sums of their own, where there are registers for them: one that adds to the sums of another waits for it.
+  static constexpr bool kManySums = kGroups * Block::kKinds == 4;
+  static constexpr int kChains = kManySums ? 1 : 2;
+  // So have codes of the next tile, which are loaded before a tile is multiplied.
+  static constexpr int kAhead = kManySums || Block::kBits == 8 ? 0 : 1;
+  static constexpr float kMiddle = (1 << (Block::kBits - 1)) - kRaise;
   static constexpr int kPairsRounds = (Block::kNumbers * 4 + 31) / 32;  // of 32 lanes, where pairs have 64 bytes
 
   const WideParams& p;
@@ -73,9 +88,9 @@ struct WideWarp {
 
   __device__ __forceinline__ WideWarp(const WideParams& params, uint32_t memory) : p(params), lane(threadIdx.x % 32) {
     const Weight& w = p.weight;
-    const uint32_t splits = p.splits, warp = shuffle_from(threadIdx.x / 32, 0);  // the same for all lanes, as the compiler then knows
-    const int64_t first_tile = static_cast<int64_t>(blockIdx.x / splits) * kTiles, left = (w.out_features + kTileRows - 1) / kTileRows - first_tile;
-    tiles = static_cast<int>(left < kTiles ? left : kTiles);
+    const uint32_t splits = p.plan.splits, warp = shuffle_from(threadIdx.x / 32, 0);  // the same for all lanes, as the compiler then knows
+    const int64_t first_tile = first_tile_of(p);
+    tiles = tiles_of(p);
     step = warp * splits + blockIdx.x % splits;
     codes_at = kept(memory + 16u * lane);
     codes_from = w.qweight + first_tile * p.tile_bytes + step * kBytes + 16 * lane;
@@ -127,6 +142,21 @@ struct WideWarp {
     x_from += p.stride * Block::kRowBytes;
   }
 
+  // x of the first step, through registers: what is copied comes behind the weights that were asked for before.
+  __device__ __forceinline__ void store_first_x() {
+    constexpr int kCount = Block::kTokens / 2;
+    const int left = static_cast<int>(p.tokens) - lane / 16;
+    const bool exists = step * kStepColumns + 8 * (lane % 16) < static_cast<uint32_t>(p.weight.in_features);
+    uint4 x[kCount];
+    const uint8_t* from = x_from;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i, from += 4 * p.weight.in_features)
+      x[i] = exists && 2 * i < left ? load_written(reinterpret_cast<const uint4*>(from)) : uint4{};
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) store_shared((codes_at ^ lane / 16 * 64) + Block::kXAt + i * 2 * Block::kRowBytes, x[i]);
+    x_from += p.stride * Block::kRowBytes;
+  }
+
   // Scales and zero points of the next step.
   __device__ __forceinline__ void copy_pairs() {
     const uint32_t last = static_cast<uint32_t>(p.weight.groups) - 1;
@@ -146,7 +176,7 @@ struct WideWarp {
   // What a warp holds of x while it goes through its tiles.
   struct Activations {
     uint32_t b[kStepUnits][kTokenTiles][2][2];
-    float sums[kGroups][kTokenTiles][2];  // over the units of a group, for zero points
+    float sums[kGroups][kTokenTiles][kZeros ? 2 : 4];  // over the units of a group: for zero points, or what products begin with
   };
 
   __device__ __forceinline__ void take_x(Activations& x) const {
@@ -157,8 +187,8 @@ struct WideWarp {
         const uint32_t at = (x_at ^ u % 2 * 64) + u / 2 * 128 + i * 8 * Block::kRowBytes;
         Kind::activations(load_shared<uint4>(at), x.b[u][i]);
       }
-    if constexpr (kZeros) {
-      constexpr uint32_t kOne = kBoth<T, 1>, ones[4] = {kOne, kOne, kOne, kOne};
+    if constexpr (kSumsX) {
+      constexpr uint32_t kFactor = kBoth<T, (kZeros ? 1 : -kRaise)>, factors[4] = {kFactor, kFactor, kFactor, kFactor};
 #pragma unroll
       for (int group = 0; group < kGroups; ++group)
 #pragma unroll
@@ -166,10 +196,11 @@ struct WideWarp {
           float d[4] = {};
 #pragma unroll
           for (int u = group * kFlush; u < (group + 1) * kFlush; ++u) {
-            mma(T{}, d, ones, x.b[u][i][0][0], x.b[u][i][0][1]);
-            mma(T{}, d, ones, x.b[u][i][1][0], x.b[u][i][1][1]);
+            mma(T{}, d, factors, x.b[u][i][0][0], x.b[u][i][0][1]);
+            mma(T{}, d, factors, x.b[u][i][1][0], x.b[u][i][1][1]);
           }
-          x.sums[group][i][0] = d[0], x.sums[group][i][1] = d[1];
+#pragma unroll
+          for (int c = 0; c < (kZeros ? 2 : 4); ++c) x.sums[group][i][c] = d[c];
         }
     }
   }
@@ -195,30 +226,40 @@ struct WideWarp {
     return {as_float(both.x), as_float(both.y)};
   }
 
+  // Codes of a tile, to registers.
+  __device__ __forceinline__ void take_codes(int tile, Kind (&codes)[kBlocks]) const {
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) codes[i].take(codes_at + tile * kBytes + i * kBlock, lane);
+  }
+
   // Units u and later of a tile.
   template <int u>
-  __device__ __forceinline__ void multiply(int tile, uint32_t table, const Activations& x, Kind& codes, float (&products)[kTokenTiles][4]) {
+  __device__ __forceinline__ void multiply(int tile, uint32_t table, const Activations& x, const Kind (&codes)[kBlocks],
+                                           float (&products)[kChains][kTokenTiles][4]) {
     constexpr int kGroup = u / kFlush;
-    if constexpr (u % Kind::kUnits == 0) codes.take(codes_at + tile * kBytes + u / Kind::kUnits * kBlock, lane);
     if constexpr (u % kFlush == 0)
 #pragma unroll
       for (int i = 0; i < kTokenTiles; ++i)
 #pragma unroll
-        for (int c = 0; c < 4; ++c) products[i][c] = 0.0f;
+        for (int c = 0; c < 4; ++c) {
+          products[kChains - 1][i][c] = 0.0f;
+          products[0][i][c] = kRaise > 0 && !kZeros ? x.sums[kGroup][i][c] : 0.0f;
+        }
     uint32_t a[2][4];
-    codes.template unit<T, u % Kind::kUnits>(table, a);
+    codes[u / Kind::kUnits].template unit<T, u % Kind::kUnits, (kRaise > 0)>(table, a);
 #pragma unroll
     for (int j = 0; j < 2; ++j)
 #pragma unroll
-      for (int i = 0; i < kTokenTiles; ++i) mma(T{}, products[i], a[j], x.b[u][i][j][0], x.b[u][i][j][1]);
+      for (int i = 0; i < kTokenTiles; ++i) mma(T{}, products[j % kChains][i], a[j], x.b[u][i][j][0], x.b[u][i][j][1]);
     if constexpr ((u + 1) % kFlush == 0) {
       const Pair scale = floats_of(kGroup, 0, tile), lack = kZeros ? floats_of(kGroup, 1, tile) : Pair{};
 #pragma unroll
       for (int i = 0; i < kTokenTiles; ++i)
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
-          if constexpr (kZeros) products[i][c] += (c < 2 ? lack.low : lack.high) * x.sums[kGroup][i][c % 2];
-          sums[tile][i][c] += (c < 2 ? scale.low : scale.high) * products[i][c];
+          float product = kChains == 2 ? products[0][i][c] + products[kChains - 1][i][c] : products[0][i][c];
+          if constexpr (kZeros) product += (c < 2 ? lack.low : lack.high) * x.sums[kGroup][i][c % 2];
+          sums[tile][i][c] += (c < 2 ? scale.low : scale.high) * product;
         }
     }
     if constexpr (u + 1 < kStepUnits) multiply<u + 1>(tile, table, x, codes, products);
@@ -228,17 +269,17 @@ struct WideWarp {
   template <class Fill>
   __device__ __forceinline__ void run(uint32_t table, const Fill& fill) {
     let_next_kernel_start();
+    // A group of copies for each tile, so that the oldest of kTiles groups is always what comes next.
     tile_from = codes_from;
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile)
-      if (tile < tiles) copy_codes(tile);
     copy_pairs();
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      if (tile < tiles) copy_codes(tile);
+      cp_async_commit();
+    }
     fill();
     wait_for_previous_kernel();
-    copy_x();
-    // A group of copies for each tile, so that the oldest of kTiles groups is always what comes next: here all of them in the first one.
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) cp_async_commit();
+    store_first_x();
 #pragma unroll 1
     while (step < p.steps) {
       cp_async_wait<kTiles - 1>();
@@ -251,15 +292,19 @@ struct WideWarp {
       copy_x();
       copy_pairs();
       tile_from = codes_from += p.stride * kBytes;
+      Kind codes[1 + kAhead][kBlocks];
+      if (kAhead) take_codes(0, codes[0]);
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
         // (A branch that also keeps the compiler from beginning with several tiles, for which there are no registers.)
         if (tile < tiles) {
-          cp_async_wait<kTiles - 1>();
-          if constexpr (kBlock > 512) sync_warp();  // lanes take words that others have copied
-          Kind codes;
-          float products[kTokenTiles][4];
-          multiply<0>(tile, table, x, codes, products);
+          if (tile + kAhead < kTiles) {
+            cp_async_wait<kTiles - 1 - kAhead>();
+            if constexpr (kBlock > 512) sync_warp();  // lanes take words that others have copied
+            take_codes(tile + kAhead, codes[(tile + kAhead) % (1 + kAhead)]);
+          }
+          float products[kChains][kTokenTiles][4];
+          multiply<0>(tile, table, x, codes[tile % (1 + kAhead)], products);
           if constexpr (kBlock > 512) sync_warp();
           copy_codes(tile);
         }
@@ -285,10 +330,11 @@ struct WideWarp {
 // ---- kernel
 
 template <class Block>
-__global__ void __launch_bounds__(Block::kThreads, Block::kBlocksAtOnce) wide_kernel(const WideParams p) {
+__global__ void __launch_bounds__(Block::kThreads, 1) wide_kernel(const WideParams p) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   using T = typename Block::T;
-  constexpr int kFours = Block::kRows / 4, kWarpFloats = Block::kWarpBytes / 4;
+  constexpr int kWarpFloats = Block::kWarpBytes / 4;
+  const int kFours = 4 * tiles_of(p), warps = blockDim.x / 32;
   uint8_t* const shared = shared_memory();
   float* const own = reinterpret_cast<float*>(shared + Block::kTableBytes);  // of warp 0
   const int warp = threadIdx.x / 32;
@@ -304,28 +350,28 @@ __global__ void __launch_bounds__(Block::kThreads, Block::kBlocksAtOnce) wide_ke
   }
   sync_block();
 
-  const int64_t first_row = static_cast<int64_t>(blockIdx.x / p.splits) * Block::kRows;
-  for (int i = threadIdx.x; i < p.tokens * kFours; i += Block::kThreads) {
+  const int64_t first_row = static_cast<int64_t>(first_tile_of(p)) * kTileRows;
+  for (int i = threadIdx.x; i < p.tokens * kFours; i += blockDim.x) {
     const int token = i / kFours, four = i % kFours;
     float4* const at = reinterpret_cast<float4*>(own + token * Block::kSumsStride + 4 * four);
     float4 sum = *at;
-#pragma unroll
-    for (int w = 1; w < Block::kWarps; ++w) sum = plus(sum, at[w * (kWarpFloats / 4)]);
-    if (p.splits == 1)
+#pragma unroll 4
+    for (int w = 1; w < warps; ++w) sum = plus(sum, at[w * (kWarpFloats / 4)]);
+    if (p.plan.splits == 1)
       store_rows<T>(p, token, first_row + 4 * four, sum);
     else
       *at = sum;
   }
-  if (p.splits == 1) return;
+  if (p.plan.splits == 1) return;
   // A block has every so many tokens of all rows.
-  const int split = blockIdx.x % p.splits;
+  const int split = blockIdx.x % p.plan.splits;
   sync_cluster();
-  for (int i = threadIdx.x; split + i / kFours * p.splits < p.tokens; i += Block::kThreads) {
-    const int token = split + i / kFours * p.splits, four = i % kFours;
+  for (int i = threadIdx.x; split + i / kFours * p.plan.splits < p.tokens; i += blockDim.x) {
+    const int token = split + i / kFours * p.plan.splits, four = i % kFours;
     const float4* const at = reinterpret_cast<const float4*>(own + token * Block::kSumsStride + 4 * four);
     float4 parts[kMostWideSplits];
 #pragma unroll
-    for (int s = 0; s < kMostWideSplits; ++s) parts[s] = s < p.splits ? load_of_block(at, s) : float4{};
+    for (int s = 0; s < kMostWideSplits; ++s) parts[s] = s < p.plan.splits ? load_of_block(at, s) : float4{};
 #pragma unroll
     for (int s = 1; s < kMostWideSplits; ++s) parts[0] = plus(parts[0], parts[s]);
     store_rows<T>(p, token, first_row + 4 * four, parts[0]);
@@ -340,17 +386,23 @@ template <class Block>
 const char* launch_wide_block(const LinearParams& params, cudaStream_t stream) {
   WideParams p = {};
   static_cast<LinearParams&>(p) = params;
-  const int64_t blocks = divided(p.weight.out_features, Block::kRows);
-  p.steps = static_cast<uint32_t>(divided(p.weight.in_features, kStepColumns));
-  p.splits = wide_splits(blocks, p.steps, Block::kWarps);
-  p.stride = p.splits * Block::kWarps;
+  const int64_t tiles = divided(p.weight.out_features, kTileRows), steps = divided(p.weight.in_features, kStepColumns);
+  const auto active = [](int splits) {
+    constexpr size_t kAlone = 120 << 10;  // more than half of a multiprocessor's shared memory
+    return active_clusters<WideParams, wide_kernel<Block>>(splits, Block::kThreads / 2, kAlone, 0);
+  };
+  p.plan = plan_wide(tiles, steps, {Block::kTiles, Block::kMostWarps, Block::kWarpBytes, Block::kTableBytes, Block::kTokenTiles == 2 ? 1.3f : 0.7f, active});
+  if (p.plan.groups == 0) return "the kernel for up to 16 tokens does not run here";
+  p.tiles = static_cast<uint32_t>(tiles / p.plan.groups), p.more = static_cast<uint32_t>(tiles % p.plan.groups);
+  p.steps = static_cast<uint32_t>(steps), p.stride = p.plan.splits * p.plan.warps;
   p.code_blocks = static_cast<uint32_t>(divided(p.weight.in_features, kBlockColumns<Block::kBits>));
   p.tile_bytes = p.code_blocks * Block::kBlock;
   p.group_bytes = p.weight.scale_dtype == kFloat32 ? 64 : 32;
-  const unsigned all = static_cast<unsigned>(blocks * p.splits);
-  if (p.splits == 1) return launch_early(wide_kernel<Block>, all, Block::kThreads, evenly(Block::kSharedBytes, all), stream, p);
-  // (Clusters need room for all of their blocks beside each other: no multiprocessor is to be full before.)
-  return launch_clusters(wide_kernel<Block>, all, p.splits, Block::kThreads, Block::kSharedBytes, stream, p);
+  const size_t needed = Block::kTableBytes + p.plan.warps * Block::kWarpBytes, limit = p.plan.room ? shared_bytes_for(p.plan.room) : 0;
+  const size_t shared_bytes = limit > needed ? limit : needed;
+  const unsigned blocks = p.plan.groups * p.plan.splits, threads = 32 * p.plan.warps;
+  if (p.plan.splits == 1) return launch_early(wide_kernel<Block>, blocks, threads, shared_bytes, stream, p);
+  return launch_clusters(wide_kernel<Block>, blocks, p.plan.splits, threads, shared_bytes, stream, p);
 }
 
 template <class Kind, class T, int kTokenTiles, int kFlush>

@@ -158,6 +158,7 @@ def test_products(
 ) -> None:
     """By the kernels that all GPUs have."""
     monkeypatch.setenv("HFQ_CUDA_WGMMA", "0")
+    monkeypatch.setenv("HFQ_CUDA_WIDE", "0")
     check_products((0, 1, 3, 8, 9, 19, 40, 130), shape, kind)
 
 
@@ -176,6 +177,7 @@ def test_products_with_wgmma(
     if torch.cuda.get_device_capability(cuda) != (9, 0):
         pytest.skip("wgmma needs compute capability 9.0")
     monkeypatch.setenv("HFQ_CUDA_WGMMA", "1")
+    monkeypatch.setenv("HFQ_CUDA_WIDE", "0")
     monkeypatch.setenv("HFQ_CUDA_TRY", tried)
     if tried == "staged":
         return check_products((17, 27, 32, 33, 40, 63, 64), shape, kind)
@@ -203,7 +205,7 @@ def test_products_with_many_rows_for_each_read_of_x(
     """Warps with one step and with several, blocks by themselves and in clusters."""
     if torch.cuda.get_device_capability(cuda) != (9, 0):
         pytest.skip("needs compute capability 9.0")
-    monkeypatch.setenv("HFQ_CUDA_TRY", "wide")
+    monkeypatch.setenv("HFQ_CUDA_WIDE", "1")
     check_products((1, 2, 7, 8, 9, 16), shape, kind)
 
 
@@ -237,7 +239,9 @@ def test_one_token_in_digits(
 @pytest.mark.parametrize(
     ("variable", "value", "tokens", "kernels"),
     [
-        ("HFQ_CUDA_TRY", "wide", 16, {"wide_kernel"}),
+        ("HFQ_CUDA_WIDE", "1", 1, {"wide_kernel"}),
+        ("HFQ_CUDA_WGMMA", "1", 16, {"wide_kernel"}),
+        ("HFQ_CUDA_WIDE", "0", 16, {"gemm_kernel"}),
         ("HFQ_CUDA_WGMMA", "0", 40, {"gemm_kernel"}),
         ("HFQ_CUDA_WGMMA", "1", 40, {"wgmma_kernel"}),
         ("HFQ_CUDA_WGMMA", "1", 70, {"wgmma_kernel"}),

@@ -29,6 +29,7 @@ SHAPES = (
 @pytest.fixture(autouse=True)
 def _wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HFQ_CUDA_WGMMA", "1")
+    monkeypatch.setenv("HFQ_CUDA_WIDE", "0")
     monkeypatch.delenv("HFQ_CUDA_TRY", raising=False)
 
 

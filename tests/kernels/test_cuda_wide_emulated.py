@@ -25,8 +25,7 @@ TOKENS = (1, 2, 7, 8, 9, 16)
 
 @pytest.fixture(autouse=True)
 def _wanted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HFQ_CUDA_TRY", "wide")
-    monkeypatch.setenv("HFQ_CUDA_WGMMA", "0")
+    monkeypatch.setenv("HFQ_CUDA_WIDE", "1")
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=name_of)
@@ -46,11 +45,66 @@ def test_products(emulator: Any, generator: torch.Generator, shape: Shape, kind:
 @pytest.mark.parametrize("splits", range(1, 9))
 @pytest.mark.parametrize("kind", [(4, None), (4, "nf4"), (8, "zeros")], ids=name_of)
 def test_every_cluster(emulator: Any, generator: torch.Generator, splits: int, kind: Kind) -> None:
-    """Columns shared out among up to eight blocks of four to eight warps, some with a step less than others."""
-    w = make(generator, (150, 128 * (8 * splits + 3) + 72, 128), kind)
+    """Columns shared out among up to eight blocks of four to twelve warps, some with a step less than others."""
+    steps = 88 + 5 * splits
+    assert emulator.wide_plan(3, steps, lambda blocks: splits // blocks, **FEW).splits == splits
+    w = make(generator, (40, 128 * steps - 56, 128), kind)
     x = torch.randn(11, w.sizes[2], generator=generator).half()
-    bias = torch.randn(150, generator=generator)
-    w.check(linear(emulator, x, w, bias, 2 * splits), x, bias)
+    bias = torch.randn(40, generator=generator)
+    w.check(linear(emulator, x, w, bias, splits), x, bias)
+
+
+# Of a kernel in 4 bits for up to 8 tokens, and for up to 16.
+FEW = {"tiles": 8, "warps": 16, "warp_bytes": 11264, "table_bytes": 0, "x": 0.7}
+MORE = {"tiles": 8, "warps": 12, "warp_bytes": 13312, "table_bytes": 0, "x": 1.3}
+H200 = (
+    132,
+    66,
+    39,
+    30,
+    22,
+    17,
+    15,
+    15,
+)  # clusters at a time, one thread block of each multiprocessor
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "few", "more"),
+    [
+        (14336, 4096, (132, 1, 8), (132, 1, 8)),
+        (4096, 14336, (66, 2, 12), (66, 2, 12)),
+        (28672, 8192, (264, 1, 8), (264, 1, 6)),
+        (1024, 4096, (64, 2, 8), (39, 3, 8)),
+    ],
+)
+def test_plans(
+    emulator: Any,
+    rows: int,
+    columns: int,
+    few: tuple[int, int, int],
+    more: tuple[int, int, int],
+) -> None:
+    """What was the fastest of all on an H200, or within 5 % of it."""
+
+    def plan(shape: dict[str, float]) -> tuple[int, int, int]:
+        found = emulator.wide_plan(rows // 16, columns // 128, lambda s: H200[s - 1], **shape)
+        return found.groups, found.splits, found.warps
+
+    assert plan(FEW) == few
+    assert plan(MORE) == more
+
+
+@pytest.mark.parametrize("tiles", [1, 7, 131, 132, 133, 1056, 1057, 8016])
+@pytest.mark.parametrize("steps", [1, 3, 4, 33])
+def test_any_plan_can_be_launched(emulator: Any, tiles: int, steps: int) -> None:
+    for shape in (FEW, MORE, MORE | {"tiles": 4, "table_bytes": 32768}):
+        plan = emulator.wide_plan(tiles, steps, lambda s: H200[s - 1], **shape)
+        assert 1 <= plan.groups <= tiles
+        assert -(-tiles // plan.groups) <= shape["tiles"]
+        assert plan.warps <= shape["warps"]
+        assert plan.splits == 1 or plan.splits * plan.warps <= steps
+    assert emulator.wide_plan(tiles, steps, lambda _: 0, **FEW).groups == 0
 
 
 @pytest.mark.parametrize("tokens", range(1, 17))
@@ -81,19 +135,46 @@ def test_the_choice(
     emulator: Any, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Seen by the memory that the kernel otherwise taken for 9 tokens and more asks for."""
+    monkeypatch.setenv("HFQ_CUDA_WGMMA", "0")
 
     def is_wide(tokens: int, group_size: int, capability: int = 90) -> bool:
         w = make(generator, (64, 4224, group_size), (4, None))
         x = torch.randn(tokens, 4224, generator=generator).bfloat16()
         return not emulator.gives_gemm_workspace(x, w.operands, w.sizes, capability)
 
-    assert all(is_wide(16, group_size) for group_size in (0, 64, 128, 192, 384))
-    assert not is_wide(16, 32) and not is_wide(16, 96)  # scales within 64 columns
-    assert not is_wide(17, 128)
-    assert not is_wide(16, 128, 80) and not is_wide(16, 128, 100)
-    monkeypatch.setenv("HFQ_CUDA_TRY", "narrow,wider")
+    for value in ("1", None):
+        if value is None:  # more than 8 tokens: whatever the weight's size
+            monkeypatch.delenv("HFQ_CUDA_WIDE")
+        assert all(is_wide(16, group_size) for group_size in (0, 64, 128, 192, 384))
+        assert not is_wide(16, 32) and not is_wide(16, 96)  # scales within 64 columns
+        assert not is_wide(17, 128)
+        assert not is_wide(16, 128, 80) and not is_wide(16, 128, 100)
+    monkeypatch.setenv("HFQ_CUDA_WIDE", "0")
     assert not is_wide(16, 128)
-    monkeypatch.setenv("HFQ_CUDA_TRY", "narrow,wide")
-    assert is_wide(16, 128)
-    monkeypatch.delenv("HFQ_CUDA_TRY")
-    assert not is_wide(16, 128)
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "kind", "expected"),
+    [
+        (4096, 8, "int4", True),
+        (4088, 8, "int4", False),
+        (4096, 4, "int4", False),
+        (6144, 4, "int4", True),
+        (6144, 1, "nf4", True),
+        (6136, 1, "nf4", False),
+        (6144, 1, "int4", False),  # in digits
+        (32768, 1, "int4", True),
+        (8, 9, "int4", True),
+    ],
+)
+def test_small_weights_are_for_other_kernels(
+    emulator: Any,
+    rows: int,
+    tokens: int,
+    kind: str,
+    expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With 4096 columns."""
+    monkeypatch.delenv("HFQ_CUDA_WIDE")
+    assert emulator.takes_wide(tokens, (4, 128, 4096, rows), kind) is expected

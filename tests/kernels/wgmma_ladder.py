@@ -191,6 +191,7 @@ def check_products(rung: Rung, weight: Weight, product: Product, device: torch.d
 def climb(name: str, folder: Path | None) -> bool:
     rung = RUNGS[name]
     os.environ["HFQ_CUDA_WGMMA"] = "large" if rung.large else "1"
+    os.environ["HFQ_CUDA_WIDE"] = "0"
     os.environ["HFQ_CUDA_TRY"] = rung.tried
     weight = random_weight(torch.Generator().manual_seed(0), rung.shape, rung.kind)
     product, device = product_of(weight, folder)

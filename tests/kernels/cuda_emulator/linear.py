@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from .launch import H100, INT, MANY, POINTER, SIZE, Launchers, Params, fields, output
+from .launch import FLOAT, H100, INT, MANY, POINTER, SIZE, Launchers, Params, fields, output
 
 # qweight, scales, zeros, codebook
 Operands = tuple[Tensor | None, ...]
@@ -52,6 +53,26 @@ class PairPlan(Params):
     """kernels/cuda/wgmma.h"""
 
     _fields_ = fields(INT, "units", "tile_units", "unit_chunks", "ranges")
+
+
+class WidePlan(Params):
+    """kernels/cuda/wide.h"""
+
+    _fields_ = fields(INT, "groups", "splits", "warps", "room")
+
+
+ActiveClusters = ctypes.CFUNCTYPE(INT, INT)
+
+
+class WideShape(Params):
+    """kernels/cuda/wide.h"""
+
+    _fields_ = (
+        *fields(INT, "tiles", "warps"),
+        *fields(SIZE, "warp_bytes", "table_bytes"),
+        ("x", FLOAT),
+        ("active_clusters", ActiveClusters),
+    )
 
 
 class ExpertsParams(Params):
@@ -194,6 +215,34 @@ class Linear(Launchers):
         plan = PairPlan()
         params = LinearParams(weight=weight, tokens=tokens)
         self._library.pair_plan(ctypes.byref(params), pairs, ctypes.byref(plan))
+
+    def takes_wide(self, tokens: int, sizes: Sizes, kind: str) -> bool:
+        """On compute capability 9.0; `kind`: "int4" or a codebook's name."""
+        bits, group_size, in_features, out_features = sizes
+        weight = Weight(
+            codebook=int(kind != "int4"),
+            out_features=out_features,
+            in_features=in_features,
+            groups=-(-in_features // group_size),
+            group_size=group_size,
+            bits=bits,
+        )
+        self.set_device(1)
+        self._library.set_compute_capability(90)
+        return bool(
+            self._library.takes_wide(ctypes.byref(LinearParams(weight=weight, tokens=tokens)))
+        )
+
+    def wide_plan(
+        self, all_tiles: int, steps: int, active: Callable[[int], int], **shape: float
+    ) -> WidePlan:
+        """How a product of so many tiles of rows and steps of columns is shared out; `active`: clusters of so many blocks that run at a time."""
+        self.set_device(1)
+        called = WideShape(active_clusters=ActiveClusters(active), **shape)
+        plan = WidePlan()
+        self._library.wide_plan(
+            SIZE(all_tiles), SIZE(steps), ctypes.byref(called), ctypes.byref(plan)
+        )
         return plan
 
     def experts_linear(

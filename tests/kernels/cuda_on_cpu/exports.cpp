@@ -8,6 +8,7 @@
 #include "../../../kernels/cuda/unpack.h"
 #include "../../../kernels/cuda/w8a8.h"
 #include "../../../kernels/cuda/wgmma.h"
+#include "../../../kernels/cuda/wide.h"
 
 extern "C" {
 
@@ -15,6 +16,8 @@ int64_t linear_workspace(const hfq::LinearParams* params) { return hfq::linear_w
 const char* arrange(const hfq::LinearParams* params) { return hfq::launch_arrange(*params, nullptr); }
 void gemm_plan(const hfq::LinearParams* params, hfq::GemmPlan* plan) { *plan = hfq::plan_gemm(*params); }
 void pair_plan(const hfq::LinearParams* params, int active, hfq::PairPlan* plan) { *plan = hfq::plan_pairs(*params, active); }
+int takes_wide(const hfq::LinearParams* params) { return hfq::takes_wide(*params); }
+void wide_plan(int64_t tiles, int64_t steps, const hfq::WideShape* shape, hfq::WidePlan* plan) { *plan = hfq::plan_wide(tiles, steps, *shape); }
 const char* linear(const hfq::LinearParams* params) { return hfq::launch_linear(*params, nullptr); }
 const char* spqr_linear(const hfq::SpqrLinearParams* params) { return hfq::launch_spqr_linear(*params, nullptr); }
 const char* spqr_unpack(const hfq::SpqrUnpackParams* params) { return hfq::launch_spqr_unpack(*params, nullptr); }
