@@ -4,7 +4,7 @@
     python benchmarks/gpu.py --dry-run    # all but the timing, on the CPU, with tiny sizes; writes nothing
     python benchmarks/gpu.py --plot       # draws results/gpu_*.json once more and judges them, measures nothing
 
-Five parts, each a file and a JSON of its name (gpu_kernels.py, gpu_kernels.json, ...):
+Four parts, each a file and a JSON of its name (gpu_kernels.py, gpu_kernels.json, ...):
 
 Kernels: whatever the dispatcher chooses for each format. Microseconds in a CUDA graph that goes through copies of the weight, more than
 the L2 cache holds; packed bytes per second, and as a share of what device-to-device copies reach; the same product in bfloat16 in turn.
@@ -13,7 +13,6 @@ Gradients: dX of packed weights beside the same product with a dense bfloat16 we
 Models: a Llama of 8B parameters with random weights. Tokens per second of greedy decoding, each step one CUDA graph over a cache of fixed
 addresses, and of prompts.
 Packing: from a bfloat16 weight on the device to codes and on to the kernel's layout; `from_pretrained` of a checkpoint.
-Trials: kernels that are not taken by default, since no GPU has timed them (HFQ_CUDA_TRY), in turn with what is.
 
 The exit code is 1 where a product was wrong or raised.
 """
@@ -39,14 +38,13 @@ from gpu_models import models
 from gpu_packing import packing
 from gpu_plan import FULL, TINY, Plan
 from gpu_report import PICTURES, REPORTS, goals, report_goals
-from gpu_trials import TRY, trials
 from gpu_weights import KINDS
 
-# Environment variables, what changes the kernels that are taken, and what results are called that were measured so. (Those with TRY are called
-# by the names that it has.)
+# Environment variables, what changes the kernels that are taken, and what results are called that were measured so.
 SWITCHES = {
     "HFQ_CUDA_OVERLAP": ("0", "no-overlap"),
     "HFQ_CUDA_WGMMA": ("0", "no-wgmma"),
+    "HFQ_CUDA_WIDE": ("0", "no-wide"),
 }
 
 PARTS: dict[str, Callable[[Clock, Plan], dict[str, Any]]] = {
@@ -54,7 +52,6 @@ PARTS: dict[str, Callable[[Clock, Plan], dict[str, Any]]] = {
     "gradients": gradients,
     "models": models,
     "packing": packing,
-    "trials": trials,
 }
 
 
@@ -80,9 +77,6 @@ def save(part: str, found: Mapping[str, Any], arguments: Sequence[str], plan: Pl
         switch: value for switch, (value, _) in SWITCHES.items() if os.environ.get(switch) == value
     }
     names = [SWITCHES[switch][1] for switch in switched]
-    if tried := os.environ.get(TRY):
-        switched[TRY] = tried
-        names += tried.split(",")
     formats = [] if plan.kinds == FULL.kinds else [kind.replace(" ", "-") for kind in plan.kinds]
     name = "_".join(["gpu", part, *formats, *names])
     command = shlex.join(["python", "benchmarks/gpu.py", *arguments])
@@ -97,9 +91,7 @@ def save(part: str, found: Mapping[str, Any], arguments: Sequence[str], plan: Pl
 def failures(results: Mapping[str, Any]) -> int:
     """How many products were wrong or raised, and models were left out."""
     rows = [
-        row
-        for part in ("kernels", "gradients", "trials")
-        for row in results.get(part, {"rows": ()})["rows"]
+        row for part in ("kernels", "gradients") for row in results.get(part, {"rows": ()})["rows"]
     ]
     return sum(bool(row["failure"]) for row in rows) + len(
         results.get("models", {"left_out": ()})["left_out"]

@@ -137,49 +137,11 @@ def report_packing(found: Results) -> None:
     )
 
 
-def report_trials(found: Results) -> None:
-    """Each product, "before" without the trial; then what failed, and what each trial is worth for each number of tokens."""
-    right = [row for row in found["rows"] if not row["failure"]]
-    rows = [
-        (
-            row["trial"],
-            row["weights"],
-            _shape(row),
-            str(row["tokens"]),
-            f"{row['microseconds']:.1f}",
-            f"{row['spread']:.0%}",
-            f"{row['without_microseconds']:.1f}",
-            f"{row['times_as_fast']:.2f}",
-            f"{row['ratio_to_bfloat16']:.2f}",
-        )
-        for row in right
-    ]
-    head = ("trial", "weights", "KxN", "M", "us", "spread", "before us", "x before", "x bf16")
-    print(format_table(head, rows))
-    _report_failures(found, "{trial}, {weights}, {shape}, {tokens} tokens")
-    worth: dict[tuple[str, str, int], list[Any]] = {}
-    for row in right:
-        worth.setdefault((row["trial"], row["weights"], row["tokens"]), []).append(row)
-    verdicts = [
-        (
-            trial,
-            weights,
-            str(tokens),
-            *(f"{pick(row['times_as_fast'] for row in own):.2f}" for pick in (min, max)),
-            f"{min(row['ratio_to_bfloat16'] for row in own):.2f}",
-        )
-        for (trial, weights, tokens), own in worth.items()
-    ]
-    head = ("trial, all shapes", "weights", "M", "least x before", "most", "least x bf16")
-    print(format_table(head, verdicts))
-
-
 REPORTS: dict[str, Callable[[Results], None]] = {
     "kernels": report_kernels,
     "gradients": report_gradients,
     "models": report_models,
     "packing": report_packing,
-    "trials": report_trials,
 }
 
 

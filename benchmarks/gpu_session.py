@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 BENCHMARK = (sys.executable, "benchmarks/gpu.py")
 INT4 = ("--kinds", "int4 g128")
-NO_WGMMA, NO_OVERLAP = {"HFQ_CUDA_WGMMA": "0"}, {"HFQ_CUDA_OVERLAP": "0"}
+NO_WGMMA, NO_WIDE, NO_OVERLAP = ({f"HFQ_CUDA_{name}": "0"} for name in ("WGMMA", "WIDE", "OVERLAP"))
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,12 @@ def steps() -> list[Step]:
         Step("doctor", 20, (sys.executable, "-m", "hfq", "doctor")),
         # Each rung in a process of its own: kernels whose barriers are wrong hang, and a fault would fail every later test.
         Step("wgmma ladder", 120, (sys.executable, "tests/kernels/wgmma_ladder.py")),
-        # What waits for a verdict; how many clusters run at once decides some of it.
+        # What plans count on.
         Step(
             "clusters",
             20,
             ("nvcc", "-arch=native", "-run", "-o", clusters, "benchmarks/gpu_clusters.cu"),
         ),
-        Step("trials", 120, (*BENCHMARK, "--only", "trials")),
         Step("tests", 180, (*PYTEST, "-m", "gpu", "tests")),
         Step("int4", 20, (*BENCHMARK, "--only", "kernels", *INT4)),
         Step("model", 30, (*BENCHMARK, "--only", "models", *INT4)),
@@ -81,6 +80,7 @@ def steps() -> list[Step]:
         Step("models", 120, (*BENCHMARK, "--only", "models")),
         Step("int4 no overlap", 20, (*BENCHMARK, "--only", "kernels", *INT4), NO_OVERLAP),
         Step("int4 no wgmma", 20, (*BENCHMARK, "--only", "kernels", *INT4), NO_WGMMA),
+        Step("int4 no wide", 20, (*BENCHMARK, "--only", "kernels", *INT4), NO_WIDE),
         Step("model no overlap", 30, (*BENCHMARK, "--only", "models", *INT4), NO_OVERLAP),
         *sanitizer("memcheck"),
         *sanitizer("synccheck"),

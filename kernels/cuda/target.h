@@ -22,12 +22,6 @@ inline bool is_set(const char* variable, const char* value) {
   return set && std::string(set) == value;
 }
 
-// Whether HFQ_CUDA_TRY, a list with commas, has this name: of a kernel that no GPU has timed yet, and that is not taken without it.
-inline bool tried(const char* name) {
-  const char* const names = std::getenv("HFQ_CUDA_TRY");
-  return names && (',' + std::string(names) + ',').find(',' + std::string(name) + ',') != std::string::npos;
-}
-
 // That CUDA takes for each thread block; the most that a block may have is a multiprocessor's without it.
 constexpr size_t kReservedShared = 1 << 10;
 

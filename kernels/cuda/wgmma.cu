@@ -1,9 +1,6 @@
 // When wgmma is taken, and how a product is cut into clusters of thread blocks, or into ranges.
 #include "wgmma.h"
 
-#include <cstdlib>
-#include <cstring>
-
 #include "target.h"
 
 namespace hfq {
@@ -27,10 +24,7 @@ constexpr int64_t kSmall = int64_t{1} << 25;
 
 int64_t numbers(const LinearParams& p) { return p.weight.out_features * p.weight.in_features; }
 
-bool wanted(const char* value) {
-  const char* const set = std::getenv("HFQ_CUDA_WGMMA");
-  return set && std::strcmp(set, value) == 0;
-}
+bool wanted(const char* value) { return is_set("HFQ_CUDA_WGMMA", value); }
 
 const char* launch_kind(const WgmmaParams& p, cudaStream_t stream) {
   return of_kind(p.weight, launch_wgmma_int2, launch_wgmma_int3, launch_wgmma_int4, launch_wgmma_int8, launch_wgmma_table4,
@@ -51,7 +45,7 @@ bool takes_large_wgmma(const LinearParams& p) {
   return p.tokens > 64 && ((numbers(p) > kSmall && exact_end) || wanted("large"));
 }
 
-int32_t large_tokens(const LinearParams& p) { return p.tokens > kLargeTokens && tried("tokens256") ? kPairTokens : kLargeTokens; }
+int32_t large_tokens(const LinearParams& p) { return p.tokens > kLargeTokens ? kPairTokens : kLargeTokens; }
 
 int64_t wgmma_workspace(const LinearParams& p) {
   if (!takes_large_wgmma(p)) return 0;

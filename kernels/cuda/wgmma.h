@@ -54,7 +54,7 @@ bool takes_wgmma(const LinearParams& params);
 // Whether a product that takes them takes large blocks: more than 64 tokens with a weight that is not small, or with HFQ_CUDA_WGMMA=large any.
 bool takes_large_wgmma(const LinearParams& params);
 
-// Of a thread block, then: kPairTokens of more than kLargeTokens if HFQ_CUDA_TRY has "tokens256".
+// Of a thread block, then: kPairTokens of more than kLargeTokens.
 int32_t large_tokens(const LinearParams& params);
 
 // Floats of the workspace of a product that takes these kernels.

@@ -9,10 +9,10 @@
 // word i of a row gets all of piece i. Two units of each of four tokens are those eight rows: their places, p ^ m % 8, are in different banks to
 // load, and to store by eight lanes at a time.
 //
-// Not measured: taken if HFQ_CUDA_TRY names "staged". Counted for a chunk (int4, bfloat16, groups of 128), 64 and 32 tokens: warps that multiply
-// execute 186 and 168 instructions, the one of weights 165, of x 143 and 95, those of the order 63 and 46, so that a scheduler has at most 909 and
-// 837. Shared memory is busy for 1170 and 720 clocks (512 and 256 of them with wgmma), tensor cores for 1024 and 512, the way from L2 for 1200 and
-// 910. Expected: 1390 and 1280 clocks, 0.65 instructions a clock of a scheduler, as with 16 tokens; 2040 and 1530 were measured of wgmma_block.h.
+// Counted for a chunk (int4, bfloat16, groups of 128), 64 and 32 tokens: warps that multiply execute 186 and 168 instructions, the one of weights
+// 165, of x 143 and 95, those of the order 63 and 46, so that a scheduler has at most 909 and 837. Shared memory is busy for 1170 and 720 clocks
+// (512 and 256 of them with wgmma), tensor cores for 1024 and 512, the way from L2 for 1200 and 910. Measured on an H200 with 64 tokens: 1700 clocks
+// a chunk, 2040 in blocks of wgmma_block.h.
 #pragma once
 
 #include "wgmma_block.h"

@@ -7,9 +7,9 @@ namespace hfq {
 
 namespace {
 
-// Of a weight: from so many numbers on these kernels are faster. Measured on an H200, in us, 4096 x 4096 (2^24) and 4096 x 14336: one token in nf4 6.2 beside
-// 5.4 and 11.5 beside 14.1; 8 tokens in int4 5.7 beside 6.1 and 10.1 beside 14.0; 16 tokens 6.5 beside 8.5 and 12.3 beside 16.0, and 4.6 beside 10.3
-// for 4096 x 1024. One token in digits takes 8.9 of 4096 x 14336, 9.6 here; 36.5 of 8192 x 28672, 31.3 here.
+// Of a weight: from so many numbers on these kernels are faster. Measured on an H200, in us, 4096 x 4096 (2^24) and 4096 x 14336: one token in nf4
+// 6.2 beside 5.4 and 11.6 beside 14.3; 8 tokens in int4 5.6 beside 6.1 and 10.1 beside 13.8; 16 tokens 6.5 beside 8.4 and 12.5 beside 15.9, and 4.6
+// beside 10.2 for 4096 x 1024. One token in digits takes 9.0 of 4096 x 14336, 9.8 here; 36.4 of 8192 x 28672, 31.8 here.
 int64_t least_numbers(const LinearParams& p) {
   if (p.tokens > 8) return 0;
   if (p.tokens > 4) return int64_t{1} << 24;
@@ -28,13 +28,13 @@ bool takes_wide(const LinearParams& p) {
   return compute_capability() == 90 && wide_was_compiled();
 }
 
-// Estimated, in the time that a scheduler takes for four tiles of a step (28 ns with 16 tokens on an H200): what a multiprocessor has to do, however many
-// warps do it; what each warp waits for by itself; and what a cluster takes for its sums. It chose the fastest of some 40 plans, or one within 5 % of
-// it, for each of 35 products there (8 formats, 1 to 16 tokens, 4 M to 235 M weights).
+// Estimated, in the time that a multiprocessor takes for a tile of a step (28 ns with 16 tokens on an H200): what it has to do, however many warps do
+// it; what each warp waits for by itself; and what a cluster takes for its sums. Of some 40 plans it chose the fastest, or one that took up to 9 %
+// longer (1 % in the mean), for 32 products there: int4, int8 and nf4, 1 to 16 tokens, 17 M to 235 M weights.
 //
-// As many groups as run at a time, or a multiple: what mattered most. With 128 thread blocks for 132 multiprocessors the next kernel, which starts early,
-// puts two of its own onto each of the four that are free, and they take twice as long (4096 x 14336, 8 tokens: 14.0 us, 10.1 with 132). For the same
-// reason a multiprocessor has room for as many of them as each gets, or a multiple, and not for one more (16 tokens, nf4: 18.1 us, 14.0 so).
+// As many groups as run at a time, or a multiple: what mattered most. With 128 thread blocks for 132 multiprocessors the next kernel, which starts
+// early, puts two of its own onto each of the four that are free, and they take twice as long (4096 x 14336, 8 tokens: 14.0 us, 10.1 with 132). For
+// the same reason a multiprocessor has room for as many of them as each gets, or a multiple, and not for one more (16 tokens, nf4: 18.1 us, 14.0 so).
 WidePlan plan_wide(int64_t tiles, int64_t steps, const WideShape& shape) {
   constexpr int kWarps[] = {4, 6, 8, 12};
   constexpr float kAlone = 2.5f, kCluster = 30;
@@ -46,7 +46,8 @@ WidePlan plan_wide(int64_t tiles, int64_t steps, const WideShape& shape) {
     for (const int warps : kWarps) {
       if ((splits > 1 || warps > kWarps[0]) && splits * warps > steps) continue;  // some would have nothing to do
       const size_t room = (most_shared_bytes() + kReservedShared) / (shape.table_bytes + warps * shape.warp_bytes + kReservedShared);
-      const int64_t at_once = room < static_cast<size_t>(shape.warps / warps) ? room : shape.warps / warps, fewest = divided(tiles, active * shape.tiles);
+      const int64_t at_once = room < static_cast<size_t>(shape.warps / warps) ? room : shape.warps / warps;
+      const int64_t fewest = divided(tiles, active * shape.tiles);
       if (at_once == 0) continue;
       for (int64_t each = fewest; each < fewest + 3; ++each) {  // groups of a multiprocessor
         const int64_t groups = active * each < tiles ? active * each : tiles;

@@ -8,7 +8,8 @@ namespace hfq {
 constexpr int kMostWideTokens = 16;
 constexpr int kMostWideSplits = 8;  // thread blocks of a cluster, as any GPU of compute capability 9.0 takes them
 
-// How a product is shared out. Thread blocks of neighbouring rows have as many tiles, or one less; those of a cluster share the columns of the same rows.
+// How a product is shared out. Thread blocks of neighbouring rows have as many tiles, or one less; those of a cluster share the columns of the same
+// rows.
 struct WidePlan {
   int32_t groups;  // of rows: clusters; 0 if none runs
   int32_t splits;  // thread blocks of a cluster
@@ -26,8 +27,8 @@ struct WideParams : LinearParams {
   uint32_t group_bytes;  // of the 8 pairs of a group of columns and a tile
 };
 
-// What a kernel may have: tiles of a thread block, warps and shared memory of a multiprocessor; what x of a step costs, in tiles; and how many clusters
-// of so many thread blocks run at a time if each has a multiprocessor.
+// What a kernel may have: tiles of a thread block, warps and shared memory of a multiprocessor; what x of a step costs, in tiles; and how many
+// clusters of so many thread blocks run at a time if each has a multiprocessor.
 struct WideShape {
   int32_t tiles, warps;
   size_t warp_bytes, table_bytes;

@@ -9,10 +9,12 @@
 // all copies are eight (or four) tiles ahead of their use, some 3000 clocks where three warps share a scheduler. (Nothing comes from global memory
 // to registers: linear_kernel.h says why.)
 //
-// 1 KB of 4-bit codes (a tile of a step) takes 148 instructions of the loop with 16 tokens in bfloat16, 131 with 8 (88 for codes, 16 and 8 mma, 8
-// and 4 for sums); wgmma_kernel.h has 215 with 16 tokens, linear_kernel.h 194 with one, beginnings and ends counted. nf4 in groups of 64 takes 127.
-// Each scheduler of an H200 has 54 KB of 4096 x 14336: 8000 instructions with 16 tokens, of which those for codes take 6100 clocks of their pipe, mma
-// 5800; memory takes 13000 (7.3 us). No GPU has timed it.
+// 1 KB of 4-bit codes (a tile of a step) takes 102 instructions of the loop with 16 tokens in bfloat16 (56 for codes, 16 mma, 8 for sums);
+// wgmma_kernel.h has 215 with 16 tokens, linear_kernel.h 194 with one, beginnings and ends counted. Each scheduler of an H200 has 54 KB of
+// 4096 x 14336: 6000 clocks of the pipe for codes, 5800 of mma, and memory takes 13000 (7.3 us). Measured: 22000 clocks (12.5 us) with 16 tokens,
+// 18000 with 8. Two or three warps of a scheduler take 210 to 250 clocks for a tile of a step, by the latency of what follows from each other (40 %
+// of the samples); the way from one kernel to the next, x and the sums take the rest. More warps leave no room for the next kernel's blocks, which
+// begin early.
 #pragma once
 
 #include <type_traits>
@@ -34,11 +36,12 @@ struct WideBlock : StepCodes<Kind_> {
   using StepCodes<Kind>::kBytes;
   static constexpr int kTokenTiles = kTokenTiles_, kTokens = 8 * kTokenTiles, kFlush = kFlush_;
   static constexpr bool kZeros = kZeros_;
-  // 8-bit codes are twice the memory for the same rows; a table, 32 KB, is shared by six or eight warps.
+  // 8-bit codes are twice the memory for the same rows.
   static constexpr int kGroups = kStepUnits / kFlush, kKinds = kZeros ? 2 : 1;  // of a step; of scales and zero points
   static constexpr bool kManyNumbers = kTokenTiles * kGroups * kKinds == 8;       // for which 8 tiles leave no registers
-  static constexpr int kTiles = (Kind::kTable && kTokenTiles == 2) || kBits == 8 || kManyNumbers ? 4 : 8, kRows = kTiles * kTileRows, kNumbers = kKinds * kTiles;
-  // Twelve or sixteen warps of a multiprocessor, by the registers they need.
+  static constexpr int kTiles = (Kind::kTable && kTokenTiles == 2) || kBits == 8 || kManyNumbers ? 4 : 8;
+  static constexpr int kRows = kTiles * kTileRows, kNumbers = kKinds * kTiles;
+  // Twelve or sixteen warps of a multiprocessor, by the registers they need, of one thread block or of several.
   static constexpr bool kLarge = kManyNumbers || (kTokenTiles == 2 && (kTiles == 8 || Kind::kTable));
   static constexpr int kMostWarps = kLarge ? 12 : 16, kThreads = 32 * kMostWarps;
 
@@ -65,8 +68,8 @@ struct WideWarp {
   static constexpr int kTiles = Block::kTiles, kTokenTiles = Block::kTokenTiles, kGroups = Block::kGroups, kFlush = Block::kFlush;
   static constexpr int kBytes = Block::kBytes, kBlock = Block::kBlock, kBlocks = kBytes / kBlock;
   static constexpr bool kZeros = Block::kZeros;
-  // Numbers are raised where they can be, since it is an instruction less for two of them: what sums of products then lack for each activation is what
-  // they begin with, or a part of what zero points change.
+  // Numbers are raised where they can be, since it is an instruction less for two of them: what sums of products then lack for each activation is
+  // what they begin with, or a part of what zero points change.
   static constexpr int kRaise = kGroups * kTokenTiles == 4 && !kZeros ? 0 : Kind::template kRaise<T>;  // (no registers for four sums)
   static constexpr bool kSumsX = kZeros || kRaise > 0;
   // Both instructions of a unit have sums of their own, where there are registers for them: one that adds to the sums of another waits for it.
@@ -391,7 +394,8 @@ const char* launch_wide_block(const LinearParams& params, cudaStream_t stream) {
     constexpr size_t kAlone = 120 << 10;  // more than half of a multiprocessor's shared memory
     return active_clusters<WideParams, wide_kernel<Block>>(splits, Block::kThreads / 2, kAlone, 0);
   };
-  p.plan = plan_wide(tiles, steps, {Block::kTiles, Block::kMostWarps, Block::kWarpBytes, Block::kTableBytes, Block::kTokenTiles == 2 ? 1.3f : 0.7f, active});
+  constexpr float kX = Block::kTokenTiles == 2 ? 1.3f : 0.7f;
+  p.plan = plan_wide(tiles, steps, {Block::kTiles, Block::kMostWarps, Block::kWarpBytes, Block::kTableBytes, kX, active});
   if (p.plan.groups == 0) return "the kernel for up to 16 tokens does not run here";
   p.tiles = static_cast<uint32_t>(tiles / p.plan.groups), p.more = static_cast<uint32_t>(tiles % p.plan.groups);
   p.steps = static_cast<uint32_t>(steps), p.stride = p.plan.splits * p.plan.warps;

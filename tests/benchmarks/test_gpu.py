@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import os
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
@@ -27,7 +26,6 @@ MODULES = (
     "gpu_gradients",
     "gpu_models",
     "gpu_packing",
-    "gpu_trials",
     "gpu_report",
     "gpu",
 )
@@ -109,35 +107,6 @@ def test_wrong_products_are_failures(
         assert goals[0].verdict == "MISSED" and goals[-1].verdict == "not measured"
 
 
-def test_trials_are_for_their_tokens_and_take_other_kernels(
-    gpu: ModuleType, results: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tokens: dict[str, set[int]] = {}
-    for row in results["trials"]["rows"]:
-        assert not row["failure"] and row["times_as_fast"] > 0
-        tokens.setdefault(row["trial"], set()).add(row["tokens"])
-    # (Of more than 192 tokens such small weights are dequantized, whatever is tried.)
-    assert tokens == {"wide": {1, 16}, "staged": {64}}
-
-    module = importlib.import_module("gpu_trials")
-    monkeypatch.setattr(module, "max_direct_tokens", lambda grid, device, dtype: 256)
-    plan = gpu.replace(gpu.TINY, kinds=("int4 g128", "W8A8 dynamic"))
-    monkeypatch.setenv("HFQ_CUDA_TRY", "staged")
-    for kernels, failed in (
-        (lambda: [os.environ["HFQ_CUDA_TRY"]], False),
-        (lambda: ["always the same"], True),
-    ):
-        monkeypatch.setattr(gpu.CpuClock, "kernels", lambda self, work, names=kernels: names())
-        found = gpu.trials(gpu.CpuClock(), plan)
-        assert {row["weights"] for row in found["rows"]} == {"int4 g128"}
-        assert {row["tokens"] for row in found["rows"] if row["trial"] == "tokens256"} == {256}
-        for row in found["rows"]:
-            assert row["kernels"] == (["always the same"] if failed else [row["trial"]])
-            assert ("takes the same kernels" in row["failure"]) == failed
-        assert gpu.failures({"trials": found}) == (len(found["rows"]) if failed else 0)
-    assert os.environ["HFQ_CUDA_TRY"] == "staged"
-
-
 def test_a_report_and_pictures_of_it_all(
     gpu: ModuleType, results: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -190,11 +159,6 @@ def test_what_is_written_is_drawn_and_judged_again(
         gpu.save("kernels", results["kernels"], ["--rounds", "1"], gpu.TINY)
     written = json.loads((tmp_path / "gpu_kernels_no-overlap.json").read_text())
     assert written["command"] == "HFQ_CUDA_OVERLAP=0 python benchmarks/gpu.py --rounds 1"
-    with monkeypatch.context() as patch:
-        patch.setenv("HFQ_CUDA_TRY", "wide,tokens256")
-        gpu.save("kernels", results["kernels"], [], gpu.TINY)
-    written = json.loads((tmp_path / "gpu_kernels_wide_tokens256.json").read_text())
-    assert written["command"].startswith("HFQ_CUDA_TRY=wide,tokens256 python ")
     capsys.readouterr()
     assert gpu.main(["--plot"]) == 0
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.svg")} == pictures

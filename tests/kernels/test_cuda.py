@@ -162,7 +162,6 @@ def test_products(
     check_products((0, 1, 3, 8, 9, 19, 40, 130), shape, kind)
 
 
-@pytest.mark.parametrize("tried", ["", "staged"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_products_with_wgmma(
@@ -171,22 +170,16 @@ def test_products_with_wgmma(
     monkeypatch: pytest.MonkeyPatch,
     shape: tuple[int, int, int],
     kind: str,
-    tried: str,
 ) -> None:
     """Each number of tokens of a thread block, filled and not; clusters of all sizes come from the shapes. Large blocks by their rule, and of all shapes."""
     if torch.cuda.get_device_capability(cuda) != (9, 0):
         pytest.skip("wgmma needs compute capability 9.0")
     monkeypatch.setenv("HFQ_CUDA_WGMMA", "1")
     monkeypatch.setenv("HFQ_CUDA_WIDE", "0")
-    monkeypatch.setenv("HFQ_CUDA_TRY", tried)
-    if tried == "staged":
-        return check_products((17, 27, 32, 33, 40, 63, 64), shape, kind)
-    check_products((9, 16, 27, 32, 40, 64), shape, kind)
+    check_products((9, 16, 17, 27, 32, 33, 40, 63, 64), shape, kind)
     check_products((100, 128, 130), shape, kind, shape[0] * shape[1] > 1 << 25)
     monkeypatch.setenv("HFQ_CUDA_WGMMA", "large")
-    check_products((65, 100, 128, 130, 200, 512), shape, kind, True)
-    monkeypatch.setenv("HFQ_CUDA_TRY", "tokens256")
-    check_products((129, 200, 256, 300, 512, 1024), shape, kind, True)
+    check_products((65, 100, 128, 129, 200, 256, 300, 512, 1024), shape, kind, True)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -30,7 +30,6 @@ SHAPES = (
 def _wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HFQ_CUDA_WGMMA", "1")
     monkeypatch.setenv("HFQ_CUDA_WIDE", "0")
-    monkeypatch.delenv("HFQ_CUDA_TRY", raising=False)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=name_of)

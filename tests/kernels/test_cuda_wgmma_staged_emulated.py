@@ -28,7 +28,7 @@ SHAPES = (
 @pytest.fixture(autouse=True)
 def _wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HFQ_CUDA_WGMMA", "1")
-    monkeypatch.setenv("HFQ_CUDA_TRY", "others,staged")
+    monkeypatch.setenv("HFQ_CUDA_WIDE", "0")
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=name_of)
@@ -58,35 +58,31 @@ def test_every_number_of_tokens(emulator: Any, generator: torch.Generator, token
 def test_the_choice(
     emulator: Any, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For 17 to 64 tokens where it is asked for: what shared memory it needs, 128 bytes more for barriers, shows which kernel is taken."""
-    w = make(generator, (64, 4096, 32), (4, None))
+    """What shared memory it needs, 128 bytes more for barriers, shows which kernel is taken."""
     x = torch.randn(64, 4096, generator=generator).bfloat16()
     bytes_of = {16: 7 * (29 << 10), 32: 6 * (33 << 10), 64: 5 * (41 << 10)}  # all stages
 
-    def is_gemm(tokens: int) -> bool:
+    def is_staged(tokens: int, kind: Kind = (4, None), group_size: int = 128) -> bool:
+        w = make(generator, (64, 4096, group_size), kind)
         room = bytes_of[next(most for most in bytes_of if tokens <= most)] + 256
         found: bool = emulator.gives_gemm_workspace(x[:tokens], w.operands, w.sizes, 90, room)
         return found
 
-    assert not is_gemm(16)
-    assert is_gemm(17) and is_gemm(32) and is_gemm(33) and is_gemm(64)
-    for others in ("", "stage,staged2"):
-        monkeypatch.setenv("HFQ_CUDA_TRY", others)
-        assert not any(map(is_gemm, (16, 17, 32, 33, 64)))
+    assert not is_staged(16)
+    assert is_staged(17) and is_staged(32) and is_staged(33) and is_staged(64)
+    assert is_staged(64, group_size=256) and is_staged(64, group_size=0)
+    for kind, group_size in (((4, "zeros"), 128), ((4, None), 64)):
+        assert is_staged(32, kind, group_size) and not is_staged(33, kind, group_size)
 
 
-@pytest.mark.parametrize("kind", [(4, None), (3, "zeros"), (8, "e4m3"), (4, "nf4")], ids=name_of)
-def test_the_same_bits(
-    emulator: Any, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, kind: Kind
-) -> None:
-    """Only the way to shared memory is another one: sums and their order are those of wgmma_block.h's."""
-    for tokens, multiprocessors in ((20, ALONE), (64, CLUSTERS)):
-        w = make(generator, (70, 1096, 128), kind)
-        x = torch.randn(tokens, 1096, generator=generator).half()
-        y = linear(emulator, x, w, multiprocessors=multiprocessors)
-        with monkeypatch.context() as without:
-            without.delenv("HFQ_CUDA_TRY")
-            assert torch.equal(y, linear(emulator, x, w, multiprocessors=multiprocessors))
+@pytest.mark.parametrize("kind", [(4, None), (3, "zeros"), (4, "nf4")], ids=name_of)
+def test_the_same_bits(emulator: Any, generator: torch.Generator, kind: Kind) -> None:
+    """Only the way to shared memory is another one: sums and their order are those of wgmma_block.h's, which more tokens take."""
+    w = make(generator, (70, 1096, 128), kind)
+    x = torch.randn(70, 1096, generator=generator).half()
+    others = linear(emulator, x, w)
+    for tokens in (20, 64):
+        assert torch.equal(linear(emulator, x[:tokens], w), others[:tokens])
 
 
 @pytest.mark.parametrize("splits", range(1, 9))

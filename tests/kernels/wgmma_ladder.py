@@ -35,7 +35,6 @@ class Rung:
     shape: N, K, group_size (0: a group per row).
     new: what no rung before it has.
     large: in large blocks, more than 64 tokens.
-    tried: of HFQ_CUDA_TRY.
     """
 
     shape: Shape
@@ -44,18 +43,16 @@ class Rung:
     kind: Kind = INT4
     calls: int = 20
     large: bool = False
-    tried: str = ""
 
 
-PAIR = "tokens256"
 RUNGS = {
     "identity": Rung((256, 128, 0), 16, "descriptor, order of columns, fragments; one stage"),
     "identity_rows": Rung((40, 136, 0), 9, "rows and tokens that do not exist, a tail of columns"),
     "ring": Rung((256, 768, 128), 16, "several stages, none used twice: barriers of full stages"),
     "again": Rung((256, LONG, 128), 16, "barriers of empty stages, parities"),
     "groups32": Rung((256, LONG, 32), 16, "scales after each unit"),
-    "t32": Rung((256, LONG, 128), 32, "32 tokens"),
-    "t64": Rung((256, LONG, 128), 64, "setmaxnreg"),
+    "t32": Rung((256, LONG, 128), 32, "32 tokens", (8, None)),
+    "t64": Rung((256, LONG, 64), 64, "setmaxnreg"),
     "t128": Rung((256, LONG, 128), 128, "8 warps that multiply"),
     "zeros16": Rung((256, LONG, 64), 16, "sums of activations", (4, "zeros")),
     "zeros64": Rung((256, LONG, 64), 64, "the same with setmaxnreg", (4, "zeros")),
@@ -73,39 +70,29 @@ RUNGS = {
     "large_groups32": Rung((256, LONG, 32), 128, "scales after each unit", large=True),
     "large_zeros": Rung((256, LONG, 64), 128, "weights by float32", (4, "zeros"), large=True),
     "large_nf4": Rung((256, LONG, 64), 128, "a table", (4, "nf4"), large=True),
-    "large_cluster": Rung((1024, 4096, 128), 300, "clusters, tiles of tokens", large=True),
-    "large_full": Rung((4096, 14336, 128), 256, "all multiprocessors", calls=300, large=True),
-    "identity_staged": Rung((300, 136, 0), 30, "wgmma_staged.h: cp.async, order", tried="staged"),
-    "staged32": Rung((256, LONG, 128), 32, "stage after stage", tried="staged"),
-    "staged64": Rung((256, LONG, 64), 63, "setmaxnreg, zero points", (4, "zeros"), tried="staged"),
-    "staged_full": Rung((4096, 14336, 128), 64, "races", calls=300, tried="staged"),
-    "identity_pair": Rung(
-        (300, 136, 0), 200, "wgmma_pair.h: copies to two blocks", large=True, tried=PAIR
-    ),
-    "pair": Rung(
-        (256, LONG, 128), 256, "barriers that both blocks arrive at", large=True, tried=PAIR
-    ),
-    "pair_zeros": Rung(
-        (130, LONG, 32), 256, "weights by float32", (4, "zeros"), large=True, tried=PAIR
-    ),
-    "pair_nf4": Rung((256, LONG, 64), 256, "a table", (4, "nf4"), large=True, tried=PAIR),
+    "large_cluster": Rung((1024, 4096, 128), 100, "clusters", large=True),
+    "large_full": Rung((4096, 14336, 128), 128, "all multiprocessors", calls=300, large=True),
+    "identity_staged": Rung((300, 136, 0), 30, "wgmma_staged.h: cp.async, order"),
+    "staged32": Rung((256, LONG, 128), 32, "stage after stage"),
+    "staged_zeros": Rung((256, LONG, 64), 31, "zero points", (4, "zeros")),
+    "staged64": Rung((256, LONG, 128), 63, "setmaxnreg"),
+    "staged_full": Rung((4096, 14336, 128), 64, "races", calls=300),
+    "identity_pair": Rung((300, 136, 0), 200, "wgmma_pair.h: copies to two blocks", large=True),
+    "pair": Rung((256, LONG, 128), 256, "barriers that both blocks arrive at", large=True),
+    "pair_zeros": Rung((130, LONG, 32), 256, "weights by float32", (4, "zeros"), large=True),
+    "pair_nf4": Rung((256, LONG, 64), 256, "a table", (4, "nf4"), large=True),
     "pair_shared": Rung(
         (1024, 4096, 128),
         600,
         "tiles of several pairs: partial sums, flags",
         large=True,
-        tried=PAIR,
     ),
-    "pair_full": Rung(
-        (4096, 14336, 128), 256, "all multiprocessors", calls=300, large=True, tried=PAIR
-    ),
+    "pair_full": Rung((4096, 14336, 128), 256, "all multiprocessors", calls=300, large=True),
     "pair_ranges": Rung(
-        (14336, 4096, 128), 256, "ranges that begin in tiles", calls=300, large=True, tried=PAIR
+        (14336, 4096, 128), 256, "ranges that begin in tiles", calls=300, large=True
     ),
-    "pair_rounds": Rung(
-        (28672, 4096, 128), 1000, "several tiles of a pair", calls=100, large=True, tried=PAIR
-    ),
-    "full": Rung((4096, 14336, 128), 64, "all multiprocessors; races", calls=300),
+    "pair_rounds": Rung((28672, 4096, 128), 1000, "several tiles of a pair", calls=100, large=True),
+    "full": Rung((4096, 14336, 128), 64, "all multiprocessors; races", (4, "zeros"), calls=300),
     "full16": Rung((14336, 4096, 128), 16, "the same", (4, "zeros"), calls=300),
 }
 
@@ -192,7 +179,6 @@ def climb(name: str, folder: Path | None) -> bool:
     rung = RUNGS[name]
     os.environ["HFQ_CUDA_WGMMA"] = "large" if rung.large else "1"
     os.environ["HFQ_CUDA_WIDE"] = "0"
-    os.environ["HFQ_CUDA_TRY"] = rung.tried
     weight = random_weight(torch.Generator().manual_seed(0), rung.shape, rung.kind)
     product, device = product_of(weight, folder)
     check = check_identity if name.startswith("identity") else check_products
