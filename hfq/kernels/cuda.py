@@ -33,16 +33,16 @@ __all__ = [
 
 # Directly, and with dequantizing and the matrix library, in microseconds, int4. On an H100 with
 # the kernel for older GPUs, 4096 x 14336, 66 and 130 for 128 and 256 tokens, beside 105 and 109.
-# On an H200 in large blocks (kernels/cuda/wgmma_large.h), 256, 512 and 1024 tokens (K x N):
-#   4096 x 14336    55, 113 and 223   beside  91, 136 and 218
-#   14336 x 4096    65, 109 and 201   beside  97, 132 and 225
-#   8192 x 28672   215, 430 and 794   beside 386, 550 and 930
-# 2, 3 and 8 bits gain as much, nf4 4 to 10 % with 512 tokens (E4M3 was not measured). Zero points
-# go through float32: they gain 5 to 28 % with 256 and lose 1 to 9 % with 512; so do float16
-# activations with scales of another dtype, which were not measured. With 4096 x 4096, too small for
-# large blocks, 512 tokens would take 33 and 36.
+# On an H200 in pairs of blocks (kernels/cuda/wgmma_pair.h), 512, 1024 and 1536 tokens (K x N):
+#   4096 x 14336    88, 186 and 253   beside 131, 204 and  305
+#   14336 x 4096    92, 176 and 272   beside 123, 197 and  290
+#   8192 x 28672   314, 624 and 968   beside 530, 861 and 1230
+# So do 8 bits, nf4 and E4M3, which gain less (0 to 23 % with 1536). Zero points go through float32: they
+# gain 3 to 32 % with 768 and lose up to 2 % with 1024; so do float16 activations with scales of
+# another dtype, which were not measured. 4096 x 4096 is too small for them: 512 tokens would take
+# 33 and 36.
 _DIRECT_TOKENS = 192
-_DIRECT_TOKENS_LARGE, _DIRECT_TOKENS_LARGE_TABLE, _DIRECT_TOKENS_LARGE_FLOATS = 1024, 512, 256
+_DIRECT_TOKENS_LARGE, _DIRECT_TOKENS_LARGE_FLOATS = 1536, 768
 # Weights of more numbers take large blocks (kSmall in kernels/cuda/wgmma.cu), on GPUs that have the instructions.
 _SMALL, _WGMMA, _WGMMA_VARIABLE = 1 << 25, (9, 0), "HFQ_CUDA_WGMMA"
 
@@ -137,10 +137,8 @@ def max_direct_tokens(grid: PackedGrid | Fp8Grid, device: torch.device, dtype: t
     if grid.in_features * grid.out_features <= _SMALL or not _has_large_blocks(device):
         return _DIRECT_TOKENS
     zeros = isinstance(grid, PackedGrid) and grid.zeros is not None
-    if zeros or (dtype == torch.float16 and grid.scales.dtype != dtype):
-        return _DIRECT_TOKENS_LARGE_FLOATS
-    table = not isinstance(grid, PackedGrid) or grid.codebook is not None
-    return _DIRECT_TOKENS_LARGE_TABLE if table else _DIRECT_TOKENS_LARGE
+    through_floats = zeros or (dtype == torch.float16 and grid.scales.dtype != dtype)
+    return _DIRECT_TOKENS_LARGE_FLOATS if through_floats else _DIRECT_TOKENS_LARGE
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

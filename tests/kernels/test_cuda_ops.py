@@ -322,10 +322,10 @@ REFUSED: dict[str, tuple[tuple[dict[str, Any], str], ...]] = {
 @pytest.mark.parametrize(
     ("format_name", "spec", "most"),
     [
-        ("int", IntSpec(group_size=32), 1024),
-        ("int", IntSpec(group_size=32, sym=False), 256),
-        ("nf4", CodebookSpec(group_size=32), 512),
-        ("fp8", Fp8Spec(), 512),
+        ("int", IntSpec(group_size=32), 1536),
+        ("int", IntSpec(group_size=32, sym=False), 768),
+        ("nf4", CodebookSpec(group_size=32), 1536),
+        ("fp8", Fp8Spec(), 1536),
     ],
 )
 def test_how_many_tokens_read_the_packed_weight(
@@ -344,7 +344,7 @@ def test_how_many_tokens_read_the_packed_weight(
         wide = replace(grid, in_features=8192, out_features=out_features)
         assert cuda.max_direct_tokens(wide, device, torch.bfloat16) == tokens
     other = wide.scales.dtype != torch.float16
-    through_floats = 256 if large and other else tokens
+    through_floats = 768 if large and other else tokens
     assert cuda.max_direct_tokens(wide, device, torch.float16) == through_floats
     monkeypatch.setenv("HFQ_CUDA_WGMMA", "0")
     assert cuda.max_direct_tokens(wide, device, torch.bfloat16) == 192
