@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 import hfq
@@ -173,7 +174,14 @@ def cuda() -> torch.device:
 
 
 @pytest.fixture
-def one_process() -> Iterator[torch.distributed.DeviceMesh]:
+def fsdp2() -> None:
+    """Where `fully_shard` takes integers, which are what packed weights are."""
+    if Version(torch.__version__) < Version("2.12"):
+        pytest.skip("fully_shard of PyTorch before 2.12 takes no integers")
+
+
+@pytest.fixture
+def one_process(fsdp2: None) -> Iterator[torch.distributed.DeviceMesh]:
     """The mesh of a process group that has this process only, on the CPU."""
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)

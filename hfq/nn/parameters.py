@@ -286,9 +286,8 @@ class PackedParameters(nn.Module):
             if not is_sharded(held):
                 return False
             raise KernelError(
-                f"expected {name} to be gathered as {held.dtype}, got {value.dtype}. (PyTorch before 2.12 casts packed weights, too, where FSDP2 "
-                "has a MixedPrecisionPolicy with param_dtype: leave that out, accelerate's mixed_precision: no, and load the model in the dtype "
-                "to compute in.)"
+                f"expected {name} to be gathered as {held.dtype}, got {value.dtype}: something cast a packed weight on its way. FSDP2 of PyTorch 2.12 "
+                "and later leaves integers as they are, whatever param_dtype a MixedPrecisionPolicy has."
             )
         if is_sharded(value):
             if self._sharded_for is None:

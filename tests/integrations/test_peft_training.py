@@ -68,6 +68,7 @@ def test_all_linear_finds_the_packed_layers_and_trains(
     close(low(ids).logits, logits)
 
 
+@pytest.mark.usefixtures("fsdp2")
 def test_training_in_several_processes(checkpoint: Path, ids: Tensor, tmp_path: Path) -> None:
     """Two learn from one sequence each, and both get the mean of the gradients. Gloo, as NCCL, has no integers of 16 bits.
 
@@ -132,6 +133,7 @@ def test_training_in_several_processes_on_gpus(
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("fsdp2")
 @pytest.mark.filterwarnings("ignore")
 def test_sharded_weights_on_gpus(checkpoint: Path, ids: Tensor, nccl: torch.device) -> None:
     model, ids = with_lora(load(checkpoint, torch.bfloat16)).to(nccl), ids.to(nccl)
