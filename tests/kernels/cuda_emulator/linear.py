@@ -215,6 +215,7 @@ class Linear(Launchers):
         plan = PairPlan()
         params = LinearParams(weight=weight, tokens=tokens)
         self._library.pair_plan(ctypes.byref(params), pairs, ctypes.byref(plan))
+        return plan
 
     def takes_wide(self, tokens: int, sizes: Sizes, kind: str) -> bool:
         """On compute capability 9.0; `kind`: "int4" or a codebook's name."""
