@@ -176,7 +176,7 @@ def cuda() -> torch.device:
 @pytest.fixture
 def fsdp2() -> None:
     """Where `fully_shard` takes integers, which are what packed weights are."""
-    if Version(torch.__version__) < Version("2.12"):
+    if Version(torch.__version__).release < (2, 12):
         pytest.skip("fully_shard of PyTorch before 2.12 takes no integers")
 
 

@@ -45,6 +45,8 @@ _DIRECT_TOKENS = 192
 _DIRECT_TOKENS_LARGE, _DIRECT_TOKENS_LARGE_FLOATS = 1536, 768
 # Weights of more numbers take large blocks (kSmall in kernels/cuda/wgmma.cu), on GPUs that have the instructions.
 _SMALL, _WGMMA, _WGMMA_VARIABLE = 1 << 25, (9, 0), "HFQ_CUDA_WGMMA"
+# Of a stage of theirs, which float16 has to fill (takes_large_wgmma says why).
+_LARGE_COLUMNS = 128
 
 # One launch multiplies with all experts as long as that takes less than one expert after the other, for which the host waits for the
 # counts and then needs some 20 us per expert, a pass over its dequantized weights and a product of the matrix library, which is twice as fast
@@ -135,6 +137,8 @@ class CudaFragments(AllAtOnce):
 def max_direct_tokens(grid: PackedGrid | Fp8Grid, device: torch.device, dtype: torch.dtype) -> int:
     """Up to how many tokens of `dtype` a product is faster that reads the packed weight."""
     if grid.in_features * grid.out_features <= _SMALL or not _has_large_blocks(device):
+        return _DIRECT_TOKENS
+    if dtype == torch.float16 and grid.in_features % _LARGE_COLUMNS:
         return _DIRECT_TOKENS
     zeros = isinstance(grid, PackedGrid) and grid.zeros is not None
     through_floats = zeros or (dtype == torch.float16 and grid.scales.dtype != dtype)

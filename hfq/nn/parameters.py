@@ -287,7 +287,7 @@ class PackedParameters(nn.Module):
                 return False
             raise KernelError(
                 f"expected {name} to be gathered as {held.dtype}, got {value.dtype}: something cast a packed weight on its way. FSDP2 of PyTorch 2.12 "
-                "and later leaves integers as they are, whatever param_dtype a MixedPrecisionPolicy has."
+                "and later leaves integers as they are, whatever param_dtype a MixedPrecisionPolicy has: update PyTorch, or leave param_dtype out."
             )
         if is_sharded(value):
             if self._sharded_for is None:

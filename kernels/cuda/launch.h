@@ -143,7 +143,7 @@ int active_clusters(int cluster, unsigned threads, size_t shared_bytes, int regi
   const ExtendedLaunch how(cluster, cluster, threads, shared_bytes, nullptr, false);
   cudaError_t error = allow_shared(kKernel, shared_bytes);
   if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kKernel, &how.config);
-  if (described(error)) count = 0;
+  if (described(error)) return 0;  // asked again: it may have been another one's
   if (registers && facts_of(kKernel).registers != registers) count = 0;
   answer = count + 1;
   return count;

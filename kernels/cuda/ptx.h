@@ -194,6 +194,7 @@ __device__ __forceinline__ void raise_flag(uint32_t* flag, uint32_t number) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(number) : "memory");
 }
 // Until it has; returns the number. Only for what a block with a lower index does: blocks are started in that order, so that it runs or has ended.
+// (CUDA does not promise the order; GPUs keep it, and libraries count on it.)
 __device__ __forceinline__ uint32_t wait_for_flag(const uint32_t* flag) {
   uint32_t number;
   asm volatile(

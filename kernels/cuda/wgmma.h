@@ -48,7 +48,7 @@ PairPlan plan_pairs(const LinearParams& params, int active);
 int64_t most_ranges(const LinearParams& params);
 
 // Whether launch_linear takes these kernels for more than few tokens: where they are faster than gemm_kernel.h, unless HFQ_CUDA_WGMMA is 0; with 1 or
-// "large" elsewhere as well.
+// "large" elsewhere as well. (wide.h goes first.)
 bool takes_wgmma(const LinearParams& params);
 
 // Whether a product that takes them takes large blocks: more than 64 tokens with a weight that is not small, or with HFQ_CUDA_WGMMA=large any.

@@ -311,7 +311,9 @@ template <class Kind, class T, int kTokens, WgmmaWay kWay>
 bool plan_tokens(WgmmaParams& p) {
   p.token_tiles = static_cast<uint32_t>(divided(p.tokens, kTokens));
   if constexpr (kWay == WgmmaWay::kPair) {
-    p.pairs = plan_pairs(p, active_blocks<Kind, T, kTokens, kWay>(2));
+    // (The workspace has room for no more: most_ranges.)
+    const int active = active_blocks<Kind, T, kTokens, kWay>(2), most = multiprocessors() / 2;
+    p.pairs = plan_pairs(p, active < most ? active : most);
     return p.pairs.ranges > 0;
   } else {
     using Block = typename WgmmaParts<Kind, T, kTokens, kWay>::Block;
@@ -342,8 +344,8 @@ const char* launch_wgmma_tokens(const WgmmaParams& params, cudaStream_t stream) 
 // because another compiler has chosen other registers, takes_wgmma says no and gemm_kernel.h is taken.)
 //
 // Staged blocks were faster with up to 32 tokens on an H200, but for 8 bits (26 us in place of 24 for 4096 x 14336), and with 64 where scales are
-// applied once for a stage and are all there is (20.1 in place of 23.7; with zero points 31.3 in place of 31.1, in groups of 64 26.0 in place of
-// 25.3).
+// applied once for a stage and are all there is (20.1 in place of 23.7). Not so with zero points (31.3 in place of 31.1), in groups of 64 (26.0 in
+// place of 25.3), for 8 bits (31.0 in place of 27.6) and codebooks (28.9 in place of 27.7).
 template <class Kind, class Use>
 auto with_block(const LinearParams& p, const Use& use) {
   constexpr std::integral_constant<int, 32> k32;

@@ -1,6 +1,6 @@
-// From global memory to stages with 17 to 64 tokens: all of it by cp.async, as far ahead as there are stages, and x in its own order, which is
-// changed where it lies. (In wgmma_block.h x waits in registers of the warps that copy it, a chunk ahead at most: stages were empty for a fifth of
-// the time.)
+// From global memory to stages with 17 to 64 tokens (with_block says of which weights): all of it by cp.async, as far ahead as there are stages, and
+// x in its own order, which is changed where it lies. (In wgmma_block.h x waits in registers of the warps that copy it, a chunk ahead at most:
+// stages were empty for a fifth of the time.)
 //
 // Of the four warps one copies weights, one x, and two put x in order, half of the columns each. Those that copy make no fence, and those that do
 // copy nothing: it is a MEMBAR, which may wait for cp.async of its thread.
@@ -28,7 +28,7 @@ __device__ __forceinline__ void wait_together(uint32_t barrier, uint32_t bit) {
 
 template <class Block>
 struct WgmmaStagedProducer {
-  static constexpr int kBytes = Block::kBytes, kTilesAtOnce = kBytes > 1024 ? 2 : kBytes > 512 ? 8 : 16;  // as registers allow
+  static constexpr int kBytes = Block::kBytes, kTilesAtOnce = kBytes > 512 ? 8 : 16;  // as registers allow
 
   const WgmmaParams& p;
   const Block& block;

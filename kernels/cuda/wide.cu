@@ -12,7 +12,7 @@ namespace {
 // beside 10.2 for 4096 x 1024. One token in digits takes 9.0 of 4096 x 14336, 9.8 here; 36.4 of 8192 x 28672, 31.8 here.
 int64_t least_numbers(const LinearParams& p) {
   if (p.tokens > 8) return 0;
-  if (p.tokens > 4) return int64_t{1} << 24;
+  if (p.tokens > 4 && !(p.weight.codebook && p.weight.bits == 4)) return int64_t{1} << 24;
   return takes_digits(p) ? int64_t{1} << 27 : int64_t{3} << 23;
 }
 
@@ -38,6 +38,7 @@ bool takes_wide(const LinearParams& p) {
 WidePlan plan_wide(int64_t tiles, int64_t steps, const WideShape& shape) {
   constexpr int kWarps[] = {4, 6, 8, 12};
   constexpr float kAlone = 2.5f, kCluster = 30;
+  const size_t most_shared = most_shared_bytes() + kReservedShared;
   WidePlan best = {};
   float least = 0;
   for (int splits = 1; splits <= kMostWideSplits; ++splits) {
@@ -45,7 +46,7 @@ WidePlan plan_wide(int64_t tiles, int64_t steps, const WideShape& shape) {
     if (active == 0) continue;
     for (const int warps : kWarps) {
       if ((splits > 1 || warps > kWarps[0]) && splits * warps > steps) continue;  // some would have nothing to do
-      const size_t room = (most_shared_bytes() + kReservedShared) / (shape.table_bytes + warps * shape.warp_bytes + kReservedShared);
+      const size_t room = most_shared / (shape.table_bytes + warps * shape.warp_bytes + kReservedShared);
       const int64_t at_once = room < static_cast<size_t>(shape.warps / warps) ? room : shape.warps / warps;
       const int64_t fewest = divided(tiles, active * shape.tiles);
       if (at_once == 0) continue;

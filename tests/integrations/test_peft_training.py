@@ -13,6 +13,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -68,7 +69,6 @@ def test_all_linear_finds_the_packed_layers_and_trains(
     close(low(ids).logits, logits)
 
 
-@pytest.mark.usefixtures("fsdp2")
 def test_training_in_several_processes(checkpoint: Path, ids: Tensor, tmp_path: Path) -> None:
     """Two learn from one sequence each, and both get the mean of the gradients. Gloo, as NCCL, has no integers of 16 bits.
 
@@ -98,7 +98,8 @@ def test_training_in_several_processes(checkpoint: Path, ids: Tensor, tmp_path: 
         for rank in range(2):
             found = torch.load(tmp_path / f"{kind}-{rank}.pt")
             close_gradients({f"module.{name}": each for name, each in mean.items()}, found, 1e-5)
-            if kind == "prompt":
+            if not (tmp_path / f"{kind}-sharded-{rank}.pt").exists():
+                assert kind == "prompt" or Version(torch.__version__).release < (2, 12)
                 continue
             sharded = torch.load(tmp_path / f"{kind}-sharded-{rank}.pt")
             close_gradients(mean, sharded["gradients"], 1e-5)

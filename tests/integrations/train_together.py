@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
+from packaging.version import Version
 from peft import PeftModel
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -46,7 +47,8 @@ def main(rank: int, checkpoint: Path, folder: Path) -> None:
         found = gradients(nn.parallel.DistributedDataParallel(model), ids)
         assert same(packed_state(model), before)
         torch.save(found, folder / f"{kind}-{rank}.pt")
-        if kind != "prompt":  # PEFT reads its weight beside the forward that it is gathered for
+        # PEFT reads prompts' weight beside the forward that it is gathered for; PyTorch before 2.12 shares no integers out.
+        if kind != "prompt" and Version(torch.__version__).release >= (2, 12):
             torch.save(sharded(make(checkpoint), ids), folder / f"{kind}-sharded-{rank}.pt")
     distributed.destroy_process_group()
 

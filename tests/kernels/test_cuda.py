@@ -299,7 +299,7 @@ def test_not_a_number_reaches_the_outputs_of_its_token(
 ) -> None:
     monkeypatch.setenv("HFQ_CUDA_WGMMA", "large")  # for 70 tokens, where there is wgmma
     weight = make_weight(20, 136, 64, kind=kind)
-    for dtype, tokens in itertools.product(HALVES, (7, 40, 70)):
+    for dtype, tokens in itertools.product(HALVES, (7, 12, 40, 70, 200)):
         x = torch.randn(tokens, 136, generator=generator).to(cuda, dtype)
         x[4, 135] = bad
         finite = weight.linear(x).isfinite()

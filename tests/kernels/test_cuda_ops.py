@@ -346,6 +346,9 @@ def test_how_many_tokens_read_the_packed_weight(
     other = wide.scales.dtype != torch.float16
     through_floats = 768 if large and other else tokens
     assert cuda.max_direct_tokens(wide, device, torch.float16) == through_floats
+    cut = replace(wide, in_features=8200)
+    assert cuda.max_direct_tokens(cut, device, torch.float16) == 192
+    assert cuda.max_direct_tokens(cut, device, torch.bfloat16) == tokens
     monkeypatch.setenv("HFQ_CUDA_WGMMA", "0")
     assert cuda.max_direct_tokens(wide, device, torch.bfloat16) == 192
 

@@ -88,7 +88,7 @@ def test_not_a_number_reaches_its_own_outputs(
 ) -> None:
     w = make(generator, (20, 136, 64), kind)
     for dtype, column in zip(HALVES, (135, 3), strict=True):
-        x = torch.randn(19, 136, generator=generator).to(dtype)
+        x = torch.randn(12, 136, generator=generator).to(dtype)
         x[11, column] = bad
         check_only_bad(linear(emulator, x, w), 11)
     x = torch.randn(9, 136, generator=generator).bfloat16()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -75,24 +76,24 @@ H200 = (
 @pytest.mark.parametrize(
     ("rows", "columns", "few", "more"),
     [
-        (14336, 4096, (132, 1, 8), (132, 1, 8)),
-        (4096, 14336, (66, 2, 12), (66, 2, 12)),
-        (28672, 8192, (264, 1, 8), (264, 1, 6)),
-        (1024, 4096, (64, 2, 8), (15, 8, 4)),
+        (14336, 4096, (132, 1, 8, 2), (132, 1, 8, 1)),
+        (4096, 14336, (66, 2, 12, 1), (66, 2, 12, 1)),
+        (28672, 8192, (264, 1, 8, 2), (264, 1, 6, 2)),
+        (1024, 4096, (64, 2, 8, 2), (15, 8, 4, 3)),
     ],
 )
 def test_plans(
     emulator: Any,
     rows: int,
     columns: int,
-    few: tuple[int, int, int],
-    more: tuple[int, int, int],
+    few: tuple[int, int, int, int],
+    more: tuple[int, int, int, int],
 ) -> None:
     """What was the fastest of all on an H200, or within 5 % of it."""
 
-    def plan(shape: dict[str, float]) -> tuple[int, int, int]:
+    def plan(shape: dict[str, float]) -> tuple[int, int, int, int]:
         found = emulator.wide_plan(rows // 16, columns // 128, lambda s: H200[s - 1], **shape)
-        return found.groups, found.splits, found.warps
+        return found.groups, found.splits, found.warps, found.room
 
     assert plan(FEW) == few
     assert plan(MORE) == more
@@ -101,8 +102,12 @@ def test_plans(
 @pytest.mark.parametrize("tiles", [1, 7, 131, 132, 133, 1056, 1057, 8016])
 @pytest.mark.parametrize("steps", [1, 3, 4, 33])
 def test_any_plan_can_be_launched(emulator: Any, tiles: int, steps: int) -> None:
-    for shape in (FEW, MORE, MORE | {"tiles": 4, "table_bytes": 32768}):
-        plan = emulator.wide_plan(tiles, steps, lambda s: H200[s - 1], **shape)
+    shapes = (FEW, MORE, MORE | {"tiles": 4, "table_bytes": 32768})
+    for shape, device in itertools.product(
+        shapes, (H200, (1,) + (0,) * 7, (7, 3, 2, 1, 1, 1, 1, 0))
+    ):
+        plan = emulator.wide_plan(tiles, steps, lambda s, d=device: d[s - 1], **shape)
+        assert shape["table_bytes"] + plan.warps * shape["warp_bytes"] <= 227 << 10
         assert 1 <= plan.groups <= tiles
         assert -(-tiles // plan.groups) <= shape["tiles"]
         assert plan.warps <= shape["warps"]
@@ -163,6 +168,8 @@ def test_the_choice(
         (4088, 8, "int4", False),
         (4096, 4, "int4", False),
         (6144, 4, "int4", True),
+        (6136, 8, "nf4", False),
+        (6144, 8, "nf4", True),
         (6144, 1, "nf4", True),
         (6136, 1, "nf4", False),
         (6144, 1, "int4", False),  # in digits

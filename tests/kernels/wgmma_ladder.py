@@ -24,9 +24,8 @@ from torch import Tensor
 Product = Callable[[Tensor], Tensor]
 SECONDS = 60
 INT4: Kind = (4, None)
-LONG = (
-    27 * 128 + 72
-)  # columns: no stage of the ring is used less than four times, and the last one is not full
+# Columns; the last stage is not full. Where few rows are cut by columns, a block has some seven chunks of it: rungs named full use stages many times.
+LONG = 27 * 128 + 72
 
 
 @dataclass(frozen=True)
@@ -78,15 +77,15 @@ RUNGS = {
     "staged64": Rung((256, LONG, 128), 63, "setmaxnreg"),
     "staged_full": Rung((4096, 14336, 128), 64, "races", calls=300),
     "identity_pair": Rung((300, 136, 0), 200, "wgmma_pair.h: copies to two blocks", large=True),
-    "pair": Rung((256, LONG, 128), 256, "barriers that both blocks arrive at", large=True),
-    "pair_zeros": Rung((130, LONG, 32), 256, "weights by float32", (4, "zeros"), large=True),
-    "pair_nf4": Rung((256, LONG, 64), 256, "a table", (4, "nf4"), large=True),
     "pair_shared": Rung(
         (1024, 4096, 128),
         600,
         "tiles of several pairs: partial sums, flags",
         large=True,
     ),
+    "pair": Rung((256, LONG, 128), 256, "barriers that both blocks arrive at", large=True),
+    "pair_zeros": Rung((130, LONG, 32), 256, "weights by float32", (4, "zeros"), large=True),
+    "pair_nf4": Rung((256, LONG, 64), 256, "a table", (4, "nf4"), large=True),
     "pair_full": Rung((4096, 14336, 128), 256, "all multiprocessors", calls=300, large=True),
     "pair_ranges": Rung(
         (14336, 4096, 128), 256, "ranges that begin in tiles", calls=300, large=True
