@@ -56,9 +56,6 @@ class Clock(Protocol):
     def eager_seconds(self, work: Work, times: int) -> float:
         """Of one run, the time that Python and the launches take included."""
 
-    def kernels(self, work: Work) -> list[str]:
-        """Names of our kernels that the work runs; empty where nothing can tell."""
-
     def peak_bytes(self, work: Work) -> int:
         """Memory that is taken while the work runs, above what was there before."""
 
@@ -106,12 +103,6 @@ class CudaClock:
         torch.cuda.synchronize()
         return (time.perf_counter() - start) / times
 
-    def kernels(self, work: Work) -> list[str]:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            work()
-            torch.cuda.synchronize()
-        return sorted(event.key for event in profile.key_averages() if "hfq" in event.key)
-
     def peak_bytes(self, work: Work) -> int:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -151,10 +142,6 @@ class CpuClock:
         for _ in range(times):
             work()
         return (time.perf_counter() - start) / times
-
-    def kernels(self, work: Work) -> list[str]:
-        work()
-        return []
 
     def peak_bytes(self, work: Work) -> int:
         work()

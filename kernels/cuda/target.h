@@ -28,13 +28,19 @@ constexpr size_t kReservedShared = 1 << 10;
 // The least shared memory of a thread block with which a multiprocessor has no room for more than `blocks` of them.
 inline size_t shared_bytes_for(size_t blocks) { return (most_shared_bytes() + kReservedShared) / (blocks + 1) - kReservedShared + 128; }
 
+// Shared memory of a thread block that needs so much, with which a multiprocessor has no room for more than `blocks` of them.
+inline size_t limited(size_t shared_bytes, size_t blocks) {
+  const size_t limit = shared_bytes_for(blocks);
+  return limit > shared_bytes ? limit : shared_bytes;
+}
+
 // Shared memory of a thread block with which each multiprocessor has room for its share of `blocks` thread blocks and no more, for launch_early.
 // Those of a kernel that starts while another one ends go where there is room, by which multiprocessors have ended early, and that is not evenly:
 // 256 thread blocks of 14336 x 4096 took 15.9 us on an H200, 13.4 without overlap, and 11.7 so.
 inline size_t evenly(size_t shared_bytes, int64_t blocks) {
   const int64_t found = multiprocessors(), count = found > 0 ? found : 1;
   const size_t each = static_cast<size_t>((blocks + count - 1) / count);
-  return each > 1 && each < 8 && shared_bytes_for(each) > shared_bytes ? shared_bytes_for(each) : shared_bytes;
+  return each > 1 && each < 8 ? limited(shared_bytes, each) : shared_bytes;
 }
 
 }  // namespace hfq

@@ -403,8 +403,7 @@ const char* launch_wide_block(const LinearParams& params, cudaStream_t stream) {
   p.code_blocks = static_cast<uint32_t>(divided(p.weight.in_features, kBlockColumns<Block::kBits>));
   p.tile_bytes = p.code_blocks * Block::kBlock;
   p.group_bytes = p.weight.scale_dtype == kFloat32 ? 64 : 32;
-  const size_t needed = Block::kTableBytes + p.plan.warps * Block::kWarpBytes, limit = p.plan.room ? shared_bytes_for(p.plan.room) : 0;
-  const size_t shared_bytes = limit > needed ? limit : needed;
+  const size_t needed = Block::kTableBytes + p.plan.warps * Block::kWarpBytes, shared_bytes = p.plan.room ? limited(needed, p.plan.room) : needed;
   const unsigned blocks = p.plan.groups * p.plan.splits, threads = 32 * p.plan.warps;
   if (p.plan.splits == 1) return launch_early(wide_kernel<Block>, blocks, threads, shared_bytes, stream, p);
   return launch_clusters(wide_kernel<Block>, blocks, p.plan.splits, threads, shared_bytes, stream, p);

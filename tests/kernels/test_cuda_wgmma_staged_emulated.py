@@ -55,9 +55,7 @@ def test_every_number_of_tokens(emulator: Any, generator: torch.Generator, token
     check_tokens_are_apart(lambda x: linear(emulator, x, w), w, x, generator)
 
 
-def test_the_choice(
-    emulator: Any, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_choice(emulator: Any, generator: torch.Generator) -> None:
     """What shared memory it needs, 128 bytes more for barriers, shows which kernel is taken."""
     x = torch.randn(64, 4096, generator=generator).bfloat16()
     bytes_of = {16: 7 * (29 << 10), 32: 6 * (33 << 10), 64: 5 * (41 << 10)}  # all stages
