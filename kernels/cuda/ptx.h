@@ -188,21 +188,19 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t bit) {
 
 // ---- thread blocks of one launch that are no cluster ----
 
-// A word of global memory that was 0 when the kernel began gets a number that is not. What this thread wrote before is there for those that have
-// waited for it, and so is what others wrote that this one has met at a barrier.
-__device__ __forceinline__ void raise_flag(uint32_t* flag, uint32_t number) {
-  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(number) : "memory");
+// A word of global memory that was 0 when the kernel began becomes 1. What this thread wrote before is there for those that have waited for it, and so
+// is what others wrote that this one has met at a barrier.
+__device__ __forceinline__ void raise_flag(uint32_t* flag) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(1) : "memory");
 }
-// Until it has; returns the number. Only for what a block with a lower index does: blocks are started in that order, so that it runs or has ended.
-// (CUDA does not promise the order; GPUs keep it, and libraries count on it.)
-__device__ __forceinline__ uint32_t wait_for_flag(const uint32_t* flag) {
-  uint32_t number;
-  asm volatile(
-      "{\n.reg .pred lowered;\nagain:\nld.acquire.gpu.global.u32 %0, [%1];\nsetp.eq.u32 lowered, %0, 0;\n@lowered bra again;\n}"
-      : "=r"(number)
-      : "l"(flag)
-      : "memory");
-  return number;
+// Until those of all lanes of the warp have. Only for what blocks with lower indices do: blocks are started in that order, so that they run or have
+// ended. (CUDA does not promise the order; GPUs keep it, and libraries count on it.) Lanes go round together: else ptxas would take what follows for
+// divergent, and have it twice.
+__device__ __forceinline__ void wait_for_flag(const uint32_t* flag) {
+  uint32_t raised;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(raised) : "l"(flag) : "memory");
+  } while (!__all_sync(0xffffffffu, raised != 0));
 }
 // What another block wrote while this kernel runs: not from L1, which does not learn of it.
 __device__ __forceinline__ float4 load_of_others(const float4* p) {

@@ -9,61 +9,14 @@
 // neighbouring rows are a pair, a cluster, each of which asks for half of x for both: 20 bytes a clock. A stage of x is free when both have read it.
 // Of an odd number of blocks of rows the last pair has one without rows, which only helps to copy x.
 //
-// Few tiles leave multiprocessors idle: 4096 x 14336 has 56 pairs of tiles, and 66 pairs run at a time on an H200. Clusters of more blocks, which
-// could share columns, find less room still: 17 of six, 15 of eight. So the work of the product is one row of chunks, a tile after the other, and
-// each pair has a range of it (PairPlan) that may begin and end in the midst of a tile. What it has of one tile is a segment. One without the tile's
-// first chunk writes its sums to global memory. The range with the first chunk reads those of all others, in their order, so that results are the
-// same each time, and stores outputs.
-//
-// It waits for them, which must not be forever. Blocks are started in the order of their indices, so that one with a lower index runs or has ended,
-// whatever else runs on the GPU; and none waits before it has written its own sums, those of its first segment. So a block may wait for lower
-// indices. The later chunks of a tile are at the beginning of their ranges, and its first ones at the end of theirs: those that are waited for have
-// the next ranges. Hence ranges are counted from the last pair on.
+// Few tiles leave multiprocessors idle, so that each pair has a range of all chunks (wgmma_ranges.h).
 #pragma once
 
-#include "gemm_output.h"
+#include "wgmma_ranges.h"
 #include "wgmma_rounded.h"
 
 namespace hfq {
 namespace {
-
-// What a range has of one tile.
-struct WgmmaSegment {
-  uint32_t all;            // chunks of a tile
-  uint32_t tile;           // of 256 rows and 256 tokens; those of the same rows are neighbours
-  uint32_t chunk, chunks;  // the first one, and how many; 0: the range is over
-  uint32_t left;           // of the range, behind these
-
-  __device__ __forceinline__ void next() {
-    ++tile, chunk = 0;
-    take();
-  }
-  __device__ __forceinline__ void take() {
-    chunks = left < all - chunk ? left : all - chunk;
-    left -= chunks;
-  }
-
-  __device__ __forceinline__ uint32_t token_tile(const WgmmaParams& p) const { return tile % p.token_tiles; }
-  // Of the rows of a block.
-  template <class Block>
-  __device__ __forceinline__ uint32_t first_tile(const WgmmaParams& p, const Block& block) const {
-    return (tile / p.token_tiles * Block::kNeighbours + block.neighbour) * Block::kTiles;
-  }
-};
-
-// By whole warps. The compiler knows then that it is the same for all lanes, and so are turns and counts of chunks, which need no registers of each:
-// 278 instructions a chunk in place of 310.
-__device__ __forceinline__ WgmmaSegment first_segment(const WgmmaParams& p, uint32_t range) {
-  const PairPlan& plan = p.pairs;
-  const uint32_t begin = range * plan.units / plan.ranges, end = (range + 1) * plan.units / plan.ranges;
-  WgmmaSegment s = {};
-  s.all = plan.tile_units * plan.unit_chunks;
-  s.tile = shuffle_from(begin / plan.tile_units, 0);
-  s.chunk = shuffle_from(begin % plan.tile_units * plan.unit_chunks, 0);
-  s.left = shuffle_from((end - begin) * plan.unit_chunks, 0);
-  s.take();
-  return s;
-}
 
 // Two rings in place of one (wgmma_block.h), since three whole chunks of both find no room: of x with 64 columns a stage, alike in both blocks, and
 // of weights with a chunk a stage. Of 4 bits five stages each. They run on from segment to segment.
@@ -76,7 +29,7 @@ struct WgmmaPairBlock {
   static constexpr int kAtFirst = 168, kOfConsumers = 216, kOfProducers = 72;  // registers, as in wgmma_block.h
   static constexpr int kUnits = kWgmmaColumns / kUnitColumns;
   static constexpr int kBlocks = kWgmmaColumns / kBlockColumns<kBits>, kBytes = kBlocks * kBlockBytes<kBits>;  // of a chunk of one tile
-  static constexpr int kSums = kTokens / 2;
+  static constexpr int kSums = kTokens / 2, kEndSums = kSums;
   static_assert(kTiles == kConsumers && kNeighbours * kRows == kPairRows);
 
   static constexpr int kXStage = kTokens * 128, kXShare = kXStage / kNeighbours;
@@ -238,112 +191,11 @@ struct WgmmaPairConsumer : WgmmaRounded<Kind, T, Block, 4> {
         multiply<kScaling, kWhole, 0>(x, (segment.chunk + i) * kUnits, i == 0, i + 1 < segment.chunks);
       wgmma_wait<0>(sums[0]);
       free_x_behind();
-      if (segment.chunk > 0) {
-        write_partial();
-      } else {
-        if (segment.chunks < segment.all) add_partials();
-        store_outputs();
-      }
+      end_segment<T>(p, block, segment, lane, this->first_tile, 0, sums[0]);
     }
   }
 
   __device__ __forceinline__ void run() { run_rounded(*this); }
-
-  // ---- sums of a tile that several ranges have: each warp's by itself, as they stand in registers, for the same warp of the range that adds them
-
-  static constexpr int kPartialThreads = 32 * Block::kConsumers;
-
-  // (The thread is read again, for want of a register.)
-  __device__ __forceinline__ uint32_t* flag(uint32_t range) const {
-    return p.flags + (range * Block::kNeighbours + block.neighbour) * Block::kConsumers + kept(threadIdx.x) / 32;
-  }
-  __device__ __forceinline__ float4* partial(uint32_t range) const {
-    const int64_t blocks = range * Block::kNeighbours + block.neighbour;
-    return reinterpret_cast<float4*>(p.partials + blocks * (kSums * kPartialThreads)) + kept(threadIdx.x);
-  }
-
-  __device__ __forceinline__ void write_partial() const {
-    const uint32_t range = block.range(p);
-    float4* const to = partial(range);
-#pragma unroll
-    for (int i = 0; i < kSums; i += 4) store(to + i / 4 * kPartialThreads, make_float4(sums[0][i], sums[0][i + 1], sums[0][i + 2], sums[0][i + 3]));
-    sync_warp();
-    if (lane == 0) raise_flag(flag(range), segment.chunks);
-  }
-
-  // Those of the next ranges, until all chunks of the tile are there. 48 numbers of a thread are on the way at a time, in three groups: one is added
-  // and asked for anew while the others come. (64 cost registers, and with them 8 instructions a chunk.)
-  __device__ __forceinline__ void add_partials() {
-    constexpr int kGroup = 4, kAhead = 3, kGroups = kSums / 4 / kGroup;
-#pragma unroll 1
-    for (uint32_t other = block.range(p) + 1, chunks = segment.chunks; chunks < segment.all; ++other) {
-      chunks += shuffle_from(wait_for_flag(flag(other)), 0);
-      const float4* const from = partial(other);
-      float4 parts[kAhead][kGroup];
-      const auto load_group = [&](int group) {
-#pragma unroll
-        for (int i = 0; i < kGroup; ++i) parts[group % kAhead][i] = load_of_others(from + (group * kGroup + i) * kPartialThreads);
-      };
-#pragma unroll
-      for (int group = 0; group < kAhead; ++group) load_group(group);
-#pragma unroll
-      for (int group = 0; group < kGroups; ++group) {
-#pragma unroll
-        for (int i = 0; i < kGroup; ++i) {
-          float* const d = sums[0] + 4 * (group * kGroup + i);
-          const float4& part = parts[group % kAhead][i];
-          d[0] += part.x, d[1] += part.y, d[2] += part.z, d[3] += part.w;
-        }
-        if (group + kAhead < kGroups) load_group(group + kAhead);
-      }
-    }
-  }
-
-  // ---- outputs, from registers, since the rings are in use
-  //
-  // Lane 4g + t has rows g and g + 8 of the warp's 16, of tokens 2t and 2t + 1 of eight. It gives one of the tokens to lane 4 (g ^ 1) + t for that
-  // one's other rows, and then one half of the rows to lane 4 (g ^ 2) + t:
-  //
-  //   rows g & ~1, g | 1, and those + 8, of token 2t + g % 2
-  //   rows r .. r + 3 of that token, r = 8 (g / 2 % 2) + 4 (g / 4)
-  //
-  // which are 8 bytes of each lane, and 32 of each token.
-  __device__ __forceinline__ void store_outputs() const {
-    const int64_t rows = p.weight.out_features, row = (static_cast<int64_t>(segment.first_tile(p, block)) + this->first_tile) * kTileRows + lane / 4;
-    const float low = p.bias && row < rows ? load_float(p.bias, row, p.bias_dtype) : 0.0f;
-    const float high = p.bias && row + 8 < rows ? load_float(p.bias, row + 8, p.bias_dtype) : 0.0f;
-    const bool odd = lane & 4, upper = lane & 8;
-    // Of `own` and what came for it, the lower row first: the halves with the rows that are kept, and with the others.
-    const uint32_t lower_rows = odd ? 0x1054 : 0x5410, upper_rows = odd ? 0x3276 : 0x7632;
-    const uint32_t kept_rows = upper ? upper_rows : lower_rows, given_rows = upper ? lower_rows : upper_rows;
-    const int64_t n = row - lane / 4 + (upper ? 8 : 0) + lane / 16 * 4;
-    const int64_t token = static_cast<int64_t>(segment.token_tile(p)) * Block::kTokens + 2 * (lane % 4) + (odd ? 1 : 0);
-    const int left = static_cast<int>(p.tokens - token < Block::kTokens ? p.tokens - token : Block::kTokens);
-    const int exist = static_cast<int>(rows - n < 4 ? rows - n : 4);
-    const auto each = [&](const auto& store_four) {
-      uint16_t* y = static_cast<uint16_t*>(p.y) + token * rows + n;
-#pragma unroll
-      for (int i = 0; i < kSums / 4; ++i, y += 8 * rows) {
-        const float* const d = sums[0] + 4 * i;
-        const uint32_t first = from_floats(T{}, d[0] + low, d[2] + high), second = from_floats(T{}, d[1] + low, d[3] + high);
-        const uint32_t own = odd ? second : first, others = shuffle_xor(odd ? first : second, 4);
-        const uint32_t keeps = permute_bytes(own, others, kept_rows), came = shuffle_xor(permute_bytes(own, others, given_rows), 8);
-        if (8 * i < left) store_four(y, upper ? uint2{came, keeps} : uint2{keeps, came});
-      }
-    };
-    // Instructions that run once have to come from memory: those of the usual case stand together.
-    if (rows % 4 == 0) {
-      each([&](uint16_t* y, const uint2& four) {
-        if (exist > 0) store(reinterpret_cast<uint2*>(y), four);
-      });
-    } else {
-      each([&](uint16_t* y, const uint2& four) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          if (i < exist) store(y + i, static_cast<uint16_t>((i < 2 ? four.x : four.y) >> 16 * (i % 2)));
-      });
-    }
-  }
 };
 
 }  // namespace

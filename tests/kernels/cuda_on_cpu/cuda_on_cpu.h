@@ -189,13 +189,13 @@ inline void mbarrier_wait(uint32_t barrier, uint32_t bit) { cuda_on_cpu::mbarrie
 
 // ---- thread blocks of one launch that are no cluster ----
 
-inline void raise_flag(uint32_t* flag, uint32_t number) {
+inline void raise_flag(uint32_t* flag) {
   cuda_on_cpu::check_global(flag, 4, cuda_on_cpu::Way::kStore);
-  cuda_on_cpu::raise_flag(flag, number);
+  cuda_on_cpu::raise_flag(flag);
 }
-inline uint32_t wait_for_flag(const uint32_t* flag) {
+inline void wait_for_flag(const uint32_t* flag) {
   cuda_on_cpu::check_global(flag, 4, cuda_on_cpu::Way::kLoad);
-  return cuda_on_cpu::wait_for_flag(flag);
+  cuda_on_cpu::wait_for_flag(flag);
 }
 inline float4 load_of_others(const float4* p) { return load_written(p); }
 

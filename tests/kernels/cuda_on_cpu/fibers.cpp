@@ -731,16 +731,15 @@ void copy_bulk_to_blocks(uint32_t shared, const void* global, uint32_t bytes, ui
     if (blocks >> rank & 1) begin_copy(running_block(rank), shared, global, bytes, barrier);
 }
 
-void raise_flag(uint32_t* flag, uint32_t number) {
-  if (number == 0 || *flag != 0) fail("a flag that is not lowered before it is raised");
+void raise_flag(uint32_t* flag) {
+  if (*flag != 0) fail("a flag that is not lowered before it is raised");
   if (races::wanted) races::raise(number_of(*current), flag);
-  *flag = number;
+  *flag = 1;
 }
 
-uint32_t wait_for_flag(const uint32_t* flag) {
+void wait_for_flag(const uint32_t* flag) {
   if (*flag == 0) fail("a wait for what no block before this one does");
   if (races::wanted && !races::see(number_of(*current), flag)) fail("a flag that is not lowered before it is waited for");
-  return *flag;
 }
 
 void fence_registers() { current_warp().fenced = true; }

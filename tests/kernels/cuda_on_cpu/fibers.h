@@ -89,8 +89,8 @@ void copy_bulk_to_blocks(uint32_t shared, const void* global, uint32_t bytes, ui
 
 // A word of global memory that is 0 until a thread has written something for those that wait. Clusters run one after the other: what is waited for
 // must have been done by one that is started before.
-void raise_flag(uint32_t* flag, uint32_t number);
-uint32_t wait_for_flag(const uint32_t* flag);
+void raise_flag(uint32_t* flag);
+void wait_for_flag(const uint32_t* flag);
 
 // Instructions of a warpgroup that go on beside the threads, one part for each warp. `what`: the same for all four warps, or it is a mistake.
 // `work` is called as late as the waits of the warp allow. The functions are called once for each warp, within `together`.

@@ -292,13 +292,12 @@ void flag_between_blocks(Params p) {
   if ((blockIdx.x == 0) != kBackwards) {
     store(words + thread, thread + 5);
     if (kMistake != Mistake::kNoFence) sync_warp();
-    if (thread == 7 && kMistake != Mistake::kMemoryChanges) raise_flag(p.to, 3);
+    if (thread == 7 && kMistake != Mistake::kMemoryChanges) raise_flag(p.to);
     if (kMistake == Mistake::kNoBarrier) store(words + thread, thread + 5);
   } else {
-    uint32_t number = 0;
-    if (kMistake != Mistake::kNoWait && thread == 0) number = wait_for_flag(p.to);
+    if (kMistake != Mistake::kNoWait && thread == 0) wait_for_flag(p.to);
     if (kMistake != Mistake::kRegistersChange) sync_warp();
-    store(p.to + 1 + thread, load_written(words + (thread + 1) % 32) + number);
+    store(p.to + 1 + thread, load_written(words + (thread + 1) % 32));
   }
 }
 

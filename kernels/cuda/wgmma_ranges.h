@@ -1,0 +1,192 @@
+// Products whose work is one row of chunks, a tile of outputs after the other: each cluster of thread blocks has a range of it (PairPlan), which may
+// begin and end in the midst of a tile. So few tiles leave no multiprocessors idle: 4096 x 14336 with 256 tokens has 56 of 256 rows, and 66 pairs of
+// blocks run at a time on an H200. (Clusters of more blocks, which could share columns, find less room still: 17 of six, 15 of eight.)
+//
+// What a range has of one tile is a segment. One without the tile's first chunk writes its sums to global memory. The range with the first chunk reads
+// those of all others, in their order, so that results are the same each time, and stores outputs.
+//
+// It waits for them, which must not be forever. Blocks are started in the order of their indices, so that one with a lower index runs or has ended,
+// whatever else runs on the GPU; and none waits before it has written its own sums, those of its first segment. So a block may wait for lower
+// indices. The later chunks of a tile are at the beginning of their ranges, and its first ones at the end of theirs: those that are waited for have
+// the next ranges. Hence ranges are counted from the last cluster on.
+#pragma once
+
+#include "gemm_output.h"
+#include "wgmma_block.h"
+
+namespace hfq {
+namespace {
+
+// What a range has of one tile.
+struct WgmmaSegment {
+  uint32_t all;            // chunks of a tile
+  uint32_t tile;           // of 256 rows and 256 tokens; those of the same rows are neighbours
+  uint32_t chunk, chunks;  // the first one, and how many; 0: the range is over
+  uint32_t left;           // of the range, behind these
+
+  __device__ __forceinline__ void next() {
+    ++tile, chunk = 0;
+    take();
+  }
+  __device__ __forceinline__ void take() {
+    chunks = left < all - chunk ? left : all - chunk;
+    left -= chunks;
+  }
+
+  __device__ __forceinline__ uint32_t token_tile(const WgmmaParams& p) const { return tile % p.token_tiles; }
+  // Of the rows of a block.
+  template <class Block>
+  __device__ __forceinline__ uint32_t first_tile(const WgmmaParams& p, const Block& block) const {
+    return (tile / p.token_tiles * Block::kNeighbours + block.neighbour) * Block::kTiles;
+  }
+};
+
+// By whole warps. The compiler knows then that it is the same for all lanes, and so are turns and counts of chunks, which need no registers of each:
+// 278 instructions a chunk in place of 310.
+__device__ __forceinline__ WgmmaSegment first_segment(const WgmmaParams& p, uint32_t range) {
+  const PairPlan& plan = p.pairs;
+  const uint32_t begin = range * plan.units / plan.ranges, end = (range + 1) * plan.units / plan.ranges;
+  WgmmaSegment s = {};
+  s.all = plan.tile_units * plan.unit_chunks;
+  s.tile = shuffle_from(begin / plan.tile_units, 0);
+  s.chunk = shuffle_from(begin % plan.tile_units * plan.unit_chunks, 0);
+  s.left = shuffle_from((end - begin) * plan.unit_chunks, 0);
+  s.take();
+  return s;
+}
+
+// ---- the end of a segment: sums of a warp, as they stand in registers
+//
+// `Block`: range(p), its own; kNeighbours of a cluster and which one it is; kConsumers, warps that have sums; kEndSums of a thread. (The thread is read
+// again where it is needed, for want of a register in wgmma_pair.h.)
+
+// Each warp's partial sums are read by the same warp of the range that adds them.
+template <class Block>
+struct WgmmaPartials {
+  static constexpr int kThreads = 32 * Block::kConsumers, kOfBlock = Block::kEndSums / 4 * kThreads;  // of kOfBlock four numbers
+
+  static __device__ __forceinline__ uint32_t* flag(const WgmmaParams& p, const Block& block, uint32_t range) {
+    return p.flags + (range * Block::kNeighbours + block.neighbour) * Block::kConsumers + kept(threadIdx.x) / 32;
+  }
+  static __device__ __forceinline__ float4* of_range(const WgmmaParams& p, const Block& block, uint32_t range) {
+    return reinterpret_cast<float4*>(p.partials) + int64_t{range * Block::kNeighbours + block.neighbour} * kOfBlock + kept(threadIdx.x);
+  }
+};
+
+template <class Block>
+__device__ __forceinline__ void write_partial(const WgmmaParams& p, const Block& block, const float (&sums)[Block::kEndSums]) {
+  using Partials = WgmmaPartials<Block>;
+  const uint32_t range = block.range(p);
+  float4* const to = Partials::of_range(p, block, range);
+#pragma unroll
+  for (int i = 0; i < Block::kEndSums; i += 4) store(to + i / 4 * Partials::kThreads, make_float4(sums[i], sums[i + 1], sums[i + 2], sums[i + 3]));
+  sync_warp();
+  if (threadIdx.x % 32 == 0) raise_flag(Partials::flag(p, block, range));
+}
+
+// Those of the next ranges, up to the last one that has chunks of the tile. Lanes wait for a range each: one after the other, each would take as long
+// as memory does. 48 numbers of a thread are on the way at a time, in three groups: one is added and asked for anew while the others come. (64 cost
+// wgmma_pair.h registers, and with them 8 instructions a chunk.)
+template <class Block>
+__device__ __forceinline__ void add_partials(const WgmmaParams& p, const Block& block, const WgmmaSegment& segment, float (&sums)[Block::kEndSums]) {
+  using Partials = WgmmaPartials<Block>;
+  constexpr int kGroup = 4, kGroups = Block::kEndSums / 4 / kGroup, kAhead = 3;
+  constexpr int kRanges = kGroups < kAhead ? kAhead / kGroups : 1, kAll = kRanges * kGroups;  // ranges, and their groups, in a round
+  constexpr int kToNext = Block::kNeighbours * Partials::kOfBlock;
+  const uint32_t own = block.range(p), last = ((segment.tile + 1) * p.pairs.tile_units * p.pairs.ranges - 1) / p.pairs.units;
+  const uint32_t others = shuffle_from(last - own, 0);  // the same for all lanes, as the compiler then knows
+#pragma unroll 1
+  for (uint32_t at = 0; at < others; at += 32) {
+    const uint32_t other = own + 1 + at + threadIdx.x % 32;
+    wait_for_flag(Partials::flag(p, block, other < last ? other : last));
+  }
+  sync_warp();
+  const float4* from = Partials::of_range(p, block, own + 1);
+#pragma unroll 1
+  for (uint32_t at = 0; at < others; at += kRanges, from += kRanges * kToNext) {
+    float4 parts[kAhead][kGroup];
+    const auto exists = [&](int group) { return kRanges == 1 || at + group / kGroups < others; };
+    const auto load_group = [&](int group) {
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i)
+        if (exists(group))
+          parts[group % kAhead][i] = load_of_others(from + group / kGroups * kToNext + (group % kGroups * kGroup + i) * Partials::kThreads);
+    };
+#pragma unroll
+    for (int group = 0; group < kAhead; ++group) load_group(group);
+#pragma unroll
+    for (int group = 0; group < kAll; ++group) {
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) {
+        float* const d = sums + 4 * (group % kGroups * kGroup + i);
+        const float4& part = parts[group % kAhead][i];
+        if (exists(group)) d[0] += part.x, d[1] += part.y, d[2] += part.z, d[3] += part.w;
+      }
+      if (group + kAhead < kAll) load_group(group + kAhead);
+    }
+  }
+}
+
+// Outputs, from registers, since the rings are in use: 16 rows from `row` on, and tokens from `first` on.
+//
+// Lane 4g + t has rows g and g + 8, of tokens 2t and 2t + 1 of eight. It gives one of the tokens to lane 4 (g ^ 1) + t for that one's other rows, and
+// then one half of the rows to lane 4 (g ^ 2) + t:
+//
+//   rows g & ~1, g | 1, and those + 8, of token 2t + g % 2
+//   rows r .. r + 3 of that token, r = 8 (g / 2 % 2) + 4 (g / 4)
+//
+// which are 8 bytes of each lane, and 32 of each token.
+template <class T, class Block>
+__device__ __forceinline__ void store_segment(const WgmmaParams& p, int lane, int64_t first_row, int64_t first_token,
+                                              const float (&sums)[Block::kEndSums]) {
+  const int64_t rows = p.weight.out_features, row = first_row + lane / 4;
+  const float low = p.bias && row < rows ? load_float(p.bias, row, p.bias_dtype) : 0.0f;
+  const float high = p.bias && row + 8 < rows ? load_float(p.bias, row + 8, p.bias_dtype) : 0.0f;
+  const bool odd = lane & 4, upper = lane & 8;
+  // Of `own` and what came for it, the lower row first: the halves with the rows that are kept, and with the others.
+  const uint32_t lower_rows = odd ? 0x1054 : 0x5410, upper_rows = odd ? 0x3276 : 0x7632;
+  const uint32_t kept_rows = upper ? upper_rows : lower_rows, given_rows = upper ? lower_rows : upper_rows;
+  const int64_t n = row - lane / 4 + (upper ? 8 : 0) + lane / 16 * 4;
+  const int64_t token = first_token + 2 * (lane % 4) + (odd ? 1 : 0);
+  const int left = static_cast<int>(p.tokens - token < Block::kTokens ? p.tokens - token : Block::kTokens);
+  const int exist = static_cast<int>(rows - n < 4 ? rows - n : 4);
+  const auto each = [&](const auto& store_four) {
+    uint16_t* y = static_cast<uint16_t*>(p.y) + token * rows + n;
+#pragma unroll
+    for (int i = 0; i < Block::kEndSums / 4; ++i, y += 8 * rows) {
+      const float* const d = sums + 4 * i;
+      const uint32_t first = from_floats(T{}, d[0] + low, d[2] + high), second = from_floats(T{}, d[1] + low, d[3] + high);
+      const uint32_t own = odd ? second : first, others = shuffle_xor(odd ? first : second, 4);
+      const uint32_t keeps = permute_bytes(own, others, kept_rows), came = shuffle_xor(permute_bytes(own, others, given_rows), 8);
+      if (8 * i < left) store_four(y, upper ? uint2{came, keeps} : uint2{keeps, came});
+    }
+  };
+  // Instructions that run once have to come from memory: those of the usual case stand together.
+  if (rows % 4 == 0) {
+    each([&](uint16_t* y, const uint2& four) {
+      if (exist > 0) store(reinterpret_cast<uint2*>(y), four);
+    });
+  } else {
+    each([&](uint16_t* y, const uint2& four) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (i < exist) store(y + i, static_cast<uint16_t>((i < 2 ? four.x : four.y) >> 16 * (i % 2)));
+    });
+  }
+}
+
+// All of it, for a warp whose rows begin with this tile of the block's, and whose tokens `token` behind those of the segment's tile.
+template <class T, class Block>
+__device__ __forceinline__ void end_segment(const WgmmaParams& p, const Block& block, const WgmmaSegment& segment, int lane, int tile, int token,
+                                            float (&sums)[Block::kEndSums]) {
+  if (segment.chunk > 0) {
+    write_partial(p, block, sums);
+    return;
+  }
+  if (segment.chunks < segment.all) add_partials(p, block, segment, sums);
+  const int64_t row = (static_cast<int64_t>(segment.first_tile(p, block)) + tile) * kTileRows;
+  store_segment<T, Block>(p, lane, row, static_cast<int64_t>(segment.token_tile(p)) * Block::kTokens + token, sums);
+}
+
+}  // namespace
+}  // namespace hfq
