@@ -42,9 +42,10 @@ from gpu_weights import KINDS
 
 # Environment variables, what changes the kernels that are taken, and what results are called that were measured so.
 SWITCHES = {
-    "HFQ_CUDA_OVERLAP": ("0", "no-overlap"),
-    "HFQ_CUDA_WGMMA": ("0", "no-wgmma"),
-    "HFQ_CUDA_WIDE": ("0", "no-wide"),
+    ("HFQ_CUDA_OVERLAP", "0"): "no-overlap",
+    ("HFQ_CUDA_WGMMA", "0"): "no-wgmma",
+    ("HFQ_CUDA_WGMMA", "pairs"): "pairs",
+    ("HFQ_CUDA_WIDE", "0"): "no-wide",
 }
 
 PARTS: dict[str, Callable[[Clock, Plan], dict[str, Any]]] = {
@@ -74,13 +75,14 @@ def save(part: str, found: Mapping[str, Any], arguments: Sequence[str], plan: Pl
     measured of all.
     """
     switched = {
-        switch: value for switch, (value, _) in SWITCHES.items() if os.environ.get(switch) == value
+        (switch, value): name
+        for (switch, value), name in SWITCHES.items()
+        if os.environ.get(switch) == value
     }
-    names = [SWITCHES[switch][1] for switch in switched]
     formats = [] if plan.kinds == FULL.kinds else [kind.replace(" ", "-") for kind in plan.kinds]
-    name = "_".join(["gpu", part, *formats, *names])
+    name = "_".join(["gpu", part, *formats, *switched.values()])
     command = shlex.join(["python", "benchmarks/gpu.py", *arguments])
-    command = " ".join([*(f"{switch}={value}" for switch, value in switched.items()), command])
+    command = " ".join([*(f"{switch}={value}" for switch, value in switched), command])
     path = machine.write(name, command, {**about_gpu(), part: found})
     print(f"written: {path.name}")
     something = part != "models" or found["models"]  # all may have been left out

@@ -188,8 +188,8 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t bit) {
 
 // ---- thread blocks of one launch that are no cluster ----
 
-// A word of global memory that was 0 when the kernel began becomes 1. What this thread wrote before is there for those that have waited for it, and so
-// is what others wrote that this one has met at a barrier.
+// A word of global memory that was 0 when the kernel began becomes 1. What this thread wrote before is there for those that have waited for it, and
+// so is what others wrote that this one has met at a barrier.
 __device__ __forceinline__ void raise_flag(uint32_t* flag) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(1) : "memory");
 }

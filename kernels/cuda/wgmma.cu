@@ -13,9 +13,13 @@ constexpr float kStartClocks = 2000;         // until a block's first stage is t
 constexpr float kClusterClocks = 1500;       // two barriers of a cluster, and the way to a neighbour's shared memory
 constexpr float kClusterBytesPerClock = 16;  // from there
 
-// Of wgmma_pair.h, measured on an H200: 4096 x 14336 with 256 tokens took 49.4 us for 32 chunks, 14336 x 4096 with partial sums 64.1 for 38.
-constexpr int64_t kPairChunkClocks = 2500, kPairStartClocks = 6500;
-constexpr int64_t kPartialClocks = 2500;  // to write 128 KB of partial sums, or to read them: reckoned
+// Of pairs: a chunk, beginning and end, to write a block's partial sums of a tile or to read them.
+struct PairClocks {
+  int64_t chunk, start, partial;
+};
+// Measured on an H200: 4096 x 14336 with 256 tokens took 49.4 us for 32 chunks, 14336 x 4096 with partial sums 64.1 for 38. (`partial` is reckoned.)
+constexpr PairClocks kPairClocks = {2500, 6500, 2500};
+constexpr PairClocks kSmallPairClocks = {650, 6500, 1200};  // reckoned
 
 // Of a weight. Measured on an H200, in us (K x N): 16 tokens of 4096 x 4096 take 9.2, 8.3 with gemm_kernel.h; of 4096 x 14336 15.7 and 21.2.
 // 128 tokens of 4096 x 4096 take 22.7 in large blocks, of which there are few, 20.8 in others; of 4096 x 14336 32 and 50, of 14336 x 4096 42 and 59,
@@ -45,11 +49,20 @@ bool takes_large_wgmma(const LinearParams& p) {
   return p.tokens > 64 && ((numbers(p) > kSmall && exact_end) || wanted("large"));
 }
 
-int32_t large_tokens(const LinearParams& p) { return p.tokens > kLargeTokens ? kPairTokens : kLargeTokens; }
+bool takes_small_pairs(const LinearParams& p) {
+  constexpr uint32_t kUnits = kWgmmaColumns / kUnitColumns;
+  const bool table = p.weight.codebook && p.weight.bits == 4;
+  return p.tokens > 16 && p.tokens <= kSmallPairTokens && wanted("pairs") && !table && !p.weight.zeros &&
+         flush_mask(p.weight, kUnits) == kUnits - 1;
+}
+
+int32_t arranged_tokens(const LinearParams& p) {
+  return p.tokens > kLargeTokens ? kPairTokens : p.tokens > kSmallPairTokens ? kLargeTokens : kSmallPairTokens;
+}
 
 int64_t wgmma_workspace(const LinearParams& p) {
-  if (!takes_large_wgmma(p)) return 0;
-  const int64_t partials = large_tokens(p) == kPairTokens ? most_ranges(p) * kPairRows * kPairTokens : 0;
+  if (!takes_large_wgmma(p) && !takes_small_pairs(p)) return 0;
+  const int64_t tokens = arranged_tokens(p), partials = tokens == kLargeTokens ? 0 : most_ranges(p) * kPairRows * tokens;
   return arranged_floats(p) + flags_of_pairs(p) + partials;
 }
 
@@ -77,10 +90,10 @@ WgmmaPlan plan_wgmma(const LinearParams& p, const WgmmaShape& shape) {
 namespace {
 
 int64_t pair_chunks(const LinearParams& p) { return divided(p.weight.in_features, kWgmmaColumns); }
-int64_t pair_tiles(const LinearParams& p) { return divided(p.weight.out_features, kPairRows) * divided(p.tokens, kPairTokens); }
+int64_t pair_tiles(const LinearParams& p) { return divided(p.weight.out_features, kPairRows) * divided(p.tokens, arranged_tokens(p)); }
 
 // Until the range that needs longest has ended, where a unit is a chunk and ranges end anywhere.
-int64_t clocks_of(const PairPlan& plan) {
+int64_t clocks_of(const PairPlan& plan, const PairClocks& clocks) {
   const int64_t chunks = plan.tile_units;
   const auto first = [&](int64_t range) { return range * plan.units / plan.ranges; };
   int64_t most = 0;
@@ -90,10 +103,10 @@ int64_t clocks_of(const PairPlan& plan) {
     int64_t partials = begin % chunks ? 1 : 0;  // written
     if (begin <= tile)
       for (int64_t other = range + 1; first(other) < tile + chunks; ++other) ++partials;  // read
-    const int64_t clocks = (end - begin) * kPairChunkClocks + partials * kPartialClocks;
-    if (clocks > most) most = clocks;
+    const int64_t of_range = (end - begin) * clocks.chunk + partials * clocks.partial;
+    if (of_range > most) most = of_range;
   }
-  return kPairStartClocks + most;
+  return clocks.start + most;
 }
 
 }  // namespace
@@ -115,15 +128,16 @@ PairPlan plan_pairs(const LinearParams& p, int active) {
   const int64_t whole = tiles < pairs ? tiles : pairs;
   PairPlan best = as_plan(tiles, 1, chunks, whole);
   if (all * pairs >> 32) return best;  // so many rounds that none of it matters
-  int64_t least = kPairStartClocks + divided(tiles, whole) * chunks * kPairChunkClocks;
+  const PairClocks& clocks = p.tokens > kSmallPairTokens ? kPairClocks : kSmallPairClocks;
+  int64_t least = clocks.start + divided(tiles, whole) * chunks * clocks.chunk;
   for (int64_t splits = 2; splits * tiles <= pairs && splits <= chunks; ++splits) {
-    const int64_t clocks = kPairStartClocks + divided(chunks, splits) * kPairChunkClocks + (splits - 1) * kPartialClocks;
-    if (clocks < least) best = as_plan(all, chunks, 1, splits * tiles), least = clocks;
+    const int64_t of_range = clocks.start + divided(chunks, splits) * clocks.chunk + (splits - 1) * clocks.partial;
+    if (of_range < least) best = as_plan(all, chunks, 1, splits * tiles), least = of_range;
   }
   // No more ranges than the longest one makes necessary: 56 tiles of 32 chunks are 64 ranges of 28, two to a tile, or 66 of which some have 28, too,
   // and up to three are in a tile.
   const PairPlan anywhere = as_plan(all, chunks, 1, divided(all, divided(all, pairs)));
-  return clocks_of(anywhere) < least ? anywhere : best;
+  return clocks_of(anywhere, clocks) < least ? anywhere : best;
 }
 
 const char* launch_wgmma(const LinearParams& params, cudaStream_t stream) {

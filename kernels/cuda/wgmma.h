@@ -10,6 +10,7 @@ constexpr int kMostClusterBlocks = 8;  // that any GPU of compute capability 9.0
 constexpr int kLargeTokens = 128;      // of a thread block of wgmma_large.h
 // Of wgmma_pair.h: tokens of a thread block, rows of the two that are a pair, warps that multiply, each with 16 rows.
 constexpr int kPairTokens = 256, kPairRows = 256, kPairWarps = 8;
+constexpr int kSmallPairTokens = 64, kSmallPairWarps = 16;  // of wgmma_small_pair.h, with as many rows
 // Of shared memory: all that a thread block may have. 28 KiB are left to the L1 cache, through which x goes, 16 KiB at a time.
 constexpr int kMostWgmmaBytes = 227 << 10;
 
@@ -18,7 +19,7 @@ struct WgmmaPlan {
   int32_t split_chunks;  // kWgmmaColumns columns each, of each of them
 };
 
-// wgmma_pair.h: all tiles of the output stand in a row, of each its chunks of kWgmmaColumns columns, and each pair has a range of it: range r is
+// wgmma_ranges.h: all tiles of the output stand in a row, of each its chunks of kWgmmaColumns columns, and each pair has a range of it: range r is
 // units [r * units / ranges, (r + 1) * units / ranges). A unit is a chunk, or a tile with all its chunks. units * ranges < 2^32.
 struct PairPlan {
   uint32_t units;
@@ -28,10 +29,10 @@ struct PairPlan {
 
 struct WgmmaParams : LinearParams {
   WgmmaPlan plan;
-  // wgmma_pair.h only.
+  // wgmma_ranges.h only.
   PairPlan pairs;
-  uint32_t* flags;  // [ranges, 2, kPairWarps], zeros: a warp has written its partial sums
-  float* partials;  // [ranges, 2, kPairTokens / 8, 32 kPairWarps, 4]
+  uint32_t* flags;  // [ranges, 2, warps], zeros: a warp has written its partial sums
+  float* partials;  // [ranges, 2, numbers of a thread / 4, threads, 4], of a pair's rows and tokens together
 };
 
 // What a thread block of a kernel takes, and how many clusters of so many of them run at a time.
@@ -54,8 +55,12 @@ bool takes_wgmma(const LinearParams& params);
 // Whether a product that takes them takes large blocks: more than 64 tokens with a weight that is not small, or with HFQ_CUDA_WGMMA=large any.
 bool takes_large_wgmma(const LinearParams& params);
 
-// Of a thread block, then: kPairTokens of more than kLargeTokens.
-int32_t large_tokens(const LinearParams& params);
+// Whether it takes pairs of wgmma_small_pair.h, with HFQ_CUDA_WGMMA=pairs: 17 to 64 tokens, with scales of whole chunks, without zero points and
+// tables.
+bool takes_small_pairs(const LinearParams& params);
+
+// Tokens of a thread block that takes x in order: kLargeTokens or, of more, kPairTokens; of small pairs kSmallPairTokens.
+int32_t arranged_tokens(const LinearParams& params);
 
 // Floats of the workspace of a product that takes these kernels.
 int64_t wgmma_workspace(const LinearParams& params);

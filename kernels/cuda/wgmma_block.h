@@ -25,12 +25,12 @@
 namespace hfq {
 namespace {
 
-// How stages are filled, and which rows and tokens a block has: as here, wgmma_staged.h, wgmma_large.h, wgmma_pair.h.
-enum class WgmmaWay { kThroughRegisters, kStaged, kLarge, kPair };
+// How stages are filled, and which rows and tokens a block has: as here, wgmma_staged.h, wgmma_large.h, wgmma_pair.h, wgmma_small_pair.h.
+enum class WgmmaWay { kThroughRegisters, kStaged, kLarge, kPair, kSmallPair };
 
 template <class Kind, class T, int kTokens_, WgmmaWay kWay>
 struct WgmmaBlock {
-  static constexpr bool kStaged = kWay == WgmmaWay::kStaged, kLarge = kWay == WgmmaWay::kLarge;
+  static constexpr bool kStaged = kWay == WgmmaWay::kStaged, kLarge = kWay == WgmmaWay::kLarge, kEarly = kStaged;
   static_assert(!kLarge || kTokens_ == kLargeTokens);
   static constexpr int kTokens = kTokens_;
   static constexpr int kBits = Kind::kCodeBits;

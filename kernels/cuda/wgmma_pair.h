@@ -32,7 +32,7 @@ struct WgmmaPairBlock {
   static constexpr int kSums = kTokens / 2, kEndSums = kSums;
   static_assert(kTiles == kConsumers && kNeighbours * kRows == kPairRows);
 
-  static constexpr int kXStage = kTokens * 128, kXShare = kXStage / kNeighbours;
+  static constexpr int kXOfChunk = 2, kXStage = kTokens * 128, kXShare = kXStage / kNeighbours;  // kXOfChunk: stages of a chunk
   static constexpr int kCodesAt = 0, kScalesAt = kTiles * kBytes, kScaleBytes = kUnits * 64, kZerosAt = kScalesAt + kTiles * kScaleBytes;
   static constexpr int kStage = kZerosAt + (Kind::kMayHaveZeros ? kTiles * kScaleBytes : 0);
   // Shared memory: the ring of x, that of weights, which has three chunks or more, the table of a codebook, barriers.
@@ -77,6 +77,7 @@ struct WgmmaPairBlock {
   }
 };
 
+// (wgmma_small_pair.h has both in one ring, with which the same warps are done.)
 template <class Block>
 struct WgmmaPairProducer {
   const WgmmaParams& p;
@@ -112,9 +113,9 @@ struct WgmmaPairProducer {
 #pragma unroll 1
     for (WgmmaSegment segment = block.first; segment.chunks; segment.next()) {
       const int64_t chunk = static_cast<int64_t>(segment.token_tile(p)) * segment.all + segment.chunk;
-      const uint8_t* from = reinterpret_cast<const uint8_t*>(p.workspace) + chunk * 2 * Block::kXStage + share;
+      const uint8_t* from = reinterpret_cast<const uint8_t*>(p.workspace) + chunk * Block::kXOfChunk * Block::kXStage + share;
 #pragma unroll 1
-      for (uint32_t i = 0; i < 2 * segment.chunks; ++i, turn.next(), from += Block::kXStage) {
+      for (uint32_t i = 0; i < Block::kXOfChunk * segment.chunks; ++i, turn.next(), from += Block::kXStage) {
         wait_until_empty(turn);
         mbarrier_arrive_and_expect(block.x_full(turn.at), Block::kXStage);
         copy_bulk_to_blocks(block.x_stage(turn.at) + share, from, Block::kXShare, block.x_full(turn.at), 3);

@@ -2,8 +2,8 @@
 // begin and end in the midst of a tile. So few tiles leave no multiprocessors idle: 4096 x 14336 with 256 tokens has 56 of 256 rows, and 66 pairs of
 // blocks run at a time on an H200. (Clusters of more blocks, which could share columns, find less room still: 17 of six, 15 of eight.)
 //
-// What a range has of one tile is a segment. One without the tile's first chunk writes its sums to global memory. The range with the first chunk reads
-// those of all others, in their order, so that results are the same each time, and stores outputs.
+// What a range has of one tile is a segment. One without the tile's first chunk writes its sums to global memory. The range with the first chunk
+// reads those of all others, in their order, so that results are the same each time, and stores outputs.
 //
 // It waits for them, which must not be forever. Blocks are started in the order of their indices, so that one with a lower index runs or has ended,
 // whatever else runs on the GPU; and none waits before it has written its own sums, those of its first segment. So a block may wait for lower
@@ -57,8 +57,8 @@ __device__ __forceinline__ WgmmaSegment first_segment(const WgmmaParams& p, uint
 
 // ---- the end of a segment: sums of a warp, as they stand in registers
 //
-// `Block`: range(p), its own; kNeighbours of a cluster and which one it is; kConsumers, warps that have sums; kEndSums of a thread. (The thread is read
-// again where it is needed, for want of a register in wgmma_pair.h.)
+// `Block`: range(p), its own; kNeighbours of a cluster and which one it is; kConsumers, warps that have sums; kEndSums of a thread. (The thread is
+// read again where it is needed, for want of a register in wgmma_pair.h.)
 
 // Each warp's partial sums are read by the same warp of the range that adds them.
 template <class Block>
@@ -108,9 +108,10 @@ __device__ __forceinline__ void add_partials(const WgmmaParams& p, const Block& 
     const auto exists = [&](int group) { return kRanges == 1 || at + group / kGroups < others; };
     const auto load_group = [&](int group) {
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i)
-        if (exists(group))
-          parts[group % kAhead][i] = load_of_others(from + group / kGroups * kToNext + (group % kGroups * kGroup + i) * Partials::kThreads);
+      for (int i = 0; i < kGroup; ++i) {
+        const float4* const numbers = from + group / kGroups * kToNext + (group % kGroups * kGroup + i) * Partials::kThreads;
+        parts[group % kAhead][i] = exists(group) ? load_of_others(numbers) : float4{};
+      }
     };
 #pragma unroll
     for (int group = 0; group < kAhead; ++group) load_group(group);
@@ -120,7 +121,7 @@ __device__ __forceinline__ void add_partials(const WgmmaParams& p, const Block& 
       for (int i = 0; i < kGroup; ++i) {
         float* const d = sums + 4 * (group % kGroups * kGroup + i);
         const float4& part = parts[group % kAhead][i];
-        if (exists(group)) d[0] += part.x, d[1] += part.y, d[2] += part.z, d[3] += part.w;
+        d[0] += part.x, d[1] += part.y, d[2] += part.z, d[3] += part.w;
       }
       if (group + kAhead < kAll) load_group(group + kAhead);
     }

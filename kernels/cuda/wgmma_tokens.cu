@@ -1,5 +1,5 @@
-// x for large blocks, put once into the order in which stages have it (wgmma_block.h), so that they are filled by copies in bulk alone. Else each
-// block of rows would permute the same x through its registers: 128 tokens of 4096 x 14336 took 41.6 us so, and take 32 (H200).
+// x for large blocks and pairs, put once into the order in which stages have it (wgmma_block.h), so that they are filled by copies in bulk alone.
+// Else each block of rows would permute the same x through its registers: 128 tokens of 4096 x 14336 took 41.6 us so, and take 32 (H200).
 #include "target.h"
 #include "wgmma.h"
 
@@ -7,7 +7,7 @@ namespace hfq {
 namespace {
 
 constexpr int kThreads = 256, kPieces = kWgmmaColumns / 8, kBlockTokens = kThreads / kPieces;  // pieces of 16 bytes: of a token in a chunk
-static_assert(kLargeTokens % kBlockTokens == 0 && kPairTokens % kBlockTokens == 0);
+static_assert(kLargeTokens % kBlockTokens == 0 && kPairTokens % kBlockTokens == 0 && kSmallPairTokens % kBlockTokens == 0);
 
 struct ArrangeParams {
   const uint16_t* x;     // [M, K], numbers of any dtype of 16 bits
@@ -15,7 +15,7 @@ struct ArrangeParams {
   int64_t tokens;        // M
   uint32_t in_features;  // K, a multiple of 8
   uint32_t chunks;       // ceil(K / 128)
-  uint32_t* flags;       // of wgmma_pair.h
+  uint32_t* flags;       // of wgmma_ranges.h
   uint32_t flag_count;
 };
 
@@ -41,11 +41,14 @@ __global__ void __launch_bounds__(kThreads) arrange_kernel(const ArrangeParams p
 }  // namespace
 
 int64_t arranged_floats(const LinearParams& p) {
-  const int64_t tokens = large_tokens(p);
+  const int64_t tokens = arranged_tokens(p);
   return divided(p.tokens, tokens) * tokens * divided(p.weight.in_features, kWgmmaColumns) * kWgmmaColumns / 2;
 }
 
-int64_t flags_of_pairs(const LinearParams& p) { return large_tokens(p) == kPairTokens ? most_ranges(p) * 2 * kPairWarps : 0; }
+int64_t flags_of_pairs(const LinearParams& p) {
+  const int32_t tokens = arranged_tokens(p), warps = tokens == kPairTokens ? kPairWarps : tokens == kSmallPairTokens ? kSmallPairWarps : 0;
+  return warps ? most_ranges(p) * 2 * warps : 0;
+}
 
 const char* launch_arrange(const LinearParams& params, cudaStream_t stream) {
   ArrangeParams p = {};
@@ -53,9 +56,11 @@ const char* launch_arrange(const LinearParams& params, cudaStream_t stream) {
   p.tokens = params.tokens, p.in_features = static_cast<uint32_t>(params.weight.in_features);
   p.chunks = static_cast<uint32_t>(divided(params.weight.in_features, kWgmmaColumns));
   // Whole tiles, so that all of x's part of the workspace is written, and nothing behind it but flags. (2^31 blocks would be 8 TB of x.)
-  const int64_t tokens = large_tokens(params), blocks = divided(p.tokens, tokens) * (tokens / kBlockTokens) * p.chunks;
+  const int64_t tokens = arranged_tokens(params), blocks = divided(p.tokens, tokens) * (tokens / kBlockTokens) * p.chunks;
   p.flags = reinterpret_cast<uint32_t*>(params.workspace + arranged_floats(params)), p.flag_count = static_cast<uint32_t>(flags_of_pairs(params));
-  const auto kernel = tokens == kPairTokens ? arrange_kernel<kPairTokens> : arrange_kernel<kLargeTokens>;
+  const auto kernel = tokens == kPairTokens        ? arrange_kernel<kPairTokens>
+                      : tokens == kSmallPairTokens ? arrange_kernel<kSmallPairTokens>
+                                                   : arrange_kernel<kLargeTokens>;
   return launch_early(kernel, static_cast<unsigned>(blocks), kThreads, 0, stream, p);
 }
 

@@ -178,6 +178,8 @@ def test_products_with_wgmma(
     monkeypatch.setenv("HFQ_CUDA_WIDE", "0")
     check_products((9, 16, 17, 27, 32, 33, 40, 63, 64), shape, kind)
     check_products((100, 128, 130), shape, kind, shape[0] * shape[1] > 1 << 25)
+    monkeypatch.setenv("HFQ_CUDA_WGMMA", "pairs")
+    check_products((17, 33, 64), shape, kind)
     monkeypatch.setenv("HFQ_CUDA_WGMMA", "large")
     check_products((65, 100, 128, 129, 200, 256, 300, 512, 1024), shape, kind, True)
 
@@ -237,6 +239,7 @@ def test_one_token_in_digits(
         ("HFQ_CUDA_WIDE", "0", 16, {"gemm_kernel"}),
         ("HFQ_CUDA_WGMMA", "0", 40, {"gemm_kernel"}),
         ("HFQ_CUDA_WGMMA", "1", 40, {"wgmma_kernel"}),
+        ("HFQ_CUDA_WGMMA", "pairs", 40, {"arrange_kernel", "wgmma_kernel"}),
         ("HFQ_CUDA_WGMMA", "1", 70, {"wgmma_kernel"}),
         ("HFQ_CUDA_WGMMA", "large", 70, {"arrange_kernel", "wgmma_kernel"}),
     ],

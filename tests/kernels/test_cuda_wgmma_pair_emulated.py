@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import collections
-import itertools
 from typing import Any
 
 import pytest
@@ -11,7 +9,7 @@ import torch
 from fragments_weights import FLOATS, HALVES, KINDS, Kind, Shape, name_of
 from fragments_weights import random_weight as make
 from product_checks import check_only_bad, check_tokens_are_apart
-from wgmma_products import CLUSTERS, arranged, arranged_floats, linear
+from wgmma_products import CLUSTERS, arranged, arranged_floats, contributors, linear, ranges_of
 
 # (N, K, group_size; 0: one group per row): rows that fill no tile or block, pairs whose second block has some or none; columns that end in a chunk;
 # groups of all kinds.
@@ -143,34 +141,6 @@ def test_not_a_number_reaches_its_own_outputs(
 
 
 # ---- ranges of all chunks
-
-# (tile, first chunk, chunks)
-Segments = list[tuple[int, int, int]]
-
-
-def ranges_of(emulator: Any, tokens: int, rows: int, columns: int, pairs: int) -> list[Segments]:
-    """What each range has of the tiles, by the plan; all of each tile, once."""
-    plan = emulator.pair_plan(tokens, (4, 0, columns, rows), pairs)
-    chunks, tiles = -(-columns // 128), -(-rows // 256) * -(-tokens // TILE)
-    assert plan.tile_units * plan.unit_chunks == chunks and plan.units == tiles * plan.tile_units
-    assert 0 < plan.ranges <= pairs and plan.units * plan.ranges < 1 << 32
-    ends = [r * plan.units // plan.ranges * plan.unit_chunks for r in range(plan.ranges + 1)]
-    found = []
-    for begin, end in itertools.pairwise(ends):
-        assert begin < end
-        segments = []
-        while begin < end:
-            count = min(end - begin, chunks - begin % chunks)
-            segments.append((begin // chunks, begin % chunks, count))
-            begin += count
-        found.append(segments)
-    assert sum(count for segments in found for _, _, count in segments) == tiles * chunks
-    return found
-
-
-def contributors(ranges: list[Segments]) -> collections.Counter[int]:
-    """Of each tile."""
-    return collections.Counter(tile for segments in ranges for tile, _, _ in segments)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ class Rung:
     """Attributes:
     shape: N, K, group_size (0: a group per row).
     new: what no rung before it has.
-    large: in large blocks, more than 64 tokens.
+    wanted: HFQ_CUDA_WGMMA; "large" for large blocks, which have more than 64 tokens.
     """
 
     shape: Shape
@@ -41,7 +41,7 @@ class Rung:
     new: str
     kind: Kind = INT4
     calls: int = 20
-    large: bool = False
+    wanted: str = "1"
 
 
 RUNGS = {
@@ -64,33 +64,48 @@ RUNGS = {
     "cluster": Rung((1024, 4096, 128), 16, "clusters: sums in other blocks' shared memory"),
     "cluster64": Rung((1024, 4096, 128), 64, "the same with zero points", (4, "zeros")),
     "cluster128": Rung((4096, 4096, 128), 200, "several tiles of tokens"),
-    "identity_large": Rung((300, 136, 0), 70, "wgmma_large.h: tiles of a warp", large=True),
-    "large": Rung((256, LONG, 128), 128, "the same with scales, stage after stage", large=True),
-    "large_groups32": Rung((256, LONG, 32), 128, "scales after each unit", large=True),
-    "large_zeros": Rung((256, LONG, 64), 128, "weights by float32", (4, "zeros"), large=True),
-    "large_nf4": Rung((256, LONG, 64), 128, "a table", (4, "nf4"), large=True),
-    "large_cluster": Rung((1024, 4096, 128), 100, "clusters", large=True),
-    "large_full": Rung((4096, 14336, 128), 128, "all multiprocessors", calls=300, large=True),
+    "identity_large": Rung((300, 136, 0), 70, "wgmma_large.h: tiles of a warp", wanted="large"),
+    "large": Rung((256, LONG, 128), 128, "the same with scales, stage after stage", wanted="large"),
+    "large_groups32": Rung((256, LONG, 32), 128, "scales after each unit", wanted="large"),
+    "large_zeros": Rung((256, LONG, 64), 128, "weights by float32", (4, "zeros"), wanted="large"),
+    "large_nf4": Rung((256, LONG, 64), 128, "a table", (4, "nf4"), wanted="large"),
+    "large_cluster": Rung((1024, 4096, 128), 100, "clusters", wanted="large"),
+    "large_full": Rung((4096, 14336, 128), 128, "all multiprocessors", calls=300, wanted="large"),
     "identity_staged": Rung((300, 136, 0), 30, "wgmma_staged.h: cp.async, order"),
     "staged32": Rung((256, LONG, 128), 32, "stage after stage"),
     "staged_zeros": Rung((256, LONG, 64), 31, "zero points", (4, "zeros")),
     "staged64": Rung((256, LONG, 128), 63, "setmaxnreg"),
     "staged_full": Rung((4096, 14336, 128), 64, "races", calls=300),
-    "identity_pair": Rung((300, 136, 0), 200, "wgmma_pair.h: copies to two blocks", large=True),
+    "identity_pair": Rung((300, 136, 0), 200, "wgmma_pair.h: copies to two blocks", wanted="large"),
     "pair_shared": Rung(
         (1024, 4096, 128),
         600,
         "tiles of several pairs: partial sums, flags",
-        large=True,
+        wanted="large",
     ),
-    "pair": Rung((256, LONG, 128), 256, "barriers that both blocks arrive at", large=True),
-    "pair_zeros": Rung((130, LONG, 32), 256, "weights by float32", (4, "zeros"), large=True),
-    "pair_nf4": Rung((256, LONG, 64), 256, "a table", (4, "nf4"), large=True),
-    "pair_full": Rung((4096, 14336, 128), 256, "all multiprocessors", calls=300, large=True),
+    "pair": Rung((256, LONG, 128), 256, "barriers that both blocks arrive at", wanted="large"),
+    "pair_zeros": Rung((130, LONG, 32), 256, "weights by float32", (4, "zeros"), wanted="large"),
+    "pair_nf4": Rung((256, LONG, 64), 256, "a table", (4, "nf4"), wanted="large"),
+    "pair_full": Rung((4096, 14336, 128), 256, "all multiprocessors", calls=300, wanted="large"),
     "pair_ranges": Rung(
-        (14336, 4096, 128), 256, "ranges that begin in tiles", calls=300, large=True
+        (14336, 4096, 128), 256, "ranges that begin in tiles", calls=300, wanted="large"
     ),
-    "pair_rounds": Rung((28672, 4096, 128), 1000, "several tiles of a pair", calls=100, large=True),
+    "pair_rounds": Rung(
+        (28672, 4096, 128), 1000, "several tiles of a pair", calls=100, wanted="large"
+    ),
+    "identity_small_pair": Rung((300, 520, 0), 40, "wgmma_small_pair.h: teams", wanted="pairs"),
+    "small_pair": Rung((256, LONG, 128), 64, "barriers of teams", wanted="pairs"),
+    "small_pair_shared": Rung((1024, 4096, 128), 64, "partial sums, flags", wanted="pairs"),
+    "small_pair_int8": Rung((256, LONG, 128), 33, "fewer stages", (8, None), wanted="pairs"),
+    "small_pair_full": Rung(
+        (4096, 14336, 128), 64, "all multiprocessors", calls=300, wanted="pairs"
+    ),
+    "small_pair_ranges": Rung(
+        (14336, 4096, 128), 64, "ranges that begin in tiles", calls=300, wanted="pairs"
+    ),
+    "small_pair_rounds": Rung(
+        (28672, 4096, 128), 50, "several tiles of a pair", calls=100, wanted="pairs"
+    ),
     "full": Rung((4096, 14336, 128), 64, "all multiprocessors; races", (4, "zeros"), calls=300),
     "full16": Rung((14336, 4096, 128), 16, "the same", (4, "zeros"), calls=300),
 }
@@ -163,7 +178,7 @@ def check_products(rung: Rung, weight: Weight, product: Product, device: torch.d
     right = True
     for x, y in zip(inputs, answers, strict=True):
         try:
-            weight.check(y.cpu(), x.cpu(), rounded=rung.large)
+            weight.check(y.cpu(), x.cpu(), rounded=rung.wanted == "large")
         except AssertionError as error:
             right = False
             print(f"  error beyond what roundings allow: {str(error).splitlines()[0]}")
@@ -176,7 +191,7 @@ def check_products(rung: Rung, weight: Weight, product: Product, device: torch.d
 
 def climb(name: str, folder: Path | None) -> bool:
     rung = RUNGS[name]
-    os.environ["HFQ_CUDA_WGMMA"] = "large" if rung.large else "1"
+    os.environ["HFQ_CUDA_WGMMA"] = rung.wanted
     os.environ["HFQ_CUDA_WIDE"] = "0"
     weight = random_weight(torch.Generator().manual_seed(0), rung.shape, rung.kind)
     product, device = product_of(weight, folder)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import itertools
 from typing import Any
 
 import torch
@@ -35,3 +37,33 @@ def arranged(x: Tensor, tile: int) -> Tensor:
 def arranged_floats(tokens: int, columns: int, tile: int) -> int:
     """Of the workspace for it: 16-bit numbers of whole tiles and chunks."""
     return -(-tokens // tile) * tile * -(-columns // CHUNK) * CHUNK // 2
+
+
+# (tile, first chunk, chunks), of one range of wgmma_ranges.h
+Segments = list[tuple[int, int, int]]
+
+
+def ranges_of(emulator: Any, tokens: int, rows: int, columns: int, pairs: int) -> list[Segments]:
+    """What each range has of the tiles, by the plan; all of each tile, once."""
+    plan = emulator.pair_plan(tokens, (4, 0, columns, rows), pairs)
+    tile = 64 if tokens <= 64 else 256
+    chunks, tiles = -(-columns // CHUNK), -(-rows // 256) * -(-tokens // tile)
+    assert plan.tile_units * plan.unit_chunks == chunks and plan.units == tiles * plan.tile_units
+    assert 0 < plan.ranges <= pairs and plan.units * plan.ranges < 1 << 32
+    ends = [r * plan.units // plan.ranges * plan.unit_chunks for r in range(plan.ranges + 1)]
+    found = []
+    for begin, end in itertools.pairwise(ends):
+        assert begin < end
+        segments = []
+        while begin < end:
+            count = min(end - begin, chunks - begin % chunks)
+            segments.append((begin // chunks, begin % chunks, count))
+            begin += count
+        found.append(segments)
+    assert sum(count for segments in found for _, _, count in segments) == tiles * chunks
+    return found
+
+
+def contributors(ranges: list[Segments]) -> collections.Counter[int]:
+    """Ranges of each tile."""
+    return collections.Counter(tile for segments in ranges for tile, _, _ in segments)

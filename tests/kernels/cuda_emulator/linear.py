@@ -144,6 +144,20 @@ class Linear(Launchers):
         self.launch("linear", params, y, workspace)
         return y
 
+    def workspace_of(
+        self,
+        x: Tensor,
+        operands: Operands,
+        sizes: Sizes,
+        capability: int,
+        shared_bytes: int = H100,
+        multiprocessors: int = MANY,
+    ) -> int:
+        """Floats."""
+        self.set_device(multiprocessors, shared_bytes)
+        self._library.set_compute_capability(capability)
+        return self.ask("linear_workspace", _product(x, operands, None, sizes)[0])
+
     def gives_gemm_workspace(
         self,
         x: Tensor,
@@ -153,9 +167,7 @@ class Linear(Launchers):
         shared_bytes: int = H100,
     ) -> bool:
         """Whether gemm_kernel.h is taken for up to 64 tokens: it shares out columns among many multiprocessors and needs memory for that."""
-        self.set_device(MANY, shared_bytes)
-        self._library.set_compute_capability(capability)
-        return self.ask("linear_workspace", _product(x, operands, None, sizes)[0]) > 0
+        return self.workspace_of(x, operands, sizes, capability, shared_bytes) > 0
 
     def workspace(
         self,
