@@ -251,6 +251,9 @@ __device__ __forceinline__ void ldmatrix(uint32_t (&v)[4], const void* row) {
 // threads which have waited for it at a barrier since. And barriers that it has made, for copy_bulk.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// What other blocks wrote to global memory while this kernel runs, and this thread knows of by flags, is there for copy_bulk, too.
+__device__ __forceinline__ void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
 // Before the first wgmma that takes registers which other instructions have written.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

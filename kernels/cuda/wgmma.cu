@@ -1,6 +1,9 @@
 // When wgmma is taken, and how a product is cut into clusters of thread blocks, or into ranges.
 #include "wgmma.h"
 
+#include <map>
+#include <tuple>
+
 #include "target.h"
 
 namespace hfq {
@@ -92,21 +95,44 @@ namespace {
 int64_t pair_chunks(const LinearParams& p) { return divided(p.weight.in_features, kWgmmaColumns); }
 int64_t pair_tiles(const LinearParams& p) { return divided(p.weight.out_features, kPairRows) * divided(p.tokens, arranged_tokens(p)); }
 
-// Until the range that needs longest has ended, where a unit is a chunk and ranges end anywhere.
+// Until the range that needs longest has ended.
 int64_t clocks_of(const PairPlan& plan, const PairClocks& clocks) {
-  const int64_t chunks = plan.tile_units;
-  const auto first = [&](int64_t range) { return range * plan.units / plan.ranges; };
+  const uint32_t chunks = plan.tile_chunks();
   int64_t most = 0;
-  for (int64_t range = 0, begin = 0, end; range < plan.ranges; ++range, begin = end) {
-    end = first(range + 1);
-    const int64_t tile = (end - 1) / chunks * chunks;
-    int64_t partials = begin % chunks ? 1 : 0;  // written
-    if (begin <= tile)
-      for (int64_t other = range + 1; first(other) < tile + chunks; ++other) ++partials;  // read
-    const int64_t of_range = (end - begin) * clocks.chunk + partials * clocks.partial;
+  for (uint32_t range = 0, begin = 0, end; range < plan.ranges; ++range, begin = end) {
+    end = plan.first_chunk(range + 1);
+    const uint32_t last_tile = (end - 1) / chunks;
+    uint32_t partials = begin % chunks ? 1 : 0;                                    // written
+    if (begin <= last_tile * chunks) partials += plan.last_range(last_tile) - range;  // read
+    const int64_t of_range = int64_t{end - begin} * clocks.chunk + partials * clocks.partial;
     if (of_range > most) most = of_range;
   }
   return clocks.start + most;
+}
+
+// Whole tiles, if there are more of them than pairs; else so many ranges of each tile; or ranges that begin anywhere, which leaves no pair idle, but
+// of which most write partial sums and read others'.
+PairPlan best_plan(int64_t tiles, int64_t chunks, int active, const PairClocks& clocks) {
+  const int64_t all = tiles * chunks, pairs = active < all ? active : all, whole = tiles < pairs ? tiles : pairs;
+  const auto number = [](int64_t n) { return static_cast<uint32_t>(n); };
+  PairPlan best = {number(tiles), 1, 0, number(chunks), number(whole)};
+  if (2 * all * pairs >> 32) return best;  // so many rounds that none of it matters
+  int64_t least = clocks.start + divided(tiles, whole) * chunks * clocks.chunk;
+  // So many ranges. That with a tile's first chunk has fewer, by all or half of the time in which it adds up what `others` have.
+  const auto consider = [&](int64_t ranges, int64_t others) {
+    const int64_t most = all / ranges - 1, full = others * clocks.partial / clocks.chunk;
+    for (const int64_t wanted : {int64_t{0}, full / 2, full}) {
+      const int64_t time = wanted < most ? wanted : most;
+      const PairPlan plan = {number(tiles * (chunks + time)), number(chunks + time), number(time), 1, number(ranges)};
+      const int64_t found = clocks_of(plan, clocks);
+      if (found < least) best = plan, least = found;
+    }
+  };
+  for (int64_t splits = 2; splits * tiles <= pairs && splits <= chunks; ++splits) consider(splits * tiles, splits - 1);
+  // No more ranges than the longest one makes necessary: 56 tiles of 32 chunks are 64 ranges of 28, two to a tile, or 66 of which some have 28, too,
+  // and up to three are in a tile.
+  consider(divided(all, divided(all, pairs)), pairs > tiles ? pairs / tiles : 1);
+  return best;
 }
 
 }  // namespace
@@ -116,28 +142,14 @@ int64_t most_ranges(const LinearParams& p) {
   return pairs < chunks ? pairs : chunks;
 }
 
-// Whole tiles, if there are more of them than pairs; else so many ranges of each tile; or ranges that begin anywhere, which leaves no pair idle, but
-// of which most write partial sums and read others'.
 PairPlan plan_pairs(const LinearParams& p, int active) {
   if (active == 0) return {};
-  const auto as_plan = [](int64_t units, int64_t tile_units, int64_t unit_chunks, int64_t ranges) {
-    const auto number = [](int64_t n) { return static_cast<uint32_t>(n); };
-    return PairPlan{number(units), number(tile_units), number(unit_chunks), number(ranges)};
-  };
-  const int64_t chunks = pair_chunks(p), tiles = pair_tiles(p), all = tiles * chunks, pairs = active < all ? active : all;
-  const int64_t whole = tiles < pairs ? tiles : pairs;
-  PairPlan best = as_plan(tiles, 1, chunks, whole);
-  if (all * pairs >> 32) return best;  // so many rounds that none of it matters
   const PairClocks& clocks = p.tokens > kSmallPairTokens ? kPairClocks : kSmallPairClocks;
-  int64_t least = clocks.start + divided(tiles, whole) * chunks * clocks.chunk;
-  for (int64_t splits = 2; splits * tiles <= pairs && splits <= chunks; ++splits) {
-    const int64_t of_range = clocks.start + divided(chunks, splits) * clocks.chunk + (splits - 1) * clocks.partial;
-    if (of_range < least) best = as_plan(all, chunks, 1, splits * tiles), least = of_range;
-  }
-  // No more ranges than the longest one makes necessary: 56 tiles of 32 chunks are 64 ranges of 28, two to a tile, or 66 of which some have 28, too,
-  // and up to three are in a tile.
-  const PairPlan anywhere = as_plan(all, chunks, 1, divided(all, divided(all, pairs)));
-  return clocks_of(anywhere, clocks) < least ? anywhere : best;
+  // Some microseconds, of each product on its way: a model has few of these.
+  thread_local std::map<std::tuple<int64_t, int64_t, int, const PairClocks*>, PairPlan> plans;
+  PairPlan& plan = plans[{pair_tiles(p), pair_chunks(p), active, &clocks}];
+  if (plan.ranges == 0) plan = best_plan(pair_tiles(p), pair_chunks(p), active, clocks);
+  return plan;
 }
 
 const char* launch_wgmma(const LinearParams& params, cudaStream_t stream) {

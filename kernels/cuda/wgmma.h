@@ -2,15 +2,15 @@
 #pragma once
 
 #include "linear.h"
+#include "target.h"
 
 namespace hfq {
 
 constexpr int kWgmmaColumns = 128;     // of a stage
 constexpr int kMostClusterBlocks = 8;  // that any GPU of compute capability 9.0 takes
 constexpr int kLargeTokens = 128;      // of a thread block of wgmma_large.h
-// Of wgmma_pair.h: tokens of a thread block, rows of the two that are a pair, warps that multiply, each with 16 rows.
-constexpr int kPairTokens = 256, kPairRows = 256, kPairWarps = 8;
-constexpr int kSmallPairTokens = 64, kSmallPairWarps = 16;  // of wgmma_small_pair.h, with as many rows
+// Of wgmma_pair.h and wgmma_small_pair.h: tokens of a thread block, rows of the two that are a pair.
+constexpr int kPairTokens = 256, kSmallPairTokens = 64, kPairRows = 256;
 // Of shared memory: all that a thread block may have. 28 KiB are left to the L1 cache, through which x goes, 16 KiB at a time.
 constexpr int kMostWgmmaBytes = 227 << 10;
 
@@ -20,18 +20,28 @@ struct WgmmaPlan {
 };
 
 // wgmma_ranges.h: all tiles of the output stand in a row, of each its chunks of kWgmmaColumns columns, and each pair has a range of it: range r is
-// units [r * units / ranges, (r + 1) * units / ranges). A unit is a chunk, or a tile with all its chunks. units * ranges < 2^32.
+// units [r * units / ranges, (r + 1) * units / ranges). A unit is a chunk, or a tile with all its chunks, or time: a tile begins with so much of it
+// as adding up takes for who has its first chunk, and who therefore has fewer. units * ranges < 2^32; a range is longer than that time.
 struct PairPlan {
-  uint32_t units;
-  uint32_t tile_units, unit_chunks;  // units of a tile, chunks of a unit
-  uint32_t ranges;                   // 0 if none runs
+  uint32_t units;                                // of all tiles
+  uint32_t tile_units, time_units, unit_chunks;  // units of a tile, those of them that are time, chunks of each other one
+  uint32_t ranges;                               // 0 if none runs
+
+  // Where a range begins: behind so many chunks of all tiles.
+  __host__ __device__ uint32_t first_chunk(uint32_t range) const {
+    const uint32_t unit = range * units / ranges, tile = unit / tile_units, behind = unit % tile_units;
+    return (tile * (tile_units - time_units) + (behind > time_units ? behind - time_units : 0)) * unit_chunks;
+  }
+  __host__ __device__ uint32_t tile_chunks() const { return (tile_units - time_units) * unit_chunks; }
+  // The last one that has chunks of a tile.
+  __host__ __device__ uint32_t last_range(uint32_t tile) const { return ((tile + 1) * tile_units * ranges - 1) / units; }
 };
 
 struct WgmmaParams : LinearParams {
   WgmmaPlan plan;
   // wgmma_ranges.h only.
   PairPlan pairs;
-  uint32_t* flags;  // [ranges, 2, warps], zeros: a warp has written its partial sums
+  uint32_t* flags;  // [ranges, 2], zeros: a block has written its partial sums
   float* partials;  // [ranges, 2, numbers of a thread / 4, threads, 4], of a pair's rows and tokens together
 };
 

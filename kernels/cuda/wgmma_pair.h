@@ -24,23 +24,26 @@ template <class Kind, class T>
 struct WgmmaPairBlock {
   static constexpr int kTokens = kPairTokens, kBits = Kind::kCodeBits;
   static constexpr int kTiles = 8, kRows = kTiles * kTileRows, kWarpTiles = 1, kNeighbours = 2;
-  static constexpr int kConsumers = kPairWarps, kProducers = 4, kThreads = 32 * (kConsumers + kProducers);  // warps
-  static constexpr int kWeightWarps = 2;  // of the producers; another one copies x
+  static constexpr int kConsumers = kTiles, kProducers = 4, kThreads = 32 * (kConsumers + kProducers);  // warps
+  static constexpr int kWeightWarps = 2;  // of the producers; another one copies x, and the last one raises a flag
   static constexpr int kAtFirst = 168, kOfConsumers = 216, kOfProducers = 72;  // registers, as in wgmma_block.h
   static constexpr int kUnits = kWgmmaColumns / kUnitColumns;
   static constexpr int kBlocks = kWgmmaColumns / kBlockColumns<kBits>, kBytes = kBlocks * kBlockBytes<kBits>;  // of a chunk of one tile
   static constexpr int kSums = kTokens / 2, kEndSums = kSums;
-  static_assert(kTiles == kConsumers && kNeighbours * kRows == kPairRows);
+  static_assert(kNeighbours * kRows == kPairRows);
 
   static constexpr int kXOfChunk = 2, kXStage = kTokens * 128, kXShare = kXStage / kNeighbours;  // kXOfChunk: stages of a chunk
   static constexpr int kCodesAt = 0, kScalesAt = kTiles * kBytes, kScaleBytes = kUnits * 64, kZerosAt = kScalesAt + kTiles * kScaleBytes;
   static constexpr int kStage = kZerosAt + (Kind::kMayHaveZeros ? kTiles * kScaleBytes : 0);
+  // Partial sums of a block, as stages of x.
+  static constexpr int kPartialStages = kRows * kTokens * 4 / kXStage;
+  static_assert(kPartialStages * kXStage == kRows * kTokens * 4);
   // Shared memory: the ring of x, that of weights, which has three chunks or more, the table of a codebook, barriers.
   static constexpr int kTableBytes = Kind::kTable ? TableCodes::kTableBytes : 0, kBarrierBytes = 256;
   static constexpr int kRoom = kMostWgmmaBytes - kTableBytes - kBarrierBytes, kXStages = (kRoom - 3 * kStage) / kXStage;
   static constexpr int kXRing = kXStages * kXStage, kStages = (kRoom - kXRing) / kStage;
   static constexpr int kRing = kXRing + kStages * kStage, kSharedBytes = kRing + kTableBytes + kBarrierBytes;
-  static_assert(kXStages >= 5 && 8 * (2 * (kXStages + kStages) + 1) <= kBarrierBytes);
+  static_assert(kXStages >= 5 && 8 * (2 * (kXStages + kStages) + 2) <= kBarrierBytes);
 
   uint8_t* memory;          // the rings begin here
   uint32_t ring, barriers;  // where those are, as instructions count
@@ -65,14 +68,15 @@ struct WgmmaPairBlock {
   __device__ __forceinline__ uint32_t empty(uint32_t at) const { return full(at) + 8 * kStages; }
   __device__ __forceinline__ uint32_t x_full(uint32_t at) const { return barriers + 16 * kStages + 8 * at; }
   __device__ __forceinline__ uint32_t x_empty(uint32_t at) const { return x_full(at) + 8 * kXStages; }
-  // The table is filled.
+  // The table is filled; all have written their partial sums.
   __device__ __forceinline__ uint32_t filled() const { return barriers + 16 * (kStages + kXStages); }
+  __device__ __forceinline__ uint32_t written() const { return filled() + 8; }
 
   // By one thread, before a barrier of the cluster: what the neighbour copies arrives here, too.
   __device__ __forceinline__ void init_barriers() const {
     for (int i = 0; i < kStages; ++i) mbarrier_init(full(i), kWeightWarps), mbarrier_init(empty(i), kConsumers);
     for (int i = 0; i < kXStages; ++i) mbarrier_init(x_full(i), 1), mbarrier_init(x_empty(i), kNeighbours * kConsumers);
-    mbarrier_init(filled(), 32 * kConsumers);
+    mbarrier_init(filled(), 32 * kConsumers), mbarrier_init(written(), kConsumers);
     fence_mbarrier_init();
   }
 };
@@ -88,7 +92,8 @@ struct WgmmaPairProducer {
 
   __device__ __forceinline__ void run() const {
     if (warp < Block::kWeightWarps) copy_weights();
-    if (warp == Block::kWeightWarps && threadIdx.x % 32 == 0) copy_x();
+    if (warp == Block::kWeightWarps) copy_x();
+    if (warp > Block::kWeightWarps) raise_flag_of_range(p, block);
   }
 
   __device__ __forceinline__ void copy_weights() const {
@@ -105,11 +110,28 @@ struct WgmmaPairProducer {
     }
   }
 
-  // By one thread: of each stage the block's share, to both blocks. The neighbour's share may come first.
+  // One thread copies; behind x what other ranges have of the last tile, as stages of x.
   __device__ __forceinline__ void copy_x() const {
-    const uint32_t share = block.neighbour * Block::kXShare;
     Turn<Block::kXStages> turn;
+    const bool copies = threadIdx.x % 32 == 0;
     wait_for_previous_kernel();
+    if (copies) copy_x_stages(turn);
+    if constexpr (Block::kPartialStages > 0) {
+      WgmmaSegment last = block.first;
+      while (last.left) last.next();
+      const uint32_t others = last.chunk == 0 ? others_of(p, block, last) : 0;
+      wait_for_partials(p, block, others);
+      if (copies && others) copy_partials(others, turn);
+    }
+    if (!copies) return;
+    // Until both blocks have read all: before, the neighbour may still arrive here, and copies be on the way from here to it.
+#pragma unroll 1
+    for (int i = 0; i < Block::kXStages; ++i, turn.next()) wait_until_empty(turn);
+  }
+
+  // Of each stage the block's share, to both blocks. The neighbour's share may come first.
+  __device__ __forceinline__ void copy_x_stages(Turn<Block::kXStages>& turn) const {
+    const uint32_t share = block.neighbour * Block::kXShare;
 #pragma unroll 1
     for (WgmmaSegment segment = block.first; segment.chunks; segment.next()) {
       const int64_t chunk = static_cast<int64_t>(segment.token_tile(p)) * segment.all + segment.chunk;
@@ -121,9 +143,21 @@ struct WgmmaPairProducer {
         copy_bulk_to_blocks(block.x_stage(turn.at) + share, from, Block::kXShare, block.x_full(turn.at), 3);
       }
     }
-    // Until both blocks have read all: before, the neighbour may still arrive here, and copies be on the way from here to it.
+  }
+
+  // Partial sums of the block's own rows, while the last stages of x are still multiplied. (Both blocks have as many, so that stages have turns
+  // alike.)
+  __device__ __forceinline__ void copy_partials(uint32_t others, Turn<Block::kXStages>& turn) const {
+    using Partials = WgmmaPartials<Block>;
+    fence_proxy_async_global();
 #pragma unroll 1
-    for (int i = 0; i < Block::kXStages; ++i, turn.next()) wait_until_empty(turn);
+    for (uint32_t i = 0; i < Block::kPartialStages * others; ++i, turn.next()) {
+      const uint32_t range = block.range(p) + 1 + i / Block::kPartialStages;
+      const uint8_t* const from = reinterpret_cast<const uint8_t*>(Partials::of_block(p, block, range)) + i % Block::kPartialStages * Block::kXStage;
+      wait_until_empty(turn);
+      mbarrier_arrive_and_expect(block.x_full(turn.at), Block::kXStage);
+      copy_bulk(block.x_stage(turn.at), from, Block::kXStage, block.x_full(turn.at));
+    }
   }
 
   __device__ __forceinline__ void wait_until_empty(const Turn<Block::kXStages>& turn) const {
@@ -192,7 +226,28 @@ struct WgmmaPairConsumer : WgmmaRounded<Kind, T, Block, 4> {
         multiply<kScaling, kWhole, 0>(x, (segment.chunk + i) * kUnits, i == 0, i + 1 < segment.chunks);
       wgmma_wait<0>(sums[0]);
       free_x_behind();
-      end_segment<T>(p, block, segment, lane, this->first_tile, 0, sums[0]);
+      end_segment<T>(p, block, segment, lane, this->first_tile, 0, sums[0], [&](uint32_t others) { add_partials(others); });
+    }
+  }
+
+  // They come as stages of x. (From memory to registers, of which there are 48 for what is on the way, a block's took longer than a chunk.)
+  __device__ __forceinline__ void add_partials(uint32_t others) {
+    constexpr int kAtOnce = kSums / Block::kPartialStages, kStride = 16 * WgmmaPartials<Block>::kThreads;
+#pragma unroll 1
+    for (uint32_t i = 0; i < others; ++i) {
+#pragma unroll
+      for (int stage = 0; stage < Block::kPartialStages; ++stage) {
+        mbarrier_wait(block.x_full(x_turn.at), x_turn.round % 2);
+        const uint32_t from = block.x_stage(x_turn.at) + 16 * kept(threadIdx.x);
+#pragma unroll
+        for (int s = 0; s < kAtOnce; s += 4) {
+          const uint4 part = load_shared<uint4>(from + s / 4 * kStride);
+          float* const d = sums[0] + stage * kAtOnce + s;
+          d[0] += as_float(part.x), d[1] += as_float(part.y), d[2] += as_float(part.z), d[3] += as_float(part.w);
+        }
+        x_turn.next();
+        free_x_behind();
+      }
     }
   }
 

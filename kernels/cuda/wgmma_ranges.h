@@ -44,88 +44,69 @@ struct WgmmaSegment {
 // By whole warps. The compiler knows then that it is the same for all lanes, and so are turns and counts of chunks, which need no registers of each:
 // 278 instructions a chunk in place of 310.
 __device__ __forceinline__ WgmmaSegment first_segment(const WgmmaParams& p, uint32_t range) {
-  const PairPlan& plan = p.pairs;
-  const uint32_t begin = range * plan.units / plan.ranges, end = (range + 1) * plan.units / plan.ranges;
+  const uint32_t begin = p.pairs.first_chunk(range), end = p.pairs.first_chunk(range + 1);
   WgmmaSegment s = {};
-  s.all = plan.tile_units * plan.unit_chunks;
-  s.tile = shuffle_from(begin / plan.tile_units, 0);
-  s.chunk = shuffle_from(begin % plan.tile_units * plan.unit_chunks, 0);
-  s.left = shuffle_from((end - begin) * plan.unit_chunks, 0);
+  s.all = p.pairs.tile_chunks();
+  s.tile = shuffle_from(begin / s.all, 0);
+  s.chunk = shuffle_from(begin % s.all, 0);
+  s.left = shuffle_from(end - begin, 0);
   s.take();
   return s;
 }
 
 // ---- the end of a segment: sums of a warp, as they stand in registers
 //
-// `Block`: range(p), its own; kNeighbours of a cluster and which one it is; kConsumers, warps that have sums; kEndSums of a thread. (The thread is
-// read again where it is needed, for want of a register in wgmma_pair.h.)
+// `Block`: range(p), its own; kNeighbours of a cluster and which one it is; kConsumers, warps that have sums; kEndSums of a thread; a barrier,
+// written(), of those warps. (The thread is read again where it is needed, for want of a register in wgmma_pair.h.)
 
-// Each warp's partial sums are read by the same warp of the range that adds them.
+// Each thread's partial sums are read by the same thread of the range that adds them.
 template <class Block>
 struct WgmmaPartials {
   static constexpr int kThreads = 32 * Block::kConsumers, kOfBlock = Block::kEndSums / 4 * kThreads;  // of kOfBlock four numbers
 
   static __device__ __forceinline__ uint32_t* flag(const WgmmaParams& p, const Block& block, uint32_t range) {
-    return p.flags + (range * Block::kNeighbours + block.neighbour) * Block::kConsumers + kept(threadIdx.x) / 32;
+    return p.flags + range * Block::kNeighbours + block.neighbour;
   }
-  static __device__ __forceinline__ float4* of_range(const WgmmaParams& p, const Block& block, uint32_t range) {
-    return reinterpret_cast<float4*>(p.partials) + int64_t{range * Block::kNeighbours + block.neighbour} * kOfBlock + kept(threadIdx.x);
+  static __device__ __forceinline__ float4* of_block(const WgmmaParams& p, const Block& block, uint32_t range) {
+    return reinterpret_cast<float4*>(p.partials) + int64_t{range * Block::kNeighbours + block.neighbour} * kOfBlock;
   }
 };
+
+// By a warp that has nothing else to do: raising a flag waits until what was written has come to L2. (Only the first segment of a range can be one
+// that begins in the midst of a tile.)
+template <class Block>
+__device__ __forceinline__ void raise_flag_of_range(const WgmmaParams& p, const Block& block) {
+  if (block.first.chunk == 0) return;
+  wait_for_previous_kernel();  // the one that lowered it
+  mbarrier_wait(block.written(), 0);
+  if (threadIdx.x % 32 == 0) raise_flag(WgmmaPartials<Block>::flag(p, block, block.range(p)));
+}
 
 template <class Block>
 __device__ __forceinline__ void write_partial(const WgmmaParams& p, const Block& block, const float (&sums)[Block::kEndSums]) {
   using Partials = WgmmaPartials<Block>;
-  const uint32_t range = block.range(p);
-  float4* const to = Partials::of_range(p, block, range);
+  float4* const to = Partials::of_block(p, block, block.range(p)) + kept(threadIdx.x);
 #pragma unroll
   for (int i = 0; i < Block::kEndSums; i += 4) store(to + i / 4 * Partials::kThreads, make_float4(sums[i], sums[i + 1], sums[i + 2], sums[i + 3]));
   sync_warp();
-  if (threadIdx.x % 32 == 0) raise_flag(Partials::flag(p, block, range));
+  if (threadIdx.x % 32 == 0) mbarrier_arrive(block.written());
 }
 
-// Those of the next ranges, up to the last one that has chunks of the tile. Lanes wait for a range each: one after the other, each would take as long
-// as memory does. 48 numbers of a thread are on the way at a time, in three groups: one is added and asked for anew while the others come. (64 cost
-// wgmma_pair.h registers, and with them 8 instructions a chunk.)
+// How many of the next ranges have chunks of a segment's tile. (The same for all lanes, as the compiler then knows.)
 template <class Block>
-__device__ __forceinline__ void add_partials(const WgmmaParams& p, const Block& block, const WgmmaSegment& segment, float (&sums)[Block::kEndSums]) {
-  using Partials = WgmmaPartials<Block>;
-  constexpr int kGroup = 4, kGroups = Block::kEndSums / 4 / kGroup, kAhead = 3;
-  constexpr int kRanges = kGroups < kAhead ? kAhead / kGroups : 1, kAll = kRanges * kGroups;  // ranges, and their groups, in a round
-  constexpr int kToNext = Block::kNeighbours * Partials::kOfBlock;
-  const uint32_t own = block.range(p), last = ((segment.tile + 1) * p.pairs.tile_units * p.pairs.ranges - 1) / p.pairs.units;
-  const uint32_t others = shuffle_from(last - own, 0);  // the same for all lanes, as the compiler then knows
+__device__ __forceinline__ uint32_t others_of(const WgmmaParams& p, const Block& block, const WgmmaSegment& segment) {
+  return segment.chunks < segment.all ? shuffle_from(p.pairs.last_range(segment.tile) - block.range(p), 0) : 0;
+}
+
+// Until they have written their sums, by whole warps. Lanes wait for a range each: one after the other, each would take as long as memory does.
+template <class Block>
+__device__ __forceinline__ void wait_for_partials(const WgmmaParams& p, const Block& block, uint32_t others) {
 #pragma unroll 1
   for (uint32_t at = 0; at < others; at += 32) {
-    const uint32_t other = own + 1 + at + threadIdx.x % 32;
-    wait_for_flag(Partials::flag(p, block, other < last ? other : last));
+    const uint32_t other = at + threadIdx.x % 32;
+    wait_for_flag(WgmmaPartials<Block>::flag(p, block, block.range(p) + 1 + (other < others ? other : others - 1)));
   }
   sync_warp();
-  const float4* from = Partials::of_range(p, block, own + 1);
-#pragma unroll 1
-  for (uint32_t at = 0; at < others; at += kRanges, from += kRanges * kToNext) {
-    float4 parts[kAhead][kGroup];
-    const auto exists = [&](int group) { return kRanges == 1 || at + group / kGroups < others; };
-    const auto load_group = [&](int group) {
-#pragma unroll
-      for (int i = 0; i < kGroup; ++i) {
-        const float4* const numbers = from + group / kGroups * kToNext + (group % kGroups * kGroup + i) * Partials::kThreads;
-        parts[group % kAhead][i] = exists(group) ? load_of_others(numbers) : float4{};
-      }
-    };
-#pragma unroll
-    for (int group = 0; group < kAhead; ++group) load_group(group);
-#pragma unroll
-    for (int group = 0; group < kAll; ++group) {
-#pragma unroll
-      for (int i = 0; i < kGroup; ++i) {
-        float* const d = sums + 4 * (group % kGroups * kGroup + i);
-        const float4& part = parts[group % kAhead][i];
-        d[0] += part.x, d[1] += part.y, d[2] += part.z, d[3] += part.w;
-      }
-      if (group + kAhead < kAll) load_group(group + kAhead);
-    }
-  }
 }
 
 // Outputs, from registers, since the rings are in use: 16 rows from `row` on, and tokens from `first` on.
@@ -176,15 +157,16 @@ __device__ __forceinline__ void store_segment(const WgmmaParams& p, int lane, in
   }
 }
 
-// All of it, for a warp whose rows begin with this tile of the block's, and whose tokens `token` behind those of the segment's tile.
-template <class T, class Block>
+// All of it, for a warp whose rows begin with this tile of the block's, and whose tokens `token` behind those of the segment's tile. `add`: to the
+// sums those of so many other ranges.
+template <class T, class Block, class Add>
 __device__ __forceinline__ void end_segment(const WgmmaParams& p, const Block& block, const WgmmaSegment& segment, int lane, int tile, int token,
-                                            float (&sums)[Block::kEndSums]) {
+                                            float (&sums)[Block::kEndSums], const Add& add) {
   if (segment.chunk > 0) {
     write_partial(p, block, sums);
     return;
   }
-  if (segment.chunks < segment.all) add_partials(p, block, segment, sums);
+  if (segment.chunks < segment.all) add(others_of(p, block, segment));
   const int64_t row = (static_cast<int64_t>(segment.first_tile(p, block)) + tile) * kTileRows;
   store_segment<T, Block>(p, lane, row, static_cast<int64_t>(segment.token_tile(p)) * Block::kTokens + token, sums);
 }

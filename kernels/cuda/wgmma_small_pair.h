@@ -8,8 +8,8 @@
 // Two teams of 8 warps take turns with chunks: four warps of a scheduler, of which one can wait for its wgmma while others unpack. At the end of a
 // segment the two warps with the same rows give each other half of their tokens.
 //
-// Counted for a chunk of 256 rows (int4, bfloat16, groups of 128): warps that multiply execute NNN instructions, four of them a scheduler, which
-// nobody else shares: x and weights come in bulk. Tensor cores are busy for 1024 clocks, shared memory for some 1050, the way from L2 for 1200.
+// Counted for a chunk of 256 rows (int4, bfloat16, groups of 128): warps that multiply execute 188 instructions, four of them a scheduler, beside
+// one that does little: x and weights come in bulk. Tensor cores are busy for 1024 clocks, shared memory for some 1050, the way from L2 for 1200.
 // Reckoned are 1300 clocks, and 15 to 17 us for 4096 x 14336 and 14336 x 4096 with 64 tokens. Not measured: HFQ_CUDA_WGMMA=pairs takes these blocks.
 #pragma once
 
@@ -25,21 +25,22 @@ struct WgmmaSmallPairBlock {
   static constexpr bool kEarly = true;
   static constexpr int kTokens = kSmallPairTokens, kBits = Kind::kCodeBits;
   static constexpr int kTiles = 8, kRows = kTiles * kTileRows, kNeighbours = 2, kTeams = 2;
-  static constexpr int kConsumers = kSmallPairWarps, kProducers = 4, kThreads = 32 * (kConsumers + kProducers);  // warps
-  static constexpr int kWeightWarps = 2;  // of the producers; another one copies x
+  static constexpr int kConsumers = kTeams * kTiles, kProducers = 4, kThreads = 32 * (kConsumers + kProducers);  // warps
+  static constexpr int kWeightWarps = 2;  // of the producers; another one copies x, and the last one raises a flag
   static constexpr int kAtFirst = 96, kOfConsumers = 104, kOfProducers = 64;  // registers, as in wgmma_block.h
   static constexpr int kUnits = kWgmmaColumns / kUnitColumns;
   static constexpr int kBlocks = kWgmmaColumns / kBlockColumns<kBits>, kBytes = kBlocks * kBlockBytes<kBits>;  // of a chunk of one tile
   static constexpr int kTokenTiles = kTokens / 8, kSums = kTokens / 2, kEndSums = kSums / kTeams;
-  static_assert(kTeams * kTiles == kConsumers && kNeighbours * kRows == kPairRows);
+  static_assert(kNeighbours * kRows == kPairRows);
 
   // A stage has x of a chunk, two halves of 64 columns, alike in both blocks, codes and scales. A ring of stages runs on from segment to segment.
+  static constexpr int kPartialStages = 0;  // (sums of others do not come through stages)
   static constexpr int kHalf = kTokens * 128, kXOfChunk = 1, kXStage = 2 * kHalf, kXShare = kXStage / kNeighbours;
   static constexpr int kCodesAt = kXStage, kScalesAt = kCodesAt + kTiles * kBytes, kScaleBytes = 64, kZerosAt = kScalesAt;  // (no zero points)
   static constexpr int kStage = (kScalesAt + kTiles * kScaleBytes + 1023) / 1024 * 1024;
   // Shared memory: the ring, what teams give each other, barriers.
   static constexpr int kGivenBytes = kEndSums * 32 * 4, kAllGiven = kConsumers * kGivenBytes, kBarrierBytes = 256;  // of a warp, of all
-  static constexpr int kRoom = (kMostWgmmaBytes - kAllGiven - kBarrierBytes) / kStage, kMost = (kBarrierBytes / 8 - kTiles) / 2;
+  static constexpr int kRoom = (kMostWgmmaBytes - kAllGiven - kBarrierBytes) / kStage, kMost = (kBarrierBytes / 8 - kTiles - 1) / 2;
   static constexpr int kStages = kRoom > kMost ? kMost : kRoom, kXStages = kStages;
   static constexpr int kRing = kStages * kStage, kSharedBytes = kRing + kAllGiven + kBarrierBytes;
   static_assert(kStages >= 5);
@@ -68,6 +69,8 @@ struct WgmmaSmallPairBlock {
   __device__ __forceinline__ uint32_t x_empty(uint32_t at) const { return empty(at); }
   // Of two warps with the same rows: both have given, both have taken, in turns.
   __device__ __forceinline__ uint32_t met(uint32_t tile) const { return barriers + 16 * kStages + 8 * tile; }
+  // All have written their partial sums.
+  __device__ __forceinline__ uint32_t written() const { return met(kTiles); }
   // Where a warp finds what it is given; what it gives is the other team's.
   __device__ __forceinline__ uint32_t given(uint32_t tile, uint32_t team) const { return ring + kRing + (tile * kTeams + team) * kGivenBytes; }
 
@@ -75,6 +78,7 @@ struct WgmmaSmallPairBlock {
   __device__ __forceinline__ void init_barriers() const {
     for (int i = 0; i < kStages; ++i) mbarrier_init(full(i), kWeightWarps + 1), mbarrier_init(empty(i), kNeighbours * kTiles);
     for (int i = 0; i < kTiles; ++i) mbarrier_init(met(i), kTeams);
+    mbarrier_init(written(), kConsumers);
     fence_mbarrier_init();
   }
 };
@@ -120,7 +124,8 @@ struct WgmmaSmallPairConsumer : WgmmaConsumer<Kind, T, Block> {
       }
       float own[Block::kEndSums];
       exchange(own);
-      end_segment<T>(p, block, segment, lane, tile, team * Block::kTokens / Block::kTeams, own);
+      const auto add = [&](uint32_t others) { add_partials(others, own); };
+      end_segment<T>(p, block, segment, lane, tile, team * Block::kTokens / Block::kTeams, own, add);
     }
   }
 
@@ -146,6 +151,31 @@ struct WgmmaSmallPairConsumer : WgmmaConsumer<Kind, T, Block> {
       for (int c = 0; c < 4; ++c) own[i + c] = (team ? sums[kHalf + i + c] : sums[i + c]) + as_float(words[c]);
     }
     arrive(met);
+  }
+
+  // Those of three ranges are on the way at a time.
+  __device__ __forceinline__ void add_partials(uint32_t others, float (&own)[Block::kEndSums]) const {
+    using Partials = WgmmaPartials<Block>;
+    constexpr int kAtOnce = 3, kFours = Block::kEndSums / 4, kToNext = Block::kNeighbours * Partials::kOfBlock;
+    wait_for_partials(p, block, others);
+    const float4* from = Partials::of_block(p, block, block.range(p) + 1) + kept(threadIdx.x);
+#pragma unroll 1
+    for (uint32_t at = 0; at < others; at += kAtOnce, from += kAtOnce * kToNext) {
+      float4 parts[kAtOnce][kFours];
+#pragma unroll
+      for (uint32_t range = 0; range < kAtOnce; ++range)
+#pragma unroll
+        for (int i = 0; i < kFours; ++i)
+          parts[range][i] = at + range < others ? load_of_others(from + range * kToNext + i * Partials::kThreads) : float4{};
+#pragma unroll
+      for (uint32_t range = 0; range < kAtOnce; ++range)
+#pragma unroll
+        for (int i = 0; i < kFours; ++i) {
+          const float4& part = parts[range][i];
+          float* const d = own + 4 * i;
+          d[0] += part.x, d[1] += part.y, d[2] += part.z, d[3] += part.w;
+        }
+    }
   }
 
   __device__ __forceinline__ void arrive(uint32_t barrier) const {

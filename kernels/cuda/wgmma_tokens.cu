@@ -45,10 +45,7 @@ int64_t arranged_floats(const LinearParams& p) {
   return divided(p.tokens, tokens) * tokens * divided(p.weight.in_features, kWgmmaColumns) * kWgmmaColumns / 2;
 }
 
-int64_t flags_of_pairs(const LinearParams& p) {
-  const int32_t tokens = arranged_tokens(p), warps = tokens == kPairTokens ? kPairWarps : tokens == kSmallPairTokens ? kSmallPairWarps : 0;
-  return warps ? most_ranges(p) * 2 * warps : 0;
-}
+int64_t flags_of_pairs(const LinearParams& p) { return arranged_tokens(p) == kLargeTokens ? 0 : divided(most_ranges(p) * 2, 4) * 4; }
 
 const char* launch_arrange(const LinearParams& params, cudaStream_t stream) {
   ArrangeParams p = {};

@@ -25,7 +25,7 @@ SHAPES = (
 )
 TILE = 64  # tokens of a stage
 PAIR = 2  # multiprocessors for one pair
-RANGE_FLOATS = 2 * (16 + 128 * TILE)  # of a range in the workspace: flags and partial sums
+RANGE_FLOATS = 4 + 2 * 128 * TILE  # of a range in the workspace: flags, in fours, and partial sums
 
 
 @pytest.fixture(autouse=True)
@@ -139,9 +139,9 @@ def test_not_a_number_reaches_its_own_outputs(
     [
         # Shapes of Llama 3 8B and 70B. Chunks of a range at most, and ranges of a tile.
         (14336, 4096, 28, 2),
-        (4096, 14336, 28, 4),
+        (4096, 14336, 29, 4),
         (28672, 8192, 109, 2),
-        (4096, 4096, 8, 4),
+        (4096, 4096, 9, 4),
     ],
 )
 def test_plans_of_an_h200(emulator: Any, rows: int, columns: int, most: int, shared: int) -> None:

@@ -52,7 +52,7 @@ class GemmPlan(Params):
 class PairPlan(Params):
     """kernels/cuda/wgmma.h"""
 
-    _fields_ = fields(INT, "units", "tile_units", "unit_chunks", "ranges")
+    _fields_ = fields(INT, "units", "tile_units", "time_units", "unit_chunks", "ranges")
 
 
 class WidePlan(Params):

@@ -19,6 +19,7 @@
 
 #define __global__
 #define __device__
+#define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 
@@ -405,6 +406,7 @@ inline void ldmatrix(uint32_t (&v)[4], const void* row) {
 // ---- wgmma ----
 
 inline void fence_proxy_async() { cuda_on_cpu::fence_proxy_async(); }
+inline void fence_proxy_async_global() {}
 template <int kRegisters>
 void take_registers() {
   static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
