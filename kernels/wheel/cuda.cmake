@@ -60,8 +60,9 @@ endif()
 file(GLOB cuda_sources CONFIGURE_DEPENDS "${KERNELS}/cuda/*.cu" "${KERNELS}/torch-ext/torch_binding_cuda*.cpp")
 add_library(hfq_cuda MODULE ${cuda_sources})
 if(choose_archs)
-  # To make PTX takes four times as long as to make machine code of it. It is the same for 8.0 and 8.9, except where sources ask which it is, and for
-  # 9.0 and 9.0a, except for what runs on 9.0a only, of which other GPUs need not even have empty kernels.
+  # To make PTX takes four times as long as to make machine code of it, and most of it is the same for several GPUs: for 8.0 and 8.9 except where
+  # sources ask which it is (for E4M3), for 9.0 and 9.0a except for what runs on 9.0a only, of which other GPUs need not even have empty kernels, and
+  # for all where kernels do not start early. (A source that is in the wrong list lacks what it asks for, and is right: test_ptxas.py compares PTX.)
   set(own "")
   foreach(arch ${archs})
     string(REGEX REPLACE "-.*" "" gpu ${arch})
@@ -73,11 +74,15 @@ if(choose_archs)
     endif()
   endforeach()
   string(REPLACE "compute_89" "compute_80" shared "${own}")
+  string(REPLACE "compute_90" "compute_80" same_for_all "${shared}")
   file(GLOB all "${KERNELS}/cuda/*.cu")
+  set(asks_for_89 "${KERNELS}/cuda/linear_fp8.cu")
+  file(GLOB asks_for_none "${KERNELS}/cuda/gemm*.cu" "${KERNELS}/cuda/*unpack*.cu" "${KERNELS}/cuda/round_weights.cu"
+                          "${KERNELS}/cuda/scale_sums.cu" "${KERNELS}/cuda/to_fragments.cu")
   file(GLOB only_90a "${KERNELS}/cuda/wgmma_*.cu" "${KERNELS}/cuda/wide_*.cu")
-  set(asks_for_89 "${KERNELS}/cuda/linear_fp8.cu")  # which converts E4M3 by itself
   set_source_files_properties(${all} PROPERTIES COMPILE_OPTIONS "${shared}")
   set_source_files_properties(${asks_for_89} PROPERTIES COMPILE_OPTIONS "${own}")
+  set_source_files_properties(${asks_for_none} PROPERTIES COMPILE_OPTIONS "${same_for_all}")
   set_source_files_properties(${only_90a} PROPERTIES COMPILE_OPTIONS "--generate-code=arch=compute_90a,code=sm_90a")
   set(archs_of_target OFF)
 else()
