@@ -1,6 +1,6 @@
 # libhfq_cuda.so. Real code for the generations that kernels are tuned for, and PTX of the last for what follows, which the driver compiles
-# when the library is first used; real code for that, too, where this machine has such a GPU. Each generation adds a third to the time of the
-# build; a wheel for others names its own:
+# when the library is first used; real code for that, too, where this machine has such a GPU. Each generation with PTX of its own adds a third to
+# the time of the build; a wheel for others names its own:
 # -DCMAKE_CUDA_ARCHITECTURES="80-real;90a-real;100a-real;120a-real;90-virtual".
 if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
   set(CMAKE_CUDA_ARCHITECTURES OFF)  # chosen below, once nvcc can be asked
