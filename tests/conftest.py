@@ -157,6 +157,16 @@ def gate_in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.Mon
 
 
 @pytest.fixture
+def brief_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`hfq.plan` does each piece of work that it times once, and small: for tests that do not look at seconds."""
+    from hfq.diagnose import rates
+
+    brief = {"_SIZE": 512, "_TOKENS": 512, "_LEAST_SECONDS": 0.0, "_LEAST_TURNS": 1}
+    for name, value in brief.items():
+        monkeypatch.setattr(rates, name, value)
+
+
+@pytest.fixture
 def one_thread() -> Iterator[None]:
     """For tests on tiny tensors: threads would wait for each other longer than they work."""
     before = torch.get_num_threads()

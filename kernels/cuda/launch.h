@@ -1,22 +1,15 @@
-// Starting a kernel.
+// Starting a kernel. What is no template stands in launch.cu: each kernel's file is compiled several times, and the standard library's headers that
+// this takes as often.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <atomic>
-#include <cstdlib>
-#include <map>
-#include <mutex>
-#include <utility>
 
 namespace hfq {
 
 // Shared memory that a thread block of the current device may have.
-inline size_t most_shared_bytes() {
-  int device = 0, bytes = 48 << 10;
-  if (cudaGetDevice(&device) == cudaSuccess) cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return static_cast<size_t>(bytes);
-}
+size_t most_shared_bytes();
 
 // What CUDA says of a kernel as it is on the current device: zeros if it was not compiled for it. Asked for until it is known.
 struct KernelFacts {
@@ -24,60 +17,26 @@ struct KernelFacts {
   std::atomic<int> architecture = 0;  // compute capability for which its PTX was made (__CUDA_ARCH__ / 10)
   std::atomic<bool> has_shared = false;  // allow_shared has been here
 };
+KernelFacts& facts_of(const void* kernel);
 template <class Params>
 KernelFacts& facts_of(void (*kernel)(Params)) {
-  static std::mutex mutex;
-  static std::map<std::pair<int, void (*)(Params)>, KernelFacts> known;
-  int device = 0;
-  cudaGetDevice(&device);
-  const std::lock_guard lock(mutex);
-  KernelFacts& facts = known[{device, kernel}];
-  if (facts.registers == 0) {
-    cudaFuncAttributes attributes = {};
-    if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess)
-      facts.registers = attributes.numRegs, facts.architecture = attributes.ptxVersion;
-    else
-      cudaGetLastError();
-  }
-  return facts;
+  return facts_of(reinterpret_cast<const void*>(kernel));
 }
 
 // For dynamic shared memory of a thread block above what needs not be asked for. Always for all there is: other threads and graphs may launch
 // the kernel with more than this call. (No kernel has shared memory that is not dynamic.)
+cudaError_t allow_shared(const void* kernel, size_t shared_bytes);
 template <class Params>
 cudaError_t allow_shared(void (*kernel)(Params), size_t shared_bytes) {
-  constexpr size_t kUnasked = 48 << 10;
-  if (shared_bytes <= kUnasked) return cudaSuccess;
-  KernelFacts& facts = facts_of(kernel);
-  if (facts.has_shared) return cudaSuccess;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most_shared_bytes()));
-  facts.has_shared = error == cudaSuccess;
-  return error;
+  return allow_shared(reinterpret_cast<const void*>(kernel), shared_bytes);
 }
 
-// Whether drivers take such launches into graphs: those of CUDA 12.3 and later.
-inline bool driver_overlaps() {
-  static const int version = [] {
-    int found = 0;
-    return cudaDriverGetVersion(&found) == cudaSuccess ? found : 0;
-  }();
-  return version >= 12030;
-}
-
-// Whether `kernel` may start before the one in front of it has ended: on GPUs and drivers that can, unless HFQ_CUDA_OVERLAP is 0. It has to have
+// Whether a kernel may start before the one in front of it has ended: on GPUs and drivers that can, unless HFQ_CUDA_OVERLAP is 0. It has to have
 // been compiled for them: code for older ones does not wait (wait_for_previous_kernel).
-template <class Params>
-bool may_start_early(void (*kernel)(Params)) {
-  const char* wanted = std::getenv("HFQ_CUDA_OVERLAP");
-  return (!wanted || wanted[0] != '0') && driver_overlaps() && facts_of(kernel).architecture >= 90;
-}
+bool may_start_early(const KernelFacts& facts);
 
 // Null, or CUDA's description of the error, which the next launch is not to find.
-inline const char* described(cudaError_t error) {
-  if (error == cudaSuccess) return nullptr;
-  cudaGetLastError();
-  return cudaGetErrorString(error);
-}
+const char* described(cudaError_t error);
 
 // Enqueues `kernel` with `shared_bytes` (at most `most_shared_bytes`) of dynamic shared memory. Returns null, or CUDA's description of the error.
 template <class Params>
@@ -120,7 +79,7 @@ template <class Params>
 const char* launch_clusters(void (*kernel)(Params), unsigned blocks, unsigned cluster, unsigned threads, size_t shared_bytes, cudaStream_t stream,
                             const Params& params) {
   if (const cudaError_t error = allow_shared(kernel, shared_bytes); error != cudaSuccess) return described(error);
-  const ExtendedLaunch how(blocks, cluster, threads, shared_bytes, stream, may_start_early(kernel));
+  const ExtendedLaunch how(blocks, cluster, threads, shared_bytes, stream, may_start_early(facts_of(kernel)));
   return described(cudaLaunchKernelEx(&how.config, kernel, params));
 }
 
@@ -150,24 +109,12 @@ int active_clusters(int cluster, unsigned threads, size_t shared_bytes, int regi
 }
 
 // Enqueues a copy within the memory of the device.
-inline const char* launch_copy(void* to, const void* from, size_t bytes, cudaStream_t stream) {
-  return described(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream));
-}
+const char* launch_copy(void* to, const void* from, size_t bytes, cudaStream_t stream);
 
 // Multiprocessors of the current device.
-inline int multiprocessors() {
-  int device = 0, count = 1;
-  if (cudaGetDevice(&device) == cudaSuccess) cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
-}
+int multiprocessors();
 
 // Compute capability of the current device: 90 for 9.0.
-inline int compute_capability() {
-  int device = 0, major = 0, minor = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  return 10 * major + minor;
-}
+int compute_capability();
 
 }  // namespace hfq

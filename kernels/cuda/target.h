@@ -3,7 +3,7 @@
 #pragma once
 
 #include <cstdlib>
-#include <string>
+#include <cstring>
 
 #include "dtype.h"
 
@@ -19,7 +19,7 @@ namespace hfq {
 // Whether an environment variable has this value.
 inline bool is_set(const char* variable, const char* value) {
   const char* const set = std::getenv(variable);
-  return set && std::string(set) == value;
+  return set && std::strcmp(set, value) == 0;
 }
 
 // That CUDA takes for each thread block; the most that a block may have is a multiprocessor's without it.

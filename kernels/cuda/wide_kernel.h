@@ -335,7 +335,7 @@ struct WideWarp {
 
 template <class Block>
 __global__ void __launch_bounds__(Block::kThreads, 1) wide_kernel(const WideParams p) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using T = typename Block::T;
   constexpr int kWarpFloats = Block::kWarpBytes / 4;
   const int kFours = 4 * tiles_of(p), warps = blockDim.x / 32;

@@ -1,6 +1,6 @@
 # libhfq_cuda.so. Real code for the generations that kernels are tuned for, and PTX of the last for what follows, which the driver compiles
-# when the library is first used; real code for that, too, where this machine has such a GPU. Each generation adds a third to the time of the
-# build; a wheel for others names its own:
+# when the library is first used; real code for that, too, where this machine has such a GPU. Each generation with PTX of its own adds a third to
+# the time of the build; a wheel for others names its own:
 # -DCMAKE_CUDA_ARCHITECTURES="80-real;90a-real;100a-real;120a-real;90-virtual".
 if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
   set(CMAKE_CUDA_ARCHITECTURES OFF)  # chosen below, once nvcc can be asked
@@ -59,7 +59,36 @@ endif()
 # Each of our .cu files, compiled side by side, and what registers the operators.
 file(GLOB cuda_sources CONFIGURE_DEPENDS "${KERNELS}/cuda/*.cu" "${KERNELS}/torch-ext/torch_binding_cuda*.cpp")
 add_library(hfq_cuda MODULE ${cuda_sources})
-set_target_properties(hfq_cuda PROPERTIES CUDA_ARCHITECTURES "${archs}" INSTALL_RPATH "" SUFFIX ".so")
+if(choose_archs)
+  # To make PTX takes four times as long as to make machine code of it, and most of it is the same for several GPUs: for 8.0 and 8.9 except where
+  # sources ask which it is (for E4M3), for 9.0 and 9.0a except for what runs on 9.0a only, of which other GPUs need not even have empty kernels, and
+  # for all where kernels do not start early. (A source that is in the wrong list lacks what it asks for, and is right: test_ptxas.py compares PTX.)
+  set(own "")
+  foreach(arch ${archs})
+    string(REGEX REPLACE "-.*" "" gpu ${arch})
+    string(REPLACE "90a" "90" ptx ${gpu})
+    if(arch MATCHES "-virtual")
+      list(APPEND own "--generate-code=arch=compute_${ptx},code=compute_${gpu}")
+    else()
+      list(APPEND own "--generate-code=arch=compute_${ptx},code=sm_${gpu}")
+    endif()
+  endforeach()
+  string(REPLACE "compute_89" "compute_80" shared "${own}")
+  string(REPLACE "compute_90" "compute_80" same_for_all "${shared}")
+  file(GLOB all "${KERNELS}/cuda/*.cu")
+  set(asks_for_89 "${KERNELS}/cuda/linear_fp8.cu")
+  file(GLOB asks_for_none "${KERNELS}/cuda/gemm*.cu" "${KERNELS}/cuda/*unpack*.cu" "${KERNELS}/cuda/round_weights.cu"
+                          "${KERNELS}/cuda/scale_sums.cu" "${KERNELS}/cuda/to_fragments.cu")
+  file(GLOB only_90a "${KERNELS}/cuda/wgmma_*.cu" "${KERNELS}/cuda/wide_*.cu")
+  set_source_files_properties(${all} PROPERTIES COMPILE_OPTIONS "${shared}")
+  set_source_files_properties(${asks_for_89} PROPERTIES COMPILE_OPTIONS "${own}")
+  set_source_files_properties(${asks_for_none} PROPERTIES COMPILE_OPTIONS "${same_for_all}")
+  set_source_files_properties(${only_90a} PROPERTIES COMPILE_OPTIONS "--generate-code=arch=compute_90a,code=sm_90a")
+  set(archs_of_target OFF)
+else()
+  set(archs_of_target "${archs}")
+endif()
+set_target_properties(hfq_cuda PROPERTIES CUDA_ARCHITECTURES "${archs_of_target}" INSTALL_RPATH "" SUFFIX ".so")
 target_compile_options(hfq_cuda PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-O3 -Wall -Wextra> $<$<COMPILE_LANGUAGE:CUDA>:-O3>)
 add_torch_stub(torch_cuda)
 link_torch_stubs(hfq_cuda torch_cpu torch_cuda)

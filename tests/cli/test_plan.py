@@ -9,7 +9,7 @@ import pytest
 from hfq.cli import main
 from hfq.cli.program import _parser
 
-pytestmark = pytest.mark.usefixtures("gate_in_this_process")
+pytestmark = pytest.mark.usefixtures("gate_in_this_process", "brief_rates")
 
 
 def test_it_says_what_quantize_will_do(float_model, text, tmp_path, capsys):

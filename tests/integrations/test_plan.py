@@ -24,7 +24,7 @@ from hfq.integrations.checkpoint import file_bytes
 
 from .tiny_models import CONFIGS, QUICK, build, load
 
-pytestmark = pytest.mark.usefixtures("gate_in_this_process")
+pytestmark = pytest.mark.usefixtures("gate_in_this_process", "brief_rates")
 
 
 @pytest.fixture

@@ -31,17 +31,43 @@ HOT = sorted(path.name for pattern in PATTERNS for path in CUDA.glob(pattern))
 # Of each family the one with the fewest registers to spare, for every run.
 CLOSE = ("linear_int3.cu", "gemm_table4.cu", "wgmma_int3.cu", "spqr_linear3.cu", "wide_int4.cu")
 
+# What kernels/wheel/cuda.cmake compiles from PTX for another GPU, and what it does not: code for 9.0a alone, and of what asks for 8.9.
+SHARED = sorted(
+    path.name
+    for path in CUDA.glob("*.cu")
+    if not path.match("wgmma_*.cu") and not path.match("wide_*.cu")
+)
+ASKS_FOR_89 = {"linear_fp8.cu"}
+ASKS_FOR_NONE = {
+    path.name
+    for pattern in ("gemm*", "*unpack*", "round_weights", "scale_sums", "to_fragments")
+    for path in CUDA.glob(f"{pattern}.cu")
+}
 
-def _entries(source: str, architecture: str, folder: Path) -> dict[str, str]:
-    """What ptxas says of each kernel of a file."""
+
+def _nvcc(target: str) -> str:
+    """Skips where it is not there, or does not know GPUs such as sm_90a."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("needs nvcc")
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True)
-    if architecture.removesuffix("a") not in known.stdout:
-        pytest.skip(f"this nvcc does not know {architecture}")
+    if target.removesuffix("a") not in known.stdout:
+        pytest.skip(f"this nvcc does not know {target}")
+    return nvcc
+
+
+def _entries(source: str, architecture: str, folder: Path) -> dict[str, str]:
+    """What ptxas says of each kernel of a file."""
     # Options of kernels/wheel/cuda.cmake.
-    command = [nvcc, "-std=c++17", "-O3", f"-arch={architecture}", "-cubin", "-Xptxas", "-v"]
+    command = [
+        _nvcc(architecture),
+        "-std=c++17",
+        "-O3",
+        f"-arch={architecture}",
+        "-cubin",
+        "-Xptxas",
+        "-v",
+    ]
     run = subprocess.run(
         [*command, str(CUDA / source), "-o", str(folder / "kernel.cubin")],
         capture_output=True,
@@ -104,3 +130,20 @@ def test_no_kernel_needs_more_registers_than_there_are(
     tmp_path: Path, source: str, architecture: str
 ) -> None:
     _check(source, architecture, tmp_path)
+
+
+def _ptx(source: str, number: str, folder: Path) -> list[str]:
+    """Its lines, but for those that name what it was made for."""
+    target = folder / f"{number}.ptx"
+    command = [_nvcc(f"sm_{number}"), "-std=c++17", "-O3", f"-arch=compute_{number}", "-ptx"]
+    subprocess.run([*command, str(CUDA / source), "-o", str(target)], check=True)
+    return [line for line in target.read_text().splitlines() if not line.startswith(".target")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", SHARED)
+def test_gpus_share_the_ptx_that_is_the_same(tmp_path: Path, source: str) -> None:
+    of_80, of_90 = _ptx(source, "80", tmp_path), _ptx(source, "90", tmp_path)
+    assert of_90 == _ptx(source, "90a", tmp_path)
+    assert (of_80 != _ptx(source, "89", tmp_path)) == (source in ASKS_FOR_89)
+    assert of_80 == of_90 or source not in ASKS_FOR_NONE

@@ -18,8 +18,8 @@ from filelock import FileLock
 TESTS = Path(__file__).parents[1]
 EMULATOR = TESTS / "cuda_on_cpu"
 KERNELS = TESTS.parents[1] / "kernels"
-# The first CUDA kernel, for the neutral layout, is written against CUDA's own types; the other file has no kernel.
-NOT_EMULATED = {KERNELS / "cuda" / name for name in ("dequantize.cu", "runtime.cu")}
+# The first CUDA kernel, for the neutral layout, is written against CUDA's own types; the other files have no kernel.
+NOT_EMULATED = {KERNELS / "cuda" / name for name in ("dequantize.cu", "launch.cu", "runtime.cu")}
 SOURCES = sorted(set((KERNELS / "cuda").glob("*.cu")) - NOT_EMULATED)
 # The GPU contracts multiplications and additions where kernels let it; they say where that is wrong. `_FORTIFY_SOURCE` forbids fibers to change places.
 FLAGS = (
