@@ -81,7 +81,7 @@ struct WgmmaPairBlock {
   }
 };
 
-// (wgmma_small_pair.h has both in one ring, with which the same warps are done.)
+// Fills the one ring of wgmma_small_pair.h, too, where x_full and x_empty are full and empty.
 template <class Block>
 struct WgmmaPairProducer {
   const WgmmaParams& p;

@@ -6,9 +6,9 @@
 // reads those of all others, in their order, so that results are the same each time, and stores outputs.
 //
 // It waits for them, which must not be forever. Blocks are started in the order of their indices, so that one with a lower index runs or has ended,
-// whatever else runs on the GPU; and none waits before it has written its own sums, those of its first segment. So a block may wait for lower
-// indices. The later chunks of a tile are at the beginning of their ranges, and its first ones at the end of theirs: those that are waited for have
-// the next ranges. Hence ranges are counted from the last cluster on.
+// whatever else runs on the GPU; and a warp that waits for another block has done before all that its own block needs to write its sums, those of its
+// first segment. So a block may wait for lower indices. The later chunks of a tile are at the beginning of their ranges, and its first ones at the
+// end of theirs: those that are waited for have the next ranges. Hence ranges are counted from the last cluster on.
 #pragma once
 
 #include "gemm_output.h"
@@ -20,7 +20,7 @@ namespace {
 // What a range has of one tile.
 struct WgmmaSegment {
   uint32_t all;            // chunks of a tile
-  uint32_t tile;           // of 256 rows and 256 tokens; those of the same rows are neighbours
+  uint32_t tile;           // of 256 rows and a block's tokens; those of the same rows are neighbours
   uint32_t chunk, chunks;  // the first one, and how many; 0: the range is over
   uint32_t left;           // of the range, behind these
 
@@ -102,7 +102,7 @@ __device__ __forceinline__ uint32_t others_of(const WgmmaParams& p, const Block&
 template <class Block>
 __device__ __forceinline__ void wait_for_partials(const WgmmaParams& p, const Block& block, uint32_t others) {
 #pragma unroll 1
-  for (uint32_t at = 0; at < others; at += 32) {
+  for (uint32_t at = 0; at < others; at += 32) {  // (once: more than 32 take more than 100 000 columns)
     const uint32_t other = at + threadIdx.x % 32;
     wait_for_flag(WgmmaPartials<Block>::flag(p, block, block.range(p) + 1 + (other < others ? other : others - 1)));
   }

@@ -40,10 +40,9 @@ struct WgmmaSmallPairBlock {
   static constexpr int kStage = (kScalesAt + kTiles * kScaleBytes + 1023) / 1024 * 1024;
   // Shared memory: the ring, what teams give each other, barriers.
   static constexpr int kGivenBytes = kEndSums * 32 * 4, kAllGiven = kConsumers * kGivenBytes, kBarrierBytes = 256;  // of a warp, of all
-  static constexpr int kRoom = (kMostWgmmaBytes - kAllGiven - kBarrierBytes) / kStage, kMost = (kBarrierBytes / 8 - kTiles - 1) / 2;
-  static constexpr int kStages = kRoom > kMost ? kMost : kRoom, kXStages = kStages;
+  static constexpr int kStages = (kMostWgmmaBytes - kAllGiven - kBarrierBytes) / kStage, kXStages = kStages;
   static constexpr int kRing = kStages * kStage, kSharedBytes = kRing + kAllGiven + kBarrierBytes;
-  static_assert(kStages >= 5);
+  static_assert(kStages >= 5 && 8 * (2 * kStages + kTiles + 1) <= kBarrierBytes);
 
   uint8_t* memory;          // the ring begins here
   uint32_t ring, barriers;  // where those are, as instructions count

@@ -180,6 +180,12 @@ def test_products_with_wgmma(
     check_products((100, 128, 130), shape, kind, shape[0] * shape[1] > 1 << 25)
     monkeypatch.setenv("HFQ_CUDA_WGMMA", "pairs")
     check_products((17, 33, 64), shape, kind)
+    if shape == (
+        4096,
+        14336,
+        32,
+    ):  # of whole chunks, and with ranges that have parts of several tiles
+        check_products((17, 64), (28672, 1024, 128), kind)
     monkeypatch.setenv("HFQ_CUDA_WGMMA", "large")
     check_products((65, 100, 128, 129, 200, 256, 300, 512, 1024), shape, kind, True)
 
@@ -365,7 +371,13 @@ def test_opcheck(make_weight: MakeWeight, generator: torch.Generator, cuda: torc
 
 
 @pytest.mark.parametrize(
-    ("tokens", "wgmma"), [(2, "0"), (64, "0"), (64, "1"), (130, "1"), (130, "large")]
+    ("tokens", "wgmma", "kind"),
+    [
+        *((tokens, "0", "int4_zeros") for tokens in (2, 64)),
+        *((tokens, "1", "int4_zeros") for tokens in (64, 130)),
+        *((tokens, "large", "int4_zeros") for tokens in (100, 200)),
+        (40, "pairs", "int4"),
+    ],
 )
 def test_in_a_cuda_graph(
     make_weight: MakeWeight,
@@ -374,10 +386,11 @@ def test_in_a_cuda_graph(
     monkeypatch: pytest.MonkeyPatch,
     tokens: int,
     wgmma: str,
+    kind: str,
 ) -> None:
-    """Of 64 tokens, several thread blocks share the columns: sums meet in memory that PyTorch has lent, or in a cluster. Large blocks have x in such memory."""
+    """Of 64 tokens, several thread blocks share the columns: sums meet in memory that PyTorch has lent, or in a cluster. Large blocks and pairs have x in such memory."""
     monkeypatch.setenv("HFQ_CUDA_WGMMA", wgmma)
-    weight = make_weight(1024, 4096, 128, kind="int4_zeros")
+    weight = make_weight(1024, 4096, 128, kind=kind)
     x = torch.randn(tokens, 4096, generator=generator).to(cuda, torch.bfloat16)
     graph, y = captured(lambda: weight.linear(x))
     for _ in range(2):
@@ -386,7 +399,10 @@ def test_in_a_cuda_graph(
         assert torch.equal(y, weight.linear(x))
 
 
-@pytest.mark.parametrize(("tokens", "wgmma"), [(1, "0"), (16, "1"), (100, "1"), (100, "large")])
+@pytest.mark.parametrize(
+    ("tokens", "wgmma"),
+    [(1, "0"), (16, "1"), (100, "1"), (100, "large"), (200, "large"), (40, "pairs")],
+)
 def test_products_that_overlap(
     make_weight: MakeWeight,
     generator: torch.Generator,

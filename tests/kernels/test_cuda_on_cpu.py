@@ -45,6 +45,8 @@ def races(self_check: SelfCheck) -> Iterator[None]:
         ("flag_of_later_block", "a wait for what no block before this one does"),
         ("flag_that_nobody_raises", "a wait for what no block before this one does"),
         ("flag_not_lowered", "a flag that is not lowered before it is raised"),
+        ("flag_copy_no_proxy_fence", "without fence.proxy.async.global"),
+        ("flag_copy_early_fence", "without fence.proxy.async.global"),
     ],
 )
 def test_mistakes_are_seen(self_check: SelfCheck, kernel: str, words: str) -> None:
@@ -109,7 +111,7 @@ def test_waits_that_may_come_too_late_are_seen(self_check: SelfCheck, races: Non
     "kernel",
     [
         *("neighbours", "wgmma", "ring", "bulk_ring", "shared_ring", "sum_of_cluster"),
-        *("matrices", "early", "turns", "flag"),
+        *("matrices", "early", "turns", "flag", "flag_copy"),
     ],
 )
 def test_what_barriers_order_is_no_race(self_check: SelfCheck, races: None, kernel: str) -> None:
@@ -136,8 +138,10 @@ def test_kernels_that_start_early_wait(self_check: SelfCheck) -> None:
 
 
 def test_blocks_wait_for_flags_of_those_before(self_check: SelfCheck) -> None:
+    expected = torch.arange(5, 37, dtype=torch.int32)
     y = self_check.run("flag", torch.zeros(128, dtype=torch.int32))
-    expected = torch.arange(5, 37, dtype=torch.int32).roll(-1)
+    assert torch.equal(y[1:33], expected.roll(-1))
+    y = self_check.run("flag_copy", torch.zeros(128, dtype=torch.int32))
     assert torch.equal(y[1:33], expected)
 
 

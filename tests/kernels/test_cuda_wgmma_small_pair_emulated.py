@@ -46,8 +46,7 @@ def test_the_choice(
     def is_pair(tokens: int, kind: Kind = (4, None), group_size: int = 128) -> bool:
         w = make(generator, (8192, 1032, group_size), kind)
         stage = {2: 21, 3: 23, 4: 25, 8: 33}[kind[0]] << 10
-        stages = min(((227 - 32 << 10) - 256) // stage, 12)
-        room = stages * stage + (32 << 10) + 256
+        room = ((227 - 32 << 10) - 256) // stage * stage + (32 << 10) + 256
         product = x[:tokens], w.operands, w.sizes, 90
         taken = [
             emulator.workspace_of(*product, most, PAIR)

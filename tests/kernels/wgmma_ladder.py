@@ -33,7 +33,8 @@ class Rung:
     """Attributes:
     shape: N, K, group_size (0: a group per row).
     new: what no rung before it has.
-    wanted: HFQ_CUDA_WGMMA; "large" for large blocks, which have more than 64 tokens.
+    wanted: HFQ_CUDA_WGMMA; "large" for large blocks, which have more than 64 tokens, "pairs" for pairs of 17 to 64.
+    beside: on two streams at once, and beside a third one: blocks find few multiprocessors, and start late.
     """
 
     shape: Shape
@@ -42,6 +43,7 @@ class Rung:
     kind: Kind = INT4
     calls: int = 20
     wanted: str = "1"
+    beside: bool = False
 
 
 RUNGS = {
@@ -93,6 +95,9 @@ RUNGS = {
     "pair_rounds": Rung(
         (28672, 4096, 128), 1000, "several tiles of a pair", calls=100, wanted="large"
     ),
+    "pair_beside": Rung(
+        (14336, 4096, 128), 256, "waits for blocks that start late", wanted="large", beside=True
+    ),
     "identity_small_pair": Rung((300, 520, 0), 40, "wgmma_small_pair.h: teams", wanted="pairs"),
     "small_pair": Rung((256, LONG, 128), 64, "barriers of teams", wanted="pairs"),
     "small_pair_shared": Rung((1024, 4096, 128), 64, "partial sums, flags", wanted="pairs"),
@@ -105,6 +110,9 @@ RUNGS = {
     ),
     "small_pair_rounds": Rung(
         (28672, 4096, 128), 50, "several tiles of a pair", calls=100, wanted="pairs"
+    ),
+    "small_pair_beside": Rung(
+        (14336, 4096, 128), 64, "waits for blocks that start late", wanted="pairs", beside=True
     ),
     "full": Rung((4096, 14336, 128), 64, "all multiprocessors; races", (4, "zeros"), calls=300),
     "full16": Rung((14336, 4096, 128), 16, "the same", (4, "zeros"), calls=300),
@@ -184,9 +192,31 @@ def check_products(rung: Rung, weight: Weight, product: Product, device: torch.d
             print(f"  error beyond what roundings allow: {str(error).splitlines()[0]}")
     calls = rung.calls if device.type == "cuda" else 1
     others = sum(not torch.equal(product(inputs[i % 3]), answers[i % 3]) for i in range(calls))
+    if rung.beside and device.type == "cuda":
+        calls *= 20
+        others += differ_beside(inputs, answers, product, calls)
     if others:
         print(f"  {others} of {calls} calls differ from the first: a race")
     return right and not others
+
+
+def differ_beside(inputs: list[Tensor], answers: list[Tensor], product: Product, calls: int) -> int:
+    """How many products differ that two streams do at once, while a third one multiplies large matrices."""
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    matrix = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    torch.cuda.synchronize()
+    others = 0
+    for first in range(0, calls, 10):
+        found = []
+        for i in range(first, first + 10):
+            for stream in streams[:2]:
+                with torch.cuda.stream(stream):
+                    found.append((i % 3, product(inputs[i % 3])))
+            with torch.cuda.stream(streams[2]):
+                matrix @ matrix
+        torch.cuda.synchronize()
+        others += sum(not torch.equal(y, answers[i]) for i, y in found)
+    return others
 
 
 def climb(name: str, folder: Path | None) -> bool:

@@ -406,7 +406,7 @@ inline void ldmatrix(uint32_t (&v)[4], const void* row) {
 // ---- wgmma ----
 
 inline void fence_proxy_async() { cuda_on_cpu::fence_proxy_async(); }
-inline void fence_proxy_async_global() {}
+inline void fence_proxy_async_global() { cuda_on_cpu::fence_proxy_async_global(); }
 template <int kRegisters>
 void take_registers() {
   static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);

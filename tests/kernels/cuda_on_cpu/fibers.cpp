@@ -50,6 +50,7 @@ struct Fiber {
   unsigned thread;
   Block* block;
   uint32_t fenced;             // the last copy that it has made known to wgmma
+  bool behind_flag;            // knows of other blocks' writes, which it has not made known to copies
   std::vector<uint32_t> stored;  // words that it has not made known
   uint32_t barrier;            // at which it waits
   bool waited;                 // for the kernel in front
@@ -184,7 +185,7 @@ void start(unsigned number) {
   fiber.state = State::kReady;
   fiber.thread = number % threads;
   fiber.block = &cluster[number / threads];
-  fiber.fenced = 0;
+  fiber.fenced = 0, fiber.behind_flag = false;
   fiber.waited = !starts_early;
   fiber.stored.clear();
   fiber.copies.clear();
@@ -609,6 +610,8 @@ void fence_proxy_async() {
     if (barrier.maker == number_of(*current)) barrier.known = true;
 }
 
+void fence_proxy_async_global() { current->behind_flag = false; }
+
 void fence_mbarrier_init() {
   for (auto& [place, barrier] : current->block->mbarriers)
     if (barrier.maker == number_of(*current)) barrier.known = barrier.fenced = true;
@@ -707,6 +710,7 @@ void begin_copy(Block& block, uint32_t shared, const void* global, uint32_t byte
   Mbarrier* const found = found_at(block, barrier);
   if (!found || !found->known) fail("copy_bulk for a barrier that no fence.proxy.async covers");
   if (bytes == 0) fail("copy_bulk of nothing");
+  if (current->behind_flag) fail("copy_bulk behind a flag without fence.proxy.async.global");
   uint8_t* const to = block.shared_begin + (static_cast<int64_t>(shared) - kSharedBase);
   if (!within(to, bytes, block.shared_begin, shared_size)) fail("copy_bulk outside of shared memory");
   if (races::wanted) {
@@ -740,6 +744,7 @@ void raise_flag(uint32_t* flag) {
 void wait_for_flag(const uint32_t* flag) {
   if (*flag == 0) fail("a wait for what no block before this one does");
   if (races::wanted && !races::see(number_of(*current), flag)) fail("a flag that is not lowered before it is waited for");
+  current->behind_flag = true;
 }
 
 void fence_registers() { current_warp().fenced = true; }

@@ -91,6 +91,8 @@ void copy_bulk_to_blocks(uint32_t shared, const void* global, uint32_t bytes, ui
 // must have been done by one that is started before.
 void raise_flag(uint32_t* flag);
 void wait_for_flag(const uint32_t* flag);
+// What a thread knows by flags is there for copy_bulk, which it may not ask for before.
+void fence_proxy_async_global();
 
 // Instructions of a warpgroup that go on beside the threads, one part for each warp. `what`: the same for all four warps, or it is a mistake.
 // `work` is called as late as the waits of the warp allow. The functions are called once for each warp, within `together`.

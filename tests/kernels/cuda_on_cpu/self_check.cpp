@@ -301,6 +301,30 @@ void flag_between_blocks(Params p) {
   }
 }
 
+// The same, but that the second block's first thread copies what was written.
+template <Mistake kMistake>
+void copy_behind_flag(Params p) {
+  const uint32_t* const words = p.to + 64;
+  const uint32_t thread = threadIdx.x, full = shared_address(shared_memory()), copied = full + 128;
+  if (blockIdx.x == 0) {
+    store(p.to + 64 + thread, thread + 5);
+    sync_warp();
+    if (thread == 7) raise_flag(p.to);
+    return;
+  }
+  if (thread == 0) mbarrier_init(full, 1), fence_proxy_async();
+  if (kMistake == Mistake::kNoFence) fence_proxy_async_global();  // too early
+  wait_for_flag(p.to);
+  sync_warp();
+  if (thread == 0) {
+    if (kMistake == Mistake::kNone) fence_proxy_async_global();
+    mbarrier_arrive_and_expect(full, 128);
+    copy_bulk(copied, words, 128, full);
+  }
+  mbarrier_wait(full, 0);
+  store(p.to + 1 + thread, load_shared<uint32_t>(copied + 4 * thread));
+}
+
 // Starts before the kernel has ended that gives `from` and reads what was in `to`.
 template <Mistake kMistake>
 void early(Params p) {
@@ -360,6 +384,9 @@ constexpr struct {
     {"flag_without_wait", flag_between_blocks<Mistake::kNoWait>, 32, 1, false, 2},
     {"flag_for_one_thread", flag_between_blocks<Mistake::kRegistersChange>, 32, 1, false, 2},
     {"flag_of_one_thread", flag_between_blocks<Mistake::kNoFence>, 32, 1, false, 2},
+    {"flag_copy", copy_behind_flag<Mistake::kNone>, 32, 1, false, 2},
+    {"flag_copy_no_proxy_fence", copy_behind_flag<Mistake::kNoProxyFence>, 32, 1, false, 2},
+    {"flag_copy_early_fence", copy_behind_flag<Mistake::kNoFence>, 32, 1, false, 2},
     {"flag_before_the_last_write", flag_between_blocks<Mistake::kNoBarrier>, 32, 1, false, 2},
     {"early", early<Mistake::kNone>, 32, 1, true},
     {"early_write", early<Mistake::kMemoryChanges>, 32, 1, true},
