@@ -42,7 +42,7 @@ struct WgmmaParams : LinearParams {
   // wgmma_ranges.h only.
   PairPlan pairs;
   uint32_t* flags;  // [ranges, 2], zeros: a block has written its partial sums
-  float* partials;  // [ranges, 2, n, threads that multiply, 4]: n * threads * 4 numbers are 128 rows of a block's tokens
+  float* partials;  // [ranges, 2, n, threads that multiply, 4], as many numbers as 128 rows of a block have tokens
 };
 
 // What a thread block of a kernel takes, and how many clusters of so many of them run at a time.

@@ -31,6 +31,7 @@ enum class WgmmaWay { kThroughRegisters, kStaged, kLarge, kPair, kSmallPair };
 template <class Kind, class T, int kTokens_, WgmmaWay kWay>
 struct WgmmaBlock {
   static constexpr bool kStaged = kWay == WgmmaWay::kStaged, kLarge = kWay == WgmmaWay::kLarge, kEarly = kStaged;
+  static constexpr bool kWholeOnly = kStaged && kTokens_ == 64;  // with_block takes it for scales of whole chunks without zero points
   static_assert(!kLarge || kTokens_ == kLargeTokens);
   static constexpr int kTokens = kTokens_;
   static constexpr int kBits = Kind::kCodeBits;

@@ -164,9 +164,9 @@ struct WgmmaConsumer {
   }
 
   __device__ __forceinline__ void run() {
-    if (p.flush_mask == kUnits - 1 && !p.weight.zeros)
+    if (Block::kWholeOnly || (p.flush_mask == kUnits - 1 && !p.weight.zeros))
       run_whole();
-    else
+    else if constexpr (!Block::kWholeOnly)
       run_chunks<false>();
   }
 

@@ -29,7 +29,10 @@ PATTERNS = (
 )
 HOT = sorted(path.name for pattern in PATTERNS for path in CUDA.glob(pattern))
 # Of each family the one with the fewest registers to spare, for every run.
-CLOSE = ("linear_int3.cu", "gemm_table4.cu", "wgmma_int3.cu", "spqr_linear3.cu", "wide_int4.cu")
+CLOSE = ("linear_int3.cu", "gemm_table4.cu", "spqr_linear3.cu", "wide_int4.cu")
+# wgmma kernels whose warps take registers from others: tokens, WgmmaWay, registers.
+TAKEN = [(64, 0, 96), (128, 0, 168), (128, 2, 168), (256, 3, 168)]
+STAGED, SMALL_PAIRS = (64, 1, 96), (64, 4, 96)
 
 # What kernels/wheel/cuda.cmake compiles from PTX for another GPU, and what it does not: code for 9.0a alone, and of what asks for 8.9.
 SHARED = sorted(
@@ -64,6 +67,7 @@ def _entries(source: str, architecture: str, folder: Path) -> dict[str, str]:
         "-std=c++17",
         "-O3",
         f"-arch={architecture}",
+        f"-I{CUDA}",
         "-cubin",
         "-Xptxas",
         "-v",
@@ -98,22 +102,37 @@ def _check(source: str, architecture: str, folder: Path) -> None:
     assert spills, "no kernel in the output of ptxas"
     assert not any(spills.values()), spills
     if any("wgmma_kernel" in name for name in entries) and architecture == "sm_90a":
-        _check_registers(entries, source)
+        # Which kinds may be staged with 64 tokens, and in small pairs: with_block, wgmma_kernel.h.
+        staged, small_pairs = re.search("int[234]", source) is not None, "table" not in source
+        _check_registers(entries, TAKEN + [STAGED] * staged + [SMALL_PAIRS] * small_pairs, 2)
 
 
-def _check_registers(entries: dict[str, str], source: str) -> None:
+def _check_registers(
+    entries: dict[str, str], taken: list[tuple[int, int, int]], dtypes: int
+) -> None:
     """Warps that take registers from others wait forever if a launch has fewer than they count on (kAtFirst, wgmma_block.h)."""
-    # Tokens, WgmmaWay, registers; which kinds may be staged with 64 tokens, and in small pairs: with_block, wgmma_kernel.h.
-    taken = [(64, 0, 96), (128, 0, 168), (128, 2, 168), (256, 3, 168)]
-    if re.search("int[234]", source):
-        taken.append((64, 1, 96))
-    if "table" not in source:
-        taken.append((64, 4, 96))
     for tokens, way, registers in taken:
         kernel = f"ELi{tokens}ELNS0_8WgmmaWayE{way}E"
         own = [entry for name, entry in entries.items() if kernel in name]
-        assert len(own) == 2, list(entries)
+        assert len(own) == dtypes, list(entries)
         assert all(f"Used {registers} registers" in entry for entry in own), own
+
+
+def test_wgmma_has_the_registers_that_it_counts_on(tmp_path: Path) -> None:
+    """Of wgmma_int3.cu, which has the fewest to spare, one dtype of those that count."""
+    taken = [*TAKEN, STAGED, SMALL_PAIRS]
+    ways = [f"{tokens}, static_cast<WgmmaWay>({way})" for tokens, way, _ in taken]
+    kernels = [
+        f"template __global__ void wgmma_kernel<IntCodes<3>, BFloat16, {way}>(WgmmaParams);\n"
+        for way in ways
+    ]
+    source = tmp_path / "kernels.cu"
+    source.write_text(
+        '#include "wgmma_kernel.h"\nnamespace hfq {\nnamespace {\n' + "".join(kernels) + "}\n}\n"
+    )
+    entries = _entries(str(source), "sm_90a", tmp_path)
+    assert not any(_spills(entries).values()), entries
+    _check_registers(entries, taken, 1)
 
 
 @pytest.mark.parametrize("source", CLOSE)

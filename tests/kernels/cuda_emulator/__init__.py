@@ -10,12 +10,13 @@ in a test_cuda_*ops.py and on a GPU in a test_cuda*.py (what those share: on_gpu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .compiler import check_operators, compiled_kernels, compiled_self_check
+from .compiler import check_operators, compiled_kernels, compiled_self_check, compiled_watched
 from .decode import Decode
 from .launch import POINTER, Launchers
 from .linear import Linear
@@ -23,7 +24,7 @@ from .packing import Packing
 from .spqr import Spqr
 from .w8a8 import W8A8
 
-__all__ = ["Emulator", "SelfCheck", "build", "build_self_check", "check_operators"]
+__all__ = ["Emulator", "SelfCheck", "build", "build_self_check", "build_watched", "check_operators"]
 
 
 class Emulator(Linear, Spqr, W8A8, Decode, Packing):
@@ -52,6 +53,11 @@ class SelfCheck(Launchers):
 def build(folder: Path, *, races: bool = False) -> Emulator:
     """Kernels and emulator, compiled if no other process has done it; `races` takes twice as long."""
     return Emulator(compiled_kernels(folder, watched=races), races)
+
+
+def build_watched(folder: Path, names: Sequence[str]) -> Emulator:
+    """Kernels and emulator, which looks for races in the kernels of these files of kernels/cuda."""
+    return Emulator(compiled_watched(folder, names), races=True)
 
 
 def build_self_check(folder: Path) -> SelfCheck:

@@ -42,6 +42,22 @@ def compiled_kernels(folder: Path, *, watched: bool) -> Path:
     return library
 
 
+def compiled_watched(folder: Path, names: Sequence[str]) -> Path:
+    """The library of launchers, which can look for races in the kernels of these files: of the others it takes what is compiled already."""
+    compiled_kernels(folder, watched=False)
+    library = folder / "libwatched.so"
+    with FileLock(folder / "lock"):
+        if not library.exists():
+            own = folder / "watched"
+            own.mkdir(exist_ok=True)
+            watched = _compiled(own, [KERNELS / "cuda" / name for name in names], WATCHED)
+            others = [source for source in SOURCES if source.name not in names]
+            device = [*DEVICE, EMULATOR / "exports.cpp"]
+            # The watched ones first: functions that several files have are taken from them.
+            _link(library, [*watched, *(_object(folder, source) for source in (*others, *device))])
+    return library
+
+
 def compiled_self_check(folder: Path) -> Path:
     """The library of small kernels with mistakes; it can look for races."""
     library = folder / "libself_check.so"

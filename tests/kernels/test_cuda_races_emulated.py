@@ -1,0 +1,75 @@
+"""Accesses to memory that nothing orders, in a product of each kernel for 4 bits; HFQ_TEST_RACES=1 looks for them in all tests of emulated kernels."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cuda_emulator import Emulator, build_watched
+from fragments_weights import Kind, Shape
+from fragments_weights import random_weight as make
+
+WATCHED = (
+    *("gemm.cu", "gemm_int4.cu", "linear_int4.cu", "wgmma_int4.cu", "wgmma_tokens.cu"),
+    "wide_int4.cu",
+)
+CLUSTERS = 1 << 20  # multiprocessors: as many blocks as are wanted
+
+
+@pytest.fixture(scope="module")
+def watched(request: pytest.FixtureRequest, emulator_folder: Path) -> Emulator:
+    if "HFQ_TEST_RACES" in os.environ:  # all of its kernels are watched
+        emulator: Emulator = request.getfixturevalue("emulator")
+        return emulator
+    return build_watched(emulator_folder, WATCHED)
+
+
+@dataclass(frozen=True)
+class Product:
+    tokens: int
+    shape: Shape
+    environment: Mapping[str, str] = field(default_factory=dict)
+    kind: Kind = (4, None)
+    multiprocessors: int = CLUSTERS
+    capability: int = 90
+    rounded: bool = False
+
+
+def _wgmma(value: str) -> dict[str, str]:
+    return {"HFQ_CUDA_WGMMA": value, "HFQ_CUDA_WIDE": "0"}
+
+
+# Stages are used several times, and blocks share columns.
+PRODUCTS = {
+    "digits": Product(1, (40, 1096, 128), capability=80),
+    "linear": Product(5, (40, 1096, 64), kind=(4, "zeros"), capability=80),
+    "gemm": Product(40, (70, 1096, 64), kind=(4, "zeros"), capability=80),
+    "wide": Product(9, (150, 1096, 64), {"HFQ_CUDA_WIDE": "1"}, (4, "zeros")),
+    "wgmma": Product(20, (140, 2120, 64), _wgmma("1"), (4, "zeros")),
+    "staged": Product(40, (140, 2120, 128), _wgmma("1")),
+    "large": Product(70, (140, 2120, 64), _wgmma("large"), rounded=True),
+    "pair": Product(150, (230, 1608, 64), _wgmma("large"), multiprocessors=4, rounded=True),
+    "pair_rounds": Product(130, (780, 640, 64), _wgmma("large"), multiprocessors=6, rounded=True),
+    "small_pair": Product(50, (230, 5000, 128), _wgmma("pairs"), multiprocessors=4),
+    "small_pair_rounds": Product(33, (780, 2176, 128), _wgmma("pairs"), multiprocessors=6),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_nothing_races(
+    watched: Any, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    product = PRODUCTS[name]
+    for variable, value in product.environment.items():
+        monkeypatch.setenv(variable, value)
+    w = make(generator, product.shape, product.kind)
+    x = torch.randn(product.tokens, product.shape[1], generator=generator).bfloat16()
+    y = watched.linear(
+        x, w.operands, None, w.sizes, product.multiprocessors, capability=product.capability
+    )
+    w.check(y, x, rounded=product.rounded)
