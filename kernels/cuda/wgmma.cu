@@ -52,11 +52,14 @@ bool takes_large_wgmma(const LinearParams& p) {
   return p.tokens > 64 && ((numbers(p) > kSmall && exact_end) || wanted("large"));
 }
 
-bool takes_small_pairs(const LinearParams& p) {
+bool scales_whole_chunks(const Weight& w) {
   constexpr uint32_t kUnits = kWgmmaColumns / kUnitColumns;
+  return !w.zeros && flush_mask(w, kUnits) == kUnits - 1;
+}
+
+bool takes_small_pairs(const LinearParams& p) {
   const bool table = p.weight.codebook && p.weight.bits == 4;
-  return p.tokens > 16 && p.tokens <= kSmallPairTokens && wanted("pairs") && !table && !p.weight.zeros &&
-         flush_mask(p.weight, kUnits) == kUnits - 1;
+  return p.tokens > 16 && p.tokens <= kSmallPairTokens && wanted("pairs") && !table && scales_whole_chunks(p.weight);
 }
 
 int32_t arranged_tokens(const LinearParams& p) {

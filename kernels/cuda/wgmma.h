@@ -65,6 +65,9 @@ bool takes_wgmma(const LinearParams& params);
 // Whether a product that takes them takes large blocks: more than 64 tokens with a weight that is not small, or with HFQ_CUDA_WGMMA=large any.
 bool takes_large_wgmma(const LinearParams& params);
 
+// Whether scales are those of whole chunks of kWgmmaColumns columns, and there are no zero points.
+bool scales_whole_chunks(const Weight& weight);
+
 // Whether it takes pairs of wgmma_small_pair.h, with HFQ_CUDA_WGMMA=pairs: 17 to 64 tokens, with scales of whole chunks, without zero points and
 // tables.
 bool takes_small_pairs(const LinearParams& params);

@@ -202,10 +202,9 @@ auto with_block(const LinearParams& p, const Use& use) {
   if constexpr (Kind::kCodeBits == 8) {
     if (p.tokens <= 32) return use(k32, through_registers);
   } else {
-    constexpr uint32_t kUnits = kWgmmaColumns / kUnitColumns;
     if (p.tokens <= 32) return use(k32, staged);
     if constexpr (!Kind::kTable)
-      if (p.tokens <= 64 && !p.weight.zeros && flush_mask(p.weight, kUnits) == kUnits - 1) return use(k64, staged);
+      if (p.tokens <= 64 && scales_whole_chunks(p.weight)) return use(k64, staged);
   }
   if (p.tokens <= 64) return use(k64, through_registers);
   if (!takes_large_wgmma(p)) return use(std::integral_constant<int, 128>{}, through_registers);

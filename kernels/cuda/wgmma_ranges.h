@@ -54,6 +54,29 @@ __device__ __forceinline__ WgmmaSegment first_segment(const WgmmaParams& p, uint
   return s;
 }
 
+// What the thread blocks of wgmma_pair.h and wgmma_small_pair.h have alike.
+struct WgmmaOneOfPair {
+  static constexpr int kTiles = 8, kRows = kTiles * kTileRows, kNeighbours = 2;
+  static constexpr int kWeightWarps = 2;  // of those that copy; another one copies x, and the last one raises a flag
+  static_assert(kNeighbours * kRows == kPairRows);
+
+  uint8_t* memory;          // rings begin here
+  uint32_t ring, barriers;  // where those are, as instructions count
+  uint32_t neighbour;
+  WgmmaSegment first;  // of the range
+
+  // By all threads. Barriers stand behind so many bytes.
+  __device__ __forceinline__ WgmmaOneOfPair(const WgmmaParams& p, uint32_t barriers_at) {
+    memory = swizzled_memory();
+    ring = shared_address(memory), barriers = kept(ring + barriers_at);
+    neighbour = blockIdx.x % kNeighbours;
+    first = first_segment(p, range(p));
+  }
+
+  // (Made again where it is needed: a register less through all chunks.)
+  static __device__ __forceinline__ uint32_t range(const WgmmaParams& p) { return p.pairs.ranges - 1 - kept(blockIdx.x) / kNeighbours; }
+};
+
 // ---- the end of a segment: sums of a warp, as they stand in registers
 //
 // `Block`: range(p), its own; kNeighbours of a cluster and which one it is; kConsumers, warps that have sums; kEndSums of a thread; a barrier,

@@ -21,17 +21,15 @@ namespace {
 
 // Scales are applied once for a chunk, and there are no zero points.
 template <class Kind, class T>
-struct WgmmaSmallPairBlock {
+struct WgmmaSmallPairBlock : WgmmaOneOfPair {
   static constexpr bool kEarly = true;
   static constexpr int kTokens = kSmallPairTokens, kBits = Kind::kCodeBits;
-  static constexpr int kTiles = 8, kRows = kTiles * kTileRows, kNeighbours = 2, kTeams = 2;
+  static constexpr int kTeams = 2;
   static constexpr int kConsumers = kTeams * kTiles, kProducers = 4, kThreads = 32 * (kConsumers + kProducers);  // warps
-  static constexpr int kWeightWarps = 2;  // of the producers; another one copies x, and the last one raises a flag
   static constexpr int kAtFirst = 96, kOfConsumers = 104, kOfProducers = 64;  // registers, as in wgmma_block.h
   static constexpr int kUnits = kWgmmaColumns / kUnitColumns;
   static constexpr int kBlocks = kWgmmaColumns / kBlockColumns<kBits>, kBytes = kBlocks * kBlockBytes<kBits>;  // of a chunk of one tile
   static constexpr int kTokenTiles = kTokens / 8, kSums = kTokens / 2, kEndSums = kSums / kTeams;
-  static_assert(kNeighbours * kRows == kPairRows);
 
   // A stage has x of a chunk, two halves of 64 columns, alike in both blocks, codes and scales. A ring of stages runs on from segment to segment.
   static constexpr int kPartialStages = 0;  // (sums of others do not come through stages)
@@ -44,20 +42,8 @@ struct WgmmaSmallPairBlock {
   static constexpr int kRing = kStages * kStage, kSharedBytes = kRing + kAllGiven + kBarrierBytes;
   static_assert(kStages >= 5 && 8 * (2 * kStages + kTiles + 1) <= kBarrierBytes);
 
-  uint8_t* memory;          // the ring begins here
-  uint32_t ring, barriers;  // where those are, as instructions count
-  uint32_t neighbour;
-  WgmmaSegment first;  // of the range
-
   // By all threads.
-  __device__ __forceinline__ explicit WgmmaSmallPairBlock(const WgmmaParams& p) {
-    memory = swizzled_memory();
-    ring = shared_address(memory), barriers = kept(ring + kRing + kAllGiven);
-    neighbour = blockIdx.x % kNeighbours;
-    first = first_segment(p, range(p));
-  }
-
-  static __device__ __forceinline__ uint32_t range(const WgmmaParams& p) { return p.pairs.ranges - 1 - kept(blockIdx.x) / kNeighbours; }
+  __device__ __forceinline__ explicit WgmmaSmallPairBlock(const WgmmaParams& p) : WgmmaOneOfPair(p, kRing + kAllGiven) {}
 
   __device__ __forceinline__ uint32_t stage(uint32_t at) const { return ring + at * kStage; }
   __device__ __forceinline__ uint32_t x_stage(uint32_t at) const { return stage(at); }

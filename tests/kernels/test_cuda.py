@@ -180,14 +180,23 @@ def test_products_with_wgmma(
     check_products((100, 128, 130), shape, kind, shape[0] * shape[1] > 1 << 25)
     monkeypatch.setenv("HFQ_CUDA_WGMMA", "pairs")
     check_products((17, 33, 64), shape, kind)
-    if shape == (
-        4096,
-        14336,
-        32,
-    ):  # of whole chunks, and with ranges that have parts of several tiles
-        check_products((17, 64), (28672, 1024, 128), kind)
     monkeypatch.setenv("HFQ_CUDA_WGMMA", "large")
     check_products((65, 100, 128, 129, 200, 256, 300, 512, 1024), shape, kind, True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(28672, 1024, 128)], ids=str)
+def test_small_pairs_with_parts_of_several_tiles(
+    check_products: Callable[..., None],
+    cuda: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, int, int],
+    kind: str,
+) -> None:
+    if torch.cuda.get_device_capability(cuda) != (9, 0):
+        pytest.skip("wgmma needs compute capability 9.0")
+    monkeypatch.setenv("HFQ_CUDA_WGMMA", "pairs")
+    check_products((17, 64), shape, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -39,13 +39,21 @@ def _weights(emulator: Any, weight: Any, dtype: torch.dtype) -> Tensor:
 # ---- the order of x
 
 
-@pytest.mark.parametrize("shape", [(65, 8), (127, 136), (128, 128), (90, 392), (70, 1096)])
+@pytest.mark.parametrize(
+    ("tile", "shape"),
+    [
+        *((TILE, shape) for shape in ((65, 8), (127, 136), (128, 128), (90, 392), (70, 1096))),
+        # Of pairs, small and large.
+        *((64, shape) for shape in ((17, 8), (64, 136), (33, 1096))),
+        *((256, shape) for shape in ((129, 8), (256, 136), (257, 392), (700, 1096))),
+    ],
+)
 def test_x_is_put_in_order(
-    emulator: Any, generator: torch.Generator, shape: tuple[int, int]
+    emulator: Any, generator: torch.Generator, tile: int, shape: tuple[int, int]
 ) -> None:
     """Bits are copied, whatever they mean; what does not exist is zero. Nothing is written behind the workspace."""
     x = torch.randint(-(1 << 15), 1 << 15, shape, generator=generator, dtype=torch.int16)
-    assert torch.equal(emulator.arranged(x, arranged_floats(*shape, TILE)), arranged(x, TILE))
+    assert torch.equal(emulator.arranged(x, arranged_floats(*shape, tile)), arranged(x, tile))
 
 
 # ---- which products, and their workspace

@@ -9,7 +9,7 @@ import torch
 from fragments_weights import FLOATS, HALVES, KINDS, Kind, Shape, name_of
 from fragments_weights import random_weight as make
 from product_checks import check_only_bad, check_tokens_are_apart
-from wgmma_products import CLUSTERS, arranged, arranged_floats, contributors, linear, ranges_of
+from wgmma_products import CLUSTERS, arranged_floats, contributors, linear, ranges_of
 
 # (N, K, group_size; 0: one group per row): rows that fill no tile or block, pairs whose second block has some or none; columns that end in a chunk;
 # groups of all kinds.
@@ -32,7 +32,7 @@ def _wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HFQ_CUDA_WGMMA", "large")
 
 
-# ---- which products, and the order of x
+# ---- which products
 
 
 def test_the_choice(emulator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,15 +51,6 @@ def test_the_choice(emulator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert floats(128) == arranged_floats(128, 4104, 128)
     assert floats(300, small) == 0
-
-
-@pytest.mark.parametrize("shape", [(129, 8), (256, 136), (257, 392), (700, 1096)])
-def test_x_is_put_in_order(
-    emulator: Any, generator: torch.Generator, shape: tuple[int, int]
-) -> None:
-    x = torch.randint(-(1 << 15), 1 << 15, shape, generator=generator, dtype=torch.int16)
-    floats = arranged_floats(*shape, TILE)
-    assert torch.equal(emulator.arranged(x, floats), arranged(x, TILE))
 
 
 # ---- products

@@ -9,7 +9,7 @@ import torch
 from fragments_weights import FLOATS, HALVES, KINDS, Kind, Shape, name_of
 from fragments_weights import random_weight as make
 from product_checks import check_only_bad, check_tokens_are_apart
-from wgmma_products import CLUSTERS, arranged, arranged_floats, contributors, linear, ranges_of
+from wgmma_products import CLUSTERS, arranged_floats, contributors, linear, ranges_of
 
 # Those without zero points and codebook.
 TAKEN = tuple(kind for kind in KINDS if kind[1] in (None, "e4m3"))
@@ -34,7 +34,7 @@ def _wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HFQ_CUDA_WIDE", "0")
 
 
-# ---- which products, and the order of x
+# ---- which products
 
 
 def test_the_choice(
@@ -63,15 +63,6 @@ def test_the_choice(
     assert not is_pair(40, (4, "zeros")) and not is_pair(40, (4, "nf4"))
     monkeypatch.delenv("HFQ_CUDA_WGMMA")
     assert not is_pair(40)
-
-
-@pytest.mark.parametrize("shape", [(17, 8), (64, 136), (33, 1096)])
-def test_x_is_put_in_order(
-    emulator: Any, generator: torch.Generator, shape: tuple[int, int]
-) -> None:
-    x = torch.randint(-(1 << 15), 1 << 15, shape, generator=generator, dtype=torch.int16)
-    floats = arranged_floats(*shape, TILE)
-    assert torch.equal(emulator.arranged(x, floats), arranged(x, TILE))
 
 
 # ---- products
