@@ -22,6 +22,12 @@
 // A shift, a mask and an addition of an exponent make numbers out of the codes of a register; most need no shift of their own. Numbers are
 // code - 2^(bits-1), which is exact in 16 bits, or the values of E4M3, which are, too. 3 bits in five fields and a spare bit take 86 instructions
 // for 64 codes of a lane; planes of 2 + 1 bits took more than 110.
+//
+// Or codes are numbers where they lie ("plain"): a 16-bit float whose upper bits are zeros is the integer of its lower bits, in units of the smallest
+// subnormal number, through exponents 0 and 1: 8 bits of a bfloat16, 11 of a float16. So a mask, which leaves a field of that byte, makes code
+// 2^place units, and 64 codes of 4 bits in bfloat16 take 40 instructions in place of 56 and 32 more. What is left to do is a factor for each operand,
+// which goes into scales, and 2^(bits-1) for each activation. (Tensor cores take subnormal numbers as they are: Fasi, Higham, Mikaitis, Pranesh,
+// Numerical behavior of NVIDIA tensor cores, 2021, section 3.2.)
 #pragma once
 
 #include "e4m3.h"
@@ -58,20 +64,21 @@ constexpr uint32_t bits_of(double number) {
 template <class T, int kNumber, int kShift = 0>
 constexpr uint32_t kBoth = bits_of<T>(1.0 * kNumber / (1 << kShift)) * 0x10001u;
 
+// The bits of 2^kExponent, a normal number, in both halves.
+template <class T, int kExponent>
+constexpr uint32_t kBothPowers = (static_cast<uint32_t>(kExponent + Format<T>::kBias) << Format<T>::kMantissa) * 0x10001u;
+
 // ---- codes to numbers ----
 
 // The codes at bit kAt of either half of a word, as code - 2^(bits-1). With the exponent of 2^mantissa the mantissa counts in ones: a field
 // at bit p below its end gives 2^mantissa + code 2^p, and one multiply-add, exact, the number. Fields that lie there together share a shift.
-// `kRaised`: 2^mantissa + code as it is, of a field that lies at the end.
-template <class T, int kBits, int kAt, bool kRaised>
+template <class T, int kBits, int kAt>
 __device__ __forceinline__ uint32_t field_numbers(uint32_t word) {
   constexpr int kMantissa = Format<T>::kMantissa, kSpan = kMantissa / kBits * kBits;
   constexpr int kShift = kAt / kSpan * kSpan, kPlace = kAt - kShift;
   constexpr uint32_t kMask = 0x00010001u * (((1u << kBits) - 1) << kPlace);
   constexpr int kOffset = (1 << (kMantissa - kPlace)) + (1 << (kBits - 1));
-  static_assert(!kRaised || kPlace == 0);
-  const uint32_t raised = and_or<kMask>(word >> kShift, kBoth<T, 1 << kMantissa>);
-  return kRaised ? raised : fma2(T{}, raised, kBoth<T, 1, kPlace>, kBoth<T, -kOffset>);
+  return fma2(T{}, and_or<kMask>(word >> kShift, kBoth<T, 1 << kMantissa>), kBoth<T, 1, kPlace>, kBoth<T, -kOffset>);
 }
 
 // Two 8-bit codes in the lower bytes of the halves, as code - 128.
@@ -102,12 +109,8 @@ struct Codes {
     }
   }
 
-  // What sums of products lack for each activation if numbers are raised (field_numbers), where each code can be: 0 elsewhere.
-  template <class T>
-  static constexpr int kRaise = kBits == 4 && Format<T>::kMantissa / kBits == 1 ? (1 << Format<T>::kMantissa) + (1 << (kBits - 1)) : 0;
-
   // Register r as two numbers.
-  template <class T, int r, bool kRaised = false>
+  template <class T, int r>
   __device__ __forceinline__ uint32_t numbers() const {
     if constexpr (kE4m3) {
       return e4m3_numbers(T{}, permute_bytes(words[r / 2], 0, r % 2 ? 0x3424u : 0x1404u));
@@ -115,15 +118,15 @@ struct Codes {
       return byte_numbers(T{}, permute_bytes(words[r / 2], 0, r % 2 ? 0x4342u : 0x4140u));
     } else if constexpr (kBits == 3) {
       if constexpr (r < 30) {
-        return field_numbers<T, 3, 3 * (r % 5), kRaised>(words[r / 5]);
+        return field_numbers<T, 3, 3 * (r % 5)>(words[r / 5]);
       } else {
         constexpr int w = 3 * (r - 30);
         const uint32_t code = ((words[w] >> 15) & 0x00010001u) | ((words[w + 1] >> 14) & 0x00020002u) | ((words[w + 2] >> 13) & 0x00040004u);
-        return field_numbers<T, 3, 0, kRaised>(code);
+        return field_numbers<T, 3, 0>(code);
       }
     } else {
       constexpr int kFields = 16 / kBits;
-      return field_numbers<T, kBits, kBits * (r % kFields), kRaised>(words[r / kFields]);
+      return field_numbers<T, kBits, kBits * (r % kFields)>(words[r / kFields]);
     }
   }
 };
@@ -133,19 +136,30 @@ struct Codes {
 // Codes that are numbers by themselves. `a[j]` is the A operand of instruction j of a unit.
 template <int kBits, bool kE4m3 = false>
 struct IntCodes : Codes<kBits, kE4m3> {
-  static constexpr bool kTable = false, kMayHaveZeros = !kE4m3;
+  static constexpr bool kTable = false, kMayHaveZeros = !kE4m3, kPlain = kBits != 3 && !kE4m3;
 
-  template <class T, int kUnit, bool kRaised = false>
+  // Codes as numbers where they lie. Even registers of the unit are instruction 0's and odd ones instruction 1's, so that each has one place: code
+  // 2^(j kOddPlace) units, and for rows g + 8 2^kLowerPlace times that. The B operand of instruction j is b[0][j] and b[1][j].
+  static constexpr int kOddPlace = kPlain ? kBits % 8 : 0, kLowerPlace = kPlain && kBits == 2 ? 4 : 0;
+  template <int kUnit>
+  __device__ __forceinline__ void plain_unit(uint32_t (&a)[2][4]) const {
+    constexpr int r = 8 * kUnit;
+    a[0][0] = plain<r>(), a[0][1] = plain<r + 2>(), a[0][2] = plain<r + 4>(), a[0][3] = plain<r + 6>();
+    a[1][0] = plain<r + 1>(), a[1][1] = plain<r + 3>(), a[1][2] = plain<r + 5>(), a[1][3] = plain<r + 7>();
+  }
+
+  // Numbers times 2^-kDown, for who has a place to take that back: plain bfloat16 becomes a number by one multiply-add. (The largest power of two,
+  // 2^127, makes 2^-6 of the unit, 2^-133.)
+  template <class T>
+  static constexpr int kDown = kPlain && Format<T>::kMantissa == 7 ? 6 : 0;
+
+  template <class T, int kUnit, bool kIsDown = false>
   __device__ __forceinline__ void unit(uint32_t, uint32_t (&a)[2][4]) const {
     constexpr int r = 8 * kUnit;
-    a[0][0] = this->template numbers<T, r, kRaised>();
-    a[0][2] = this->template numbers<T, r + 1, kRaised>();
-    a[0][1] = this->template numbers<T, r + 2, kRaised>();
-    a[0][3] = this->template numbers<T, r + 3, kRaised>();
-    a[1][0] = this->template numbers<T, r + 4, kRaised>();
-    a[1][2] = this->template numbers<T, r + 5, kRaised>();
-    a[1][1] = this->template numbers<T, r + 6, kRaised>();
-    a[1][3] = this->template numbers<T, r + 7, kRaised>();
+    a[0][0] = number<T, r, kIsDown>(), a[0][2] = number<T, r + 1, kIsDown>();
+    a[0][1] = number<T, r + 2, kIsDown>(), a[0][3] = number<T, r + 3, kIsDown>();
+    a[1][0] = number<T, r + 4, kIsDown>(), a[1][2] = number<T, r + 5, kIsDown>();
+    a[1][1] = number<T, r + 6, kIsDown>(), a[1][3] = number<T, r + 7, kIsDown>();
   }
 
   // From the order of `activations` to that of the columns.
@@ -154,6 +168,24 @@ struct IntCodes : Codes<kBits, kE4m3> {
   // The B operands of a unit from the 8 activations of its lane.
   static __device__ __forceinline__ void activations(const uint4& x, uint32_t (&b)[2][2]) {
     b[0][0] = x.x, b[0][1] = x.y, b[1][0] = x.z, b[1][1] = x.w;
+  }
+
+ private:
+  // Register r.
+  template <int r>
+  __device__ __forceinline__ uint32_t plain() const {
+    static_assert(kPlain);
+    if constexpr (kBits == 8)
+      return permute_bytes(this->words[r / 2], 0, r % 2 ? 0x4342u : 0x4140u);
+    else
+      return (this->words[kBits * r / 16] >> kBits * r % 16 / 8 * 8) & (((1u << kBits) - 1) << kBits * r % 8) * 0x10001u;
+  }
+  template <class T, int r, bool kIsDown>
+  __device__ __forceinline__ uint32_t number() const {
+    if constexpr (kIsDown && kDown<T> > 0)
+      return fma2(T{}, plain<r>(), kBothPowers<T, 127 - kBits * r % 8>, kBoth<T, -(1 << (kBits - 1)), kDown<T>>);
+    else
+      return this->template numbers<T, r>();
   }
 };
 
@@ -164,14 +196,14 @@ using E4m3Codes = IntCodes<8, true>;
 // one cycle: the place of a byte's pair (a product of bytes: one instruction) and the load for two codes, where permutations of bytes in registers
 // would take six.
 struct TableCodes : Codes<4> {
-  static constexpr bool kTable = true, kMayHaveZeros = false;
+  static constexpr bool kTable = true, kMayHaveZeros = false, kPlain = false;
+  static constexpr int kOddPlace = 0, kLowerPlace = 0;
+  template <class T>
+  static constexpr int kDown = 0;
   static constexpr int kTableBytes = 256 * 32 * 4;
 
-  template <class T>
-  static constexpr int kRaise = 0;
-
   // `table`: of the lane.
-  template <class T, int kUnit, bool kRaised = false>
+  template <class T, int kUnit, bool kIsDown = false>
   __device__ __forceinline__ void unit(uint32_t table, uint32_t (&a)[2][4]) const {
 #pragma unroll
     for (int j = 0; j < 2; ++j)

@@ -16,7 +16,7 @@ __device__ __forceinline__ int own_warp() { return shuffle_from(threadIdx.x / 32
 template <class Kind, class T, class Block>
 struct WgmmaConsumer {
   static constexpr int kUnits = Block::kUnits, kSums = Block::kSums, kTokenTiles = Block::kTokenTiles;
-  static constexpr float kMiddle = 1 << (Block::kBits - 1);
+  static constexpr float kMiddle = 1 << (Block::kBits - 1), kUp = 1 << Kind::template kDown<T>;
   static constexpr int kAnyDType = -1;  // of scales: the parameters say which
   // Codes are asked for before the wgmma in front is waited for, and a chunk begins with where the next one is, a chain of slow instructions, in
   // place of its last unit. (Scales of units leave no registers for that.)
@@ -48,7 +48,7 @@ struct WgmmaConsumer {
   // Its numbers.
   template <int u>
   __device__ __forceinline__ void unpack() {
-    codes.template unit<T, u % Kind::kUnits>(table, a[u % 2]);
+    codes.template unit<T, u % Kind::kUnits, true>(table, a[u % 2]);
     Kind::order(a[u % 2]);
     // Here, and not behind the next fence, where ptxas would add one more.
 #pragma unroll
@@ -119,7 +119,7 @@ struct WgmmaConsumer {
       if constexpr (!kWhole)
         if (zeros) add_zeros(s, pair, stage + Block::kXSumsAt + u * 32 * kTokenTiles);
 #pragma unroll
-      for (int i = 0; i < kSums; ++i) sums[i] += (i % 4 < 2 ? s.low : s.high) * products[i];
+      for (int i = 0; i < kSums; ++i) sums[i] += (i % 4 < 2 ? s.low * kUp : s.high * kUp) * products[i];
     }
     if constexpr (u + 1 < kUnits)
       multiply<kWhole, kScales, u + 1>(x, turn, next, unit, more);

@@ -42,7 +42,7 @@ struct WgmmaSegment {
 };
 
 // By whole warps. The compiler knows then that it is the same for all lanes, and so are turns and counts of chunks, which need no registers of each:
-// 278 instructions a chunk in place of 310.
+// 32 instructions a chunk less.
 __device__ __forceinline__ WgmmaSegment first_segment(const WgmmaParams& p, uint32_t range) {
   const uint32_t begin = p.pairs.first_chunk(range), end = p.pairs.first_chunk(range + 1);
   WgmmaSegment s = {};

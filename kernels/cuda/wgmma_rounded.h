@@ -21,7 +21,9 @@ enum Scaling {
 template <class Kind, class T, class Block, int kOperands>
 struct WgmmaRounded {
   static constexpr int kTiles = Block::kWarpTiles, kUnits = Block::kUnits, kSums = Block::kSums;
-  static constexpr float kMiddle = 1 << (Block::kBits - 1);
+  // Numbers are 2^-kDown times what they are, and scales 2^kDown times.
+  static constexpr int kDown = Kind::template kDown<T>;
+  static constexpr float kUp = 1 << kDown, kMiddle = (1 << (Block::kBits - 1)) / kUp;
   static constexpr bool kIsBFloat16 = std::is_same<T, BFloat16>::value;
   static constexpr DType kOwn = kIsBFloat16 ? kBFloat16 : kFloat16;
 
@@ -55,7 +57,7 @@ struct WgmmaRounded {
       const uint32_t of_codes = stage + codes_at + 4 * i * Block::kBytes + u / Kind::kUnits * kBlockBytes<Block::kBits>;
       if constexpr (u % Kind::kUnits == 0) codes[i].take(of_codes, lane);
       uint32_t(&to)[2][4] = a[u % kOperands][i];
-      codes[i].template unit<T, u % Kind::kUnits>(table, to);
+      codes[i].template unit<T, u % Kind::kUnits, true>(table, to);
       Kind::order(to);
       if (new_scales) take_scales<kScaling>(i, pair + 4 * i * Block::kScaleBytes);
 #pragma unroll
@@ -67,17 +69,22 @@ struct WgmmaRounded {
   __device__ __forceinline__ void take_scales(int i, uint32_t pair) {
     const RawPair raw = load_pair(pair, kScaling == kAsStored ? kOwn : p.weight.scale_dtype);
     if constexpr (kScaling == kAsStored) {
-      factors[i][0] = permute_bytes(raw.first, 0, 0x1010), factors[i][1] = permute_bytes(raw.first, 0, 0x3232);
+      const uint32_t both = kDown > 0 ? fma2(T{}, raw.first, kBothPowers<T, kDown>, kNothing) : raw.first;
+      factors[i][0] = permute_bytes(both, 0, 0x1010), factors[i][1] = permute_bytes(both, 0, 0x3232);
     } else if constexpr (kScaling == kInTwoParts) {
-      const Pair scale = to_floats(raw, p.weight.scale_dtype);
+      const Pair once = to_floats(raw, p.weight.scale_dtype), scale = {once.low * kUp, once.high * kUp};
       const uint32_t both = from_floats(T{}, scale.low, scale.high);
       const float low = to_float(T{}, static_cast<uint16_t>(both)), high = to_float(T{}, static_cast<uint16_t>(both >> 16));
       const uint32_t rest = from_floats(T{}, scale.low - low, scale.high - high);
       factors[i][0] = permute_bytes(both, 0, 0x1010), factors[i][1] = permute_bytes(both, 0, 0x3232);
       rests[i][0] = permute_bytes(rest, 0, 0x1010), rests[i][1] = permute_bytes(rest, 0, 0x3232);
     } else {
-      scales[i] = to_floats(raw, p.weight.scale_dtype);
-      if (p.weight.zeros) zeros[i] = load_floats(pair + Block::kZerosAt - Block::kScalesAt, p.weight.scale_dtype);
+      const Pair scale = to_floats(raw, p.weight.scale_dtype);
+      scales[i] = {scale.low * kUp, scale.high * kUp};
+      if (p.weight.zeros) {
+        const Pair zero = load_floats(pair + Block::kZerosAt - Block::kScalesAt, p.weight.scale_dtype);
+        zeros[i] = {zero.low / kUp, zero.high / kUp};
+      }
     }
   }
 

@@ -8,7 +8,7 @@
 // Two teams of 8 warps take turns with chunks: four warps of a scheduler, of which one can wait for its wgmma while others unpack. At the end of a
 // segment the two warps with the same rows give each other half of their tokens.
 //
-// Counted for a chunk of 256 rows (int4, bfloat16, groups of 128): warps that multiply execute 188 instructions, four of them a scheduler, beside
+// Counted for a chunk of 256 rows (int4, bfloat16, groups of 128): warps that multiply execute 173 instructions, four of them a scheduler, beside
 // one that does little: x and weights come in bulk. Tensor cores are busy for 1024 clocks, shared memory for some 1050, the way from L2 for 1200.
 // Reckoned are 1300 clocks, and 15 to 17 us for 4096 x 14336 and 14336 x 4096 with 64 tokens. Not measured: HFQ_CUDA_WGMMA=pairs takes these blocks.
 #pragma once

@@ -36,7 +36,7 @@ bool takes_wide(const LinearParams& p) {
 // early, puts two of its own onto each of the four that are free, and they take twice as long (4096 x 14336, 8 tokens: 14.0 us, 10.1 with 132). For
 // the same reason a multiprocessor has room for as many of them as each gets, or a multiple, and not for one more (16 tokens, nf4: 18.1 us, 14.0 so).
 WidePlan plan_wide(int64_t tiles, int64_t steps, const WideShape& shape) {
-  constexpr int kWarps[] = {4, 6, 8, 12};
+  constexpr int kWarps[] = {4, 6, 8, 12, 14};
   constexpr float kAlone = 2.5f, kCluster = 30;
   const size_t most_shared = most_shared_bytes() + kReservedShared;
   WidePlan best = {};

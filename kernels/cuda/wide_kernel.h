@@ -9,12 +9,12 @@
 // all copies are eight (or four) tiles ahead of their use, some 3000 clocks where three warps share a scheduler. (Nothing comes from global memory
 // to registers: linear_kernel.h says why.)
 //
-// 1 KB of 4-bit codes (a tile of a step) takes 102 instructions of the loop with 16 tokens in bfloat16 (56 for codes, 16 mma, 8 for sums);
-// wgmma_kernel.h has 215 with 16 tokens, linear_kernel.h 194 with one, beginnings and ends counted. Each scheduler of an H200 has 54 KB of
-// 4096 x 14336: 6000 clocks of the pipe for codes, 5800 of mma, and memory takes 13000 (7.3 us). Measured: 22000 clocks (12.5 us) with 16 tokens,
-// 18000 with 8. Two or three warps of a scheduler take 210 to 250 clocks for a tile of a step, by the latency of what follows from each other (40 %
-// of the samples); the way from one kernel to the next, x and the sums take the rest. More warps leave no room for the next kernel's blocks, which
-// begin early.
+// What was measured on an H200 before codes were plain, with 8 tiles for all (4096 x 14336 in int4): 12.5 us with 16 tokens, 10.1 with 8, where
+// memory takes 7.3. With n warps of a scheduler a tile of a step (1 KB of 4-bit codes) took what queueing says of 126 clocks of the pipe for codes,
+// 107 of mma, and 260 of latency that is a warp's own: 280 clocks with two warps, 210 with three. 16 tokens left registers for twelve warps, so that
+// no multiprocessor had room for the next kernel's blocks beside 8 warps of this one's, which begin early: 1 to 2 us. Hence 4 tiles, 128 registers
+// and 16 warps wherever 8 tiles would need more registers, or memory for a table. 1 KB of codes takes 132 instructions with 16 tokens (33 to mask
+// codes and 8 to shift them, 16 mma, 16 for sums, a quarter of x), 93 with 8.
 #pragma once
 
 #include <type_traits>
@@ -27,6 +27,8 @@
 namespace hfq {
 namespace {
 
+constexpr float two_to(int exponent) { return exponent == 0 ? 1 : exponent < 0 ? two_to(exponent + 1) / 2 : two_to(exponent - 1) * 2; }
+
 // `kFlush`: scales are applied after so many units.
 template <class Kind_, class T_, int kTokenTiles_, int kFlush_, bool kZeros_>
 struct WideBlock : StepCodes<Kind_> {
@@ -36,14 +38,12 @@ struct WideBlock : StepCodes<Kind_> {
   using StepCodes<Kind>::kBytes;
   static constexpr int kTokenTiles = kTokenTiles_, kTokens = 8 * kTokenTiles, kFlush = kFlush_;
   static constexpr bool kZeros = kZeros_;
-  // 8-bit codes are twice the memory for the same rows.
   static constexpr int kGroups = kStepUnits / kFlush, kKinds = kZeros ? 2 : 1;  // of a step; of scales and zero points
-  static constexpr bool kManyNumbers = kTokenTiles * kGroups * kKinds == 8;       // for which 8 tiles leave no registers
-  static constexpr int kTiles = (Kind::kTable && kTokenTiles == 2) || kBits == 8 || kManyNumbers ? 4 : 8;
+  // 8-bit codes are twice the memory for the same rows, a table is 32 KB of it, and 16 tokens are twice the registers.
+  static constexpr int kTiles = Kind::kTable || kBits == 8 || kTokenTiles == 2 ? 4 : 8;
   static constexpr int kRows = kTiles * kTileRows, kNumbers = kKinds * kTiles;
-  // Twelve or sixteen warps of a multiprocessor, by the registers they need, of one thread block or of several.
-  static constexpr bool kLarge = kManyNumbers || (kTokenTiles == 2 && (kTiles == 8 || Kind::kTable));
-  static constexpr int kMostWarps = kLarge ? 12 : 16, kThreads = 32 * kMostWarps;
+  // Warps of a multiprocessor, by the registers they need, of one thread block or of several.
+  static constexpr int kMostWarps = kTokenTiles == 2 && kGroups == 2 ? 12 : 16, kThreads = 32 * kMostWarps;
 
   // Memory of a warp. Codes [kTiles][kBytes]; x [kTokens][256 bytes]; pairs [kGroups][scales, zero points][kTiles][8]: as they are stored, in
   // places of 64 bytes, and as floats. Then its sums, [kTokens][kRows + 4] floats.
@@ -68,17 +68,20 @@ struct WideWarp {
   static constexpr int kTiles = Block::kTiles, kTokenTiles = Block::kTokenTiles, kGroups = Block::kGroups, kFlush = Block::kFlush;
   static constexpr int kBytes = Block::kBytes, kBlock = Block::kBlock, kBlocks = kBytes / kBlock;
   static constexpr bool kZeros = Block::kZeros;
-  // Numbers are raised where they can be, since it is an instruction less for two of them: what sums of products then lack for each activation is
-  // what they begin with, or a part of what zero points change. (It rounds an activation's share to 2^-24 of 136 times it, where its weight is zero,
-  // too: one that is 30 000 times its neighbours leaves 1 % of what they add up to; and infinity becomes NaN.)
-  static constexpr int kRaise = kGroups * kTokenTiles == 4 && !kZeros ? 0 : Kind::template kRaise<T>;  // (no registers for four sums)
-  static constexpr bool kSumsX = kZeros || kRaise > 0;
-  // Both instructions of a unit have sums of their own, where there are registers for them: one that adds to the sums of another waits for it.
+  // Codes are plain where they can be, since that is the fewest instructions (fragments.h). What sums of products then lack for each activation is
+  // what they begin with, or a part of what zero points change. (It rounds an activation's share to 2^-24 of what the largest code would make of it,
+  // where its weight is zero, too: one that is 500 000 times its neighbours, in 4 bits, leaves 1 % of what they add up to; and infinity becomes NaN.)
+  static constexpr bool kPlain = Kind::kPlain, kSumsX = kZeros || kPlain;
+  static constexpr bool kBegins = kPlain && !kZeros && kGroups == 1;  // (no registers for more)
+  static constexpr float kOddFactor = two_to(-Kind::kOddPlace), kLowerFactor = two_to(Kind::kLowerPlace);
+  static constexpr int kMiddle = 1 << (Block::kBits - 1);
+  // Activations are raised before they meet subnormal numbers, so that products are normal float32: bfloat16 below 2^64 stays finite, and products of
+  // x and a code are multiples of 2^-80. Scales take the factor back.
+  static constexpr int kRaise = kPlain && std::is_same<T, BFloat16>::value ? 64 : 0;
+  static constexpr float kScaleFactor = two_to(kPlain ? Format<T>::kBias - 1 + Format<T>::kMantissa - kRaise : 0);
+  // Codes of the next tile are loaded before a tile is multiplied, where there are registers for them.
   static constexpr bool kManySums = kGroups * Block::kKinds == 4;
-  static constexpr int kChains = kManySums ? 1 : 2;
-  // So have codes of the next tile, which are loaded before a tile is multiplied.
   static constexpr int kAhead = kManySums || Block::kBits == 8 ? 0 : 1;
-  static constexpr float kMiddle = (1 << (Block::kBits - 1)) - kRaise;
   static constexpr int kPairsRounds = (Block::kNumbers * 4 + 31) / 32;  // of 32 lanes, where pairs have 64 bytes
 
   const WideParams& p;
@@ -180,7 +183,7 @@ struct WideWarp {
   // What a warp holds of x while it goes through its tiles.
   struct Activations {
     uint32_t b[kStepUnits][kTokenTiles][2][2];
-    float sums[kGroups][kTokenTiles][kZeros ? 2 : 4];  // over the units of a group: for zero points, or what products begin with
+    float sums[kGroups][kTokenTiles][kBegins ? 4 : 2];  // over the units of a group: for zero points, or what products lack or begin with
   };
 
   __device__ __forceinline__ void take_x(Activations& x) const {
@@ -189,27 +192,44 @@ struct WideWarp {
 #pragma unroll
       for (int i = 0; i < kTokenTiles; ++i) {
         const uint32_t at = (x_at ^ u % 2 * 64) + u / 2 * 128 + i * 8 * Block::kRowBytes;
-        Kind::activations(load_shared<uint4>(at), x.b[u][i]);
-      }
-    if constexpr (kSumsX) {
-      constexpr uint32_t kFactor = kBoth<T, (kZeros ? 1 : -kRaise)>, factors[4] = {kFactor, kFactor, kFactor, kFactor};
-#pragma unroll
-      for (int group = 0; group < kGroups; ++group)
-#pragma unroll
-        for (int i = 0; i < kTokenTiles; ++i) {
-          float d[4] = {};
-#pragma unroll
-          for (int u = group * kFlush; u < (group + 1) * kFlush; ++u) {
-            mma(T{}, d, factors, x.b[u][i][0][0], x.b[u][i][0][1]);
-            mma(T{}, d, factors, x.b[u][i][1][0], x.b[u][i][1][1]);
-          }
-#pragma unroll
-          for (int c = 0; c < (kZeros ? 2 : 4); ++c) x.sums[group][i][c] = d[c];
+        uint32_t(&b)[2][2] = x.b[u][i];
+        Kind::activations(load_shared<uint4>(at), b);
+        if constexpr (kPlain) {
+          const uint32_t first = b[0][1];
+          b[0][1] = b[1][0], b[1][0] = first;
         }
+        if constexpr (kRaise > 0)
+#pragma unroll
+          for (int j = 0; j < 4; ++j) b[j / 2][j % 2] = fma2(T{}, b[j / 2][j % 2], kBothPowers<T, kRaise>, kNothing);
+      }
+    if constexpr (kSumsX)
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) sum_x(group, x);
+  }
+
+  // The B operands of both instructions of a unit are one A operand, of which tokens are the rows, and the sum of a token is that of rows g and g +
+  // 8.
+  __device__ __forceinline__ void sum_x(int group, Activations& x) const {
+    constexpr uint32_t kFactor = kPlain ? (kZeros ? 1 : 0x8000u | kMiddle) * 0x10001u : kBoth<T, 1>;  // one, or minus the middle
+#pragma unroll
+    for (int i = 0; i < kTokenTiles; ++i) {
+      float d[4] = {};
+#pragma unroll
+      for (int u = group * kFlush; u < (group + 1) * kFlush; ++u) {
+        const uint32_t a[4] = {x.b[u][i][0][0], x.b[u][i][0][1], x.b[u][i][1][0], x.b[u][i][1][1]};
+        mma(T{}, d, a, kFactor, kFactor);
+      }
+      const uint32_t sum = as_bits(d[0] + d[2]);  // of token lane / 4
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        x.sums[group][i][c] = as_float(shuffle_from(sum, 8 * (lane % 4) + 4 * c));
+        if constexpr (kBegins) x.sums[group][i][c + 2] = as_float(kept(as_bits(x.sums[group][i][c] * kLowerFactor)));
+      }
     }
   }
 
-  // Scales become floats, and zero points what products lack: with code - middle they lack middle - zero for each activation.
+  // Scales become floats, and zero points what products lack for each activation: - zero with plain codes, with others, which are code - middle,
+  // middle - zero.
   __device__ __forceinline__ void convert_pairs() const {
     constexpr int kRounds = kGroups * Block::kNumbers / 4;
     RawPair raw[kRounds];
@@ -220,7 +240,11 @@ struct WideWarp {
 #pragma unroll
     for (int i = 0; i < kRounds; ++i) {
       Pair& pair = pairs[i];
-      if (4 * i % Block::kNumbers >= kTiles) pair = {kMiddle - pair.low, kMiddle - pair.high};
+      constexpr float kLowest = kPlain ? 0 : kMiddle;
+      if (4 * i % Block::kNumbers >= kTiles)
+        pair = {kLowest - pair.low, (kLowest - pair.high) * kLowerFactor};
+      else if (kPlain)
+        pair = {pair.low * kScaleFactor, pair.high * (kScaleFactor / kLowerFactor)};
       store_shared(floats_to + 4 * i * Block::kPairsStride, make_uint2(as_bits(pair.low), as_bits(pair.high)));
     }
   }
@@ -239,30 +263,34 @@ struct WideWarp {
   // Units u and later of a tile.
   template <int u>
   __device__ __forceinline__ void multiply(int tile, uint32_t table, const Activations& x, const Kind (&codes)[kBlocks],
-                                           float (&products)[kChains][kTokenTiles][4]) {
+                                           float (&products)[2][kTokenTiles][4]) {
     constexpr int kGroup = u / kFlush;
     if constexpr (u % kFlush == 0)
 #pragma unroll
       for (int i = 0; i < kTokenTiles; ++i)
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
-          products[kChains - 1][i][c] = 0.0f;
-          products[0][i][c] = kRaise > 0 && !kZeros ? x.sums[kGroup][i][c] : 0.0f;
+          products[1][i][c] = 0.0f;
+          products[0][i][c] = kBegins ? x.sums[kGroup][i][c] : 0.0f;
         }
     uint32_t a[2][4];
-    codes[u / Kind::kUnits].template unit<T, u % Kind::kUnits, (kRaise > 0)>(table, a);
+    if constexpr (kPlain)
+      codes[u / Kind::kUnits].template plain_unit<u % Kind::kUnits>(a);
+    else
+      codes[u / Kind::kUnits].template unit<T, u % Kind::kUnits>(table, a);
 #pragma unroll
     for (int j = 0; j < 2; ++j)
 #pragma unroll
-      for (int i = 0; i < kTokenTiles; ++i) mma(T{}, products[j % kChains][i], a[j], x.b[u][i][j][0], x.b[u][i][j][1]);
+      for (int i = 0; i < kTokenTiles; ++i) mma(T{}, products[j][i], a[j], x.b[u][i][j][0], x.b[u][i][j][1]);
     if constexpr ((u + 1) % kFlush == 0) {
       const Pair scale = floats_of(kGroup, 0, tile), lack = kZeros ? floats_of(kGroup, 1, tile) : Pair{};
 #pragma unroll
       for (int i = 0; i < kTokenTiles; ++i)
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
-          float product = kChains == 2 ? products[0][i][c] + products[kChains - 1][i][c] : products[0][i][c];
+          float product = products[0][i][c] + products[1][i][c] * kOddFactor;
           if constexpr (kZeros) product += (c < 2 ? lack.low : lack.high) * x.sums[kGroup][i][c % 2];
+          if constexpr (kPlain && !kZeros && !kBegins) product += (c < 2 ? 1 : kLowerFactor) * x.sums[kGroup][i][c % 2];
           sums[tile][i][c] += (c < 2 ? scale.low : scale.high) * product;
         }
     }
@@ -307,7 +335,7 @@ struct WideWarp {
             if constexpr (kBlock > 512) sync_warp();  // lanes take words that others have copied
             take_codes(tile + kAhead, codes[(tile + kAhead) % (1 + kAhead)]);
           }
-          float products[kChains][kTokenTiles][4];
+          float products[2][kTokenTiles][4];
           multiply<0>(tile, table, x, codes[tile % (1 + kAhead)], products);
           if constexpr (kBlock > 512) sync_warp();
           copy_codes(tile);
@@ -395,7 +423,7 @@ const char* launch_wide_block(const LinearParams& params, cudaStream_t stream) {
     constexpr size_t kAlone = 120 << 10;  // more than half of a multiprocessor's shared memory
     return active_clusters<WideParams, wide_kernel<Block>>(splits, Block::kThreads / 2, kAlone, 0);
   };
-  constexpr float kX = Block::kTokenTiles == 2 ? 1.3f : 0.7f;
+  constexpr float kX = Block::kTokenTiles == 2 ? 1.4f : 0.7f;
   p.plan = plan_wide(tiles, steps, {Block::kTiles, Block::kMostWarps, Block::kWarpBytes, Block::kTableBytes, kX, active});
   if (p.plan.groups == 0) return "the kernel for up to 16 tokens does not run here";
   p.tiles = static_cast<uint32_t>(tiles / p.plan.groups), p.more = static_cast<uint32_t>(tiles % p.plan.groups);

@@ -50,7 +50,7 @@ def test_products(emulator: Any, generator: torch.Generator, shape: Shape, kind:
 def test_every_cluster(
     emulator: Any, generator: torch.Generator, splits: int, steps: int, kind: Kind
 ) -> None:
-    """Columns shared out among up to eight blocks of four to twelve warps, some with a step less than others."""
+    """Columns shared out among up to eight blocks of four to fourteen warps, some with a step less than others."""
     assert emulator.wide_plan(3, steps, lambda blocks: splits // blocks, **FEW).splits == splits
     w = make(generator, (40, 128 * steps - 56, 128), kind)
     x = torch.randn(11, w.sizes[2], generator=generator).half()
@@ -60,7 +60,7 @@ def test_every_cluster(
 
 # Of a kernel in 4 bits for up to 8 tokens, and for up to 16.
 FEW = {"tiles": 8, "warps": 16, "warp_bytes": 11264, "table_bytes": 0, "x": 0.7}
-MORE = {"tiles": 8, "warps": 12, "warp_bytes": 13312, "table_bytes": 0, "x": 1.3}
+MORE = {"tiles": 4, "warps": 16, "warp_bytes": 8704, "table_bytes": 0, "x": 1.4}
 H200 = (
     132,
     66,
@@ -76,10 +76,10 @@ H200 = (
 @pytest.mark.parametrize(
     ("rows", "columns", "few", "more"),
     [
-        (14336, 4096, (132, 1, 8, 2), (132, 1, 8, 1)),
-        (4096, 14336, (66, 2, 12, 1), (66, 2, 12, 1)),
-        (28672, 8192, (264, 1, 8, 2), (264, 1, 6, 2)),
-        (1024, 4096, (64, 2, 8, 2), (15, 8, 4, 3)),
+        (14336, 4096, (132, 1, 8, 2), (264, 1, 8, 2)),
+        (4096, 14336, (66, 2, 14, 1), (66, 2, 14, 1)),
+        (28672, 8192, (264, 1, 8, 2), (528, 1, 4, 4)),
+        (1024, 4096, (64, 2, 8, 2), (30, 4, 8, 2)),
     ],
 )
 def test_plans(
@@ -89,7 +89,7 @@ def test_plans(
     few: tuple[int, int, int, int],
     more: tuple[int, int, int, int],
 ) -> None:
-    """What was the fastest of all on an H200, or within 5 % of it."""
+    """With up to 8 tokens what was the fastest of all on an H200, or within 5 % of it (but for 14 warps); with more what the same model says."""
 
     def plan(shape: dict[str, float]) -> tuple[int, int, int, int]:
         found = emulator.wide_plan(rows // 16, columns // 128, lambda s: H200[s - 1], **shape)
@@ -123,6 +123,20 @@ def test_every_number_of_tokens(emulator: Any, generator: torch.Generator, token
     check_tokens_are_apart(
         lambda x: linear(emulator, x, w, multiprocessors=CLUSTERS), w, x, generator
     )
+
+
+@pytest.mark.parametrize("kind", [(2, None), (4, None), (4, "zeros"), (8, None)], ids=name_of)
+@pytest.mark.parametrize("tokens", [3, 12])
+def test_activations_of_any_size(
+    emulator: Any, generator: torch.Generator, kind: Kind, tokens: int
+) -> None:
+    """They meet codes that are subnormal numbers: a power of two changes nothing but the exponents of the outputs."""
+    w = make(generator, (40, 264, 128), kind)
+    x = torch.randn(tokens, 264, generator=generator).bfloat16()
+    y = linear(emulator, x, w, multiprocessors=CLUSTERS)
+    for power in (-40, 50):
+        raised = linear(emulator, x * 2.0**power, w, multiprocessors=CLUSTERS)
+        assert torch.equal(raised.double(), y.double() * 2.0**power)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=name_of)
