@@ -23,12 +23,15 @@
 // code - 2^(bits-1), which is exact in 16 bits, or the values of E4M3, which are, too. 3 bits in five fields and a spare bit take 86 instructions
 // for 64 codes of a lane; planes of 2 + 1 bits took more than 110.
 //
-// Or codes are numbers where they lie ("plain"): a 16-bit float whose upper bits are zeros is the integer of its lower bits, in units of the smallest
-// subnormal number, through exponents 0 and 1: 8 bits of a bfloat16, 11 of a float16. So a mask, which leaves a field of that byte, makes code
-// 2^place units, and 64 codes of 4 bits in bfloat16 take 40 instructions in place of 56 and 32 more. What is left to do is a factor for each operand,
-// which goes into scales, and 2^(bits-1) for each activation. (Tensor cores take subnormal numbers as they are: Fasi, Higham, Mikaitis, Pranesh,
-// Numerical behavior of NVIDIA tensor cores, 2021, section 3.2.)
+// Or codes are bfloat16 numbers where they lie ("plain"): one whose upper bits are zeros is the integer of its 8 lower bits, in units of 2^-133, the
+// smallest subnormal number, through exponents 0 and 1. So a mask, which leaves a field of that byte, makes code 2^place units, and 64 codes of 4
+// bits take 40 instructions in place of 56 and 32 more. What is left to do is a factor for each operand, which goes into scales, and 2^(bits-1) for
+// each activation. Tensor cores take subnormal numbers as they are (A100: Fasi, Higham, Mikaitis, Pranesh, Numerical behavior of NVIDIA tensor
+// cores, 2021, section 3.2), but do not normalize them (MMA-Sim, arXiv 2511.10909, of Hopper): an instruction cuts all products, and what they are
+// added to, at 2^-25 of the largest exponent, that of 128 units. It is as if codes were 128 + code. (Of float16 it would be 1024 units.)
 #pragma once
+
+#include <type_traits>
 
 #include "e4m3.h"
 #include "target.h"
@@ -136,11 +139,16 @@ struct Codes {
 // Codes that are numbers by themselves. `a[j]` is the A operand of instruction j of a unit.
 template <int kBits, bool kE4m3 = false>
 struct IntCodes : Codes<kBits, kE4m3> {
-  static constexpr bool kTable = false, kMayHaveZeros = !kE4m3, kPlain = kBits != 3 && !kE4m3;
+  static constexpr bool kTable = false, kMayHaveZeros = !kE4m3;
+  template <class T>
+  static constexpr bool kPlain = kBits != 3 && !kE4m3 && std::is_same<T, BFloat16>::value;
 
   // Codes as numbers where they lie. Even registers of the unit are instruction 0's and odd ones instruction 1's, so that each has one place: code
   // 2^(j kOddPlace) units, and for rows g + 8 2^kLowerPlace times that. The B operand of instruction j is b[0][j] and b[1][j].
-  static constexpr int kOddPlace = kPlain ? kBits % 8 : 0, kLowerPlace = kPlain && kBits == 2 ? 4 : 0;
+  template <class T>
+  static constexpr int kOddPlace = kPlain<T> ? kBits % 8 : 0;
+  template <class T>
+  static constexpr int kLowerPlace = kPlain<T> && kBits == 2 ? 4 : 0;
   template <int kUnit>
   __device__ __forceinline__ void plain_unit(uint32_t (&a)[2][4]) const {
     constexpr int r = 8 * kUnit;
@@ -151,7 +159,7 @@ struct IntCodes : Codes<kBits, kE4m3> {
   // Numbers times 2^-kDown, for who has a place to take that back: plain bfloat16 becomes a number by one multiply-add. (The largest power of two,
   // 2^127, makes 2^-6 of the unit, 2^-133.)
   template <class T>
-  static constexpr int kDown = kPlain && Format<T>::kMantissa == 7 ? 6 : 0;
+  static constexpr int kDown = kPlain<T> ? 6 : 0;
 
   template <class T, int kUnit, bool kIsDown = false>
   __device__ __forceinline__ void unit(uint32_t, uint32_t (&a)[2][4]) const {
@@ -174,7 +182,7 @@ struct IntCodes : Codes<kBits, kE4m3> {
   // Register r.
   template <int r>
   __device__ __forceinline__ uint32_t plain() const {
-    static_assert(kPlain);
+    static_assert(kPlain<BFloat16>);
     if constexpr (kBits == 8)
       return permute_bytes(this->words[r / 2], 0, r % 2 ? 0x4342u : 0x4140u);
     else
@@ -182,7 +190,7 @@ struct IntCodes : Codes<kBits, kE4m3> {
   }
   template <class T, int r, bool kIsDown>
   __device__ __forceinline__ uint32_t number() const {
-    if constexpr (kIsDown && kDown<T> > 0)
+    if constexpr (kIsDown && kPlain<T>)
       return fma2(T{}, plain<r>(), kBothPowers<T, 127 - kBits * r % 8>, kBoth<T, -(1 << (kBits - 1)), kDown<T>>);
     else
       return this->template numbers<T, r>();
@@ -196,8 +204,13 @@ using E4m3Codes = IntCodes<8, true>;
 // one cycle: the place of a byte's pair (a product of bytes: one instruction) and the load for two codes, where permutations of bytes in registers
 // would take six.
 struct TableCodes : Codes<4> {
-  static constexpr bool kTable = true, kMayHaveZeros = false, kPlain = false;
-  static constexpr int kOddPlace = 0, kLowerPlace = 0;
+  static constexpr bool kTable = true, kMayHaveZeros = false;
+  template <class T>
+  static constexpr bool kPlain = false;
+  template <class T>
+  static constexpr int kOddPlace = 0;
+  template <class T>
+  static constexpr int kLowerPlace = 0;
   template <class T>
   static constexpr int kDown = 0;
   static constexpr int kTableBytes = 256 * 32 * 4;

@@ -1,9 +1,9 @@
 // From stages to sums for 129 and more tokens: 128 rows and 256 tokens of a thread block, and x for two blocks at once.
 //
 // Of 256 tokens a block of wgmma_large.h takes 128, so that each weight is unpacked twice. Here it is unpacked once, for one tile of a warp: 256
-// instructions for a chunk (4 bits, bfloat16, scales in two parts; 210 with scales as stored, 491 through float32) in place of 419, for the same 2048
-// clocks of tensor cores. Two such warps are 512 of a scheduler. A unit's operands are 8 registers, so that there is room for those of four: one unit
-// runs, one waits behind it, the next one is unpacked.
+// instructions for a chunk (4 bits, bfloat16, scales in two parts; 210 with scales as stored, 491 through float32) in place of some 380, for the same
+// 2048 clocks of tensor cores. Two such warps are 512 of a scheduler. A unit's operands are 8 registers, so that there is room for those of four: one
+// unit runs, one waits behind it, the next one is unpacked.
 //
 // x would cost 64 KB of L2 for each chunk, with 8 KB of codes 36 bytes a clock of a multiprocessor, of 28 that are published. So two blocks of
 // neighbouring rows are a pair, a cluster, each of which asks for half of x for both: 20 bytes a clock. A stage of x is free when both have read it.

@@ -9,10 +9,10 @@
 // word i of a row gets all of piece i. Two units of each of four tokens are those eight rows: their places, p ^ m % 8, are in different banks to
 // load, and to store by eight lanes at a time.
 //
-// Counted for a chunk (int4, bfloat16, groups of 128), 64 and 32 tokens: warps that multiply execute 186 and 168 instructions, the one of weights
-// 165, of x 143 and 95, those of the order 63 and 46, so that a scheduler has at most 909 and 837. Shared memory is busy for 1170 and 720 clocks
-// (512 and 256 of them with wgmma), tensor cores for 1024 and 512, the way from L2 for 1200 and 910. Measured on an H200 with 64 tokens: 1700 clocks
-// a chunk, 2040 in blocks of wgmma_block.h.
+// Counted for a chunk (int4, bfloat16, groups of 128), 64 and 32 tokens: warps that multiply execute 169 and 151 instructions, the one of weights
+// 165, of x 143 and 95, those of the order 63 and 46, so that a scheduler has at most 841 and 769. Shared memory is busy for 1170 and 720 clocks
+// (512 and 256 of them with wgmma), tensor cores for 1024 and 512, the way from L2 for 1200 and 910. Measured on an H200 with 64 tokens,
+// with 68 instructions more: 1700 clocks a chunk, 2040 in blocks of wgmma_block.h.
 #pragma once
 
 #include "wgmma_block.h"

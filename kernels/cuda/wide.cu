@@ -30,7 +30,8 @@ bool takes_wide(const LinearParams& p) {
 
 // Estimated, in the time that a multiprocessor takes for a tile of a step (28 ns with 16 tokens on an H200): what it has to do, however many warps do
 // it; what each warp waits for by itself; and what a cluster takes for its sums. Of some 40 plans it chose the fastest, or one that took up to 9 %
-// longer (1 % in the mean), for 32 products there: int4, int8 and nf4, 1 to 16 tokens, 17 M to 235 M weights.
+// longer (1 % in the mean), for 32 products there: int4, int8 and nf4, 1 to 16 tokens, 17 M to 235 M weights. (Then 16 tokens and nf4 had 8 tiles and
+// no plan had 14 warps: with these it is not held against measurements.)
 //
 // As many groups as run at a time, or a multiple: what mattered most. With 128 thread blocks for 132 multiprocessors the next kernel, which starts
 // early, puts two of its own onto each of the four that are free, and they take twice as long (4096 x 14336, 8 tokens: 14.0 us, 10.1 with 132). For

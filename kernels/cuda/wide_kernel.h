@@ -1,12 +1,12 @@
 // The kernel of wide.h, for one kind of codes in each file that includes this.
 //
-// A warp takes 128 columns at a time (a step) of all rows of its thread block, 8 (or 4) tiles of 16, and 8 or 16 tokens. So x of a step is read once
-// from L2 for 128 rows, and once from shared memory, into registers, for 8 tiles. Warps of a block, and blocks of a cluster, take turns with steps;
-// nothing is shared between them until their sums meet.
+// A warp takes 128 columns at a time (a step) of all rows of its thread block, 8 tiles of 16, or 4, and 8 or 16 tokens. So x of a step is read once
+// from L2 for 128 rows or 64, and once from shared memory, into registers, for as many. Warps of a block, and blocks of a cluster, take turns with
+// steps; nothing is shared between them until their sums meet.
 //
 // Memory of a warp: codes of one step, a place for each tile; x of one step; scales of one, as they are stored and as floats. A tile's place is
 // filled again, for the next step, as soon as the tile has been multiplied, x as soon as it is in registers, scales as soon as they are floats. So
-// all copies are eight (or four) tiles ahead of their use, some 3000 clocks where three warps share a scheduler. (Nothing comes from global memory
+// all copies are eight (or four) tiles ahead of their use, some 3000 clocks. (Nothing comes from global memory
 // to registers: linear_kernel.h says why.)
 //
 // What was measured on an H200 before codes were plain, with 8 tiles for all (4096 x 14336 in int4): 12.5 us with 16 tokens, 10.1 with 8, where
@@ -69,16 +69,21 @@ struct WideWarp {
   static constexpr int kBytes = Block::kBytes, kBlock = Block::kBlock, kBlocks = kBytes / kBlock;
   static constexpr bool kZeros = Block::kZeros;
   // Codes are plain where they can be, since that is the fewest instructions (fragments.h). What sums of products then lack for each activation is
-  // what they begin with, or a part of what zero points change. (It rounds an activation's share to 2^-24 of what the largest code would make of it,
-  // where its weight is zero, too: one that is 500 000 times its neighbours, in 4 bits, leaves 1 % of what they add up to; and infinity becomes NaN.)
-  static constexpr bool kPlain = Kind::kPlain, kSumsX = kZeros || kPlain;
+  // what they begin with, or a part of what zero points change. (An instruction cuts what it adds at 2^-18 of a code times its largest activation: in
+  // 4 bits one that is 100 000 times its neighbours, and whose weight is zero, leaves 1 % of what they add up to. An infinity becomes NaN.)
+  static constexpr bool kPlain = Kind::template kPlain<T>, kSumsX = kZeros || kPlain;
   static constexpr bool kBegins = kPlain && !kZeros && kGroups == 1;  // (no registers for more)
-  static constexpr float kOddFactor = two_to(-Kind::kOddPlace), kLowerFactor = two_to(Kind::kLowerPlace);
+  static constexpr int kOddPlace = Kind::template kOddPlace<T>, kLowerPlace = Kind::template kLowerPlace<T>;
+  static constexpr float kOddFactor = two_to(-kOddPlace), kLowerFactor = two_to(kLowerPlace);
   static constexpr int kMiddle = 1 << (Block::kBits - 1);
-  // Activations are raised before they meet subnormal numbers, so that products are normal float32: bfloat16 below 2^64 stays finite, and products of
-  // x and a code are multiples of 2^-80. Scales take the factor back.
-  static constexpr int kRaise = kPlain && std::is_same<T, BFloat16>::value ? 64 : 0;
-  static constexpr float kScaleFactor = two_to(kPlain ? Format<T>::kBias - 1 + Format<T>::kMantissa - kRaise : 0);
+  // Activations are raised before they meet subnormal numbers, so that products are normal float32: those below 2^64 stay finite, and what is below
+  // 2^-80 vanishes. Scales take the factor back.
+  static constexpr int kRaise = 64;
+  static constexpr float kScaleFactor = two_to(kPlain ? 133 - kRaise : 0);
+  // What activations are multiplied with to be added up: one; minus the middle; for zero points and plain codes, 2^-126, the smallest number that is
+  // normal, since zero points would make more of what is cut.
+  static constexpr uint32_t kFactor = !kPlain ? kBoth<T, 1> : kZeros ? kBothPowers<T, -126> : (0x8000u | kMiddle) * 0x10001u;
+  static constexpr float kZeroFactor = two_to(kPlain ? -7 : 0);
   // Codes of the next tile are loaded before a tile is multiplied, where there are registers for them.
   static constexpr bool kManySums = kGroups * Block::kKinds == 4;
   static constexpr int kAhead = kManySums || Block::kBits == 8 ? 0 : 1;
@@ -198,7 +203,7 @@ struct WideWarp {
           const uint32_t first = b[0][1];
           b[0][1] = b[1][0], b[1][0] = first;
         }
-        if constexpr (kRaise > 0)
+        if constexpr (kPlain)
 #pragma unroll
           for (int j = 0; j < 4; ++j) b[j / 2][j % 2] = fma2(T{}, b[j / 2][j % 2], kBothPowers<T, kRaise>, kNothing);
       }
@@ -210,7 +215,6 @@ struct WideWarp {
   // The B operands of both instructions of a unit are one A operand, of which tokens are the rows, and the sum of a token is that of rows g and g +
   // 8.
   __device__ __forceinline__ void sum_x(int group, Activations& x) const {
-    constexpr uint32_t kFactor = kPlain ? (kZeros ? 1 : 0x8000u | kMiddle) * 0x10001u : kBoth<T, 1>;  // one, or minus the middle
 #pragma unroll
     for (int i = 0; i < kTokenTiles; ++i) {
       float d[4] = {};
@@ -242,7 +246,7 @@ struct WideWarp {
       Pair& pair = pairs[i];
       constexpr float kLowest = kPlain ? 0 : kMiddle;
       if (4 * i % Block::kNumbers >= kTiles)
-        pair = {kLowest - pair.low, (kLowest - pair.high) * kLowerFactor};
+        pair = {(kLowest - pair.low) * kZeroFactor, (kLowest - pair.high) * (kLowerFactor * kZeroFactor)};
       else if (kPlain)
         pair = {pair.low * kScaleFactor, pair.high * (kScaleFactor / kLowerFactor)};
       store_shared(floats_to + 4 * i * Block::kPairsStride, make_uint2(as_bits(pair.low), as_bits(pair.high)));

@@ -245,19 +245,20 @@ def test_one_token_in_digits(
         assert weight.linear(x).isnan().all()
 
 
-@pytest.mark.parametrize("kind", ["int2", "int4", "int4_zeros", "int8"])
-@pytest.mark.parametrize("tokens", [3, 12])
+@pytest.mark.parametrize("kind", ["int2", "int2_zeros", "int4", "int4_zeros", "int8", "int8_zeros"])
+@pytest.mark.parametrize(("tokens", "group_size"), [(3, 64), (12, 128), (16, 64)])
 def test_activations_of_any_size(
     make_weight: MakeWeight,
     generator: torch.Generator,
     cuda: torch.device,
     monkeypatch: pytest.MonkeyPatch,
     tokens: int,
+    group_size: int,
     kind: str,
 ) -> None:
     """They meet codes that are subnormal numbers, which a tensor core has to take as they are."""
     monkeypatch.setenv("HFQ_CUDA_WIDE", "1")
-    weight = make_weight(512, 2056, 128, kind=kind)
+    weight = make_weight(512, 2056, group_size, kind=kind)
     x = torch.randn(tokens, 2056, generator=generator).to(cuda, torch.bfloat16)
     _check(weight.linear(x), x, weight)
     for power in (-40, 50):

@@ -102,7 +102,8 @@ def test_plans(
 @pytest.mark.parametrize("tiles", [1, 7, 131, 132, 133, 1056, 1057, 8016])
 @pytest.mark.parametrize("steps", [1, 3, 4, 33])
 def test_any_plan_can_be_launched(emulator: Any, tiles: int, steps: int) -> None:
-    shapes = (FEW, MORE, MORE | {"tiles": 4, "table_bytes": 32768})
+    groups64 = MORE | {"warps": 12, "warp_bytes": 9216}
+    shapes = (FEW, MORE, groups64, groups64 | {"table_bytes": 32768})
     for shape, device in itertools.product(
         shapes, (H200, (1,) + (0,) * 7, (7, 3, 2, 1, 1, 1, 1, 0))
     ):
@@ -125,13 +126,13 @@ def test_every_number_of_tokens(emulator: Any, generator: torch.Generator, token
     )
 
 
-@pytest.mark.parametrize("kind", [(2, None), (4, None), (4, "zeros"), (8, None)], ids=name_of)
-@pytest.mark.parametrize("tokens", [3, 12])
+@pytest.mark.parametrize("kind", list(itertools.product((2, 4, 8), (None, "zeros"))), ids=name_of)
+@pytest.mark.parametrize(("tokens", "group_size"), [(3, 64), (12, 128), (16, 64)])
 def test_activations_of_any_size(
-    emulator: Any, generator: torch.Generator, kind: Kind, tokens: int
+    emulator: Any, generator: torch.Generator, kind: Kind, tokens: int, group_size: int
 ) -> None:
     """They meet codes that are subnormal numbers: a power of two changes nothing but the exponents of the outputs."""
-    w = make(generator, (40, 264, 128), kind)
+    w = make(generator, (40, 264, group_size), kind)
     x = torch.randn(tokens, 264, generator=generator).bfloat16()
     y = linear(emulator, x, w, multiprocessors=CLUSTERS)
     for power in (-40, 50):
