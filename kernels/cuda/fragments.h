@@ -112,13 +112,19 @@ struct Codes {
     }
   }
 
+  // 8 bits: the codes of register r in the lower bytes of the halves.
+  template <int r>
+  __device__ __forceinline__ uint32_t low_bytes() const {
+    return permute_bytes(words[r / 2], 0, r % 2 ? 0x4342u : 0x4140u);
+  }
+
   // Register r as two numbers.
   template <class T, int r>
   __device__ __forceinline__ uint32_t numbers() const {
     if constexpr (kE4m3) {
       return e4m3_numbers(T{}, permute_bytes(words[r / 2], 0, r % 2 ? 0x3424u : 0x1404u));
     } else if constexpr (kBits == 8) {
-      return byte_numbers(T{}, permute_bytes(words[r / 2], 0, r % 2 ? 0x4342u : 0x4140u));
+      return byte_numbers(T{}, low_bytes<r>());
     } else if constexpr (kBits == 3) {
       if constexpr (r < 30) {
         return field_numbers<T, 3, 3 * (r % 5)>(words[r / 5]);
@@ -184,7 +190,7 @@ struct IntCodes : Codes<kBits, kE4m3> {
   __device__ __forceinline__ uint32_t plain() const {
     static_assert(kPlain<BFloat16>);
     if constexpr (kBits == 8)
-      return permute_bytes(this->words[r / 2], 0, r % 2 ? 0x4342u : 0x4140u);
+      return this->template low_bytes<r>();
     else
       return (this->words[kBits * r / 16] >> kBits * r % 16 / 8 * 8) & (((1u << kBits) - 1) << kBits * r % 8) * 0x10001u;
   }

@@ -148,6 +148,13 @@ def check_products(
     return check
 
 
+@pytest.fixture
+def hopper(cuda: torch.device) -> None:
+    """What wgmma and the kernels with many rows for each read of x need."""
+    if torch.cuda.get_device_capability(cuda) != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_products(
@@ -162,18 +169,16 @@ def test_products(
     check_products((0, 1, 3, 8, 9, 19, 40, 130), shape, kind)
 
 
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_products_with_wgmma(
     check_products: Callable[..., None],
-    cuda: torch.device,
     monkeypatch: pytest.MonkeyPatch,
     shape: tuple[int, int, int],
     kind: str,
 ) -> None:
     """Each number of tokens of a thread block, filled and not; clusters of all sizes come from the shapes. Large blocks by their rule, and of all shapes."""
-    if torch.cuda.get_device_capability(cuda) != (9, 0):
-        pytest.skip("wgmma needs compute capability 9.0")
     monkeypatch.setenv("HFQ_CUDA_WGMMA", "1")
     monkeypatch.setenv("HFQ_CUDA_WIDE", "0")
     check_products((9, 16, 17, 27, 32, 33, 40, 63, 64), shape, kind)
@@ -184,21 +189,20 @@ def test_products_with_wgmma(
     check_products((65, 100, 128, 129, 200, 256, 300, 512, 1024), shape, kind, True)
 
 
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(28672, 1024, 128)], ids=str)
 def test_small_pairs_with_parts_of_several_tiles(
     check_products: Callable[..., None],
-    cuda: torch.device,
     monkeypatch: pytest.MonkeyPatch,
     shape: tuple[int, int, int],
     kind: str,
 ) -> None:
-    if torch.cuda.get_device_capability(cuda) != (9, 0):
-        pytest.skip("wgmma needs compute capability 9.0")
     monkeypatch.setenv("HFQ_CUDA_WGMMA", "pairs")
     check_products((17, 64), shape, kind)
 
 
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "shape",
@@ -207,14 +211,11 @@ def test_small_pairs_with_parts_of_several_tiles(
 )
 def test_products_with_many_rows_for_each_read_of_x(
     check_products: Callable[..., None],
-    cuda: torch.device,
     monkeypatch: pytest.MonkeyPatch,
     shape: tuple[int, int, int],
     kind: str,
 ) -> None:
     """Warps with one step and with several, blocks by themselves and in clusters."""
-    if torch.cuda.get_device_capability(cuda) != (9, 0):
-        pytest.skip("needs compute capability 9.0")
     monkeypatch.setenv("HFQ_CUDA_WIDE", "1")
     check_products((1, 2, 7, 8, 9, 16), shape, kind)
 
@@ -260,12 +261,14 @@ def test_activations_of_any_size(
     monkeypatch.setenv("HFQ_CUDA_WIDE", "1")
     weight = make_weight(512, 2056, group_size, kind=kind)
     x = torch.randn(tokens, 2056, generator=generator).to(cuda, torch.bfloat16)
-    _check(weight.linear(x), x, weight)
+    y = weight.linear(x)
+    _check(y, x, weight)
     for power in (-40, 50):
         raised = weight.linear(x * 2.0**power)
-        assert torch.equal(raised.double(), weight.linear(x).double() * 2.0**power)
+        assert torch.equal(raised.double(), y.double() * 2.0**power)
 
 
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")
 @pytest.mark.parametrize(
     ("variable", "value", "tokens", "kernels"),
@@ -290,8 +293,6 @@ def test_the_kernel_that_is_wanted_is_taken(
     tokens: int,
     kernels: set[str],
 ) -> None:
-    if torch.cuda.get_device_capability(cuda) != (9, 0):
-        pytest.skip("wgmma needs compute capability 9.0")
     monkeypatch.setenv(variable, value)
     weight = make_weight(1024, 4096, 128)
     x = torch.randn(tokens, 4096, generator=generator).to(cuda, torch.bfloat16)
