@@ -10,7 +10,8 @@
 //
 // Counted for a chunk of 256 rows (int4, bfloat16, groups of 128): warps that multiply execute 173 instructions, four of them a scheduler, beside
 // one that does little: x and weights come in bulk. Tensor cores are busy for 1024 clocks, shared memory for some 1050, the way from L2 for 1200.
-// Reckoned are 1300 clocks, and 15 to 17 us for 4096 x 14336 and 14336 x 4096 with 64 tokens. Not measured: HFQ_CUDA_WGMMA=pairs takes these blocks.
+// Reckoned were 1300 clocks, and 15 to 17 us for 4096 x 14336 with 64 tokens; an H200 takes 23.0, staged blocks 19.4: so many copies in bulk cost more
+// than their bytes, and 940 clocks for 128 rows are left without any (benchmarks/NOTES.md). HFQ_CUDA_WGMMA=pairs takes these blocks.
 #pragma once
 
 #include "wgmma_consumer.h"

@@ -30,14 +30,16 @@ bool takes_wide(const LinearParams& p) {
 
 // Estimated, in the time that a multiprocessor takes for a tile of a step (28 ns with 16 tokens on an H200): what it has to do, however many warps do
 // it; what each warp waits for by itself; and what a cluster takes for its sums. Of some 40 plans it chose the fastest, or one that took up to 9 %
-// longer (1 % in the mean), for 32 products there: int4, int8 and nf4, 1 to 16 tokens, 17 M to 235 M weights. (Then 16 tokens and nf4 had 8 tiles and
-// no plan had 14 warps: with these it is not held against measurements.)
+// longer (1 % in the mean), for 32 products there: int4, int8 and nf4, 1 to 16 tokens, 17 M to 235 M weights; and of up to 103 plans with 4 tiles in
+// place of 8 (int4 with 16 tokens, nf4 with one, three large weights) the fastest or 2 % longer, but for two things that it does not see: blocks of 14
+// warps, which leave no room for the next kernel's, are slower than it thinks and no choice, and with a table those of 12 are (14336 x 4096: 12.5 us,
+// 11.7 with 8).
 //
 // As many groups as run at a time, or a multiple: what mattered most. With 128 thread blocks for 132 multiprocessors the next kernel, which starts
 // early, puts two of its own onto each of the four that are free, and they take twice as long (4096 x 14336, 8 tokens: 14.0 us, 10.1 with 132). For
 // the same reason a multiprocessor has room for as many of them as each gets, or a multiple, and not for one more (16 tokens, nf4: 18.1 us, 14.0 so).
 WidePlan plan_wide(int64_t tiles, int64_t steps, const WideShape& shape) {
-  constexpr int kWarps[] = {4, 6, 8, 12, 14};
+  constexpr int kWarps[] = {4, 6, 8, 12};
   constexpr float kAlone = 2.5f, kCluster = 30;
   const size_t most_shared = most_shared_bytes() + kReservedShared;
   WidePlan best = {};
@@ -47,6 +49,7 @@ WidePlan plan_wide(int64_t tiles, int64_t steps, const WideShape& shape) {
     if (active == 0) continue;
     for (const int warps : kWarps) {
       if ((splits > 1 || warps > kWarps[0]) && splits * warps > steps) continue;  // some would have nothing to do
+      if (shape.table_bytes && warps > 8) continue;
       const size_t room = most_shared / (shape.table_bytes + warps * shape.warp_bytes + kReservedShared);
       const int64_t at_once = room < static_cast<size_t>(shape.warps / warps) ? room : shape.warps / warps;
       const int64_t fewest = divided(tiles, active * shape.tiles);
