@@ -44,7 +44,6 @@ from gpu_weights import KINDS
 SWITCHES = {
     ("HFQ_CUDA_OVERLAP", "0"): "no-overlap",
     ("HFQ_CUDA_WGMMA", "0"): "no-wgmma",
-    ("HFQ_CUDA_WGMMA", "pairs"): "pairs",
     ("HFQ_CUDA_WIDE", "0"): "no-wide",
 }
 

@@ -35,7 +35,6 @@ PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 BENCHMARK = (sys.executable, "benchmarks/gpu.py")
 INT4 = ("--kinds", "int4 g128")
 NO_WGMMA, NO_WIDE, NO_OVERLAP = ({f"HFQ_CUDA_{name}": "0"} for name in ("WGMMA", "WIDE", "OVERLAP"))
-PAIRS = {"HFQ_CUDA_WGMMA": "pairs"}
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,6 @@ def steps() -> list[Step]:
         ),
         Step("tests", 180, (*PYTEST, "-m", "gpu", "tests")),
         Step("int4", 20, (*BENCHMARK, "--only", "kernels", *INT4)),
-        Step("int4 pairs", 20, (*BENCHMARK, "--only", "kernels", *INT4), PAIRS),
         Step("model", 30, (*BENCHMARK, "--only", "models", *INT4)),
         Step("kernels", 90, (*BENCHMARK, "--only", "kernels")),
         Step("models", 120, (*BENCHMARK, "--only", "models")),

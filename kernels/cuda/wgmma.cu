@@ -16,13 +16,11 @@ constexpr float kStartClocks = 2000;         // until a block's first stage is t
 constexpr float kClusterClocks = 1500;       // two barriers of a cluster, and the way to a neighbour's shared memory
 constexpr float kClusterBytesPerClock = 16;  // from there
 
-// Of pairs: a chunk, beginning and end, to write a block's partial sums of a tile or to read them.
-struct PairClocks {
+// Of pairs: a chunk, beginning and end, to write a block's partial sums of a tile or to read them. Measured on an H200: 4096 x 14336 with 256 tokens
+// took 49.4 us for 32 chunks, 14336 x 4096 with partial sums 64.1 for 38. (`partial` is reckoned.)
+constexpr struct {
   int64_t chunk, start, partial;
-};
-// Measured on an H200: 4096 x 14336 with 256 tokens took 49.4 us for 32 chunks, 14336 x 4096 with partial sums 64.1 for 38. (`partial` is reckoned.)
-constexpr PairClocks kPairClocks = {2500, 6500, 2500};
-constexpr PairClocks kSmallPairClocks = {650, 6500, 1200};  // reckoned
+} kPairClocks = {2500, 6500, 2500};
 
 // Of a weight. Measured on an H200, in us (K x N): 16 tokens of 4096 x 4096 take 9.2, 8.3 with gemm_kernel.h; of 4096 x 14336 15.7 and 21.2.
 // 128 tokens of 4096 x 4096 take 22.7 in large blocks, of which there are few, 20.8 in others; of 4096 x 14336 32 and 50, of 14336 x 4096 42 and 59,
@@ -57,17 +55,12 @@ bool scales_whole_chunks(const Weight& w) {
   return !w.zeros && flush_mask(w, kUnits) == kUnits - 1;
 }
 
-bool takes_small_pairs(const LinearParams& p) {
-  const bool table = p.weight.codebook && p.weight.bits == 4;
-  return p.tokens > 16 && p.tokens <= kSmallPairTokens && wanted("pairs") && !table && scales_whole_chunks(p.weight);
-}
-
 int32_t arranged_tokens(const LinearParams& p) {
-  return p.tokens > kLargeTokens ? kPairTokens : p.tokens > kSmallPairTokens ? kLargeTokens : kSmallPairTokens;
+  return p.tokens > kLargeTokens ? kPairTokens : kLargeTokens;
 }
 
 int64_t wgmma_workspace(const LinearParams& p) {
-  if (!takes_large_wgmma(p) && !takes_small_pairs(p)) return 0;
+  if (!takes_large_wgmma(p)) return 0;
   const int64_t tokens = arranged_tokens(p), partials = tokens == kLargeTokens ? 0 : most_ranges(p) * kPairRows * tokens;
   return arranged_floats(p) + flags_of_pairs(p) + partials;
 }
@@ -99,7 +92,7 @@ int64_t pair_chunks(const LinearParams& p) { return divided(p.weight.in_features
 int64_t pair_tiles(const LinearParams& p) { return divided(p.weight.out_features, kPairRows) * divided(p.tokens, arranged_tokens(p)); }
 
 // Until the range that needs longest has ended.
-int64_t clocks_of(const PairPlan& plan, const PairClocks& clocks) {
+int64_t clocks_of(const PairPlan& plan) {
   const uint32_t chunks = plan.tile_chunks();
   int64_t most = 0;
   for (uint32_t range = 0, begin = 0, end; range < plan.ranges; ++range, begin = end) {
@@ -107,27 +100,27 @@ int64_t clocks_of(const PairPlan& plan, const PairClocks& clocks) {
     const uint32_t last_tile = (end - 1) / chunks;
     uint32_t partials = begin % chunks ? 1 : 0;                                    // written
     if (begin <= last_tile * chunks) partials += plan.last_range(last_tile) - range;  // read
-    const int64_t of_range = int64_t{end - begin} * clocks.chunk + partials * clocks.partial;
+    const int64_t of_range = int64_t{end - begin} * kPairClocks.chunk + partials * kPairClocks.partial;
     if (of_range > most) most = of_range;
   }
-  return clocks.start + most;
+  return kPairClocks.start + most;
 }
 
 // Whole tiles, if there are more of them than pairs; else so many ranges of each tile; or ranges that begin anywhere, which leaves no pair idle, but
 // of which most write partial sums and read others'.
-PairPlan best_plan(int64_t tiles, int64_t chunks, int active, const PairClocks& clocks) {
+PairPlan best_plan(int64_t tiles, int64_t chunks, int active) {
   const int64_t all = tiles * chunks, pairs = active < all ? active : all, whole = tiles < pairs ? tiles : pairs;
   const auto number = [](int64_t n) { return static_cast<uint32_t>(n); };
   PairPlan best = {number(tiles), 1, 0, number(chunks), number(whole)};
   if (2 * all * pairs >> 32) return best;  // so many rounds that none of it matters
-  int64_t least = clocks.start + divided(tiles, whole) * chunks * clocks.chunk;
+  int64_t least = kPairClocks.start + divided(tiles, whole) * chunks * kPairClocks.chunk;
   // So many ranges. That with a tile's first chunk has fewer, by all or half of the time in which it adds up what `others` have.
   const auto consider = [&](int64_t ranges, int64_t others) {
-    const int64_t most = all / ranges - 1, full = others * clocks.partial / clocks.chunk;
+    const int64_t most = all / ranges - 1, full = others * kPairClocks.partial / kPairClocks.chunk;
     for (const int64_t wanted : {int64_t{0}, full / 2, full}) {
       const int64_t time = wanted < most ? wanted : most;
       const PairPlan plan = {number(tiles * (chunks + time)), number(chunks + time), number(time), 1, number(ranges)};
-      const int64_t found = clocks_of(plan, clocks);
+      const int64_t found = clocks_of(plan);
       if (found < least) best = plan, least = found;
     }
   };
@@ -147,11 +140,10 @@ int64_t most_ranges(const LinearParams& p) {
 
 PairPlan plan_pairs(const LinearParams& p, int active) {
   if (active == 0) return {};
-  const PairClocks& clocks = p.tokens > kSmallPairTokens ? kPairClocks : kSmallPairClocks;
   // Some microseconds, of each product on its way: a model has few of these.
-  thread_local std::map<std::tuple<int64_t, int64_t, int, const PairClocks*>, PairPlan> plans;
-  PairPlan& plan = plans[{pair_tiles(p), pair_chunks(p), active, &clocks}];
-  if (plan.ranges == 0) plan = best_plan(pair_tiles(p), pair_chunks(p), active, clocks);
+  thread_local std::map<std::tuple<int64_t, int64_t, int>, PairPlan> plans;
+  PairPlan& plan = plans[{pair_tiles(p), pair_chunks(p), active}];
+  if (plan.ranges == 0) plan = best_plan(pair_tiles(p), pair_chunks(p), active);
   return plan;
 }
 

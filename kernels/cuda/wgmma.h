@@ -9,8 +9,8 @@ namespace hfq {
 constexpr int kWgmmaColumns = 128;     // of a stage
 constexpr int kMostClusterBlocks = 8;  // that any GPU of compute capability 9.0 takes
 constexpr int kLargeTokens = 128;      // of a thread block of wgmma_large.h
-// Of wgmma_pair.h and wgmma_small_pair.h: tokens of a thread block, rows of the two that are a pair.
-constexpr int kPairTokens = 256, kSmallPairTokens = 64, kPairRows = 256;
+// Of wgmma_pair.h: tokens of a thread block, rows of the two that are a pair.
+constexpr int kPairTokens = 256, kPairRows = 256;
 // Of shared memory: all that a thread block may have. 28 KiB are left to the L1 cache, through which x goes, 16 KiB at a time.
 constexpr int kMostWgmmaBytes = 227 << 10;
 
@@ -68,11 +68,7 @@ bool takes_large_wgmma(const LinearParams& params);
 // Whether scales are those of whole chunks of kWgmmaColumns columns, and there are no zero points.
 bool scales_whole_chunks(const Weight& weight);
 
-// Whether it takes pairs of wgmma_small_pair.h, with HFQ_CUDA_WGMMA=pairs: 17 to 64 tokens, with scales of whole chunks, without zero points and
-// tables.
-bool takes_small_pairs(const LinearParams& params);
-
-// Tokens of a thread block that takes x in order: kLargeTokens or, of more, kPairTokens; of small pairs kSmallPairTokens.
+// Tokens of a thread block that takes x in order: kLargeTokens or, of more, kPairTokens.
 int32_t arranged_tokens(const LinearParams& params);
 
 // Floats of the workspace of a product that takes these kernels.

@@ -25,8 +25,8 @@
 namespace hfq {
 namespace {
 
-// How stages are filled, and which rows and tokens a block has: as here, wgmma_staged.h, wgmma_large.h, wgmma_pair.h, wgmma_small_pair.h.
-enum class WgmmaWay { kThroughRegisters, kStaged, kLarge, kPair, kSmallPair };
+// How stages are filled, and which rows and tokens a block has: as here, wgmma_staged.h, wgmma_large.h, wgmma_pair.h.
+enum class WgmmaWay { kThroughRegisters, kStaged, kLarge, kPair };
 
 template <class Kind, class T, int kTokens_, WgmmaWay kWay>
 struct WgmmaBlock {

@@ -1,7 +1,7 @@
 // The kernel of wgmma.h, for one kind of codes in each file that includes this.
 //
 // Four warps fill a ring of stages (wgmma_block.h), the others multiply (wgmma_consumer.h).
-// (More than 64 tokens with large weights: wgmma_large.h, wgmma_pair.h; 17 to 64: wgmma_staged.h, wgmma_small_pair.h.)
+// (More than 64 tokens with large weights: wgmma_large.h, wgmma_pair.h; 17 to 64: wgmma_staged.h.)
 //
 // x costs as many bytes of L2 as codes do: 64 tokens as many as 256 rows of 4 bits. So 256 rows share it; 128 tokens leave registers for 128 rows
 // only, which suits small weights. Few rows leave multiprocessors without work: then the columns are cut, the blocks that share rows are a cluster,
@@ -13,7 +13,7 @@
 #include "gemm_output.h"
 #include "wgmma_consumer.h"
 #include "wgmma_large.h"
-#include "wgmma_small_pair.h"
+#include "wgmma_pair.h"
 #include "wgmma_staged.h"
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -79,15 +79,9 @@ struct WgmmaParts<Kind, T, kPairTokens, WgmmaWay::kPair> {
   using Producer = WgmmaPairProducer<Block>;
   using Consumer = WgmmaPairConsumer<Kind, T, Block>;
 };
-template <class Kind, class T>
-struct WgmmaParts<Kind, T, kSmallPairTokens, WgmmaWay::kSmallPair> {
-  using Block = WgmmaSmallPairBlock<Kind, T>;
-  using Producer = WgmmaPairProducer<Block>;
-  using Consumer = WgmmaSmallPairConsumer<Kind, T, Block>;
-};
 // Those of wgmma_ranges.h: clusters of two, whose warps store outputs by themselves.
 template <WgmmaWay kWay>
-constexpr bool kHasRanges = kWay == WgmmaWay::kPair || kWay == WgmmaWay::kSmallPair;
+constexpr bool kHasRanges = kWay == WgmmaWay::kPair;
 
 template <class Kind, class T, int kTokens, WgmmaWay kWay>
 __global__ void __launch_bounds__(WgmmaParts<Kind, T, kTokens, kWay>::Block::kThreads, 1) wgmma_kernel(const WgmmaParams p) {
@@ -195,10 +189,7 @@ auto with_block(const LinearParams& p, const Use& use) {
   constexpr std::integral_constant<WgmmaWay, WgmmaWay::kStaged> staged;
   constexpr std::integral_constant<WgmmaWay, WgmmaWay::kLarge> large;
   constexpr std::integral_constant<WgmmaWay, WgmmaWay::kPair> pair;
-  constexpr std::integral_constant<WgmmaWay, WgmmaWay::kSmallPair> small_pair;
   if (p.tokens <= 16) return use(std::integral_constant<int, 16>{}, through_registers);
-  if constexpr (!Kind::kTable)
-    if (takes_small_pairs(p)) return use(std::integral_constant<int, kSmallPairTokens>{}, small_pair);
   if constexpr (Kind::kCodeBits == 8) {
     if (p.tokens <= 32) return use(k32, through_registers);
   } else {

@@ -21,14 +21,17 @@ namespace {
 // Two rings in place of one (wgmma_block.h), since three whole chunks of both find no room: of x with 64 columns a stage, alike in both blocks, and
 // of weights with a chunk a stage. Of 4 bits five stages each. They run on from segment to segment.
 template <class Kind, class T>
-struct WgmmaPairBlock : WgmmaOneOfPair {
+struct WgmmaPairBlock {
+  static constexpr int kTiles = 8, kRows = kTiles * kTileRows, kNeighbours = 2;
+  static_assert(kNeighbours * kRows == kPairRows);
   static constexpr int kTokens = kPairTokens, kBits = Kind::kCodeBits;
   static constexpr int kWarpTiles = 1;
   static constexpr int kConsumers = kTiles, kProducers = 4, kThreads = 32 * (kConsumers + kProducers);  // warps
+  static constexpr int kWeightWarps = 2;  // of those that copy; another one copies x, and the last one raises a flag
   static constexpr int kAtFirst = 168, kOfConsumers = 216, kOfProducers = 72;  // registers, as in wgmma_block.h
   static constexpr int kUnits = kWgmmaColumns / kUnitColumns;
   static constexpr int kBlocks = kWgmmaColumns / kBlockColumns<kBits>, kBytes = kBlocks * kBlockBytes<kBits>;  // of a chunk of one tile
-  static constexpr int kSums = kTokens / 2, kEndSums = kSums;
+  static constexpr int kSums = kTokens / 2;
 
   static constexpr int kXOfChunk = 2, kXStage = kTokens * 128, kXShare = kXStage / kNeighbours;  // kXOfChunk: stages of a chunk
   static constexpr int kCodesAt = 0, kScalesAt = kTiles * kBytes, kScaleBytes = kUnits * 64, kZerosAt = kScalesAt + kTiles * kScaleBytes;
@@ -43,8 +46,21 @@ struct WgmmaPairBlock : WgmmaOneOfPair {
   static constexpr int kRing = kXRing + kStages * kStage, kSharedBytes = kRing + kTableBytes + kBarrierBytes;
   static_assert(kXStages >= 5 && 8 * (2 * (kXStages + kStages) + 2) <= kBarrierBytes);
 
+  uint8_t* memory;          // rings begin here
+  uint32_t ring, barriers;  // where those are, as instructions count
+  uint32_t neighbour;
+  WgmmaSegment first;  // of the range
+
   // By all threads.
-  __device__ __forceinline__ explicit WgmmaPairBlock(const WgmmaParams& p) : WgmmaOneOfPair(p, kRing + kTableBytes) {}
+  __device__ __forceinline__ explicit WgmmaPairBlock(const WgmmaParams& p) {
+    memory = swizzled_memory();
+    ring = shared_address(memory), barriers = kept(ring + kRing + kTableBytes);
+    neighbour = blockIdx.x % kNeighbours;
+    first = first_segment(p, range(p));
+  }
+
+  // (Made again where it is needed: a register less through all chunks.)
+  static __device__ __forceinline__ uint32_t range(const WgmmaParams& p) { return p.pairs.ranges - 1 - kept(blockIdx.x) / kNeighbours; }
 
   __device__ __forceinline__ uint32_t x_stage(uint32_t at) const { return ring + at * kXStage; }
   __device__ __forceinline__ uint32_t stage(uint32_t at) const { return ring + kXRing + at * kStage; }
@@ -66,7 +82,6 @@ struct WgmmaPairBlock : WgmmaOneOfPair {
   }
 };
 
-// Fills the one ring of wgmma_small_pair.h, too, where x_full and x_empty are full and empty.
 template <class Block>
 struct WgmmaPairProducer {
   const WgmmaParams& p;
@@ -101,13 +116,11 @@ struct WgmmaPairProducer {
     const bool copies = threadIdx.x % 32 == 0;
     wait_for_previous_kernel();
     if (copies) copy_x_stages(turn);
-    if constexpr (Block::kPartialStages > 0) {
-      WgmmaSegment last = block.first;
-      while (last.left) last.next();
-      const uint32_t others = last.chunk == 0 ? others_of(p, block, last) : 0;
-      wait_for_partials(p, block, others);
-      if (copies && others) copy_partials(others, turn);
-    }
+    WgmmaSegment last = block.first;
+    while (last.left) last.next();
+    const uint32_t others = last.chunk == 0 ? others_of(p, block, last) : 0;
+    wait_for_partials(p, block, others);
+    if (copies && others) copy_partials(others, turn);
     if (!copies) return;
     // Until both blocks have read all: before, the neighbour may still arrive here, and copies be on the way from here to it.
 #pragma unroll 1
@@ -211,7 +224,7 @@ struct WgmmaPairConsumer : WgmmaRounded<Kind, T, Block, 4> {
         multiply<kScaling, kWhole, 0>(x, (segment.chunk + i) * kUnits, i == 0, i + 1 < segment.chunks);
       wgmma_wait<0>(sums[0]);
       free_x_behind();
-      end_segment<T>(p, block, segment, lane, this->first_tile, 0, sums[0], [&](uint32_t others) { add_partials(others); });
+      end_segment<T>(p, block, segment, lane, this->first_tile, sums[0], [&](uint32_t others) { add_partials(others); });
     }
   }
 

@@ -54,38 +54,15 @@ __device__ __forceinline__ WgmmaSegment first_segment(const WgmmaParams& p, uint
   return s;
 }
 
-// What the thread blocks of wgmma_pair.h and wgmma_small_pair.h have alike.
-struct WgmmaOneOfPair {
-  static constexpr int kTiles = 8, kRows = kTiles * kTileRows, kNeighbours = 2;
-  static constexpr int kWeightWarps = 2;  // of those that copy; another one copies x, and the last one raises a flag
-  static_assert(kNeighbours * kRows == kPairRows);
-
-  uint8_t* memory;          // rings begin here
-  uint32_t ring, barriers;  // where those are, as instructions count
-  uint32_t neighbour;
-  WgmmaSegment first;  // of the range
-
-  // By all threads. Barriers stand behind so many bytes.
-  __device__ __forceinline__ WgmmaOneOfPair(const WgmmaParams& p, uint32_t barriers_at) {
-    memory = swizzled_memory();
-    ring = shared_address(memory), barriers = kept(ring + barriers_at);
-    neighbour = blockIdx.x % kNeighbours;
-    first = first_segment(p, range(p));
-  }
-
-  // (Made again where it is needed: a register less through all chunks.)
-  static __device__ __forceinline__ uint32_t range(const WgmmaParams& p) { return p.pairs.ranges - 1 - kept(blockIdx.x) / kNeighbours; }
-};
-
 // ---- the end of a segment: sums of a warp, as they stand in registers
 //
-// `Block`: range(p), its own; kNeighbours of a cluster and which one it is; kConsumers, warps that have sums; kEndSums of a thread; a barrier,
+// `Block`: range(p), its own; kNeighbours of a cluster and which one it is; kConsumers, warps that have sums; kSums of a thread; a barrier,
 // written(), of those warps. (The thread is read again where it is needed, for want of a register in wgmma_pair.h.)
 
 // Each thread's partial sums are read by the same thread of the range that adds them.
 template <class Block>
 struct WgmmaPartials {
-  static constexpr int kThreads = 32 * Block::kConsumers, kOfBlock = Block::kEndSums / 4 * kThreads;  // of kOfBlock four numbers
+  static constexpr int kThreads = 32 * Block::kConsumers, kOfBlock = Block::kSums / 4 * kThreads;  // of kOfBlock four numbers
 
   static __device__ __forceinline__ uint32_t* flag(const WgmmaParams& p, const Block& block, uint32_t range) {
     return p.flags + range * Block::kNeighbours + block.neighbour;
@@ -106,11 +83,11 @@ __device__ __forceinline__ void raise_flag_of_range(const WgmmaParams& p, const 
 }
 
 template <class Block>
-__device__ __forceinline__ void write_partial(const WgmmaParams& p, const Block& block, const float (&sums)[Block::kEndSums]) {
+__device__ __forceinline__ void write_partial(const WgmmaParams& p, const Block& block, const float (&sums)[Block::kSums]) {
   using Partials = WgmmaPartials<Block>;
   float4* const to = Partials::of_block(p, block, block.range(p)) + kept(threadIdx.x);
 #pragma unroll
-  for (int i = 0; i < Block::kEndSums; i += 4) store(to + i / 4 * Partials::kThreads, make_float4(sums[i], sums[i + 1], sums[i + 2], sums[i + 3]));
+  for (int i = 0; i < Block::kSums; i += 4) store(to + i / 4 * Partials::kThreads, make_float4(sums[i], sums[i + 1], sums[i + 2], sums[i + 3]));
   sync_warp();
   if (threadIdx.x % 32 == 0) mbarrier_arrive(block.written());
 }
@@ -143,7 +120,7 @@ __device__ __forceinline__ void wait_for_partials(const WgmmaParams& p, const Bl
 // which are 8 bytes of each lane, and 32 of each token.
 template <class T, class Block>
 __device__ __forceinline__ void store_segment(const WgmmaParams& p, int lane, int64_t first_row, int64_t first_token,
-                                              const float (&sums)[Block::kEndSums]) {
+                                              const float (&sums)[Block::kSums]) {
   const int64_t rows = p.weight.out_features, row = first_row + lane / 4;
   const float low = p.bias && row < rows ? load_float(p.bias, row, p.bias_dtype) : 0.0f;
   const float high = p.bias && row + 8 < rows ? load_float(p.bias, row + 8, p.bias_dtype) : 0.0f;
@@ -158,7 +135,7 @@ __device__ __forceinline__ void store_segment(const WgmmaParams& p, int lane, in
   const auto each = [&](const auto& store_four) {
     uint16_t* y = static_cast<uint16_t*>(p.y) + token * rows + n;
 #pragma unroll
-    for (int i = 0; i < Block::kEndSums / 4; ++i, y += 8 * rows) {
+    for (int i = 0; i < Block::kSums / 4; ++i, y += 8 * rows) {
       const float* const d = sums + 4 * i;
       const uint32_t first = from_floats(T{}, d[0] + low, d[2] + high), second = from_floats(T{}, d[1] + low, d[3] + high);
       const uint32_t own = odd ? second : first, others = shuffle_xor(odd ? first : second, 4);
@@ -180,18 +157,17 @@ __device__ __forceinline__ void store_segment(const WgmmaParams& p, int lane, in
   }
 }
 
-// All of it, for a warp whose rows begin with this tile of the block's, and whose tokens `token` behind those of the segment's tile. `add`: to the
-// sums those of so many other ranges.
+// All of it, for a warp whose rows begin with this tile of the block's. `add`: to the sums those of so many other ranges.
 template <class T, class Block, class Add>
-__device__ __forceinline__ void end_segment(const WgmmaParams& p, const Block& block, const WgmmaSegment& segment, int lane, int tile, int token,
-                                            float (&sums)[Block::kEndSums], const Add& add) {
+__device__ __forceinline__ void end_segment(const WgmmaParams& p, const Block& block, const WgmmaSegment& segment, int lane, int tile,
+                                            float (&sums)[Block::kSums], const Add& add) {
   if (segment.chunk > 0) {
     write_partial(p, block, sums);
     return;
   }
   if (segment.chunks < segment.all) add(others_of(p, block, segment));
   const int64_t row = (static_cast<int64_t>(segment.first_tile(p, block)) + tile) * kTileRows;
-  store_segment<T, Block>(p, lane, row, static_cast<int64_t>(segment.token_tile(p)) * Block::kTokens + token, sums);
+  store_segment<T, Block>(p, lane, row, static_cast<int64_t>(segment.token_tile(p)) * Block::kTokens, sums);
 }
 
 }  // namespace

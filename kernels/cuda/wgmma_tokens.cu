@@ -7,7 +7,7 @@ namespace hfq {
 namespace {
 
 constexpr int kThreads = 256, kPieces = kWgmmaColumns / 8, kBlockTokens = kThreads / kPieces;  // pieces of 16 bytes: of a token in a chunk
-static_assert(kLargeTokens % kBlockTokens == 0 && kPairTokens % kBlockTokens == 0 && kSmallPairTokens % kBlockTokens == 0);
+static_assert(kLargeTokens % kBlockTokens == 0 && kPairTokens % kBlockTokens == 0);
 
 struct ArrangeParams {
   const uint16_t* x;     // [M, K], numbers of any dtype of 16 bits
@@ -55,9 +55,7 @@ const char* launch_arrange(const LinearParams& params, cudaStream_t stream) {
   // Whole tiles, so that all of x's part of the workspace is written, and nothing behind it but flags. (2^31 blocks would be 8 TB of x.)
   const int64_t tokens = arranged_tokens(params), blocks = divided(p.tokens, tokens) * (tokens / kBlockTokens) * p.chunks;
   p.flags = reinterpret_cast<uint32_t*>(params.workspace + arranged_floats(params)), p.flag_count = static_cast<uint32_t>(flags_of_pairs(params));
-  const auto kernel = tokens == kPairTokens        ? arrange_kernel<kPairTokens>
-                      : tokens == kSmallPairTokens ? arrange_kernel<kSmallPairTokens>
-                                                   : arrange_kernel<kLargeTokens>;
+  const auto kernel = tokens == kPairTokens ? arrange_kernel<kPairTokens> : arrange_kernel<kLargeTokens>;
   return launch_early(kernel, static_cast<unsigned>(blocks), kThreads, 0, stream, p);
 }
 

@@ -31,9 +31,9 @@ bool takes_wide(const LinearParams& p) {
 // Estimated, in the time that a multiprocessor takes for a tile of a step (28 ns with 16 tokens on an H200): what it has to do, however many warps do
 // it; what each warp waits for by itself; and what a cluster takes for its sums. Of some 40 plans it chose the fastest, or one that took up to 9 %
 // longer (1 % in the mean), for 32 products there: int4, int8 and nf4, 1 to 16 tokens, 17 M to 235 M weights; and of up to 103 plans with 4 tiles in
-// place of 8 (int4 with 16 tokens, nf4 with one, three large weights) the fastest or 2 % longer, but for two things that it does not see: blocks of 14
-// warps, which leave no room for the next kernel's, are slower than it thinks and no choice, and with a table those of 12 are (14336 x 4096: 12.5 us,
-// 11.7 with 8).
+// place of 8 (int4 with 16 tokens, nf4 with one, three large weights) the fastest or 2 % longer, but for two things that it does not see: blocks of
+// 14 warps, which leave no room for the next kernel's, are slower than it thinks and no choice, and with a table those of 12 are (14336 x 4096: 12.5
+// us, 11.7 with 8).
 //
 // As many groups as run at a time, or a multiple: what mattered most. With 128 thread blocks for 132 multiprocessors the next kernel, which starts
 // early, puts two of its own onto each of the four that are free, and they take twice as long (4096 x 14336, 8 tokens: 14.0 us, 10.1 with 132). For

@@ -183,23 +183,8 @@ def test_products_with_wgmma(
     monkeypatch.setenv("HFQ_CUDA_WIDE", "0")
     check_products((9, 16, 17, 27, 32, 33, 40, 63, 64), shape, kind)
     check_products((100, 128, 130), shape, kind, shape[0] * shape[1] > 1 << 25)
-    monkeypatch.setenv("HFQ_CUDA_WGMMA", "pairs")
-    check_products((17, 33, 64), shape, kind)
     monkeypatch.setenv("HFQ_CUDA_WGMMA", "large")
     check_products((65, 100, 128, 129, 200, 256, 300, 512, 1024), shape, kind, True)
-
-
-@pytest.mark.usefixtures("hopper")
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [(28672, 1024, 128)], ids=str)
-def test_small_pairs_with_parts_of_several_tiles(
-    check_products: Callable[..., None],
-    monkeypatch: pytest.MonkeyPatch,
-    shape: tuple[int, int, int],
-    kind: str,
-) -> None:
-    monkeypatch.setenv("HFQ_CUDA_WGMMA", "pairs")
-    check_products((17, 64), shape, kind)
 
 
 @pytest.mark.usefixtures("hopper")
@@ -278,7 +263,6 @@ def test_activations_of_any_size(
         ("HFQ_CUDA_WIDE", "0", 16, {"gemm_kernel"}),
         ("HFQ_CUDA_WGMMA", "0", 40, {"gemm_kernel"}),
         ("HFQ_CUDA_WGMMA", "1", 40, {"wgmma_kernel"}),
-        ("HFQ_CUDA_WGMMA", "pairs", 40, {"arrange_kernel", "wgmma_kernel"}),
         ("HFQ_CUDA_WGMMA", "1", 70, {"wgmma_kernel"}),
         ("HFQ_CUDA_WGMMA", "large", 70, {"arrange_kernel", "wgmma_kernel"}),
     ],
@@ -407,7 +391,6 @@ def test_opcheck(make_weight: MakeWeight, generator: torch.Generator, cuda: torc
         *((tokens, "0", "int4_zeros") for tokens in (2, 64)),
         *((tokens, "1", "int4_zeros") for tokens in (64, 130)),
         *((tokens, "large", "int4_zeros") for tokens in (100, 200)),
-        (40, "pairs", "int4"),
     ],
 )
 def test_in_a_cuda_graph(
@@ -432,7 +415,7 @@ def test_in_a_cuda_graph(
 
 @pytest.mark.parametrize(
     ("tokens", "wgmma"),
-    [(1, "0"), (16, "1"), (100, "1"), (100, "large"), (200, "large"), (40, "pairs")],
+    [(1, "0"), (16, "1"), (100, "1"), (100, "large"), (200, "large")],
 )
 def test_products_that_overlap(
     make_weight: MakeWeight,

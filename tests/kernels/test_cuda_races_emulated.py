@@ -55,8 +55,6 @@ PRODUCTS = {
     "large": Product(70, (140, 2120, 64), _wgmma("large"), rounded=True),
     "pair": Product(150, (230, 1608, 64), _wgmma("large"), multiprocessors=4, rounded=True),
     "pair_rounds": Product(130, (780, 640, 64), _wgmma("large"), multiprocessors=6, rounded=True),
-    "small_pair": Product(50, (230, 5000, 128), _wgmma("pairs"), multiprocessors=4),
-    "small_pair_rounds": Product(33, (780, 2176, 128), _wgmma("pairs"), multiprocessors=6),
 }
 
 

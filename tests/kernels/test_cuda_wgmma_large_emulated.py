@@ -43,8 +43,7 @@ def _weights(emulator: Any, weight: Any, dtype: torch.dtype) -> Tensor:
     ("tile", "shape"),
     [
         *((TILE, shape) for shape in ((65, 8), (127, 136), (128, 128), (90, 392), (70, 1096))),
-        # Of pairs, small and large.
-        *((64, shape) for shape in ((17, 8), (64, 136), (33, 1096))),
+        # Of pairs.
         *((256, shape) for shape in ((129, 8), (256, 136), (257, 392), (700, 1096))),
     ],
 )

@@ -33,7 +33,7 @@ class Rung:
     """Attributes:
     shape: N, K, group_size (0: a group per row).
     new: what no rung before it has.
-    wanted: HFQ_CUDA_WGMMA; "large" for large blocks, which have more than 64 tokens, "pairs" for pairs of 17 to 64.
+    wanted: HFQ_CUDA_WGMMA; "large" for large blocks, which have more than 64 tokens.
     beside: on two streams at once, and beside a third one: blocks find few multiprocessors, and start late.
     """
 
@@ -97,22 +97,6 @@ RUNGS = {
     ),
     "pair_beside": Rung(
         (14336, 4096, 128), 256, "waits for blocks that start late", wanted="large", beside=True
-    ),
-    "identity_small_pair": Rung((300, 520, 0), 40, "wgmma_small_pair.h: teams", wanted="pairs"),
-    "small_pair": Rung((256, LONG, 128), 64, "barriers of teams", wanted="pairs"),
-    "small_pair_shared": Rung((1024, 4096, 128), 64, "partial sums, flags", wanted="pairs"),
-    "small_pair_int8": Rung((256, LONG, 128), 33, "fewer stages", (8, None), wanted="pairs"),
-    "small_pair_full": Rung(
-        (4096, 14336, 128), 64, "all multiprocessors", calls=300, wanted="pairs"
-    ),
-    "small_pair_ranges": Rung(
-        (14336, 4096, 128), 64, "ranges that begin in tiles", calls=300, wanted="pairs"
-    ),
-    "small_pair_rounds": Rung(
-        (28672, 4096, 128), 50, "several tiles of a pair", calls=100, wanted="pairs"
-    ),
-    "small_pair_beside": Rung(
-        (14336, 4096, 128), 64, "waits for blocks that start late", wanted="pairs", beside=True
     ),
     "full": Rung((4096, 14336, 128), 64, "all multiprocessors; races", (4, "zeros"), calls=300),
     "full16": Rung((14336, 4096, 128), 16, "the same", (4, "zeros"), calls=300),
