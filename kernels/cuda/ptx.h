@@ -202,12 +202,6 @@ __device__ __forceinline__ void wait_for_flag(const uint32_t* flag) {
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(raised) : "l"(flag) : "memory");
   } while (!__all_sync(0xffffffffu, raised != 0));
 }
-// What another block wrote while this kernel runs: not from L1, which does not learn of it.
-__device__ __forceinline__ float4 load_of_others(const float4* p) {
-  float4 v;
-  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p) : "memory");
-  return v;
-}
 
 // ---- tensor cores ----
 

@@ -30,7 +30,7 @@ enum class WgmmaWay { kThroughRegisters, kStaged, kLarge, kPair };
 
 template <class Kind, class T, int kTokens_, WgmmaWay kWay>
 struct WgmmaBlock {
-  static constexpr bool kStaged = kWay == WgmmaWay::kStaged, kLarge = kWay == WgmmaWay::kLarge, kEarly = kStaged;
+  static constexpr bool kStaged = kWay == WgmmaWay::kStaged, kLarge = kWay == WgmmaWay::kLarge;
   static constexpr bool kWholeOnly = kStaged && kTokens_ == 64;  // with_block takes it for scales of whole chunks without zero points
   static_assert(!kLarge || kTokens_ == kLargeTokens);
   static constexpr int kTokens = kTokens_;

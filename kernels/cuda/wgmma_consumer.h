@@ -21,7 +21,7 @@ struct WgmmaConsumer {
   // Codes are asked for before the wgmma in front is waited for, and a chunk begins with where the next one is, a chain of slow instructions, in
   // place of its last unit. (Scales of units leave no registers for that.)
   template <bool kWhole>
-  static constexpr bool kEarly = Block::kEarly && kWhole;
+  static constexpr bool kEarly = Block::kStaged && kWhole;
 
   const WgmmaParams& p;
   const Block& block;
@@ -171,7 +171,7 @@ struct WgmmaConsumer {
   }
 
   __device__ __forceinline__ void run_whole() {
-    if constexpr (Block::kEarly) {
+    if constexpr (Block::kStaged) {
       if (p.weight.scale_dtype == kFloat16) return run_chunks<true, kFloat16>();
       if (p.weight.scale_dtype == kBFloat16) return run_chunks<true, kBFloat16>();
     }

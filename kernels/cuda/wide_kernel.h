@@ -6,8 +6,8 @@
 //
 // Memory of a warp: codes of one step, a place for each tile; x of one step; scales of one, as they are stored and as floats. A tile's place is
 // filled again, for the next step, as soon as the tile has been multiplied, x as soon as it is in registers, scales as soon as they are floats. So
-// all copies are eight (or four) tiles ahead of their use, some 3000 clocks. (Nothing comes from global memory
-// to registers: linear_kernel.h says why.)
+// all copies are eight (or four) tiles ahead of their use, some 3000 clocks. (Nothing comes from global memory to registers:
+// linear_kernel.h says why.)
 //
 // What was measured on an H200 before codes were plain, with 8 tiles for all (4096 x 14336 in int4): 12.5 us with 16 tokens, 10.1 with 8, where
 // memory takes 7.3. With n warps of a scheduler a tile of a step (1 KB of 4-bit codes) took what queueing says of 126 clocks of the pipe for codes,

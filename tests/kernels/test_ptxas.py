@@ -102,9 +102,8 @@ def _check(source: str, architecture: str, folder: Path) -> None:
     assert spills, "no kernel in the output of ptxas"
     assert not any(spills.values()), spills
     if any("wgmma_kernel" in name for name in entries) and architecture == "sm_90a":
-        staged = (
-            re.search("int[234]", source) is not None
-        )  # with 64 tokens: with_block, wgmma_kernel.h
+        # Which kinds may be staged with 64 tokens: with_block, wgmma_kernel.h.
+        staged = re.search("int[234]", source) is not None
         _check_registers(entries, TAKEN + [STAGED] * staged, 2)
 
 

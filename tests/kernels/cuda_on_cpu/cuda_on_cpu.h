@@ -198,7 +198,6 @@ inline void wait_for_flag(const uint32_t* flag) {
   cuda_on_cpu::check_global(flag, 4, cuda_on_cpu::Way::kLoad);
   cuda_on_cpu::wait_for_flag(flag);
 }
-inline float4 load_of_others(const float4* p) { return load_written(p); }
 
 // ---- numbers ----
 
