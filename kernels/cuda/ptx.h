@@ -188,20 +188,22 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t bit) {
 
 // ---- thread blocks of one launch that are no cluster ----
 
-// A word of global memory that was 0 when the kernel began becomes 1. What this thread wrote before is there for those that have waited for it, and
-// so is what others wrote that this one has met at a barrier.
-__device__ __forceinline__ void raise_flag(uint32_t* flag) {
-  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(1) : "memory");
+// 8 bytes of global memory become `tag`, a number of this launch that no other one has: so they need not be zeros when the kernel begins. What this
+// thread wrote before is there for those that have waited for it, and so is what others wrote that this one has met at a barrier.
+__device__ __forceinline__ void raise_flag(uint64_t* flag, uint64_t tag) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(flag), "l"(tag) : "memory");
 }
 // Until those of all lanes of the warp have. Only for what blocks with lower indices do: blocks are started in that order, so that they run or have
 // ended. (CUDA does not promise the order; GPUs keep it, and libraries count on it.) Lanes go round together: else ptxas would take what follows for
 // divergent, and have it twice.
-__device__ __forceinline__ void wait_for_flag(const uint32_t* flag) {
-  uint32_t raised;
+__device__ __forceinline__ void wait_for_flag(const uint64_t* flag, uint64_t tag) {
+  uint64_t found;
   do {
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(raised) : "l"(flag) : "memory");
-  } while (!__all_sync(0xffffffffu, raised != 0));
+    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(found) : "l"(flag) : "memory");
+  } while (!__all_sync(0xffffffffu, found == tag));
 }
+// By who alone waits for it, and has: a launch that is replayed in a graph has the same tag.
+__device__ __forceinline__ void lower_flag(uint64_t* flag) { *flag = 0; }
 
 // ---- tensor cores ----
 

@@ -1,8 +1,10 @@
 // When wgmma is taken, and how a product is cut into clusters of thread blocks, or into ranges.
 #include "wgmma.h"
 
+#include <atomic>
 #include <map>
 #include <tuple>
+#include <vector>
 
 #include "target.h"
 
@@ -16,16 +18,40 @@ constexpr float kStartClocks = 2000;         // until a block's first stage is t
 constexpr float kClusterClocks = 1500;       // two barriers of a cluster, and the way to a neighbour's shared memory
 constexpr float kClusterBytesPerClock = 16;  // from there
 
-// Of pairs: a chunk, beginning and end, to write a block's partial sums of a tile or to read them. Measured on an H200: 4096 x 14336 with 256 tokens
-// took 49.4 us for 32 chunks, 14336 x 4096 with partial sums 64.1 for 38. (`partial` is reckoned.)
-constexpr struct {
-  int64_t chunk, start, partial;
-} kPairClocks = {2500, 6500, 2500};
+// Chunks are measured on an H200 (4096 x 14336 with 256 tokens took 49.4 us for 32 of them), and so is the beginning; the rest is reckoned.
+constexpr RangeShape kPairShape = {kPairRows, kPairTokens, 2, 2500, 6500, 2500, 2500};
+
+// Staged blocks, of 32 and of 64 tokens. Chunks of 256 rows are measured: in clusters 4096 x 14336 took 14.9 and 19.5 us for 16 of them. The rest is
+// reckoned: of 128 rows all but x is half.
+constexpr RangeShape kStagedShapes[2][2] = {{{128, 32, 1, 700, 5500, 1800, 800}, {256, 32, 1, 1150, 5500, 2000, 1300}},
+                                            {{128, 64, 1, 1000, 5500, 2000, 1000}, {256, 64, 1, 1700, 5500, 2300, 2100}}};
 
 // Of a weight. Measured on an H200, in us (K x N): 16 tokens of 4096 x 4096 take 9.2, 8.3 with gemm_kernel.h; of 4096 x 14336 15.7 and 21.2.
 // 128 tokens of 4096 x 4096 take 22.7 in large blocks, of which there are few, 20.8 in others; of 4096 x 14336 32 and 50, of 14336 x 4096 42 and 59,
 // of 8192 x 28672 109 and 218. (64 tokens in large blocks of as many were slower everywhere: 32.8 beside 29.6.)
 constexpr int64_t kSmall = int64_t{1} << 25;
+
+int64_t chunks_of(const LinearParams& p) { return divided(p.weight.in_features, kWgmmaColumns); }
+int64_t tiles_of(const LinearParams& p, const RangeShape& shape) {
+  return divided(p.weight.out_features, shape.rows) * divided(p.tokens, shape.tokens);
+}
+
+// No plan on the current device has more.
+int most_clusters(const RangeShape& shape) { return multiprocessors() / shape.blocks; }
+int64_t most_ranges(const LinearParams& p, const RangeShape& shape) {
+  const int64_t clusters = most_clusters(shape), chunks = tiles_of(p, shape) * chunks_of(p);
+  return clusters < chunks ? clusters : chunks;
+}
+
+int64_t flag_floats(int64_t flags) { return divided(2 * flags, 4) * 4; }  // what follows is read 16 bytes at a time
+
+// A number that memory which happens to be there does not begin with, but once in 2^64: another one for each launch, since all that is done to their
+// count can be undone (the last steps of SplitMix64; Steele, Lea and Flood, OOPSLA 2014). Of 0 alone it makes 0.
+uint64_t tag_of(uint64_t launch) {
+  launch = (launch ^ launch >> 30) * 0xbf58476d1ce4e5b9u;
+  launch = (launch ^ launch >> 27) * 0x94d049bb133111ebu;
+  return launch ^ launch >> 31;
+}
 
 int64_t numbers(const LinearParams& p) { return p.weight.out_features * p.weight.in_features; }
 
@@ -50,19 +76,24 @@ bool takes_large_wgmma(const LinearParams& p) {
   return p.tokens > 64 && ((numbers(p) > kSmall && exact_end) || wanted("large"));
 }
 
-bool scales_whole_chunks(const Weight& w) {
+// They were faster with up to 32 tokens on an H200, but for 8 bits (26 us in place of 24 for 4096 x 14336), and with 64 where scales are applied once
+// for a stage and are all there is (20.1 in place of 23.7). Not so with zero points (31.3 in place of 31.1), in groups of 64 (26.0 in place of 25.3),
+// for 8 bits (31.0 in place of 27.6) and codebooks (28.9 in place of 27.7). (In clusters; with ranges it is not measured.)
+bool takes_staged_wgmma(const LinearParams& p) {
+  const Weight& w = p.weight;
+  if (p.tokens <= 16 || p.tokens > kStagedTokens || w.bits == 8) return false;
   constexpr uint32_t kUnits = kWgmmaColumns / kUnitColumns;
-  return !w.zeros && flush_mask(w, kUnits) == kUnits - 1;
+  return p.tokens <= kStagedTokens / 2 || (!w.codebook && !w.zeros && flush_mask(w, kUnits) == kUnits - 1);
 }
 
-int32_t arranged_tokens(const LinearParams& p) {
-  return p.tokens > kLargeTokens ? kPairTokens : kLargeTokens;
-}
+bool takes_pairs(const LinearParams& p) { return p.tokens > kLargeTokens && takes_large_wgmma(p); }
 
 int64_t wgmma_workspace(const LinearParams& p) {
-  if (!takes_large_wgmma(p)) return 0;
-  const int64_t tokens = arranged_tokens(p), partials = tokens == kLargeTokens ? 0 : most_ranges(p) * kPairRows * tokens;
-  return arranged_floats(p) + flags_of_pairs(p) + partials;
+  const int64_t x = takes_large_wgmma(p) ? arranged_floats(p) : 0;
+  if (!takes_staged_wgmma(p) && !takes_pairs(p)) return x;
+  const RangeShape shape = range_shape(p);
+  const int64_t ranges = most_ranges(p, shape);
+  return x + flag_floats(ranges * shape.blocks) + ranges * shape.rows * shape.tokens;
 }
 
 // The number of blocks that share the columns with which the last round of clusters ends first.
@@ -88,63 +119,82 @@ WgmmaPlan plan_wgmma(const LinearParams& p, const WgmmaShape& shape) {
 
 namespace {
 
-int64_t pair_chunks(const LinearParams& p) { return divided(p.weight.in_features, kWgmmaColumns); }
-int64_t pair_tiles(const LinearParams& p) { return divided(p.weight.out_features, kPairRows) * divided(p.tokens, arranged_tokens(p)); }
+struct PlannedRanges {
+  RangePlan plan;
+  int64_t clocks;
+};
 
-// Until the range that needs longest has ended.
-int64_t clocks_of(const PairPlan& plan) {
+// Until the last range has ended. (Fewer chunks for who adds up what others have written gain nothing: it waits for them. So it was measured, too.)
+int64_t clocks_of(const RangePlan& plan, const RangeShape& shape) {
   const uint32_t chunks = plan.tile_chunks();
-  int64_t most = 0;
-  for (uint32_t range = 0, begin = 0, end; range < plan.ranges; ++range, begin = end) {
-    end = plan.first_chunk(range + 1);
-    const uint32_t last_tile = (end - 1) / chunks;
-    uint32_t partials = begin % chunks ? 1 : 0;                                    // written
-    if (begin <= last_tile * chunks) partials += plan.last_range(last_tile) - range;  // read
-    const int64_t of_range = int64_t{end - begin} * kPairClocks.chunk + partials * kPairClocks.partial;
-    if (of_range > most) most = of_range;
+  std::vector<int64_t> written(plan.ranges);  // when its partial sums are
+  int64_t last_end = 0;
+  // Those that are waited for have the next ranges.
+  for (uint32_t range = plan.ranges, begin, end = plan.first_chunk(range); range-- > 0; end = begin) {
+    begin = plan.first_chunk(range);
+    const uint32_t last_tile = (end - 1) / chunks, left = chunks - begin % chunks;
+    int64_t clock = int64_t{end - begin} * shape.chunk;
+    if (begin % chunks) {
+      const uint32_t first = left < end - begin ? left : end - begin;
+      written[range] = first * shape.chunk + shape.write;
+      if (first == end - begin) clock = written[range];
+    }
+    if (begin <= last_tile * chunks)
+      for (uint32_t other = plan.last_range(last_tile); other > range; --other)
+        clock = (clock < written[other] ? written[other] : clock) + shape.read;
+    if (clock > last_end) last_end = clock;
   }
-  return kPairClocks.start + most;
+  return shape.start + last_end;
 }
 
-// Whole tiles, if there are more of them than pairs; else so many ranges of each tile; or ranges that begin anywhere, which leaves no pair idle, but
-// of which most write partial sums and read others'.
-PairPlan best_plan(int64_t tiles, int64_t chunks, int active) {
-  const int64_t all = tiles * chunks, pairs = active < all ? active : all, whole = tiles < pairs ? tiles : pairs;
+// Whole tiles, if there are more of them than clusters; else so many ranges of each tile; or ranges that begin anywhere, which leaves no cluster
+// idle, but of which most write partial sums and read others'.
+PlannedRanges best_ranges(int64_t tiles, int64_t chunks, const RangeShape& shape, int active) {
+  const int64_t all = tiles * chunks, clusters = active < all ? active : all, whole = tiles < clusters ? tiles : clusters;
   const auto number = [](int64_t n) { return static_cast<uint32_t>(n); };
-  PairPlan best = {number(tiles), 1, 0, number(chunks), number(whole)};
-  if (2 * all * pairs >> 32) return best;  // so many rounds that none of it matters
-  int64_t least = kPairClocks.start + divided(tiles, whole) * chunks * kPairClocks.chunk;
-  // So many ranges. That with a tile's first chunk has fewer, by all or half of the time in which it adds up what `others` have.
-  const auto consider = [&](int64_t ranges, int64_t others) {
-    const int64_t most = all / ranges - 1, full = others * kPairClocks.partial / kPairClocks.chunk;
-    for (const int64_t wanted : {int64_t{0}, full / 2, full}) {
-      const int64_t time = wanted < most ? wanted : most;
-      const PairPlan plan = {number(tiles * (chunks + time)), number(chunks + time), number(time), 1, number(ranges)};
-      const int64_t found = clocks_of(plan);
-      if (found < least) best = plan, least = found;
-    }
+  PlannedRanges best = {{number(tiles), 1, number(chunks), number(whole)}, shape.start + divided(tiles, whole) * chunks * shape.chunk};
+  if (all * clusters >> 32) return best;  // so many rounds that none of it matters
+  const auto consider = [&](int64_t ranges) {
+    const RangePlan plan = {number(all), number(chunks), 1, number(ranges)};
+    const int64_t found = clocks_of(plan, shape);
+    if (found < best.clocks) best = {plan, found};
   };
-  for (int64_t splits = 2; splits * tiles <= pairs && splits <= chunks; ++splits) consider(splits * tiles, splits - 1);
+  for (int64_t splits = 2; splits * tiles <= clusters && splits <= chunks; ++splits) consider(splits * tiles);
   // No more ranges than the longest one makes necessary: 56 tiles of 32 chunks are 64 ranges of 28, two to a tile, or 66 of which some have 28, too,
   // and up to three are in a tile.
-  consider(divided(all, divided(all, pairs)), pairs > tiles ? pairs / tiles : 1);
+  consider(divided(all, divided(all, clusters)));
   return best;
+}
+
+PlannedRanges planned_ranges(const LinearParams& p, const RangeShape& shape, int active) {
+  // Some microseconds, of each product on its way: a model has few of these.
+  thread_local std::map<std::tuple<int64_t, int64_t, int32_t, int32_t, int>, PlannedRanges> plans;
+  const int64_t tiles = tiles_of(p, shape), chunks = chunks_of(p);
+  PlannedRanges& found = plans[{tiles, chunks, shape.rows, shape.tokens, active}];
+  if (found.plan.ranges == 0) found = best_ranges(tiles, chunks, shape, active);
+  return found;
 }
 
 }  // namespace
 
-int64_t most_ranges(const LinearParams& p) {
-  const int64_t pairs = multiprocessors() / 2, chunks = pair_tiles(p) * pair_chunks(p);
-  return pairs < chunks ? pairs : chunks;
+RangeShape range_shape(const LinearParams& p) {
+  if (p.tokens > kStagedTokens) return kPairShape;
+  const RangeShape(&shapes)[2] = kStagedShapes[p.tokens > kStagedTokens / 2];
+  const int blocks = multiprocessors();
+  return planned_ranges(p, shapes[0], blocks).clocks <= planned_ranges(p, shapes[1], blocks).clocks ? shapes[0] : shapes[1];
 }
 
-PairPlan plan_pairs(const LinearParams& p, int active) {
+RangePlan plan_ranges(const LinearParams& p, const RangeShape& shape, int active) {
   if (active == 0) return {};
-  // Some microseconds, of each product on its way: a model has few of these.
-  thread_local std::map<std::tuple<int64_t, int64_t, int>, PairPlan> plans;
-  PairPlan& plan = plans[{pair_tiles(p), pair_chunks(p), active}];
-  if (plan.ranges == 0) plan = best_plan(pair_tiles(p), pair_chunks(p), active);
-  return plan;
+  const int most = most_clusters(shape);  // the workspace has room for no more
+  return planned_ranges(p, shape, active < most ? active : most).plan;
+}
+
+void place_ranges(WgmmaParams& p, const RangeShape& shape) {
+  static std::atomic<uint64_t> launches{0};
+  p.tag = tag_of(++launches);
+  float* const flags = p.workspace + (takes_pairs(p) ? arranged_floats(p) : 0);
+  p.flags = reinterpret_cast<uint64_t*>(flags), p.partials = flags + flag_floats(most_ranges(p, shape) * shape.blocks);
 }
 
 const char* launch_wgmma(const LinearParams& params, cudaStream_t stream) {

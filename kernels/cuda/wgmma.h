@@ -8,6 +8,7 @@ namespace hfq {
 
 constexpr int kWgmmaColumns = 128;     // of a stage
 constexpr int kMostClusterBlocks = 8;  // that any GPU of compute capability 9.0 takes
+constexpr int kStagedTokens = 64;      // of a thread block of wgmma_staged.h, or half of it
 constexpr int kLargeTokens = 128;      // of a thread block of wgmma_large.h
 // Of wgmma_pair.h: tokens of a thread block, rows of the two that are a pair.
 constexpr int kPairTokens = 256, kPairRows = 256;
@@ -19,20 +20,16 @@ struct WgmmaPlan {
   int32_t split_chunks;  // kWgmmaColumns columns each, of each of them
 };
 
-// wgmma_ranges.h: all tiles of the output stand in a row, of each its chunks of kWgmmaColumns columns, and each pair has a range of it: range r is
-// units [r * units / ranges, (r + 1) * units / ranges). A unit is a chunk, or a tile with all its chunks, or time: a tile begins with so much of it
-// as adding up takes for who has its first chunk, and who therefore has fewer. units * ranges < 2^32; a range is longer than that time.
-struct PairPlan {
-  uint32_t units;                                // of all tiles
-  uint32_t tile_units, time_units, unit_chunks;  // units of a tile, those of them that are time, chunks of each other one
-  uint32_t ranges;                               // 0 if none runs
+// wgmma_ranges.h: all tiles of the output stand in a row, of each its chunks of kWgmmaColumns columns, and each cluster has a range of it: range r is
+// units [r * units / ranges, (r + 1) * units / ranges). A unit is a chunk, or a tile with all its chunks. units * ranges < 2^32.
+struct RangePlan {
+  uint32_t units;                    // of all tiles
+  uint32_t tile_units, unit_chunks;  // units of a tile, chunks of a unit
+  uint32_t ranges;                   // 0 if none runs
 
   // Where a range begins: behind so many chunks of all tiles.
-  __host__ __device__ uint32_t first_chunk(uint32_t range) const {
-    const uint32_t unit = range * units / ranges, tile = unit / tile_units, behind = unit % tile_units;
-    return (tile * (tile_units - time_units) + (behind > time_units ? behind - time_units : 0)) * unit_chunks;
-  }
-  __host__ __device__ uint32_t tile_chunks() const { return (tile_units - time_units) * unit_chunks; }
+  __host__ __device__ uint32_t first_chunk(uint32_t range) const { return range * units / ranges * unit_chunks; }
+  __host__ __device__ uint32_t tile_chunks() const { return tile_units * unit_chunks; }
   // The last one that has chunks of a tile.
   __host__ __device__ uint32_t last_range(uint32_t tile) const { return ((tile + 1) * tile_units * ranges - 1) / units; }
 };
@@ -40,9 +37,10 @@ struct PairPlan {
 struct WgmmaParams : LinearParams {
   WgmmaPlan plan;
   // wgmma_ranges.h only.
-  PairPlan pairs;
-  uint32_t* flags;  // [ranges, 2], zeros: a block has written its partial sums
-  float* partials;  // [ranges, 2, n, threads that multiply, 4], as many numbers as 128 rows of a block have tokens
+  RangePlan cut;
+  uint64_t tag;     // that no other launch of this process has, and not 0
+  uint64_t* flags;  // [ranges, blocks of a cluster], any numbers: the tag once a block has written its partial sums
+  float* partials;  // [ranges, blocks of a cluster, n, threads that multiply, 4], as many numbers as its rows have tokens
 };
 
 // What a thread block of a kernel takes, and how many clusters of so many of them run at a time.
@@ -53,10 +51,19 @@ struct WgmmaShape {
 
 WgmmaPlan plan_wgmma(const LinearParams& params, const WgmmaShape& shape);
 
-// For `active` pairs that run at a time.
-PairPlan plan_pairs(const LinearParams& params, int active);
-// No plan on the current device has more ranges.
-int64_t most_ranges(const LinearParams& params);
+// The same of what has ranges, and the clocks that it takes: a chunk of a tile, beginning and end, until a block's partial sums are written, and to
+// read them.
+struct RangeShape {
+  int32_t rows, tokens, blocks;  // rows of all blocks of a cluster
+  int64_t chunk, start, write, read;
+};
+
+// Of a product that takes staged blocks or pairs.
+RangeShape range_shape(const LinearParams& params);
+// For so many clusters that run at a time.
+RangePlan plan_ranges(const LinearParams& params, const RangeShape& shape, int active);
+// Sets where flags and partial sums are in the workspace, and the tag.
+void place_ranges(WgmmaParams& params, const RangeShape& shape);
 
 // Whether launch_linear takes these kernels for more than few tokens: where they are faster than gemm_kernel.h, unless HFQ_CUDA_WGMMA is 0; with 1 or
 // "large" elsewhere as well. (wide.h goes first.)
@@ -65,20 +72,18 @@ bool takes_wgmma(const LinearParams& params);
 // Whether a product that takes them takes large blocks: more than 64 tokens with a weight that is not small, or with HFQ_CUDA_WGMMA=large any.
 bool takes_large_wgmma(const LinearParams& params);
 
-// Whether scales are those of whole chunks of kWgmmaColumns columns, and there are no zero points.
-bool scales_whole_chunks(const Weight& weight);
+// Whether a product of 17 to 64 tokens that takes them takes staged blocks.
+bool takes_staged_wgmma(const LinearParams& params);
 
-// Tokens of a thread block that takes x in order: kLargeTokens or, of more, kPairTokens.
-int32_t arranged_tokens(const LinearParams& params);
+// Whether it takes pairs.
+bool takes_pairs(const LinearParams& params);
 
 // Floats of the workspace of a product that takes these kernels.
 int64_t wgmma_workspace(const LinearParams& params);
 
 // Of x in the order of large blocks; and what enqueues the kernel that writes it to the workspace so (wgmma_tokens.cu). Words and pieces of 16 bytes
-// are in the places of wgmma_block.h; numbers of tokens and columns that do not exist are zeros. Behind it, of pairs, stand flags for most_ranges(),
-// which the same kernel makes zeros, and their partial sums.
+// are in the places of wgmma_block.h; numbers of tokens and columns that do not exist are zeros.
 int64_t arranged_floats(const LinearParams& params);
-int64_t flags_of_pairs(const LinearParams& params);
 const char* launch_arrange(const LinearParams& params, cudaStream_t stream);
 
 // Whether the kernels are there for the current device: those of a build for sm_90 without the "a" are empty.

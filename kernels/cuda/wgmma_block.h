@@ -25,17 +25,66 @@
 namespace hfq {
 namespace {
 
-// How stages are filled, and which rows and tokens a block has: as here, wgmma_staged.h, wgmma_large.h, wgmma_pair.h.
-enum class WgmmaWay { kThroughRegisters, kStaged, kLarge, kPair };
+// How stages are filled, and which rows and tokens a block has: as here; wgmma_staged.h, of 256 or of 128 rows; wgmma_large.h; wgmma_pair.h.
+enum class WgmmaWay { kThroughRegisters, kStaged, kStagedHalf, kLarge, kPair };
+
+// What blocks with one ring, of x and weights, have in common.
+template <class Kind, int kTokens_, int kTiles_, bool kXSums, int kBarrierBytes_>
+struct WgmmaRing {
+  static constexpr int kTokens = kTokens_, kTiles = kTiles_, kRows = kTiles * kTileRows;
+  static constexpr int kBits = Kind::kCodeBits;
+  static constexpr int kUnits = kWgmmaColumns / kUnitColumns;  // of a chunk
+  static constexpr int kBlocks = kWgmmaColumns / kBlockColumns<kBits>, kBytes = kBlocks * kBlockBytes<kBits>;  // of a chunk of one tile
+  static constexpr int kTokenTiles = kTokens / 8, kSums = kTokens / 2;
+
+  // A stage: two halves of 64 columns of x, [kTokens][128 bytes]; codes of each tile; of each tile scales of the groups in the chunk, and zero
+  // points, 8 pairs each; sums of x, [kUnits][kTokens], for scales that float32 sums are multiplied by.
+  static constexpr int kHalf = kTokens * 128, kCodesAt = 2 * kHalf, kScalesAt = kCodesAt + kTiles * kBytes, kScaleBytes = kUnits * 64;
+  static constexpr int kZerosAt = kScalesAt + kTiles * kScaleBytes, kXSumsAt = kZerosAt + kTiles * kScaleBytes;
+  static constexpr int kStage = (kXSumsAt + (kXSums ? kUnits * kTokens * 4 : 0) + 1023) / 1024 * 1024;
+  // Shared memory: the ring, the table of a codebook, barriers.
+  static constexpr int kTableBytes = Kind::kTable ? TableCodes::kTableBytes : 0, kBarrierBytes = kBarrierBytes_;
+  static constexpr int kRoom = (kMostWgmmaBytes - kTableBytes - kBarrierBytes) / kStage, kStages = kRoom > 8 ? 8 : kRoom;
+  static constexpr int kRing = kStages * kStage, kSharedBytes = kRing + kTableBytes + kBarrierBytes;
+  static_assert(kStages >= 3);
+
+  uint8_t* memory;          // the ring begins here
+  uint32_t ring, barriers;  // where those are, as instructions count
+
+  __device__ __forceinline__ WgmmaRing() : memory(swizzled_memory()) {
+    ring = shared_address(memory), barriers = kept(ring + kRing + kTableBytes);
+  }
+
+  __device__ __forceinline__ uint32_t stage(uint32_t at) const { return ring + at * kStage; }
+  // Barriers of a stage: it is there, all have read it, sums of its x are there.
+  __device__ __forceinline__ uint32_t full(uint32_t at) const { return barriers + 8 * at; }
+  __device__ __forceinline__ uint32_t empty(uint32_t at) const { return full(at) + 8 * kStages; }
+  __device__ __forceinline__ uint32_t summed(uint32_t at) const { return full(at) + 16 * kStages; }
+  // The table is filled; those of a kind of blocks.
+  __device__ __forceinline__ uint32_t filled() const { return barriers + 24 * kStages; }
+  __device__ __forceinline__ uint32_t others() const { return filled() + 8; }
+
+  // By one thread.
+  __device__ __forceinline__ void init_stages(uint32_t filling, uint32_t consumers) const {
+    for (int i = 0; i < kStages; ++i) {
+      mbarrier_init(full(i), filling);
+      mbarrier_init(empty(i), consumers);
+      mbarrier_init(summed(i), consumers < kTokenTiles ? consumers : kTokenTiles);
+    }
+    mbarrier_init(filled(), 32 * consumers);
+  }
+};
+
+template <class Kind, int kTokens, WgmmaWay kWay>
+using WgmmaClusterRing = WgmmaRing<Kind, kTokens, (kTokens > 64 && kWay != WgmmaWay::kLarge ? 8 : 16), kWay != WgmmaWay::kLarge, 256>;
 
 template <class Kind, class T, int kTokens_, WgmmaWay kWay>
-struct WgmmaBlock {
-  static constexpr bool kStaged = kWay == WgmmaWay::kStaged, kLarge = kWay == WgmmaWay::kLarge;
-  static constexpr bool kWholeOnly = kStaged && kTokens_ == 64;  // with_block takes it for scales of whole chunks without zero points
-  static_assert(!kLarge || kTokens_ == kLargeTokens);
-  static constexpr int kTokens = kTokens_;
-  static constexpr int kBits = Kind::kCodeBits;
-  static constexpr int kTiles = kTokens > 64 && !kLarge ? 8 : 16, kRows = kTiles * kTileRows, kWarpTiles = kLarge ? 2 : 1;
+struct WgmmaBlock : WgmmaClusterRing<Kind, kTokens_, kWay> {
+  using Ring = WgmmaClusterRing<Kind, kTokens_, kWay>;
+  using Ring::kTokens, Ring::kTiles, Ring::kRows, Ring::kStages, Ring::kRing, Ring::kBarrierBytes;
+  static constexpr bool kLarge = kWay == WgmmaWay::kLarge, kWholeOnly = false, kEarly = false;
+  static_assert(!kLarge || kTokens == kLargeTokens);
+  static constexpr int kWarpTiles = kLarge ? 2 : 1;
   static constexpr int kConsumers = kTiles / kWarpTiles, kProducers = 4, kThreads = 32 * (kConsumers + kProducers);  // warps
   static constexpr int kWeightWarps = kProducers;  // (wgmma_pair.h has others)
   // Registers of a thread. Where the copying warps give some to the others, all have as many at first as there are for all (ptxas' number, which
@@ -44,37 +93,18 @@ struct WgmmaBlock {
   static constexpr int kOfConsumers = kTokens == 128 ? 216 : kTokens == 64 ? 104 : kAtFirst;
   static constexpr int kOfProducers = kTokens == 128 ? 72 : kTokens == 64 ? 64 : kAtFirst;
   static_assert(kConsumers * kOfConsumers + kProducers * kOfProducers <= (kConsumers + kProducers) * kAtFirst);
-  static constexpr int kUnits = kWgmmaColumns / kUnitColumns;  // of a chunk
-  static constexpr int kBlocks = kWgmmaColumns / kBlockColumns<kBits>, kBytes = kBlocks * kBlockBytes<kBits>;  // of a chunk of one tile
-  static constexpr int kTokenTiles = kTokens / 8, kSums = kTokens / 2;
 
   // Which warps bring x to a stage: `kSharing` of them share it, the next ones have the next. Each has 4 KB on its way to registers.
   static constexpr int kPieces = 8, kAllPieces = kTokens / 2;  // of a warp at a time, of a chunk: 4 tokens, 64 columns
   static constexpr int kSharing = kAllPieces / kPieces < kProducers ? kAllPieces / kPieces : kProducers, kTurns = kProducers / kSharing;
+  // Who says that a stage is full: warps that have asked for weights, and that have stored x.
+  static constexpr int kFilling = kLarge ? kProducers : kProducers + kSharing;
+  static_assert(kTokens * (kRows + 4) * 4 <= kRing && 8 * (3 * kStages + 2) <= kBarrierBytes);
 
-  // Who says that a stage is full: warps that have asked for weights, and that have stored x; staged: lanes that have copied weights, and warps that
-  // have put x in order.
-  static constexpr int kFilling = kStaged ? 32 + kProducers / 2 : kLarge ? kProducers : kProducers + kSharing;
-
-  // A stage: two halves of 64 columns of x, [kTokens][128 bytes]; codes of each tile; of each tile scales of the groups in the chunk, and zero
-  // points, 8 pairs each; sums of x, [kUnits][kTokens], for scales that float32 sums are multiplied by.
-  static constexpr int kHalf = kTokens * 128, kCodesAt = 2 * kHalf, kScalesAt = kCodesAt + kTiles * kBytes, kScaleBytes = kUnits * 64;
-  static constexpr int kZerosAt = kScalesAt + kTiles * kScaleBytes, kXSumsAt = kZerosAt + kTiles * kScaleBytes;
-  static constexpr int kStage = (kXSumsAt + (kLarge ? 0 : kUnits * kTokens * 4) + 1023) / 1024 * 1024;
-  // Shared memory: the ring, the table of a codebook, barriers.
-  static constexpr int kTableBytes = Kind::kTable ? TableCodes::kTableBytes : 0, kBarrierBytes = kStaged ? 384 : 256;
-  static constexpr int kRoom = (kMostWgmmaBytes - kTableBytes - kBarrierBytes) / kStage, kStages = kRoom > 8 ? 8 : kRoom;
-  static constexpr int kRing = kStages * kStage, kSharedBytes = kRing + kTableBytes + kBarrierBytes;
-  static_assert(kStages >= 3 && kTokens * (kRows + 4) * 4 <= kRing && 8 * ((kStaged ? 4 : 3) * kStages + 2) <= kBarrierBytes);
-
-  uint8_t* memory;                       // the ring begins here
-  uint32_t ring, barriers;               // where those are, as instructions count
   uint32_t split, first_token, first_tile;
   uint32_t chunk, chunks;                // the first one, and how many
 
   __device__ __forceinline__ explicit WgmmaBlock(const WgmmaParams& p) {
-    memory = swizzled_memory();
-    ring = shared_address(memory), barriers = kept(ring + kRing + kTableBytes);
     // Neighbouring clusters read the same weights for other tokens: the second finds them in L2.
     const uint32_t splits = p.plan.splits, all = static_cast<uint32_t>((p.weight.in_features + kWgmmaColumns - 1) / kWgmmaColumns);
     split = blockIdx.x % splits;
@@ -84,26 +114,12 @@ struct WgmmaBlock {
     chunks = chunk < all ? (all - chunk < static_cast<uint32_t>(p.plan.split_chunks) ? all - chunk : p.plan.split_chunks) : 0;
   }
 
-  __device__ __forceinline__ uint32_t stage(uint32_t at) const { return ring + at * kStage; }
-  // Barriers of a stage: it is there, all have read it, sums of its x are there.
-  __device__ __forceinline__ uint32_t full(uint32_t at) const { return barriers + 8 * at; }
-  __device__ __forceinline__ uint32_t empty(uint32_t at) const { return full(at) + 8 * kStages; }
-  __device__ __forceinline__ uint32_t summed(uint32_t at) const { return full(at) + 16 * kStages; }
-  // The table is filled; all have read all stages, for good.
-  __device__ __forceinline__ uint32_t filled() const { return barriers + 24 * kStages; }
-  __device__ __forceinline__ uint32_t drained() const { return filled() + 8; }
-  // Staged: x is there, in its own order.
-  __device__ __forceinline__ uint32_t raw(uint32_t at) const { return drained() + 8 + 8 * at; }
+  // All have read all stages, for good.
+  __device__ __forceinline__ uint32_t drained() const { return Ring::others(); }
 
   // By one thread.
   __device__ __forceinline__ void init_barriers() const {
-    for (int i = 0; i < kStages; ++i) {
-      mbarrier_init(full(i), kFilling);
-      if constexpr (kStaged) mbarrier_init(raw(i), 32);
-      mbarrier_init(empty(i), kConsumers);
-      mbarrier_init(summed(i), kConsumers < kTokenTiles ? kConsumers : kTokenTiles);
-    }
-    mbarrier_init(filled(), 32 * kConsumers);
+    Ring::init_stages(kFilling, kConsumers);
     mbarrier_init(drained(), kConsumers);
     fence_proxy_async();  // for copies in bulk
   }

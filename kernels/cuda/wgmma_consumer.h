@@ -21,7 +21,7 @@ struct WgmmaConsumer {
   // Codes are asked for before the wgmma in front is waited for, and a chunk begins with where the next one is, a chain of slow instructions, in
   // place of its last unit. (Scales of units leave no registers for that.)
   template <bool kWhole>
-  static constexpr bool kEarly = Block::kStaged && kWhole;
+  static constexpr bool kEarly = Block::kEarly && kWhole;
 
   const WgmmaParams& p;
   const Block& block;
@@ -147,35 +147,29 @@ struct WgmmaConsumer {
     unpack<0>();
   }
 
-  // All chunks of the block.
-  template <bool kWhole, int kScales = kAnyDType>
-  __device__ __forceinline__ void run_chunks() {
+  // So many chunks, which begin at a stage.
+  template <bool kWhole, int kScales>
+  __device__ __forceinline__ void multiply_chunks(uint32_t chunk, uint32_t chunks, Turn<Block::kStages>& turn) {
     const uint64_t x = x_descriptor(block.ring);
-    Turn<Block::kStages> turn;
-    if (block.chunks) begin(turn);
+    if (chunks) begin(turn);
 #pragma unroll 1
-    for (uint32_t i = 0; i < block.chunks; ++i, turn.next()) {
+    for (uint32_t i = 0; i < chunks; ++i, turn.next()) {
       Turn<Block::kStages> next = turn;
       if constexpr (kEarly<kWhole>) next.next();
-      multiply<kWhole, kScales, 0>(x + turn.at * (Block::kStage / 16), turn, next, (block.chunk + i) * kUnits, i + 1 < block.chunks);
+      multiply<kWhole, kScales, 0>(x + turn.at * (Block::kStage / 16), turn, next, (chunk + i) * kUnits, i + 1 < chunks);
       sync_warp();
       if (lane == 0) mbarrier_arrive(block.empty(turn.at));
     }
   }
 
-  __device__ __forceinline__ void run() {
-    if (Block::kWholeOnly || (p.flush_mask == kUnits - 1 && !p.weight.zeros))
-      run_whole();
-    else if constexpr (!Block::kWholeOnly)
-      run_chunks<false>();
-  }
+  __device__ __forceinline__ bool is_whole() const { return p.flush_mask == kUnits - 1 && !p.weight.zeros; }
 
-  __device__ __forceinline__ void run_whole() {
-    if constexpr (Block::kStaged) {
-      if (p.weight.scale_dtype == kFloat16) return run_chunks<true, kFloat16>();
-      if (p.weight.scale_dtype == kBFloat16) return run_chunks<true, kBFloat16>();
-    }
-    run_chunks<true>();
+  __device__ __forceinline__ void run() {
+    Turn<Block::kStages> turn;
+    if (is_whole())
+      multiply_chunks<true, kAnyDType>(block.chunk, block.chunks, turn);
+    else
+      multiply_chunks<false, kAnyDType>(block.chunk, block.chunks, turn);
   }
 
   __device__ __forceinline__ void store_sums(float* partial) const { store_tile<Block>(partial, own_warp(), sums); }

@@ -5,7 +5,8 @@
 //
 // x costs as many bytes of L2 as codes do: 64 tokens as many as 256 rows of 4 bits. So 256 rows share it; 128 tokens leave registers for 128 rows
 // only, which suits small weights. Few rows leave multiprocessors without work: then the columns are cut, the blocks that share rows are a cluster,
-// and each adds up its part of the rows from all blocks' shared memory, in their order.
+// and each adds up its part of the rows from all blocks' shared memory, in their order. (Staged blocks and pairs have ranges in place of clusters:
+// wgmma_ranges.h.)
 #pragma once
 
 #include <type_traits>
@@ -62,11 +63,21 @@ __device__ __forceinline__ void store_outputs(const WgmmaParams& p, const Block&
 // What a thread block is made of.
 template <class Kind, class T, int kTokens, WgmmaWay kWay>
 struct WgmmaParts {
-  static constexpr bool kStaged = kWay == WgmmaWay::kStaged;
+  static_assert(kWay == WgmmaWay::kThroughRegisters);
   using Block = WgmmaBlock<Kind, T, kTokens, kWay>;
-  using Producer = std::conditional_t<kStaged, WgmmaStagedProducer<Block>, WgmmaProducer<Block>>;
+  using Producer = WgmmaProducer<Block>;
   using Consumer = WgmmaConsumer<Kind, T, Block>;
 };
+template <class Kind, class T, int kTokens, int kTiles>
+struct WgmmaStagedParts {
+  using Block = WgmmaStagedBlock<Kind, T, kTokens, kTiles>;
+  using Producer = WgmmaStagedProducer<Block>;
+  using Consumer = WgmmaStagedConsumer<Kind, T, Block>;
+};
+template <class Kind, class T, int kTokens>
+struct WgmmaParts<Kind, T, kTokens, WgmmaWay::kStaged> : WgmmaStagedParts<Kind, T, kTokens, 16> {};
+template <class Kind, class T, int kTokens>
+struct WgmmaParts<Kind, T, kTokens, WgmmaWay::kStagedHalf> : WgmmaStagedParts<Kind, T, kTokens, 8> {};
 template <class Kind, class T>
 struct WgmmaParts<Kind, T, kLargeTokens, WgmmaWay::kLarge> {
   using Block = WgmmaBlock<Kind, T, kLargeTokens, WgmmaWay::kLarge>;
@@ -79,9 +90,9 @@ struct WgmmaParts<Kind, T, kPairTokens, WgmmaWay::kPair> {
   using Producer = WgmmaPairProducer<Block>;
   using Consumer = WgmmaPairConsumer<Kind, T, Block>;
 };
-// Those of wgmma_ranges.h: clusters of two, whose warps store outputs by themselves.
+// Those of wgmma_ranges.h, whose warps store outputs by themselves.
 template <WgmmaWay kWay>
-constexpr bool kHasRanges = kWay == WgmmaWay::kPair;
+constexpr bool kHasRanges = kWay == WgmmaWay::kStaged || kWay == WgmmaWay::kStagedHalf || kWay == WgmmaWay::kPair;
 
 template <class Kind, class T, int kTokens, WgmmaWay kWay>
 __global__ void __launch_bounds__(WgmmaParts<Kind, T, kTokens, kWay>::Block::kThreads, 1) wgmma_kernel(const WgmmaParams p) {
@@ -92,7 +103,7 @@ __global__ void __launch_bounds__(WgmmaParts<Kind, T, kTokens, kWay>::Block::kTh
   const Block block(p);
   let_next_kernel_start();
   if (threadIdx.x == 0) block.init_barriers();
-  if constexpr (kRanges)
+  if constexpr (kWay == WgmmaWay::kPair)
     sync_cluster_only();
   else
     sync_block();
@@ -144,14 +155,12 @@ int active_blocks(int cluster) {
 // What the kernel takes of a product, in `p`. False: it does not run here.
 template <class Kind, class T, int kTokens, WgmmaWay kWay>
 bool plan_tokens(WgmmaParams& p) {
+  using Block = typename WgmmaParts<Kind, T, kTokens, kWay>::Block;
   p.token_tiles = static_cast<uint32_t>(divided(p.tokens, kTokens));
   if constexpr (kHasRanges<kWay>) {
-    // (The workspace has room for no more: most_ranges.)
-    const int active = active_blocks<Kind, T, kTokens, kWay>(2), most = multiprocessors() / 2;
-    p.pairs = plan_pairs(p, active < most ? active : most);
-    return p.pairs.ranges > 0;
+    p.cut = plan_ranges(p, range_shape(p), active_blocks<Kind, T, kTokens, kWay>(Block::kNeighbours));
+    return p.cut.ranges > 0;
   } else {
-    using Block = typename WgmmaParts<Kind, T, kTokens, kWay>::Block;
     p.plan = plan_wgmma(p, {Block::kRows, kTokens, active_blocks<Kind, T, kTokens, kWay>});
     return p.plan.splits > 0;
   }
@@ -163,12 +172,11 @@ const char* launch_wgmma_tokens(const WgmmaParams& params, cudaStream_t stream) 
   constexpr auto kKernel = wgmma_kernel<Kind, T, kTokens, kWay>;
   WgmmaParams p = params;
   if (!plan_tokens<Kind, T, kTokens, kWay>(p)) return "the kernel with wgmma does not run here";  // takes_wgmma asks before
-  if constexpr (kWay == WgmmaWay::kLarge || kHasRanges<kWay>)
+  if constexpr (kWay == WgmmaWay::kLarge || kWay == WgmmaWay::kPair)
     if (const char* error = launch_arrange(p, stream)) return error;
   if constexpr (kHasRanges<kWay>) {
-    float* const flags = p.workspace + arranged_floats(p);
-    p.flags = reinterpret_cast<uint32_t*>(flags), p.partials = flags + flags_of_pairs(p);
-    return launch_clusters(kKernel, 2 * p.pairs.ranges, 2, Block::kThreads, Block::kSharedBytes, stream, p);
+    place_ranges(p, range_shape(p));
+    return launch_clusters(kKernel, Block::kNeighbours * p.cut.ranges, Block::kNeighbours, Block::kThreads, Block::kSharedBytes, stream, p);
   }
   const unsigned cluster = p.plan.splits;
   const int64_t clusters = divided(p.weight.out_features, Block::kRows) * p.token_tiles;
@@ -177,29 +185,26 @@ const char* launch_wgmma_tokens(const WgmmaParams& params, cudaStream_t stream) 
 
 // `use` of what a thread block takes of this product, as types: how many tokens, the fewest that hold all, and which way. (Where it does not run,
 // because another compiler has chosen other registers, takes_wgmma says no and gemm_kernel.h is taken.)
-//
-// Staged blocks were faster with up to 32 tokens on an H200, but for 8 bits (26 us in place of 24 for 4096 x 14336), and with 64 where scales are
-// applied once for a stage and are all there is (20.1 in place of 23.7). Not so with zero points (31.3 in place of 31.1), in groups of 64 (26.0 in
-// place of 25.3), for 8 bits (31.0 in place of 27.6) and codebooks (28.9 in place of 27.7).
 template <class Kind, class Use>
 auto with_block(const LinearParams& p, const Use& use) {
   constexpr std::integral_constant<int, 32> k32;
   constexpr std::integral_constant<int, 64> k64;
   constexpr std::integral_constant<WgmmaWay, WgmmaWay::kThroughRegisters> through_registers;
   constexpr std::integral_constant<WgmmaWay, WgmmaWay::kStaged> staged;
+  constexpr std::integral_constant<WgmmaWay, WgmmaWay::kStagedHalf> half;
   constexpr std::integral_constant<WgmmaWay, WgmmaWay::kLarge> large;
   constexpr std::integral_constant<WgmmaWay, WgmmaWay::kPair> pair;
   if (p.tokens <= 16) return use(std::integral_constant<int, 16>{}, through_registers);
   if constexpr (Kind::kCodeBits == 8) {
     if (p.tokens <= 32) return use(k32, through_registers);
-  } else {
-    if (p.tokens <= 32) return use(k32, staged);
-    if constexpr (!Kind::kTable)
-      if (p.tokens <= 64 && scales_whole_chunks(p.weight)) return use(k64, staged);
+  } else if (takes_staged_wgmma(p)) {
+    const bool all = range_shape(p).rows == 256;
+    if (p.tokens <= 32) return all ? use(k32, staged) : use(k32, half);
+    if constexpr (!Kind::kTable) return all ? use(k64, staged) : use(k64, half);
   }
   if (p.tokens <= 64) return use(k64, through_registers);
   if (!takes_large_wgmma(p)) return use(std::integral_constant<int, 128>{}, through_registers);
-  if (arranged_tokens(p) == kPairTokens) return use(std::integral_constant<int, kPairTokens>{}, pair);
+  if (takes_pairs(p)) return use(std::integral_constant<int, kPairTokens>{}, pair);
   return use(std::integral_constant<int, kLargeTokens>{}, large);
 }
 

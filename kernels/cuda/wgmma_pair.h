@@ -60,7 +60,7 @@ struct WgmmaPairBlock {
   }
 
   // (Made again where it is needed: a register less through all chunks.)
-  static __device__ __forceinline__ uint32_t range(const WgmmaParams& p) { return p.pairs.ranges - 1 - kept(blockIdx.x) / kNeighbours; }
+  static __device__ __forceinline__ uint32_t range(const WgmmaParams& p) { return p.cut.ranges - 1 - kept(blockIdx.x) / kNeighbours; }
 
   __device__ __forceinline__ uint32_t x_stage(uint32_t at) const { return ring + at * kXStage; }
   __device__ __forceinline__ uint32_t stage(uint32_t at) const { return ring + kXRing + at * kStage; }
@@ -119,7 +119,7 @@ struct WgmmaPairProducer {
     WgmmaSegment last = block.first;
     while (last.left) last.next();
     const uint32_t others = last.chunk == 0 ? others_of(p, block, last) : 0;
-    wait_for_partials(p, block, others);
+    wait_for_partials(p, block, 0, others);
     if (copies && others) copy_partials(others, turn);
     if (!copies) return;
     // Until both blocks have read all: before, the neighbour may still arrive here, and copies be on the way from here to it.

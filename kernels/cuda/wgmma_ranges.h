@@ -1,11 +1,14 @@
-// Products whose work is one row of chunks, a tile of outputs after the other: each cluster of thread blocks has a range of it (PairPlan), which may
+// Products whose work is one row of chunks, a tile of outputs after the other: each cluster of thread blocks has a range of it (RangePlan), which may
 // begin and end in the midst of a tile. So few tiles leave no multiprocessors idle: 4096 x 14336 with 256 tokens has 56 of 256 rows, and 66 pairs of
 // blocks run at a time on an H200. (Clusters of more blocks, which could share columns, find less room still: 17 of six, 15 of eight.)
 //
 // What a range has of one tile is a segment. One without the tile's first chunk writes its sums to global memory. The range with the first chunk
-// reads those of all others, in their order, so that results are the same each time, and stores outputs.
+// reads those of all others, in an order that is always the same, and so are results, and stores outputs.
 //
-// It waits for them, which must not be forever. Blocks are started in the order of their indices, so that one with a lower index runs or has ended,
+// It waits for them, by flags, which need no zeros before: a flag is a number that no other launch has (tag_of, wgmma.cu), and is taken away by who
+// has waited for it, since a graph gives the same number again.
+//
+// This must not be forever. Blocks are started in the order of their indices, so that one with a lower index runs or has ended,
 // whatever else runs on the GPU; and a warp that waits for another block has done before all that its own block needs to write its sums, those of its
 // first segment. So a block may wait for lower indices. The later chunks of a tile are at the beginning of their ranges, and its first ones at the
 // end of theirs: those that are waited for have the next ranges. Hence ranges are counted from the last cluster on.
@@ -44,9 +47,9 @@ struct WgmmaSegment {
 // By whole warps. The compiler knows then that it is the same for all lanes, and so are turns and counts of chunks, which need no registers of each:
 // 32 instructions a chunk less.
 __device__ __forceinline__ WgmmaSegment first_segment(const WgmmaParams& p, uint32_t range) {
-  const uint32_t begin = p.pairs.first_chunk(range), end = p.pairs.first_chunk(range + 1);
+  const uint32_t begin = p.cut.first_chunk(range), end = p.cut.first_chunk(range + 1);
   WgmmaSegment s = {};
-  s.all = p.pairs.tile_chunks();
+  s.all = p.cut.tile_chunks();
   s.tile = shuffle_from(begin / s.all, 0);
   s.chunk = shuffle_from(begin % s.all, 0);
   s.left = shuffle_from(end - begin, 0);
@@ -64,7 +67,7 @@ template <class Block>
 struct WgmmaPartials {
   static constexpr int kThreads = 32 * Block::kConsumers, kOfBlock = Block::kSums / 4 * kThreads;  // of kOfBlock four numbers
 
-  static __device__ __forceinline__ uint32_t* flag(const WgmmaParams& p, const Block& block, uint32_t range) {
+  static __device__ __forceinline__ uint64_t* flag(const WgmmaParams& p, const Block& block, uint32_t range) {
     return p.flags + range * Block::kNeighbours + block.neighbour;
   }
   static __device__ __forceinline__ float4* of_block(const WgmmaParams& p, const Block& block, uint32_t range) {
@@ -77,9 +80,9 @@ struct WgmmaPartials {
 template <class Block>
 __device__ __forceinline__ void raise_flag_of_range(const WgmmaParams& p, const Block& block) {
   if (block.first.chunk == 0) return;
-  wait_for_previous_kernel();  // the one that lowered it
+  wait_for_previous_kernel();  // which may have something else there
   mbarrier_wait(block.written(), 0);
-  if (threadIdx.x % 32 == 0) raise_flag(WgmmaPartials<Block>::flag(p, block, block.range(p)));
+  if (threadIdx.x % 32 == 0) raise_flag(WgmmaPartials<Block>::flag(p, block, block.range(p)), p.tag);
 }
 
 template <class Block>
@@ -95,18 +98,37 @@ __device__ __forceinline__ void write_partial(const WgmmaParams& p, const Block&
 // How many of the next ranges have chunks of a segment's tile. (The same for all lanes, as the compiler then knows.)
 template <class Block>
 __device__ __forceinline__ uint32_t others_of(const WgmmaParams& p, const Block& block, const WgmmaSegment& segment) {
-  return segment.chunks < segment.all ? shuffle_from(p.pairs.last_range(segment.tile) - block.range(p), 0) : 0;
+  return segment.chunks < segment.all ? shuffle_from(p.cut.last_range(segment.tile) - block.range(p), 0) : 0;
 }
 
-// Until they have written their sums, by whole warps. Lanes wait for a range each: one after the other, each would take as long as memory does.
+// Until those from the `from`-th on have written their sums, by one warp of the block. Lanes wait for a range each: one after the other, each would
+// take as long as memory does.
 template <class Block>
-__device__ __forceinline__ void wait_for_partials(const WgmmaParams& p, const Block& block, uint32_t others) {
+__device__ __forceinline__ void wait_for_partials(const WgmmaParams& p, const Block& block, uint32_t from, uint32_t others) {
 #pragma unroll 1
-  for (uint32_t at = 0; at < others; at += 32) {  // (once: more than 32 take more than 100 000 columns)
-    const uint32_t other = at + threadIdx.x % 32;
-    wait_for_flag(WgmmaPartials<Block>::flag(p, block, block.range(p) + 1 + (other < others ? other : others - 1)));
+  for (; from < others; from += 32) {  // (once: more than 32 take more than 100 000 columns)
+    const uint32_t other = from + threadIdx.x % 32;
+    uint64_t* const flag = WgmmaPartials<Block>::flag(p, block, block.range(p) + 1 + (other < others ? other : others - 1));
+    wait_for_flag(flag, p.tag);
+    sync_warp();  // several may wait for the last one
+    if (other < others) lower_flag(flag);
   }
   sync_warp();
+}
+
+// To sums those of the `other`-th of the next ranges, from 0 on, once this thread knows that they are written. (With all of them on the way at once.)
+template <class Block>
+__device__ __forceinline__ void add_partial(const WgmmaParams& p, const Block& block, uint32_t other, float (&sums)[Block::kSums]) {
+  using Partials = WgmmaPartials<Block>;
+  const float4* const from = Partials::of_block(p, block, block.range(p) + 1 + other) + kept(threadIdx.x);
+  float4 parts[Block::kSums / 4];
+#pragma unroll
+  for (int i = 0; i < Block::kSums / 4; ++i) parts[i] = load_written(from + i * Partials::kThreads);
+#pragma unroll
+  for (int i = 0; i < Block::kSums / 4; ++i) {
+    float* const d = sums + 4 * i;
+    d[0] += parts[i].x, d[1] += parts[i].y, d[2] += parts[i].z, d[3] += parts[i].w;
+  }
 }
 
 // Outputs, from registers, since the rings are in use: 16 rows from `row` on, and tokens from `first` on.

@@ -1,6 +1,9 @@
-// From global memory to stages with 17 to 64 tokens (with_block says of which weights): all of it by cp.async, as far ahead as there are stages, and
-// x in its own order, which is changed where it lies. (In wgmma_block.h x waits in registers of the warps that copy it, a chunk ahead at most:
-// stages were empty for a fifth of the time.)
+// 17 to 64 tokens (takes_staged_wgmma says of which weights). From global memory to stages all of it goes by cp.async, as far ahead as there are
+// stages, and x in its own order, which is changed where it lies. (In wgmma_block.h x waits in registers of the warps that copy it, a chunk ahead at
+// most: stages were empty for a fifth of the time.) From stages to sums it is wgmma_consumer.h.
+//
+// Each block has a range of all chunks (wgmma_ranges.h), and 256 rows or 128: with as many tokens, 256 read x half as often, and 128 have half the
+// partial sums, which matters where many ranges share a tile (kStagedShapes).
 //
 // Of the four warps one copies weights, one x, and two put x in order, half of the columns each. Those that copy make no fence, and those that do
 // copy nothing: it is a MEMBAR, which may wait for cp.async of its thread.
@@ -9,16 +12,53 @@
 // word i of a row gets all of piece i. Two units of each of four tokens are those eight rows: their places, p ^ m % 8, are in different banks to
 // load, and to store by eight lanes at a time.
 //
-// Counted for a chunk (int4, bfloat16, groups of 128), 64 and 32 tokens: warps that multiply execute 169 and 151 instructions, the one of weights
-// 165, of x 143 and 95, those of the order 63 and 46, so that a scheduler has at most 841 and 769. Shared memory is busy for 1170 and 720 clocks
-// (512 and 256 of them with wgmma), tensor cores for 1024 and 512, the way from L2 for 1200 and 910. Measured on an H200 with 64 tokens,
-// with 68 instructions more: 1700 clocks a chunk, 2040 in blocks of wgmma_block.h.
+// Counted for a chunk of 256 rows (int4, bfloat16, groups of 128), 64 and 32 tokens: warps that multiply execute 172 and 154 instructions, the one of
+// weights 165, of x 143 and 95, those of the order 63 and 46, so that a scheduler has some 850 and 780. Shared memory is busy for 1170 and 720 clocks
+// (512 and 256 of them with wgmma), tensor cores for 1024 and 512, the way from L2 for 1200 and 910. Measured on an H200 with 64 tokens, in clusters
+// and with 68 instructions more: 1700 clocks a chunk, 2040 in blocks of wgmma_block.h.
 #pragma once
 
-#include "wgmma_block.h"
+#include "wgmma_consumer.h"
+#include "wgmma_ranges.h"
 
 namespace hfq {
 namespace {
+
+// All tokens of the product, and 256 rows or 128.
+template <class Kind, class T, int kTokens_, int kTiles_>
+struct WgmmaStagedBlock : WgmmaRing<Kind, kTokens_, kTiles_, true, 384> {
+  using Ring = WgmmaRing<Kind, kTokens_, kTiles_, true, 384>;
+  using Ring::kTokens, Ring::kTiles, Ring::kStages, Ring::kBarrierBytes;
+  static constexpr bool kWholeOnly = kTokens == 64, kEarly = true;  // takes_staged_wgmma takes 64 for scales of whole chunks without zero points
+  static constexpr int kNeighbours = 1;
+  static constexpr int kConsumers = kTiles, kProducers = 4, kThreads = 32 * (kConsumers + kProducers);  // warps
+  // Registers of a thread (wgmma_block.h).
+  static constexpr int kAtFirst = kTiles == 16 ? 96 : 168;
+  static constexpr int kOfConsumers = kTokens * kTiles == 64 * 16 ? 104 : kAtFirst, kOfProducers = kTokens * kTiles == 64 * 16 ? 64 : kAtFirst;
+  static_assert(kConsumers * kOfConsumers + kProducers * kOfProducers <= (kConsumers + kProducers) * kAtFirst);
+  static_assert(8 * (4 * kStages + 4) <= kBarrierBytes);
+
+  static constexpr uint32_t neighbour = 0;
+  WgmmaSegment first;  // of the range
+
+  // By all threads.
+  __device__ __forceinline__ explicit WgmmaStagedBlock(const WgmmaParams& p) : first(first_segment(p, range(p))) {}
+
+  static __device__ __forceinline__ uint32_t range(const WgmmaParams& p) { return p.cut.ranges - 1 - kept(blockIdx.x); }
+
+  // All have written their partial sums; those of the next range are there, of all behind it; x of a stage is there, in its own order.
+  __device__ __forceinline__ uint32_t written() const { return Ring::others(); }
+  __device__ __forceinline__ uint32_t gathered(uint32_t behind) const { return Ring::others() + 8 + 8 * behind; }
+  __device__ __forceinline__ uint32_t raw(uint32_t at) const { return Ring::others() + 24 + 8 * at; }
+
+  // By one thread.
+  __device__ __forceinline__ void init_barriers() const {
+    // Of a stage lanes that have copied weights, and warps that have put x in order.
+    Ring::init_stages(32 + kProducers / 2, kConsumers);
+    for (int i = 0; i < kStages; ++i) mbarrier_init(raw(i), 32);
+    mbarrier_init(written(), kConsumers), mbarrier_init(gathered(0), 1), mbarrier_init(gathered(1), 1);
+  }
+};
 
 // Lanes stay together: each copy is one instruction for all of them.
 __device__ __forceinline__ void wait_together(uint32_t barrier, uint32_t bit) {
@@ -38,73 +78,92 @@ struct WgmmaStagedProducer {
   __device__ __forceinline__ WgmmaStagedProducer(const WgmmaParams& params, const Block& b, int of_producers)
       : p(params), block(b), warp(of_producers), lane(threadIdx.x % 32) {}
 
-  // All chunks of the block. What is not copied, of tokens and rows that do not exist, reaches no other one's sums; codes of columns behind K meet
-  // zeros.
+  // What is not copied, of tokens and rows that do not exist, reaches no other one's sums; codes of columns behind K meet zeros. Flags are for those
+  // who have nothing to copy any more: who waits for them has chunks of its own until then.
   __device__ __forceinline__ void run() const {
-    if (warp == 0) copy_weights();
+    if (warp == 0) copy_weights(), raise_flag_of_range(p, block);
     wait_for_previous_kernel();
-    if (warp == 1) copy_x();
+    if (warp == 1) copy_x(), gather();
     if (warp > 1) order_x(warp - 2);
   }
 
   // Of codes a lane has 16 bytes of each 512; of scales and zero points two lanes have 32 bytes of a tile at a time, which hold 4 or 8 pairs.
   __device__ __forceinline__ void copy_weights() const {
-    static_assert(Block::kTiles == 16);
+    static_assert(Block::kTiles <= 16);
     const Weight& w = p.weight;
-    const int64_t first = block.first_tile, left = (w.out_features + kTileRows - 1) / kTileRows - first;
-    const uint32_t tiles = static_cast<uint32_t>(left < Block::kTiles ? left : Block::kTiles), of_group = 8 * pair_bytes(w.scale_dtype);
+    const uint32_t of_group = 8 * pair_bytes(w.scale_dtype);
     const uint32_t tile_bytes =
         static_cast<uint32_t>((w.in_features + kBlockColumns<Block::kBits> - 1) / kBlockColumns<Block::kBits>) * kBlockBytes<Block::kBits>;
-    const int64_t numbers = (first + lane / 2) * w.groups * of_group + 16 * (lane % 2);
-    const uint8_t* const codes_from = w.qweight + first * tile_bytes + 16 * lane;
-    const uint8_t* const scales_from = static_cast<const uint8_t*>(w.scales) + numbers;
-    const uint8_t* const zeros_from = static_cast<const uint8_t*>(w.zeros) + numbers;
     const uint32_t codes_to = Block::kCodesAt + 16 * lane, numbers_to = Block::kScalesAt + lane / 2 * Block::kScaleBytes + 16 * (lane % 2);
     Turn<Block::kStages> turn;
 #pragma unroll 1
-    for (uint32_t i = 0; i < block.chunks; ++i, turn.next()) {
-      wait_together(block.empty(turn.at), (turn.round + 1) % 2);
-      const uint32_t stage = block.stage(turn.at), behind = (block.chunk + i) * kBytes, there = tile_bytes - behind;
-      const uint32_t code_bytes = there < kBytes ? there : kBytes;
-      const uint8_t* from = codes_from + behind;
-      const uint32_t to = stage + codes_to;
-#pragma unroll kTilesAtOnce
-      for (uint32_t tile = 0; tile < tiles; ++tile, from += tile_bytes)
-#pragma unroll
-        for (uint32_t piece = 0; piece < kBytes; piece += 512)
-          if (piece + 16 * lane < code_bytes) cp_async(to + tile * kBytes + piece, from + piece);
-      const uint32_t unit = (block.chunk + i) * Block::kUnits, group = group_of(p, unit), groups = group_of(p, unit + Block::kUnits - 1) - group + 1;
-      if (lane / 2 < tiles) {
+    for (WgmmaSegment segment = block.first; segment.chunks; segment.next()) {
+      const int64_t first = segment.first_tile(p, block), left = (w.out_features + kTileRows - 1) / kTileRows - first;
+      const uint32_t tiles = static_cast<uint32_t>(left < Block::kTiles ? left : Block::kTiles);
+      const int64_t numbers = (first + lane / 2) * w.groups * of_group + 16 * (lane % 2);
+      const uint8_t* const codes_from = w.qweight + first * tile_bytes + 16 * lane;
+      const uint8_t* const scales_from = static_cast<const uint8_t*>(w.scales) + numbers;
+      const uint8_t* const zeros_from = static_cast<const uint8_t*>(w.zeros) + numbers;
 #pragma unroll 1
-        for (uint32_t at = 0; at < groups * of_group; at += 32) {
-          cp_async(stage + numbers_to + at, scales_from + group * of_group + at);
-          if (w.zeros) cp_async(stage + numbers_to + at + Block::kZerosAt - Block::kScalesAt, zeros_from + group * of_group + at);
+      for (uint32_t i = 0; i < segment.chunks; ++i, turn.next()) {
+        wait_together(block.empty(turn.at), (turn.round + 1) % 2);
+        const uint32_t stage = block.stage(turn.at), behind = (segment.chunk + i) * kBytes, there = tile_bytes - behind;
+        const uint32_t code_bytes = there < kBytes ? there : kBytes;
+        const uint8_t* from = codes_from + behind;
+        const uint32_t to = stage + codes_to;
+#pragma unroll kTilesAtOnce
+        for (uint32_t tile = 0; tile < tiles; ++tile, from += tile_bytes)
+#pragma unroll
+          for (uint32_t piece = 0; piece < kBytes; piece += 512)
+            if (piece + 16 * lane < code_bytes) cp_async(to + tile * kBytes + piece, from + piece);
+        const uint32_t unit = (segment.chunk + i) * Block::kUnits, group = group_of(p, unit);
+        const uint32_t groups = group_of(p, unit + Block::kUnits - 1) - group + 1;
+        if (lane / 2 < tiles) {
+#pragma unroll 1
+          for (uint32_t at = 0; at < groups * of_group; at += 32) {
+            cp_async(stage + numbers_to + at, scales_from + group * of_group + at);
+            if (w.zeros) cp_async(stage + numbers_to + at + Block::kZerosAt - Block::kScalesAt, zeros_from + group * of_group + at);
+          }
         }
+        mbarrier_arrive_after_copies(block.full(turn.at));
       }
-      mbarrier_arrive_after_copies(block.full(turn.at));
     }
   }
 
   // A lane has 16 bytes of every fourth token, of both halves of the columns; zeros behind K.
   __device__ __forceinline__ void copy_x() const {
-    const uint32_t end = static_cast<uint32_t>(p.weight.in_features), row_bytes = 2 * end, token = lane / 8;
-    const int64_t left = p.tokens - block.first_token;
-    const uint32_t tokens = static_cast<uint32_t>(left < Block::kTokens ? left : Block::kTokens);
-    uint32_t column = block.chunk * kWgmmaColumns + 8 * (lane % 8);
-    const uint8_t* x = static_cast<const uint8_t*>(p.x) + static_cast<int64_t>(block.first_token + token) * row_bytes + 2 * column;
+    const uint32_t end = static_cast<uint32_t>(p.weight.in_features), row_bytes = 2 * end, tokens = static_cast<uint32_t>(p.tokens);
     Turn<Block::kStages> turn;
 #pragma unroll 1
-    for (uint32_t i = 0; i < block.chunks; ++i, turn.next()) {
-      wait_together(block.empty(turn.at), (turn.round + 1) % 2);
-      const uint8_t* from = x;
-      uint32_t to = block.stage(turn.at) + piece_at();
-      const bool exists[2] = {column < end, column + 64 < end};
+    for (WgmmaSegment segment = block.first; segment.chunks; segment.next()) {
+      uint32_t column = segment.chunk * kWgmmaColumns + 8 * (lane % 8);
+      const uint8_t* x = static_cast<const uint8_t*>(p.x) + static_cast<int64_t>(lane / 8) * row_bytes + 2 * column;
+#pragma unroll 1
+      for (uint32_t i = 0; i < segment.chunks; ++i, turn.next()) {
+        wait_together(block.empty(turn.at), (turn.round + 1) % 2);
+        const uint8_t* from = x;
+        uint32_t to = block.stage(turn.at) + piece_at();
+        const bool exists[2] = {column < end, column + 64 < end};
 #pragma unroll 4
-      for (uint32_t eight = 0; eight < tokens / 8; ++eight, to += 8 * 128) copy_eight(to, from, row_bytes, exists, 8);
-      if (tokens % 8) copy_eight(to, from, row_bytes, exists, tokens % 8);
-      mbarrier_arrive_after_copies(block.raw(turn.at));
-      x += 2 * kWgmmaColumns, column += kWgmmaColumns;
+        for (uint32_t eight = 0; eight < tokens / 8; ++eight, to += 8 * 128) copy_eight(to, from, row_bytes, exists, 8);
+        if (tokens % 8) copy_eight(to, from, row_bytes, exists, tokens % 8);
+        mbarrier_arrive_after_copies(block.raw(turn.at));
+        x += 2 * kWgmmaColumns, column += kWgmmaColumns;
+      }
     }
+  }
+
+  // Until other ranges have written what the last segment's sums lack: all but the next one first, since that of the tile's end has gone on to
+  // another.
+  __device__ __forceinline__ void gather() const {
+    WgmmaSegment last = block.first;
+    while (last.left) last.next();
+    const uint32_t others = last.chunk == 0 ? others_of(p, block, last) : 0;
+    if (others == 0) return;
+    wait_for_partials(p, block, 1, others);
+    if (lane == 0) mbarrier_arrive(block.gathered(1));
+    wait_for_partials(p, block, 0, 1);
+    if (lane == 0) mbarrier_arrive(block.gathered(0));
   }
 
   // Of eight tokens, of which so many exist.
@@ -129,7 +188,7 @@ struct WgmmaStagedProducer {
     const uint32_t row = lane % 8, from = 128 * (row / 2) + 16 * ((row % 2 * 4 + lane / 8) ^ row / 2);
     Turn<Block::kStages> turn;
 #pragma unroll 1
-    for (uint32_t i = 0; i < block.chunks; ++i, turn.next()) {
+    for (uint32_t i = 0; i < block.first.chunks + block.first.left; ++i, turn.next()) {
       wait_together(block.raw(turn.at), turn.round % 2);
       const uint32_t x_at = turn.at * Block::kStage + half * Block::kHalf;
 #pragma unroll
@@ -145,6 +204,42 @@ struct WgmmaStagedProducer {
       fence_proxy_async();
       sync_warp();
       if (lane == 0) mbarrier_arrive(block.full(turn.at));
+    }
+  }
+};
+
+template <class Kind, class T, class Block>
+struct WgmmaStagedConsumer : WgmmaConsumer<Kind, T, Block> {
+  using Consumer = WgmmaConsumer<Kind, T, Block>;
+  using Consumer::block, Consumer::kSums, Consumer::p, Consumer::sums;
+  using Consumer::Consumer;
+  static constexpr int kPartialsAtOnce = Block::kAtFirst > 128 ? 2 : 1;  // as registers allow
+
+  template <bool kWhole, int kScales>
+  __device__ __forceinline__ void run_segments() {
+    Turn<Block::kStages> turn;
+#pragma unroll 1
+    for (WgmmaSegment segment = block.first; segment.chunks; segment.next()) {
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
+      this->template multiply_chunks<kWhole, kScales>(segment.chunk, segment.chunks, turn);
+      end_segment<T>(p, block, segment, this->lane, own_warp(), sums, [&](uint32_t others) {
+        mbarrier_wait(block.gathered(1), 0);
+#pragma unroll kPartialsAtOnce
+        for (uint32_t other = others - 1; other > 0; --other) add_partial(p, block, other, sums);
+        mbarrier_wait(block.gathered(0), 0);
+        add_partial(p, block, 0, sums);
+      });
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    if (Block::kWholeOnly || this->is_whole()) {
+      if (p.weight.scale_dtype == kFloat16) return run_segments<true, kFloat16>();
+      if (p.weight.scale_dtype == kBFloat16) return run_segments<true, kBFloat16>();
+      run_segments<true, Consumer::kAnyDType>();
+    } else if constexpr (!Block::kWholeOnly) {
+      run_segments<false, Consumer::kAnyDType>();
     }
   }
 };

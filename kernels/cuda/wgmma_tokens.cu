@@ -15,8 +15,6 @@ struct ArrangeParams {
   int64_t tokens;        // M
   uint32_t in_features;  // K, a multiple of 8
   uint32_t chunks;       // ceil(K / 128)
-  uint32_t* flags;       // of wgmma_ranges.h
-  uint32_t flag_count;
 };
 
 // A thread block has one chunk of 16 tokens, a thread 16 bytes of a token, a word of each of four pieces. `kTileTokens`: of a tile.
@@ -27,9 +25,6 @@ __global__ void __launch_bounds__(kThreads) arrange_kernel(const ArrangeParams p
   const int64_t token = static_cast<int64_t>(blockIdx.x / p.chunks) * kBlockTokens + threadIdx.x / kPieces, tile = token / kTileTokens;
   const uint32_t row = static_cast<uint32_t>(token % kTileTokens), column = chunk * kWgmmaColumns + 8 * piece;
   wait_for_previous_kernel();
-  // (Not before: the memory may be in use by the kernel in front.)
-  if (blockIdx.x == 0)
-    for (uint32_t i = threadIdx.x; i < p.flag_count; i += kThreads) store(p.flags + i, 0u);
   uint4 v = {};
   if (token < p.tokens && column < p.in_features) v = load_written(reinterpret_cast<const uint4*>(p.x + token * p.in_features + column));
   uint8_t* const to = p.to + (((tile * p.chunks + chunk) * 2 + half) * kTileTokens + row) * 128 + 4 * t;
@@ -38,6 +33,8 @@ __global__ void __launch_bounds__(kThreads) arrange_kernel(const ArrangeParams p
   for (uint32_t i = 0; i < 4; ++i) store(reinterpret_cast<uint32_t*>(to + 16 * ((4 * unit + i) ^ row % 8)), words[i]);
 }
 
+int64_t arranged_tokens(const LinearParams& p) { return p.tokens > kLargeTokens ? kPairTokens : kLargeTokens; }
+
 }  // namespace
 
 int64_t arranged_floats(const LinearParams& p) {
@@ -45,16 +42,13 @@ int64_t arranged_floats(const LinearParams& p) {
   return divided(p.tokens, tokens) * tokens * divided(p.weight.in_features, kWgmmaColumns) * kWgmmaColumns / 2;
 }
 
-int64_t flags_of_pairs(const LinearParams& p) { return arranged_tokens(p) == kLargeTokens ? 0 : divided(most_ranges(p) * 2, 4) * 4; }
-
 const char* launch_arrange(const LinearParams& params, cudaStream_t stream) {
   ArrangeParams p = {};
   p.x = static_cast<const uint16_t*>(params.x), p.to = reinterpret_cast<uint8_t*>(params.workspace);
   p.tokens = params.tokens, p.in_features = static_cast<uint32_t>(params.weight.in_features);
   p.chunks = static_cast<uint32_t>(divided(params.weight.in_features, kWgmmaColumns));
-  // Whole tiles, so that all of x's part of the workspace is written, and nothing behind it but flags. (2^31 blocks would be 8 TB of x.)
+  // Whole tiles, so that all of x's part of the workspace is written, and nothing behind it. (2^31 blocks would be 8 TB of x.)
   const int64_t tokens = arranged_tokens(params), blocks = divided(p.tokens, tokens) * (tokens / kBlockTokens) * p.chunks;
-  p.flags = reinterpret_cast<uint32_t*>(params.workspace + arranged_floats(params)), p.flag_count = static_cast<uint32_t>(flags_of_pairs(params));
   const auto kernel = tokens == kPairTokens ? arrange_kernel<kPairTokens> : arrange_kernel<kLargeTokens>;
   return launch_early(kernel, static_cast<unsigned>(blocks), kThreads, 0, stream, p);
 }

@@ -389,7 +389,8 @@ def test_opcheck(make_weight: MakeWeight, generator: torch.Generator, cuda: torc
     ("tokens", "wgmma", "kind"),
     [
         *((tokens, "0", "int4_zeros") for tokens in (2, 64)),
-        *((tokens, "1", "int4_zeros") for tokens in (64, 130)),
+        *((tokens, "1", "int4_zeros") for tokens in (32, 64, 130)),
+        (64, "1", "int4"),
         *((tokens, "large", "int4_zeros") for tokens in (100, 200)),
     ],
 )
@@ -402,7 +403,7 @@ def test_in_a_cuda_graph(
     wgmma: str,
     kind: str,
 ) -> None:
-    """Of 64 tokens, several thread blocks share the columns: sums meet in memory that PyTorch has lent, or in a cluster. Large blocks and pairs have x in such memory."""
+    """Several thread blocks share the columns: sums meet in a cluster, or in memory that PyTorch has lent, by flags with the same tag at each replay."""
     monkeypatch.setenv("HFQ_CUDA_WGMMA", wgmma)
     weight = make_weight(1024, 4096, 128, kind=kind)
     x = torch.randn(tokens, 4096, generator=generator).to(cuda, torch.bfloat16)
@@ -415,7 +416,7 @@ def test_in_a_cuda_graph(
 
 @pytest.mark.parametrize(
     ("tokens", "wgmma"),
-    [(1, "0"), (16, "1"), (100, "1"), (100, "large"), (200, "large")],
+    [(1, "0"), (16, "1"), (64, "1"), (100, "1"), (100, "large"), (200, "large")],
 )
 def test_products_that_overlap(
     make_weight: MakeWeight,

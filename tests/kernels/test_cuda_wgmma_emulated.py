@@ -102,8 +102,8 @@ def test_the_choice(
     x = torch.randn(40, 4096, generator=generator).bfloat16()
 
     def is_gemm(tokens: int, *device: int) -> bool:
-        found: bool = emulator.gives_gemm_workspace(x[:tokens], w.operands, w.sizes, *device)
-        return found
+        found: bool = emulator.takes("wgmma", x[:tokens], w.operands, w.sizes, *device)
+        return not found
 
     monkeypatch.delenv("HFQ_CUDA_WGMMA")
     assert not is_gemm(17, 90) and not is_gemm(40, 90)
@@ -111,7 +111,8 @@ def test_the_choice(
     assert is_gemm(40, 80)
     assert is_gemm(40, 100)  # which has other instructions
     assert is_gemm(40, 90, 99 << 10)  # too little shared memory
-    assert not is_gemm(8, 90) and not is_gemm(8, 80)  # few tokens need no memory
+    for capability in (80, 90):  # few tokens need no memory
+        assert emulator.workspace_of(x[:8], w.operands, w.sizes, capability) == 0
     monkeypatch.setenv("HFQ_CUDA_WGMMA", "0")
     assert is_gemm(40, 90)
     monkeypatch.setenv("HFQ_CUDA_WGMMA", "1")

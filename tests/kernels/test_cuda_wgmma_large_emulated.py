@@ -64,7 +64,8 @@ def test_the_choice(emulator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     small, large = (4, 128, 4096, 8192), (4, 128, 4104, 8192)
     assert emulator.workspace(65, large, 90) == arranged_floats(65, 4104, TILE)
     assert emulator.workspace(128, large, 90) == arranged_floats(128, 4104, TILE)
-    assert emulator.workspace(64, large, 90) == emulator.workspace(65, small, 90) == 0
+    assert emulator.workspace(65, small, 90) == 0
+    assert emulator.workspace(64, large, 90) not in (0, arranged_floats(64, 4104, TILE))
     gemm = [emulator.workspace(65, large, *device) for device in ((80,), (90, 99 << 10))]
     assert arranged_floats(65, 4104, TILE) not in gemm  # another GPU; too little shared memory
     monkeypatch.setenv("HFQ_CUDA_WGMMA", "0")
@@ -74,7 +75,8 @@ def test_the_choice(emulator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert emulator.workspace(65, small, 90) == 0
     monkeypatch.setenv("HFQ_CUDA_WGMMA", "large")
     assert emulator.workspace(65, small, 90) == arranged_floats(65, 4096, TILE)
-    assert emulator.workspace(64, small, 90) == emulator.workspace(8, large, 90) == 0
+    assert emulator.workspace(64, small, 90) not in (0, arranged_floats(64, 4096, TILE))
+    assert emulator.workspace(8, large, 90) == 0
 
 
 @pytest.mark.parametrize("wanted", ["1", "large"])

@@ -9,7 +9,7 @@ import torch
 from fragments_weights import FLOATS, HALVES, KINDS, Kind, Shape, name_of
 from fragments_weights import random_weight as make
 from product_checks import check_only_bad, check_tokens_are_apart
-from wgmma_products import ALONE, CLUSTERS, linear
+from wgmma_products import ALONE, CLUSTERS, contributors, linear, ranges_of
 
 # (N, K, group_size; 0: one group per row): rows that fill no tile, warpgroup or block; columns that end in a chunk, in each of its units, and that turn
 # the ring of stages around more than once; groups of all kinds.
@@ -56,17 +56,14 @@ def test_every_number_of_tokens(emulator: Any, generator: torch.Generator, token
 
 
 def test_the_choice(emulator: Any, generator: torch.Generator) -> None:
-    """What shared memory it needs, 128 bytes more for barriers, shows which kernel is taken."""
-    x = torch.randn(64, 4096, generator=generator).bfloat16()
-    bytes_of = {16: 7 * (29 << 10), 32: 6 * (33 << 10), 64: 5 * (41 << 10)}  # all stages
+    x = torch.randn(65, 4096, generator=generator).bfloat16()
 
     def is_staged(tokens: int, kind: Kind = (4, None), group_size: int = 128) -> bool:
         w = make(generator, (64, 4096, group_size), kind)
-        room = bytes_of[next(most for most in bytes_of if tokens <= most)] + 256
-        found: bool = emulator.gives_gemm_workspace(x[:tokens], w.operands, w.sizes, 90, room)
+        found: bool = emulator.takes("staged", x[:tokens], w.operands, w.sizes, 90)
         return found
 
-    assert not is_staged(16)
+    assert not is_staged(16) and not is_staged(65)
     assert is_staged(17) and is_staged(32) and is_staged(33) and is_staged(64)
     assert is_staged(64, group_size=256) and is_staged(64, group_size=0)
     for kind, group_size in (((4, "zeros"), 128), ((4, None), 64)):
@@ -84,14 +81,88 @@ def test_the_same_bits(emulator: Any, generator: torch.Generator, kind: Kind) ->
         assert torch.equal(linear(emulator, x[:tokens], w), others[:tokens])
 
 
-@pytest.mark.parametrize("splits", range(1, 9))
-@pytest.mark.parametrize("tokens", [20, 60])
-def test_every_cluster(emulator: Any, generator: torch.Generator, splits: int, tokens: int) -> None:
-    """Columns shared out among up to eight blocks, the last one with fewer."""
-    w = make(generator, (270, 128 * 2 * splits + 72, 128), (4, None))
-    x = torch.randn(tokens, w.sizes[2], generator=generator).half()
-    bias = torch.randn(270, generator=generator)
-    w.check(linear(emulator, x, w, bias, CLUSTERS), x, bias)
+# ---- ranges of all chunks
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "tile", "ranges", "most", "shared"),
+    [
+        # Shapes of Llama 3 8B and 70B. Rows of a block, chunks of a range at most, and ranges of a tile.
+        (14336, 4096, 256, 128, 14, 4),
+        (4096, 14336, 128, 128, 28, 4),
+        (28672, 8192, 256, 131, 55, 3),
+        (4096, 4096, 128, 128, 8, 4),
+        (1024, 4096, 128, 32, 8, 4),
+    ],
+)
+def test_plans_of_an_h200(
+    emulator: Any, rows: int, columns: int, tile: int, ranges: int, most: int, shared: int
+) -> None:
+    """132 blocks run at a time."""
+    shape, _ = emulator.range_plan(64, (4, 0, columns, rows), 132)
+    assert (shape.rows, shape.tokens, shape.blocks) == (tile, 64, 1)
+    found = ranges_of(emulator, 64, rows, columns, 132)
+    assert len(found) == ranges
+    assert max(sum(count for _, _, count in segments) for segments in found) == most
+    assert max(contributors(found).values()) == shared
+
+
+# (tokens, N, K, blocks), and what is new: rows of a block; segments of a range, ranges of a tile, at most.
+CUTS = {
+    "two_ranges": ((20, 130, 2000, 4), 128, 1, 2),
+    "four_ranges": ((60, 100, 3848, 5), 128, 1, 4),
+    "begin_and_end_within": ((64, 600, 1896, 4), 128, 2, 2),
+    "within_one_tile": ((33, 500, 3816, 5), 256, 2, 3),
+    "within_one_tile_32": ((24, 500, 3816, 5), 256, 2, 3),
+    "whole_tiles_between": ((64, 1540, 640, 3), 256, 3, 2),
+    "whole_tiles_between_32": ((30, 1540, 640, 5), 256, 3, 2),
+    "all_of_one": ((60, 600, 392, 1), 128, 5, 1),
+    "whole_tiles": ((40, 520, 2600, 5), 128, 1, 1),
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_every_cut(emulator: Any, generator: torch.Generator, name: str) -> None:
+    """Results are right and the same each time, whoever adds them up."""
+    (tokens, rows, columns, blocks), of_block, segments, shared = CUTS[name]
+    assert emulator.range_plan(tokens, (4, 0, columns, rows), blocks)[0].rows == of_block
+    ranges = ranges_of(emulator, tokens, rows, columns, blocks)
+    assert max(map(len, ranges)) == segments
+    assert max(contributors(ranges).values()) == shared
+    w = make(generator, (rows, columns, 128), (4, None))
+    x = torch.randn(tokens, columns, generator=generator).half()
+    bias = torch.randn(rows, generator=generator)
+    y = linear(emulator, x, w, bias, blocks)
+    w.check(y, x, bias)
+    assert torch.equal(y, linear(emulator, x, w, bias, blocks))
+    alone = linear(emulator, x, w, bias)
+    for tile, count in contributors(ranges).items():
+        if count == 1:  # else sums are in another order
+            own = slice(tile * of_block, (tile + 1) * of_block)
+            assert torch.equal(y[:, own], alone[:, own])
+    assert torch.equal(y, alone) == (shared == 1)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=name_of)
+def test_every_kind_in_ranges(emulator: Any, generator: torch.Generator, kind: Kind) -> None:
+    """Scales and codes of segments that begin within groups and tiles."""
+    for shape, tokens, blocks in (((600, 1896, 160), 30, 4), ((1540, 640, 96), 25, 5)):
+        ranges = ranges_of(emulator, tokens, shape[0], shape[1], blocks)
+        assert any(first for segments in ranges for _, first, _ in segments)
+        w = make(generator, shape, kind)
+        x = torch.randn(tokens, shape[1], generator=generator).bfloat16()
+        w.check(linear(emulator, x, w, multiprocessors=blocks), x)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_not_a_number_passes_through_partial_sums(
+    emulator: Any, generator: torch.Generator, bad: float
+) -> None:
+    w = make(generator, (280, 1544, 64), (4, "zeros"))
+    for column in (0, 700, 1543):  # of the range that adds, and of others
+        x = torch.randn(20, 1544, generator=generator).half()
+        x[11, column] = bad
+        check_only_bad(linear(emulator, x, w, multiprocessors=7), 11)
 
 
 @pytest.mark.parametrize("scale_dtype", FLOATS, ids=str)

@@ -160,13 +160,11 @@ def test_not_a_number_reaches_its_own_outputs(
 def test_the_choice(
     emulator: Any, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Seen by the memory that the kernel otherwise taken for 9 tokens and more asks for."""
-    monkeypatch.setenv("HFQ_CUDA_WGMMA", "0")
-
     def is_wide(tokens: int, group_size: int, capability: int = 90) -> bool:
         w = make(generator, (64, 4224, group_size), (4, None))
         x = torch.randn(tokens, 4224, generator=generator).bfloat16()
-        return not emulator.gives_gemm_workspace(x, w.operands, w.sizes, capability)
+        found: bool = emulator.takes("wide", x, w.operands, w.sizes, capability)
+        return found
 
     for value in ("1", None):
         if value is None:  # more than 8 tokens: whatever the weight's size

@@ -77,7 +77,9 @@ RUNGS = {
     "staged32": Rung((256, LONG, 128), 32, "stage after stage"),
     "staged_zeros": Rung((256, LONG, 64), 31, "zero points", (4, "zeros")),
     "staged64": Rung((256, LONG, 128), 63, "setmaxnreg"),
-    "staged_full": Rung((4096, 14336, 128), 64, "races", calls=300),
+    "staged_full": Rung((4096, 14336, 128), 64, "128 rows, ranges: partial sums, flags", calls=300),
+    "staged_ranges": Rung((14336, 4096, 128), 64, "ranges that begin in tiles", calls=300),
+    "staged_beside": Rung((14336, 4096, 128), 64, "blocks that start late", beside=True),
     "identity_pair": Rung((300, 136, 0), 200, "wgmma_pair.h: copies to two blocks", wanted="large"),
     "pair_shared": Rung(
         (1024, 4096, 128),

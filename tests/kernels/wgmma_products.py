@@ -43,20 +43,14 @@ def arranged_floats(tokens: int, columns: int, tile: int) -> int:
 Segments = list[tuple[int, int, int]]
 
 
-def ranges_of(emulator: Any, tokens: int, rows: int, columns: int, pairs: int) -> list[Segments]:
+def ranges_of(emulator: Any, tokens: int, rows: int, columns: int, clusters: int) -> list[Segments]:
     """What each range has of the tiles, by the plan; all of each tile, once."""
-    plan = emulator.pair_plan(tokens, (4, 0, columns, rows), pairs)
-    tile = 64 if tokens <= 64 else 256
-    chunks, tiles = -(-columns // CHUNK), -(-rows // 256) * -(-tokens // tile)
-    assert (plan.tile_units - plan.time_units) * plan.unit_chunks == chunks
+    shape, plan = emulator.range_plan(tokens, (4, 0, columns, rows), clusters)
+    chunks, tiles = -(-columns // CHUNK), -(-rows // shape.rows) * -(-tokens // shape.tokens)
+    assert plan.tile_units * plan.unit_chunks == chunks
     assert plan.units == tiles * plan.tile_units
-    assert 0 < plan.ranges <= pairs and plan.units * plan.ranges < 1 << 32
-    units = [r * plan.units // plan.ranges for r in range(plan.ranges + 1)]
-    ends = [
-        chunks * (unit // plan.tile_units)
-        + max(unit % plan.tile_units - plan.time_units, 0) * plan.unit_chunks
-        for unit in units
-    ]
+    assert 0 < plan.ranges <= clusters and plan.units * plan.ranges < 1 << 32
+    ends = [r * plan.units // plan.ranges * plan.unit_chunks for r in range(plan.ranges + 1)]
     found = []
     for begin, end in itertools.pairwise(ends):
         assert begin < end

@@ -49,10 +49,19 @@ class GemmPlan(Params):
     )
 
 
-class PairPlan(Params):
+class RangeShape(Params):
     """kernels/cuda/wgmma.h"""
 
-    _fields_ = fields(INT, "units", "tile_units", "time_units", "unit_chunks", "ranges")
+    _fields_ = (
+        *fields(INT, "rows", "tokens", "blocks"),
+        *fields(SIZE, "chunk", "start", "write", "read"),
+    )
+
+
+class RangePlan(Params):
+    """kernels/cuda/wgmma.h"""
+
+    _fields_ = fields(INT, "units", "tile_units", "unit_chunks", "ranges")
 
 
 class WidePlan(Params):
@@ -158,16 +167,19 @@ class Linear(Launchers):
         self._library.set_compute_capability(capability)
         return self.ask("linear_workspace", _product(x, operands, None, sizes)[0])
 
-    def gives_gemm_workspace(
+    def takes(
         self,
+        kernel: str,
         x: Tensor,
         operands: Operands,
         sizes: Sizes,
         capability: int,
         shared_bytes: int = H100,
     ) -> bool:
-        """Whether gemm_kernel.h is taken for up to 64 tokens: it shares out columns among many multiprocessors and needs memory for that."""
-        return self.workspace_of(x, operands, sizes, capability, shared_bytes) > 0
+        """`kernel`: "wide", "wgmma", or "staged", which is some of those. More than 8 tokens, of which the first that takes them has them."""
+        self.set_device(MANY, shared_bytes)
+        self._library.set_compute_capability(capability)
+        return bool(self.ask(f"takes_{kernel}", _product(x, operands, None, sizes)[0]))
 
     def workspace(
         self,
@@ -221,13 +233,16 @@ class Linear(Launchers):
         self._library.gemm_plan(ctypes.byref(params), ctypes.byref(plan))
         return plan
 
-    def pair_plan(self, tokens: int, sizes: Sizes, pairs: int) -> PairPlan:
-        """How a product is shared out among `pairs` that run at a time."""
+    def range_plan(self, tokens: int, sizes: Sizes, clusters: int) -> tuple[RangeShape, RangePlan]:
+        """How a product is shared out among `clusters` that run at a time."""
         weight = Weight(out_features=sizes[3], in_features=sizes[2])
-        plan = PairPlan()
+        shape, plan = RangeShape(), RangePlan()
         params = LinearParams(weight=weight, tokens=tokens)
-        self._library.pair_plan(ctypes.byref(params), pairs, ctypes.byref(plan))
-        return plan
+        self.set_device(clusters * (1 if tokens <= 64 else 2))
+        self._library.range_plan(
+            ctypes.byref(params), clusters, ctypes.byref(shape), ctypes.byref(plan)
+        )
+        return shape, plan
 
     def takes_wide(self, tokens: int, sizes: Sizes, kind: str) -> bool:
         """On compute capability 9.0; `kind`: "int4" or a codebook's name."""
@@ -242,9 +257,7 @@ class Linear(Launchers):
         )
         self.set_device(1)
         self._library.set_compute_capability(90)
-        return bool(
-            self._library.takes_wide(ctypes.byref(LinearParams(weight=weight, tokens=tokens)))
-        )
+        return bool(self.ask("takes_wide", LinearParams(weight=weight, tokens=tokens)))
 
     def wide_plan(
         self, all_tiles: int, steps: int, active: Callable[[int], int], **shape: float

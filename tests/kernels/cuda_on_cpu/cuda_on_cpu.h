@@ -190,13 +190,17 @@ inline void mbarrier_wait(uint32_t barrier, uint32_t bit) { cuda_on_cpu::mbarrie
 
 // ---- thread blocks of one launch that are no cluster ----
 
-inline void raise_flag(uint32_t* flag) {
-  cuda_on_cpu::check_global(flag, 4, cuda_on_cpu::Way::kStore);
-  cuda_on_cpu::raise_flag(flag);
+inline void raise_flag(uint64_t* flag, uint64_t tag) {
+  cuda_on_cpu::check_global(flag, 8, cuda_on_cpu::Way::kStore);
+  cuda_on_cpu::raise_flag(flag, tag);
 }
-inline void wait_for_flag(const uint32_t* flag) {
-  cuda_on_cpu::check_global(flag, 4, cuda_on_cpu::Way::kLoad);
-  cuda_on_cpu::wait_for_flag(flag);
+inline void wait_for_flag(const uint64_t* flag, uint64_t tag) {
+  cuda_on_cpu::check_global(flag, 8, cuda_on_cpu::Way::kLoad);
+  cuda_on_cpu::wait_for_flag(flag, tag);
+}
+inline void lower_flag(uint64_t* flag) {
+  cuda_on_cpu::check_global(flag, 8, cuda_on_cpu::Way::kStore);
+  cuda_on_cpu::lower_flag(flag);
 }
 
 // ---- numbers ----

@@ -15,8 +15,12 @@ extern "C" {
 int64_t linear_workspace(const hfq::LinearParams* params) { return hfq::linear_workspace(*params); }
 const char* arrange(const hfq::LinearParams* params) { return hfq::launch_arrange(*params, nullptr); }
 void gemm_plan(const hfq::LinearParams* params, hfq::GemmPlan* plan) { *plan = hfq::plan_gemm(*params); }
-void pair_plan(const hfq::LinearParams* params, int active, hfq::PairPlan* plan) { *plan = hfq::plan_pairs(*params, active); }
-int takes_wide(const hfq::LinearParams* params) { return hfq::takes_wide(*params); }
+void range_plan(const hfq::LinearParams* params, int active, hfq::RangeShape* shape, hfq::RangePlan* plan) {
+  *shape = hfq::range_shape(*params), *plan = hfq::plan_ranges(*params, *shape, active);
+}
+int64_t takes_wide(const hfq::LinearParams* params) { return hfq::takes_wide(*params); }
+int64_t takes_wgmma(const hfq::LinearParams* params) { return hfq::takes_wgmma(*params); }
+int64_t takes_staged(const hfq::LinearParams* params) { return hfq::takes_wgmma(*params) && hfq::takes_staged_wgmma(*params); }
 void wide_plan(int64_t tiles, int64_t steps, const hfq::WideShape* shape, hfq::WidePlan* plan) { *plan = hfq::plan_wide(tiles, steps, *shape); }
 const char* linear(const hfq::LinearParams* params) { return hfq::launch_linear(*params, nullptr); }
 const char* spqr_linear(const hfq::SpqrLinearParams* params) { return hfq::launch_spqr_linear(*params, nullptr); }

@@ -9,6 +9,7 @@
 #include <map>
 #include <memory>
 #include <random>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -130,6 +131,7 @@ int in_cluster_barrier, done;
 bool starts_early;
 bool arrived;  // the thread that has just run, at a barrier in shared memory
 const void* launcher;  // where its stack ends
+std::set<const void*> raised;  // flags
 int quiet;  // what the emulator reads and writes for a kernel is not the kernel's
 const std::function<void()>* body;
 std::string message;
@@ -386,6 +388,7 @@ const char* run_blocks(unsigned blocks, unsigned cluster_blocks, unsigned block_
   quiet = 0;
   launcher = __builtin_frame_address(0);
   if (races::wanted) races::begin_launch();
+  raised.clear();
   std::minstd_rand random(1);
   for (unsigned first = 0; first < blocks; first += cluster_blocks) {
     for (unsigned i = 0; i < cluster_blocks; ++i) clear(cluster[i], first + i);
@@ -400,7 +403,7 @@ const char* run_blocks(unsigned blocks, unsigned cluster_blocks, unsigned block_
       return message.c_str();
     }
   }
-  return nullptr;
+  return raised.empty() ? nullptr : "a flag that nobody lowers: the same launch of a graph would find it";
 }
 
 void fail(const char* what) {
@@ -735,16 +738,22 @@ void copy_bulk_to_blocks(uint32_t shared, const void* global, uint32_t bytes, ui
     if (blocks >> rank & 1) begin_copy(running_block(rank), shared, global, bytes, barrier);
 }
 
-void raise_flag(uint32_t* flag) {
-  if (*flag != 0) fail("a flag that is not lowered before it is raised");
+void raise_flag(uint64_t* flag, uint64_t tag) {
+  if (tag == 0) fail("a tag that memory of zeros has");
+  if (!raised.insert(flag).second) fail("a flag that is raised twice");
   if (races::wanted) races::raise(number_of(*current), flag);
-  *flag = 1;
+  *flag = tag;
 }
 
-void wait_for_flag(const uint32_t* flag) {
-  if (*flag == 0) fail("a wait for what no block before this one does");
-  if (races::wanted && !races::see(number_of(*current), flag)) fail("a flag that is not lowered before it is waited for");
+void wait_for_flag(const uint64_t* flag, uint64_t tag) {
+  if (*flag != tag || !raised.count(flag)) fail("a wait for what no block before this one does");
+  if (races::wanted) races::see(number_of(*current), flag);
   current->behind_flag = true;
+}
+
+void lower_flag(uint64_t* flag) {
+  if (!raised.erase(flag)) fail("a flag that is lowered and not raised");
+  *flag = 0;
 }
 
 void fence_registers() { current_warp().fenced = true; }

@@ -87,10 +87,11 @@ void fence_mbarrier_init();
 void mbarrier_arrive_of_block(uint32_t barrier, unsigned rank);
 void copy_bulk_to_blocks(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier, uint32_t blocks);
 
-// A word of global memory that is 0 until a thread has written something for those that wait. Clusters run one after the other: what is waited for
-// must have been done by one that is started before.
-void raise_flag(uint32_t* flag);
-void wait_for_flag(const uint32_t* flag);
+// 8 bytes of global memory that become a launch's tag when a thread has written something for those that wait, one of whom takes it away. Clusters
+// run one after the other: what is waited for must have been done by one that is started before.
+void raise_flag(uint64_t* flag, uint64_t tag);
+void wait_for_flag(const uint64_t* flag, uint64_t tag);
+void lower_flag(uint64_t* flag);
 // What a thread knows by flags is there for copy_bulk, which it may not ask for before.
 void fence_proxy_async_global();
 

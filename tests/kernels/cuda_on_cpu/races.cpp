@@ -196,16 +196,13 @@ void raise(unsigned thread, const void* flag) {
   ++clocks[thread][thread];
 }
 
-bool see(unsigned thread, const void* flag) {
-  const auto found = flags.find(flag);
-  if (found == flags.end()) return false;
-  const Told* const told = &found->second;
+void see(unsigned thread, const void* flag) {
+  const Told* const told = &flags.at(flag);
   const auto place = static_cast<size_t>(std::find(seen.begin(), seen.end(), told) - seen.begin());
   if (place == seen.size()) seen.push_back(told);
   Clock& clock = clocks[thread];
   if (clock.size() <= place_of_seen(place)) clock.resize(place_of_seen(place) + 1);
   clock[place_of_seen(place)] = 1;
-  return true;
 }
 
 const char* access(unsigned thread, const void* p, size_t bytes, bool writes) {

@@ -50,9 +50,9 @@ uint32_t time_of(unsigned thread);
 bool knows(unsigned thread, unsigned whose, uint32_t time);
 void tell_time(Clock& clock, unsigned whose, uint32_t time);
 
-// A flag tells threads of later clusters what this thread knows. False: nobody has raised it in this launch.
+// A flag, which is raised, tells threads of later clusters what this thread knows.
 void raise(unsigned thread, const void* flag);
-bool see(unsigned thread, const void* flag);
+void see(unsigned thread, const void* flag);
 
 // An access of a thread, or asked for by it and ended for those who know that `whose` has come as far as `time`. Returns null, or a message.
 const char* access(unsigned thread, const void* p, size_t bytes, bool writes);

@@ -283,21 +283,23 @@ void sum_of_cluster(Params p) {
 }
 
 // Two blocks that are no cluster: the second one's threads read what the first one's have written, once a flag says so. (`to` begins with the flag.)
+uint64_t* flag_of(Params p) { return reinterpret_cast<uint64_t*>(p.to); }
+constexpr uint64_t kTag = uint64_t{9} << 32 | 7;
 template <Mistake kMistake>
 void flag_between_blocks(Params p) {
   constexpr bool kBackwards = kMistake == Mistake::kOtherDescriptor;
   uint32_t* const words = p.to + 64;
   const uint32_t thread = threadIdx.x;
-  if (kMistake == Mistake::kNotAligned && blockIdx.x == 0 && thread == 7) store(p.to, 9u);
   if ((blockIdx.x == 0) != kBackwards) {
     store(words + thread, thread + 5);
     if (kMistake != Mistake::kNoFence) sync_warp();
-    if (thread == 7 && kMistake != Mistake::kMemoryChanges) raise_flag(p.to);
+    if (thread == 7 && kMistake != Mistake::kMemoryChanges) raise_flag(flag_of(p), kTag);
     if (kMistake == Mistake::kNoBarrier) store(words + thread, thread + 5);
   } else {
-    if (kMistake != Mistake::kNoWait && thread == 0) wait_for_flag(p.to);
+    if (kMistake != Mistake::kNoWait && thread == 0) wait_for_flag(flag_of(p), kTag);
+    if (thread == 0 && kMistake != Mistake::kNotAligned) lower_flag(flag_of(p));
     if (kMistake != Mistake::kRegistersChange) sync_warp();
-    store(p.to + 1 + thread, load_written(words + (thread + 1) % 32));
+    store(p.to + 2 + thread, load_written(words + (thread + 1) % 32));
   }
 }
 
@@ -309,20 +311,21 @@ void copy_behind_flag(Params p) {
   if (blockIdx.x == 0) {
     store(p.to + 64 + thread, thread + 5);
     sync_warp();
-    if (thread == 7) raise_flag(p.to);
+    if (thread == 7) raise_flag(flag_of(p), kTag);
     return;
   }
   if (thread == 0) mbarrier_init(full, 1), fence_proxy_async();
   if (kMistake == Mistake::kNoFence) fence_proxy_async_global();  // too early
-  wait_for_flag(p.to);
+  wait_for_flag(flag_of(p), kTag);
   sync_warp();
   if (thread == 0) {
+    lower_flag(flag_of(p));
     if (kMistake == Mistake::kNone) fence_proxy_async_global();
     mbarrier_arrive_and_expect(full, 128);
     copy_bulk(copied, words, 128, full);
   }
   mbarrier_wait(full, 0);
-  store(p.to + 1 + thread, load_shared<uint32_t>(copied + 4 * thread));
+  store(p.to + 2 + thread, load_shared<uint32_t>(copied + 4 * thread));
 }
 
 // Starts before the kernel has ended that gives `from` and reads what was in `to`.
