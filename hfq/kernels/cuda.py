@@ -43,10 +43,10 @@ __all__ = [
 # 33 and 36.
 _DIRECT_TOKENS = 192
 _DIRECT_TOKENS_LARGE, _DIRECT_TOKENS_LARGE_FLOATS = 1536, 768
-# Weights of more numbers take large blocks (kSmall in kernels/cuda/wgmma.cu), on GPUs that have the instructions.
+# For weights of no more numbers it is not measured (pairs take them, too), nor for GPUs without the instructions.
 _SMALL, _WGMMA, _WGMMA_VARIABLE = 1 << 25, (9, 0), "HFQ_CUDA_WGMMA"
-# Of a stage of theirs, which float16 has to fill (takes_large_wgmma says why).
-_LARGE_COLUMNS = 128
+# Of a stage of pairs, which float16 has to fill (takes_pairs in kernels/cuda/wgmma.cu says why).
+_PAIR_COLUMNS = 128
 
 # One launch multiplies with all experts as long as that takes less than one expert after the other, for which the host waits for the
 # counts and then needs some 20 us per expert, a pass over its dequantized weights and a product of the matrix library, which is twice as fast
@@ -136,9 +136,9 @@ class CudaFragments(AllAtOnce):
 
 def max_direct_tokens(grid: PackedGrid | Fp8Grid, device: torch.device, dtype: torch.dtype) -> int:
     """Up to how many tokens of `dtype` a product is faster that reads the packed weight."""
-    if grid.in_features * grid.out_features <= _SMALL or not _has_large_blocks(device):
+    if grid.in_features * grid.out_features <= _SMALL or not _has_pairs(device):
         return _DIRECT_TOKENS
-    if dtype == torch.float16 and grid.in_features % _LARGE_COLUMNS:
+    if dtype == torch.float16 and grid.in_features % _PAIR_COLUMNS:
         return _DIRECT_TOKENS
     zeros = isinstance(grid, PackedGrid) and grid.zeros is not None
     through_floats = zeros or (dtype == torch.float16 and grid.scales.dtype != dtype)
@@ -146,7 +146,7 @@ def max_direct_tokens(grid: PackedGrid | Fp8Grid, device: torch.device, dtype: t
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _has_large_blocks(device: torch.device) -> bool:
+def _has_pairs(device: torch.device) -> bool:
     """As takes_wgmma in kernels/cuda/wgmma.cu, but that it does not know how the kernels were compiled."""
     return (
         torch.cuda.get_device_capability(device) == _WGMMA

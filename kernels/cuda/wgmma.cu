@@ -1,4 +1,4 @@
-// When wgmma is taken, and how a product is cut into clusters of thread blocks, or into ranges.
+// When wgmma is taken, and how a product is cut into ranges.
 #include "wgmma.h"
 
 #include <atomic>
@@ -11,24 +11,19 @@
 namespace hfq {
 namespace {
 
-// Published figures of an H100; none was measured with these kernels.
-constexpr float kBytesPerClock = 28;         // from L2 to a multiprocessor
-constexpr float kProductsPerClock = 2048;    // of tensor cores
-constexpr float kStartClocks = 2000;         // until a block's first stage is there, and its sums have gone
-constexpr float kClusterClocks = 1500;       // two barriers of a cluster, and the way to a neighbour's shared memory
-constexpr float kClusterBytesPerClock = 16;  // from there
+// Pairs, of up to 128 tokens and of more. Chunks of 256 tokens are measured on an H200 (4096 x 14336 took 49.4 us for 32 of them), and so is the
+// beginning, which includes x in order; the rest is reckoned.
+constexpr RangeShape kPairShapes[2] = {{kPairRows, 128, 2, 1450, 6500, 2000, 1300}, {kPairRows, 256, 2, 2500, 6500, 2500, 2500}};
 
-// Chunks are measured on an H200 (4096 x 14336 with 256 tokens took 49.4 us for 32 of them), and so is the beginning; the rest is reckoned.
-constexpr RangeShape kPairShape = {kPairRows, kPairTokens, 2, 2500, 6500, 2500, 2500};
-
-// Staged blocks, of 32 and of 64 tokens. Chunks of 256 rows are measured: in clusters 4096 x 14336 took 14.9 and 19.5 us for 16 of them. The rest is
-// reckoned: of 128 rows all but x is half.
-constexpr RangeShape kStagedShapes[2][2] = {{{128, 32, 1, 700, 5500, 1800, 800}, {256, 32, 1, 1150, 5500, 2000, 1300}},
-                                            {{128, 64, 1, 1000, 5500, 2000, 1000}, {256, 64, 1, 1700, 5500, 2300, 2100}}};
+// Staged blocks, of 16, 32 and 64 tokens. Chunks of 256 rows are measured: in clusters 4096 x 14336 took 14.9 and 19.5 us for 16 of them (int4, scales of
+// whole chunks and no zero points; else, and with 8 bits or a codebook, 1.7 times as many clocks). The rest is reckoned: of 128 rows all but x is half.
+constexpr RangeShape kStagedShapes[] = {{128, 16, 1, 550, 5500, 1600, 700},
+                                        {128, 32, 1, 700, 5500, 1800, 800},
+                                        {256, 32, 1, 1150, 5500, 2000, 1300},
+                                        {128, 64, 1, 1000, 5500, 2000, 1000},
+                                        {256, 64, 1, 1700, 5500, 2300, 2100}};
 
 // Of a weight. Measured on an H200, in us (K x N): 16 tokens of 4096 x 4096 take 9.2, 8.3 with gemm_kernel.h; of 4096 x 14336 15.7 and 21.2.
-// 128 tokens of 4096 x 4096 take 22.7 in large blocks, of which there are few, 20.8 in others; of 4096 x 14336 32 and 50, of 14336 x 4096 42 and 59,
-// of 8192 x 28672 109 and 218. (64 tokens in large blocks of as many were slower everywhere: 32.8 beside 29.6.)
 constexpr int64_t kSmall = int64_t{1} << 25;
 
 int64_t chunks_of(const LinearParams& p) { return divided(p.weight.in_features, kWgmmaColumns); }
@@ -37,7 +32,7 @@ int64_t tiles_of(const LinearParams& p, const RangeShape& shape) {
 }
 
 // No plan on the current device has more.
-int most_clusters(const RangeShape& shape) { return multiprocessors() / shape.blocks; }
+int most_clusters(const RangeShape& shape) { return multiprocessors() > shape.blocks ? multiprocessors() / shape.blocks : 1; }
 int64_t most_ranges(const LinearParams& p, const RangeShape& shape) {
   const int64_t clusters = most_clusters(shape), chunks = tiles_of(p, shape) * chunks_of(p);
   return clusters < chunks ? clusters : chunks;
@@ -65,56 +60,21 @@ const char* launch_kind(const WgmmaParams& p, cudaStream_t stream) {
 }  // namespace
 
 bool takes_wgmma(const LinearParams& p) {
-  if (wanted("0") || (p.tokens <= 16 && numbers(p) < kSmall && !wanted("1") && !wanted("large"))) return false;
+  if (wanted("0") || (p.tokens <= 16 && numbers(p) < kSmall && !wanted("1") && !wanted("pairs"))) return false;
   if (compute_capability() != 90 || !wgmma_was_compiled()) return false;
   return of_kind(p.weight, runs_wgmma_int2, runs_wgmma_int3, runs_wgmma_int4, runs_wgmma_int8, runs_wgmma_table4, runs_wgmma_e4m3)(p);
 }
 
-bool takes_large_wgmma(const LinearParams& p) {
+bool takes_pairs(const LinearParams& p) {
   // In float16 a code behind K, which is any, times a scale above 136 (E4M3) or 8190 (4 bits) is infinite, and infinity times zero is not.
   const bool exact_end = p.x_dtype == kBFloat16 || p.weight.in_features % kWgmmaColumns == 0;
-  return p.tokens > 64 && ((numbers(p) > kSmall && exact_end) || wanted("large"));
+  return p.tokens > kStagedTokens && (exact_end || wanted("pairs"));
 }
-
-// They were faster with up to 32 tokens on an H200, but for 8 bits (26 us in place of 24 for 4096 x 14336), and with 64 where scales are applied once
-// for a stage and are all there is (20.1 in place of 23.7). Not so with zero points (31.3 in place of 31.1), in groups of 64 (26.0 in place of 25.3),
-// for 8 bits (31.0 in place of 27.6) and codebooks (28.9 in place of 27.7). (In clusters; with ranges it is not measured.)
-bool takes_staged_wgmma(const LinearParams& p) {
-  const Weight& w = p.weight;
-  if (p.tokens <= 16 || p.tokens > kStagedTokens || w.bits == 8) return false;
-  constexpr uint32_t kUnits = kWgmmaColumns / kUnitColumns;
-  return p.tokens <= kStagedTokens / 2 || (!w.codebook && !w.zeros && flush_mask(w, kUnits) == kUnits - 1);
-}
-
-bool takes_pairs(const LinearParams& p) { return p.tokens > kLargeTokens && takes_large_wgmma(p); }
 
 int64_t wgmma_workspace(const LinearParams& p) {
-  const int64_t x = takes_large_wgmma(p) ? arranged_floats(p) : 0;
-  if (!takes_staged_wgmma(p) && !takes_pairs(p)) return x;
   const RangeShape shape = range_shape(p);
-  const int64_t ranges = most_ranges(p, shape);
+  const int64_t x = takes_pairs(p) ? arranged_floats(p) : 0, ranges = most_ranges(p, shape);
   return x + flag_floats(ranges * shape.blocks) + ranges * shape.rows * shape.tokens;
-}
-
-// The number of blocks that share the columns with which the last round of clusters ends first.
-WgmmaPlan plan_wgmma(const LinearParams& p, const WgmmaShape& shape) {
-  const int64_t chunks = divided(p.weight.in_features, kWgmmaColumns);
-  const int64_t tiles = divided(p.weight.out_features, shape.rows) * divided(p.tokens, shape.tokens);
-  const float read = (shape.rows * p.weight.bits / 8.0f + 2.0f * shape.tokens) / kBytesPerClock;
-  const float multiplied = static_cast<float>(shape.rows) * shape.tokens / kProductsPerClock;
-  const float chunk_clocks = kWgmmaColumns * (read > multiplied ? read : multiplied);
-  WgmmaPlan best = {};
-  float least = 0;
-  for (int32_t splits = 1; splits <= kMostClusterBlocks && (splits == 1 || chunks >= 2 * splits); ++splits) {
-    const int active = shape.active_clusters(splits);
-    if (active == 0) continue;
-    const int64_t split_chunks = divided(chunks, splits);
-    if (divided(chunks, split_chunks) < splits) continue;  // a block would have no columns
-    const float sums = splits == 1 ? 0 : kClusterClocks + 4.0f * shape.rows * shape.tokens / kClusterBytesPerClock;
-    const float clocks = divided(tiles, active) * (kStartClocks + split_chunks * chunk_clocks + sums);
-    if (least == 0 || clocks < least) best = {splits, static_cast<int32_t>(split_chunks)}, least = clocks;
-  }
-  return best;
 }
 
 namespace {
@@ -168,9 +128,9 @@ PlannedRanges best_ranges(int64_t tiles, int64_t chunks, const RangeShape& shape
 
 PlannedRanges planned_ranges(const LinearParams& p, const RangeShape& shape, int active) {
   // Some microseconds, of each product on its way: a model has few of these.
-  thread_local std::map<std::tuple<int64_t, int64_t, int32_t, int32_t, int>, PlannedRanges> plans;
+  thread_local std::map<std::tuple<int64_t, int64_t, int32_t, int32_t, int64_t, int>, PlannedRanges> plans;
   const int64_t tiles = tiles_of(p, shape), chunks = chunks_of(p);
-  PlannedRanges& found = plans[{tiles, chunks, shape.rows, shape.tokens, active}];
+  PlannedRanges& found = plans[{tiles, chunks, shape.rows, shape.tokens, shape.chunk, active}];
   if (found.plan.ranges == 0) found = best_ranges(tiles, chunks, shape, active);
   return found;
 }
@@ -178,10 +138,20 @@ PlannedRanges planned_ranges(const LinearParams& p, const RangeShape& shape, int
 }  // namespace
 
 RangeShape range_shape(const LinearParams& p) {
-  if (p.tokens > kStagedTokens) return kPairShape;
-  const RangeShape(&shapes)[2] = kStagedShapes[p.tokens > kStagedTokens / 2];
-  const int blocks = multiprocessors();
-  return planned_ranges(p, shapes[0], blocks).clocks <= planned_ranges(p, shapes[1], blocks).clocks ? shapes[0] : shapes[1];
+  if (takes_pairs(p)) return kPairShapes[p.tokens > kPairTokens / 2];
+  const Weight& w = p.weight;
+  constexpr uint32_t kUnits = kWgmmaColumns / kUnitColumns;
+  const bool fast = w.bits < 8 && !w.codebook && !w.zeros && flush_mask(w, kUnits) == kUnits - 1;
+  const int32_t tokens = p.tokens <= 16 ? 16 : p.tokens <= 32 ? 32 : kStagedTokens;
+  RangeShape best = {};
+  int64_t least = 0;
+  for (RangeShape shape : kStagedShapes) {
+    if (shape.tokens != tokens) continue;
+    if (!fast) shape.chunk = shape.chunk * 17 / 10;
+    const int64_t clocks = planned_ranges(p, shape, most_clusters(shape)).clocks;
+    if (best.rows == 0 || clocks < least) best = shape, least = clocks;
+  }
+  return best;
 }
 
 RangePlan plan_ranges(const LinearParams& p, const RangeShape& shape, int active) {

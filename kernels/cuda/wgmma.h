@@ -6,19 +6,12 @@
 
 namespace hfq {
 
-constexpr int kWgmmaColumns = 128;     // of a stage
-constexpr int kMostClusterBlocks = 8;  // that any GPU of compute capability 9.0 takes
-constexpr int kStagedTokens = 64;      // of a thread block of wgmma_staged.h, or half of it
-constexpr int kLargeTokens = 128;      // of a thread block of wgmma_large.h
-// Of wgmma_pair.h: tokens of a thread block, rows of the two that are a pair.
-constexpr int kPairTokens = 256, kPairRows = 256;
-// Of shared memory: all that a thread block may have. 28 KiB are left to the L1 cache, through which x goes, 16 KiB at a time.
+constexpr int kWgmmaColumns = 128;  // of a stage
+constexpr int kStagedTokens = 64;   // of a thread block of wgmma_staged.h, or a half or a quarter of it
+constexpr int kPairTokens = 256;    // of one of wgmma_pair.h, or half of it
+constexpr int kPairRows = 256;      // of the two that are a pair
+// Of shared memory: all that a thread block may have. 28 KiB are left to the L1 cache.
 constexpr int kMostWgmmaBytes = 227 << 10;
-
-struct WgmmaPlan {
-  int32_t splits;        // thread blocks that share the columns of one tile of the output: a cluster; 0 if none runs
-  int32_t split_chunks;  // kWgmmaColumns columns each, of each of them
-};
 
 // wgmma_ranges.h: all tiles of the output stand in a row, of each its chunks of kWgmmaColumns columns, and each cluster has a range of it: range r is
 // units [r * units / ranges, (r + 1) * units / ranges). A unit is a chunk, or a tile with all its chunks. units * ranges < 2^32.
@@ -35,30 +28,20 @@ struct RangePlan {
 };
 
 struct WgmmaParams : LinearParams {
-  WgmmaPlan plan;
-  // wgmma_ranges.h only.
   RangePlan cut;
   uint64_t tag;     // that no other launch of this process has, and not 0
   uint64_t* flags;  // [ranges, blocks of a cluster], any numbers: the tag once a block has written its partial sums
   float* partials;  // [ranges, blocks of a cluster, n, threads that multiply, 4], as many numbers as its rows have tokens
 };
 
-// What a thread block of a kernel takes, and how many clusters of so many of them run at a time.
-struct WgmmaShape {
-  int32_t rows, tokens;
-  int (*active_clusters)(int splits);
-};
-
-WgmmaPlan plan_wgmma(const LinearParams& params, const WgmmaShape& shape);
-
-// The same of what has ranges, and the clocks that it takes: a chunk of a tile, beginning and end, until a block's partial sums are written, and to
-// read them.
+// What the thread blocks of a cluster take, and the clocks that it takes: a chunk of a tile, beginning and end, until a block's partial sums are
+// written, and to read them.
 struct RangeShape {
-  int32_t rows, tokens, blocks;  // rows of all blocks of a cluster
+  int32_t rows, tokens, blocks;  // rows of all of them
   int64_t chunk, start, write, read;
 };
 
-// Of a product that takes staged blocks or pairs.
+// Of a product that takes these kernels.
 RangeShape range_shape(const LinearParams& params);
 // For so many clusters that run at a time.
 RangePlan plan_ranges(const LinearParams& params, const RangeShape& shape, int active);
@@ -66,23 +49,18 @@ RangePlan plan_ranges(const LinearParams& params, const RangeShape& shape, int a
 void place_ranges(WgmmaParams& params, const RangeShape& shape);
 
 // Whether launch_linear takes these kernels for more than few tokens: where they are faster than gemm_kernel.h, unless HFQ_CUDA_WGMMA is 0; with 1 or
-// "large" elsewhere as well. (wide.h goes first.)
+// "pairs" elsewhere as well. (wide.h goes first.)
 bool takes_wgmma(const LinearParams& params);
 
-// Whether a product that takes them takes large blocks: more than 64 tokens with a weight that is not small, or with HFQ_CUDA_WGMMA=large any.
-bool takes_large_wgmma(const LinearParams& params);
-
-// Whether a product of 17 to 64 tokens that takes them takes staged blocks.
-bool takes_staged_wgmma(const LinearParams& params);
-
-// Whether it takes pairs.
+// Whether a product that takes them takes pairs, for which weights are rounded to 16 bits: more than 64 tokens, unless it would not be right; with
+// HFQ_CUDA_WGMMA=pairs even then. Else it takes staged blocks.
 bool takes_pairs(const LinearParams& params);
 
 // Floats of the workspace of a product that takes these kernels.
 int64_t wgmma_workspace(const LinearParams& params);
 
-// Of x in the order of large blocks; and what enqueues the kernel that writes it to the workspace so (wgmma_tokens.cu). Words and pieces of 16 bytes
-// are in the places of wgmma_block.h; numbers of tokens and columns that do not exist are zeros.
+// Of x in the order of pairs; and what enqueues the kernel that writes it to the workspace so (wgmma_tokens.cu). Words and pieces of 16 bytes are in the
+// places of wgmma_block.h; numbers of tokens and columns that do not exist are zeros.
 int64_t arranged_floats(const LinearParams& params);
 const char* launch_arrange(const LinearParams& params, cudaStream_t stream);
 

@@ -5,23 +5,17 @@
 // with ones, as in gemm_kernel.h.
 #pragma once
 
-#include "wgmma_block.h"
+#include "wgmma_ranges.h"
 
 namespace hfq {
 namespace {
-
-// The same for all lanes, as the compiler then knows: what depends on it is not divergent.
-__device__ __forceinline__ int own_warp() { return shuffle_from(threadIdx.x / 32, 0); }
 
 template <class Kind, class T, class Block>
 struct WgmmaConsumer {
   static constexpr int kUnits = Block::kUnits, kSums = Block::kSums, kTokenTiles = Block::kTokenTiles;
   static constexpr float kMiddle = 1 << (Block::kBits - 1), kUp = 1 << Kind::template kDown<T>;
   static constexpr int kAnyDType = -1;  // of scales: the parameters say which
-  // Codes are asked for before the wgmma in front is waited for, and a chunk begins with where the next one is, a chain of slow instructions, in
-  // place of its last unit. (Scales of units leave no registers for that.)
-  template <bool kWhole>
-  static constexpr bool kEarly = Block::kEarly && kWhole;
+  static constexpr int kPartialsAtOnce = Block::kAtFirst > 128 ? 2 : 1;  // as registers allow
 
   const WgmmaParams& p;
   const Block& block;
@@ -82,8 +76,10 @@ struct WgmmaConsumer {
   }
 
   // Units u and later of the stage `turn`, of which `x` describes the activations and `unit` is the first one, of all columns. `more`: another one
-  // follows, whose first unit's numbers are made; `next` is it, or `turn` if not kEarly.
-  // `kWhole`: scales, of the dtype kScales, are applied at its end only, and there are no zero points.
+  // follows, whose first unit's numbers are made; `next` is it, or `turn` if not kWhole.
+  // `kWhole`: scales, of the dtype kScales, are applied at its end only, and there are no zero points. Then codes are asked for before the wgmma in front
+  // is waited for, and a chunk begins with where the next one is, a chain of slow instructions, in place of its last unit. (Scales of units leave no
+  // registers for that.)
   template <bool kWhole, int kScales, int u>
   __device__ __forceinline__ void multiply(uint64_t x, const Turn<Block::kStages>& turn, Turn<Block::kStages> next, uint32_t unit, bool more) {
     constexpr int kFrom = (u / 2 * Block::kHalf + u % 2 * 64) / 16;
@@ -97,16 +93,16 @@ struct WgmmaConsumer {
     wgmma(T{}, products, a[u % 2][0], x + kFrom, (u & mask) != 0);
     wgmma(T{}, products, a[u % 2][1], x + kFrom + 2, true);
     wgmma_commit();
-    if constexpr (!kEarly<kWhole>) wgmma_wait<1>();
+    if constexpr (!kWhole) wgmma_wait<1>();
     if constexpr (u + 1 < kUnits) {
       take<u + 1>(stage);
-      if constexpr (kEarly<kWhole>) wgmma_wait<1>();
+      if constexpr (kWhole) wgmma_wait<1>();
       unpack<u + 1>();
     } else if (more) {
-      if constexpr (!kEarly<kWhole>) next.next();
+      if constexpr (!kWhole) next.next();
       mbarrier_wait(block.full(next.at), next.round % 2);
       take<0>(block.stage(next.at));
-      if constexpr (kEarly<kWhole>) wgmma_wait<1>();
+      if constexpr (kWhole) wgmma_wait<1>();
       unpack<0>();
     }
     // (Always so after the last unit. The compiler, which does not know, makes the numbers above before it waits.)
@@ -155,24 +151,39 @@ struct WgmmaConsumer {
 #pragma unroll 1
     for (uint32_t i = 0; i < chunks; ++i, turn.next()) {
       Turn<Block::kStages> next = turn;
-      if constexpr (kEarly<kWhole>) next.next();
+      if constexpr (kWhole) next.next();
       multiply<kWhole, kScales, 0>(x + turn.at * (Block::kStage / 16), turn, next, (chunk + i) * kUnits, i + 1 < chunks);
       sync_warp();
       if (lane == 0) mbarrier_arrive(block.empty(turn.at));
     }
   }
 
-  __device__ __forceinline__ bool is_whole() const { return p.flush_mask == kUnits - 1 && !p.weight.zeros; }
-
-  __device__ __forceinline__ void run() {
+  template <bool kWhole, int kScales>
+  __device__ __forceinline__ void run_segments() {
     Turn<Block::kStages> turn;
-    if (is_whole())
-      multiply_chunks<true, kAnyDType>(block.chunk, block.chunks, turn);
-    else
-      multiply_chunks<false, kAnyDType>(block.chunk, block.chunks, turn);
+#pragma unroll 1
+    for (WgmmaSegment segment = block.first; segment.chunks; segment.next()) {
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
+      multiply_chunks<kWhole, kScales>(segment.chunk, segment.chunks, turn);
+      end_segment<T>(p, block, segment, lane, own_warp(), sums, [&](uint32_t others) { add_partials(others); });
+    }
   }
 
-  __device__ __forceinline__ void store_sums(float* partial) const { store_tile<Block>(partial, own_warp(), sums); }
+  __device__ __forceinline__ void add_partials(uint32_t others) {
+    mbarrier_wait(block.gathered(1), 0);
+#pragma unroll kPartialsAtOnce
+    for (uint32_t other = others - 1; other > 0; --other) add_partial(p, block, other, sums);
+    mbarrier_wait(block.gathered(0), 0);
+    add_partial(p, block, 0, sums);
+  }
+
+  __device__ __forceinline__ void run() {
+    if (p.flush_mask != kUnits - 1 || p.weight.zeros) return run_segments<false, kAnyDType>();
+    if (p.weight.scale_dtype == kFloat16) return run_segments<true, kFloat16>();
+    if (p.weight.scale_dtype == kBFloat16) return run_segments<true, kBFloat16>();
+    run_segments<true, kAnyDType>();
+  }
 };
 
 }  // namespace

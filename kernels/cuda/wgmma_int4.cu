@@ -6,6 +6,6 @@ const char* launch_wgmma_int4(const WgmmaParams& params, cudaStream_t stream) { 
 
 bool runs_wgmma_int4(const LinearParams& params) { return runs_wgmma_of<IntCodes<4>>(params); }
 
-bool wgmma_was_compiled() { return facts_of(wgmma_kernel<IntCodes<4>, BFloat16, 64, WgmmaWay::kThroughRegisters>).registers > 32; }
+bool wgmma_was_compiled() { return facts_of(wgmma_kernel<IntCodes<4>, BFloat16, 64, WgmmaWay::kStaged>).registers > 32; }
 
 }  // namespace hfq

@@ -1,15 +1,15 @@
-// From stages to sums for 129 and more tokens: 128 rows and 256 tokens of a thread block, and x for two blocks at once.
+// 65 and more tokens: 128 rows and up to 256 tokens of a thread block, and x for two blocks at once.
 //
-// Of 256 tokens a block of wgmma_large.h takes 128, so that each weight is unpacked twice. Here it is unpacked once, for one tile of a warp: 256
-// instructions for a chunk (4 bits, bfloat16, scales in two parts; 210 with scales as stored, 491 through float32) in place of some 380, for the same
-// 2048 clocks of tensor cores. Two such warps are 512 of a scheduler. A unit's operands are 8 registers, so that there is room for those of four: one
-// unit runs, one waits behind it, the next one is unpacked.
+// Of so many tokens accumulators leave no registers for a second set of sums: weights are multiplied by their scales before, in 16 bits
+// (wgmma_rounded.h). Each is unpacked once, for one tile of a warp: 256 instructions for a chunk (4 bits, bfloat16, scales in two parts; 210 with scales
+// as stored, 491 through float32), for which tensor cores take 2048 clocks with 256 tokens, 1024 with 128. Two such warps are 512 of a scheduler. A
+// unit's operands are 8 registers, so that there is room for those of four: one unit runs, one waits behind it, the next one is unpacked. Measured on an
+// H200 with 256 tokens: 2500 clocks.
 //
-// x would cost 64 KB of L2 for each chunk, with 8 KB of codes 36 bytes a clock of a multiprocessor, of 28 that are published. So two blocks of
-// neighbouring rows are a pair, a cluster, each of which asks for half of x for both: 20 bytes a clock. A stage of x is free when both have read it.
-// Of an odd number of blocks of rows the last pair has one without rows, which only helps to copy x.
-//
-// Few tiles leave multiprocessors idle, so that each pair has a range of all chunks (wgmma_ranges.h).
+// x would cost 64 KB of L2 for each chunk of 256 tokens, with 8 KB of codes 36 bytes a clock of a multiprocessor, of 28 that are published. So two
+// blocks of neighbouring rows are a pair, a cluster, each of which asks for half of x for both: 20 bytes a clock. A stage of x is free when both have
+// read it. Of an odd number of blocks of rows the last pair has one without rows, which only helps to copy x. x comes in the order of stages
+// (wgmma_tokens.cu): all goes by copies in bulk.
 #pragma once
 
 #include "wgmma_ranges.h"
@@ -20,12 +20,11 @@ namespace {
 
 // Two rings in place of one (wgmma_block.h), since three whole chunks of both find no room: of x with 64 columns a stage, alike in both blocks, and
 // of weights with a chunk a stage. Of 4 bits five stages each. They run on from segment to segment.
-template <class Kind, class T>
+template <class Kind, int kTokens_>
 struct WgmmaPairBlock {
   static constexpr int kTiles = 8, kRows = kTiles * kTileRows, kNeighbours = 2;
   static_assert(kNeighbours * kRows == kPairRows);
-  static constexpr int kTokens = kPairTokens, kBits = Kind::kCodeBits;
-  static constexpr int kWarpTiles = 1;
+  static constexpr int kTokens = kTokens_, kBits = Kind::kCodeBits;
   static constexpr int kConsumers = kTiles, kProducers = 4, kThreads = 32 * (kConsumers + kProducers);  // warps
   static constexpr int kWeightWarps = 2;  // of those that copy; another one copies x, and the last one raises a flag
   static constexpr int kAtFirst = 168, kOfConsumers = 216, kOfProducers = 72;  // registers, as in wgmma_block.h
@@ -40,9 +39,10 @@ struct WgmmaPairBlock {
   static constexpr int kPartialStages = kRows * kTokens * 4 / kXStage;
   static_assert(kPartialStages * kXStage == kRows * kTokens * 4);
   // Shared memory: the ring of x, that of weights, which has three chunks or more, the table of a codebook, barriers.
-  static constexpr int kTableBytes = Kind::kTable ? TableCodes::kTableBytes : 0, kBarrierBytes = 256;
-  static constexpr int kRoom = kMostWgmmaBytes - kTableBytes - kBarrierBytes, kXStages = (kRoom - 3 * kStage) / kXStage;
-  static constexpr int kXRing = kXStages * kXStage, kStages = (kRoom - kXRing) / kStage;
+  static constexpr int kTableBytes = Kind::kTable ? TableCodes::kTableBytes : 0, kBarrierBytes = 384;
+  static constexpr int kRoom = kMostWgmmaBytes - kTableBytes - kBarrierBytes, kXRoom = (kRoom - 3 * kStage) / kXStage;
+  static constexpr int kXStages = kXRoom > 10 ? 10 : kXRoom, kXRing = kXStages * kXStage;
+  static constexpr int kStagesRoom = (kRoom - kXRing) / kStage, kStages = kStagesRoom > 8 ? 8 : kStagesRoom;
   static constexpr int kRing = kXRing + kStages * kStage, kSharedBytes = kRing + kTableBytes + kBarrierBytes;
   static_assert(kXStages >= 5 && 8 * (2 * (kXStages + kStages) + 2) <= kBarrierBytes);
 
@@ -75,10 +75,63 @@ struct WgmmaPairBlock {
 
   // By one thread, before a barrier of the cluster: what the neighbour copies arrives here, too.
   __device__ __forceinline__ void init_barriers() const {
-    for (int i = 0; i < kStages; ++i) mbarrier_init(full(i), kWeightWarps), mbarrier_init(empty(i), kConsumers);
+    for (int i = 0; i < kStages; ++i) mbarrier_init(full(i), kWeightWarps * 33), mbarrier_init(empty(i), kConsumers);
     for (int i = 0; i < kXStages; ++i) mbarrier_init(x_full(i), 1), mbarrier_init(x_empty(i), kNeighbours * kConsumers);
     mbarrier_init(filled(), 32 * kConsumers), mbarrier_init(written(), kConsumers);
     fence_mbarrier_init();
+  }
+};
+
+// Codes, scales and zero points of the tiles of a warp. Codes in bulk, a lane for each tile: some 60 clocks of the copying engine each, whatever their
+// bytes, which is why scales and zero points, 32 bytes of a tile, go by cp.async, eight lanes for each tile. (In bulk they took 15 % of the time of
+// 64 tokens in such blocks, on an H200.)
+template <class Block>
+struct WgmmaWeights {
+  static constexpr int kTiles = Block::kTiles / Block::kWeightWarps, kBytes = Block::kBytes, kLanes = 32 / kTiles;
+  static constexpr uint32_t kRound = 16 * kLanes;  // bytes of a tile
+
+  const WgmmaParams& p;
+  const Block& block;
+  uint32_t unit;        // the first one of the chunk that is copied next
+  uint32_t tiles;       // of the warp's that exist
+  uint32_t tile_bytes;  // of codes
+  bool numbers;         // whether the tile of the lane's scales exists
+  // Of the lane, and where they go in a stage.
+  const uint8_t *codes, *scales, *zeros;
+  uint32_t codes_to, scales_to;
+
+  // From this chunk on, of the rows that begin with tile `first_tile`.
+  __device__ __forceinline__ WgmmaWeights(const WgmmaParams& params, const Block& b, int warp, uint32_t first_tile, uint32_t chunk)
+      : p(params), block(b), unit(chunk * Block::kUnits) {
+    const Weight& w = p.weight;
+    const int64_t first = static_cast<int64_t>(first_tile) + warp * kTiles, left = (w.out_features + kTileRows - 1) / kTileRows - first;
+    tiles = static_cast<uint32_t>(left < 0 ? 0 : left < kTiles ? left : kTiles);
+    tile_bytes = static_cast<uint32_t>((w.in_features + kBlockColumns<Block::kBits> - 1) / kBlockColumns<Block::kBits>) * kBlockBytes<Block::kBits>;
+    const uint32_t lane = threadIdx.x % 32, tile = lane / kLanes, within = lane % kLanes * 16;
+    codes = w.qweight + (first + lane) * tile_bytes;
+    codes_to = Block::kCodesAt + (warp * kTiles + lane) * kBytes;
+    const int64_t of_tile = (first + tile) * w.groups * 8 * pair_bytes(w.scale_dtype) + within;
+    numbers = tile < tiles;
+    scales = static_cast<const uint8_t*>(w.scales) + of_tile, zeros = static_cast<const uint8_t*>(w.zeros) + of_tile;
+    scales_to = Block::kScalesAt + (warp * kTiles + tile) * Block::kScaleBytes + within;
+  }
+
+  // The next chunk, to stage `at`.
+  __device__ __forceinline__ void copy(uint32_t at) {
+    const uint32_t lane = threadIdx.x % 32, behind = unit / Block::kUnits * kBytes, left = tile_bytes - behind;
+    const uint32_t code_bytes = left < kBytes ? left : kBytes, stage = block.stage(at), full = block.full(at);
+    if (lane == 0) mbarrier_arrive_and_expect(full, tiles * code_bytes);
+    if (lane < tiles) copy_bulk(stage + codes_to, codes + behind, code_bytes, full);
+    const uint32_t group = group_of(p, unit), groups = group_of(p, unit + Block::kUnits - 1) - group + 1;
+    const uint32_t of_group = 8 * pair_bytes(p.weight.scale_dtype), bytes = groups * of_group, from = group * of_group;
+#pragma unroll 1
+    for (uint32_t round = 0; round < bytes; round += kRound) {
+      if (!numbers || round + lane % kLanes * 16 >= bytes) continue;
+      cp_async(stage + scales_to + round, scales + from + round);
+      if (p.weight.zeros) cp_async(stage + scales_to + Block::kZerosAt - Block::kScalesAt + round, zeros + from + round);
+    }
+    mbarrier_arrive_after_copies(full);
+    unit += Block::kUnits;
   }
 };
 
@@ -105,7 +158,7 @@ struct WgmmaPairProducer {
       for (uint32_t i = 0; i < segment.chunks; ++i, turn.next()) {
         if (turn.round) mbarrier_wait(block.empty(turn.at), (turn.round - 1) % 2);
         sync_warp();  // a lane that copies nothing could come so late that it sees the bit of the next phase but one
-        weights.copy(turn.at, 0);
+        weights.copy(turn.at);
       }
     }
   }
@@ -164,8 +217,8 @@ struct WgmmaPairProducer {
 };
 
 template <class Kind, class T, class Block>
-struct WgmmaPairConsumer : WgmmaRounded<Kind, T, Block, 4> {
-  using Rounded = WgmmaRounded<Kind, T, Block, 4>;
+struct WgmmaPairConsumer : WgmmaRounded<Kind, T, Block> {
+  using Rounded = WgmmaRounded<Kind, T, Block>;
   using Rounded::a, Rounded::block, Rounded::kUnits, Rounded::kSums, Rounded::lane, Rounded::p, Rounded::sums;
 
   WgmmaSegment segment;
@@ -189,7 +242,7 @@ struct WgmmaPairConsumer : WgmmaRounded<Kind, T, Block, 4> {
     if (u % 2 == 0) mbarrier_wait(block.x_full(x_turn.at), x_turn.round % 2);
     wgmma_fence();
 #pragma unroll
-    for (int j = 0; j < 2; ++j) wgmma(T{}, sums[0], a[u][0][j], x + x_turn.at * (Block::kXStage / 16) + u % 2 * 4 + 2 * j, true);
+    for (int j = 0; j < 2; ++j) wgmma(T{}, sums, a[u][j], x + x_turn.at * (Block::kXStage / 16) + u % 2 * 4 + 2 * j, true);
     wgmma_commit();
     if constexpr (u + 1 < kUnits) {
       this->template unpack<kScaling, kWhole, u + 1>(block.stage(turn.at), unit);
@@ -216,15 +269,15 @@ struct WgmmaPairConsumer : WgmmaRounded<Kind, T, Block, 4> {
 #pragma unroll 1
     for (; segment.chunks; segment.next()) {
 #pragma unroll
-      for (int i = 0; i < kSums; ++i) sums[0][i] = 0.0f;
+      for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
       mbarrier_wait(block.full(turn.at), turn.round % 2);
       this->template unpack<kScaling, kWhole, 0>(block.stage(turn.at), segment.chunk * kUnits);
 #pragma unroll 1
       for (uint32_t i = 0; i < segment.chunks; ++i)
         multiply<kScaling, kWhole, 0>(x, (segment.chunk + i) * kUnits, i == 0, i + 1 < segment.chunks);
-      wgmma_wait<0>(sums[0]);
+      wgmma_wait<0>(sums);
       free_x_behind();
-      end_segment<T>(p, block, segment, lane, this->first_tile, sums[0], [&](uint32_t others) { add_partials(others); });
+      end_segment<T>(p, block, segment, lane, this->tile, sums, [&](uint32_t others) { add_partials(others); });
     }
   }
 
@@ -240,7 +293,7 @@ struct WgmmaPairConsumer : WgmmaRounded<Kind, T, Block, 4> {
 #pragma unroll
         for (int s = 0; s < kAtOnce; s += 4) {
           const uint4 part = load_shared<uint4>(from + s / 4 * kStride);
-          float* const d = sums[0] + stage * kAtOnce + s;
+          float* const d = sums + stage * kAtOnce + s;
           d[0] += as_float(part.x), d[1] += as_float(part.y), d[2] += as_float(part.z), d[3] += as_float(part.w);
         }
         x_turn.next();

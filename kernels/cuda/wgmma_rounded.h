@@ -1,4 +1,4 @@
-// Weights of large blocks as operands of wgmma: numbers times their scales, rounded to 16 bits, which leaves accumulators their registers.
+// Weights of pairs as operands of wgmma: numbers times their scales, rounded to 16 bits, which leaves accumulators their registers.
 //
 // That is what dequantizing gives (unpack.cu), and what the matrix library reads with many tokens (Scaling says how, and where a weight can be
 // the other one of two neighbours; entries of a table are rounded before).
@@ -17,10 +17,10 @@ enum Scaling {
   kInFloats,    // the same: for zero points, and for float16, in which what small scales lack would be subnormal, and large ones infinite
 };
 
-// What a consumer has of its tiles. `kOperands`: of so many units, in turns.
-template <class Kind, class T, class Block, int kOperands>
+// What a consumer has of its tile: operands of all units of a chunk.
+template <class Kind, class T, class Block>
 struct WgmmaRounded {
-  static constexpr int kTiles = Block::kWarpTiles, kUnits = Block::kUnits, kSums = Block::kSums;
+  static constexpr int kUnits = Block::kUnits, kSums = Block::kSums;
   // Numbers are 2^-kDown times what they are, and scales 2^kDown times.
   static constexpr int kDown = Kind::template kDown<T>;
   static constexpr float kUp = 1 << kDown, kMiddle = (1 << (Block::kBits - 1)) / kUp;
@@ -29,21 +29,21 @@ struct WgmmaRounded {
 
   const WgmmaParams& p;
   const Block& block;
-  int lane, first_tile;          // of the warp's, four apart
+  int lane, tile;                // of the block
   uint32_t codes_at, scales_at;  // what the lane reads, from the beginning of a stage
   uint32_t table;                // of the lane
-  float sums[kTiles][kSums] = {};
-  Kind codes[kTiles];
-  Pair scales[kTiles], zeros[kTiles];
-  uint32_t factors[kTiles][2];  // the scales of rows g and g + 8, twice each, in 16 bits
-  uint32_t rests[kTiles][2];    // what those lack
-  uint32_t a[kOperands][kTiles][2][4];
+  float sums[kSums] = {};
+  Kind codes;
+  Pair scale, zero;
+  uint32_t factors[2];  // the scales of rows g and g + 8, twice each, in 16 bits
+  uint32_t rests[2];    // what those lack
+  uint32_t a[kUnits][2][4];
 
   __device__ __forceinline__ WgmmaRounded(const WgmmaParams& params, const Block& b, int warp)
-      : p(params), block(b), lane(threadIdx.x % 32), first_tile(warp / 4 * 4 * kTiles + warp % 4) {
-    codes_at = kept(static_cast<uint32_t>(Block::kCodesAt + first_tile * Block::kBytes + 16 * lane));
+      : p(params), block(b), lane(threadIdx.x % 32), tile(warp) {
+    codes_at = kept(static_cast<uint32_t>(Block::kCodesAt + tile * Block::kBytes + 16 * lane));
     const uint32_t pair = lane / 4 * pair_bytes(p.weight.scale_dtype);
-    scales_at = kept(static_cast<uint32_t>(Block::kScalesAt + first_tile * Block::kScaleBytes + pair));
+    scales_at = kept(static_cast<uint32_t>(Block::kScalesAt + tile * Block::kScaleBytes + pair));
     if constexpr (Kind::kTable) table = kept(block.ring + Block::kRing + 4 * lane);
   }
 
@@ -52,59 +52,50 @@ struct WgmmaRounded {
   __device__ __forceinline__ void unpack(uint32_t stage, uint32_t unit) {
     const bool new_scales = kWhole ? u == 0 : (u & p.flush_mask) == 0;
     const uint32_t pair = stage + scales_at + (!kWhole && new_scales ? scales_of(p, unit, u) : 0);
+    if constexpr (u % Kind::kUnits == 0) codes.take(stage + codes_at + u / Kind::kUnits * kBlockBytes<Block::kBits>, lane);
+    uint32_t(&to)[2][4] = a[u];
+    codes.template unit<T, u % Kind::kUnits, true>(table, to);
+    Kind::order(to);
+    if (new_scales) take_scales<kScaling>(pair);
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      const uint32_t of_codes = stage + codes_at + 4 * i * Block::kBytes + u / Kind::kUnits * kBlockBytes<Block::kBits>;
-      if constexpr (u % Kind::kUnits == 0) codes[i].take(of_codes, lane);
-      uint32_t(&to)[2][4] = a[u % kOperands][i];
-      codes[i].template unit<T, u % Kind::kUnits, true>(table, to);
-      Kind::order(to);
-      if (new_scales) take_scales<kScaling>(i, pair + 4 * i * Block::kScaleBytes);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) to[j / 4][j % 4] = kept(weights<kScaling>(to[j / 4][j % 4], i, j % 2));
-    }
+    for (int j = 0; j < 8; ++j) to[j / 4][j % 4] = kept(weights<kScaling>(to[j / 4][j % 4], j % 2));
   }
 
   template <Scaling kScaling>
-  __device__ __forceinline__ void take_scales(int i, uint32_t pair) {
+  __device__ __forceinline__ void take_scales(uint32_t pair) {
     const RawPair raw = load_pair(pair, kScaling == kAsStored ? kOwn : p.weight.scale_dtype);
     if constexpr (kScaling == kAsStored) {
       const uint32_t both = kDown > 0 ? fma2(T{}, raw.first, kBothPowers<T, kDown>, kNothing) : raw.first;
-      factors[i][0] = permute_bytes(both, 0, 0x1010), factors[i][1] = permute_bytes(both, 0, 0x3232);
+      factors[0] = permute_bytes(both, 0, 0x1010), factors[1] = permute_bytes(both, 0, 0x3232);
     } else if constexpr (kScaling == kInTwoParts) {
-      const Pair once = to_floats(raw, p.weight.scale_dtype), scale = {once.low * kUp, once.high * kUp};
-      const uint32_t both = from_floats(T{}, scale.low, scale.high);
+      const Pair once = to_floats(raw, p.weight.scale_dtype), exact = {once.low * kUp, once.high * kUp};
+      const uint32_t both = from_floats(T{}, exact.low, exact.high);
       const float low = to_float(T{}, static_cast<uint16_t>(both)), high = to_float(T{}, static_cast<uint16_t>(both >> 16));
-      const uint32_t rest = from_floats(T{}, scale.low - low, scale.high - high);
-      factors[i][0] = permute_bytes(both, 0, 0x1010), factors[i][1] = permute_bytes(both, 0, 0x3232);
-      rests[i][0] = permute_bytes(rest, 0, 0x1010), rests[i][1] = permute_bytes(rest, 0, 0x3232);
+      const uint32_t rest = from_floats(T{}, exact.low - low, exact.high - high);
+      factors[0] = permute_bytes(both, 0, 0x1010), factors[1] = permute_bytes(both, 0, 0x3232);
+      rests[0] = permute_bytes(rest, 0, 0x1010), rests[1] = permute_bytes(rest, 0, 0x3232);
     } else {
-      const Pair scale = to_floats(raw, p.weight.scale_dtype);
-      scales[i] = {scale.low * kUp, scale.high * kUp};
+      const Pair once = to_floats(raw, p.weight.scale_dtype);
+      scale = {once.low * kUp, once.high * kUp};
       if (p.weight.zeros) {
-        const Pair zero = load_floats(pair + Block::kZerosAt - Block::kScalesAt, p.weight.scale_dtype);
-        zeros[i] = {zero.low / kUp, zero.high / kUp};
+        const Pair stored = load_floats(pair + Block::kZerosAt - Block::kScalesAt, p.weight.scale_dtype);
+        zero = {stored.low / kUp, stored.high / kUp};
       }
     }
   }
 
   // Two numbers of a row, times its scale. (The middle, added to a code that it was taken from, is exact.)
   template <Scaling kScaling>
-  __device__ __forceinline__ uint32_t weights(uint32_t numbers, int i, int high) const {
-    if constexpr (kScaling == kAsStored) return fma2(T{}, numbers, factors[i][high], kNothing);
-    if constexpr (kScaling == kInTwoParts) return fma2(T{}, numbers, factors[i][high], fma2(T{}, numbers, rests[i][high], kNothing));
+  __device__ __forceinline__ uint32_t weights(uint32_t numbers, int high) const {
+    if constexpr (kScaling == kAsStored) return fma2(T{}, numbers, factors[high], kNothing);
+    if constexpr (kScaling == kInTwoParts) return fma2(T{}, numbers, factors[high], fma2(T{}, numbers, rests[high], kNothing));
     float first = to_float(T{}, static_cast<uint16_t>(numbers)), second = to_float(T{}, static_cast<uint16_t>(numbers >> 16));
     if (Kind::kMayHaveZeros && p.weight.zeros) {
-      const float zero = high ? zeros[i].high : zeros[i].low;
-      first = add(add(first, kMiddle), -zero), second = add(add(second, kMiddle), -zero);
+      const float of_row = high ? zero.high : zero.low;
+      first = add(add(first, kMiddle), -of_row), second = add(add(second, kMiddle), -of_row);
     }
-    const float scale = high ? scales[i].high : scales[i].low;
-    return from_floats(T{}, first * scale, second * scale);
-  }
-
-  __device__ __forceinline__ void store_sums(float* partial) const {
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i) store_tile<Block>(partial, first_tile + 4 * i, sums[i]);
+    const float of_row = high ? scale.high : scale.low;
+    return from_floats(T{}, first * of_row, second * of_row);
   }
 };
 

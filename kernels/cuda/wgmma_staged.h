@@ -18,45 +18,70 @@
 // and with 68 instructions more: 1700 clocks a chunk, 2040 in blocks of wgmma_block.h.
 #pragma once
 
-#include "wgmma_consumer.h"
 #include "wgmma_ranges.h"
 
 namespace hfq {
 namespace {
 
-// All tokens of the product, and 256 rows or 128.
-template <class Kind, class T, int kTokens_, int kTiles_>
-struct WgmmaStagedBlock : WgmmaRing<Kind, kTokens_, kTiles_, true, 384> {
-  using Ring = WgmmaRing<Kind, kTokens_, kTiles_, true, 384>;
-  using Ring::kTokens, Ring::kTiles, Ring::kStages, Ring::kBarrierBytes;
-  static constexpr bool kWholeOnly = kTokens == 64, kEarly = true;  // takes_staged_wgmma takes 64 for scales of whole chunks without zero points
+template <class Kind, int kTokens_, int kTiles_>
+struct WgmmaStagedBlock {
   static constexpr int kNeighbours = 1;
+  static constexpr int kTokens = kTokens_, kTiles = kTiles_, kRows = kTiles * kTileRows;
+  static constexpr int kBits = Kind::kCodeBits;
   static constexpr int kConsumers = kTiles, kProducers = 4, kThreads = 32 * (kConsumers + kProducers);  // warps
-  // Registers of a thread (wgmma_block.h).
-  static constexpr int kAtFirst = kTiles == 16 ? 96 : 168;
-  static constexpr int kOfConsumers = kTokens * kTiles == 64 * 16 ? 104 : kAtFirst, kOfProducers = kTokens * kTiles == 64 * 16 ? 64 : kAtFirst;
+  // Registers of a thread. Where the copying warps give some to the others, all have as many at first as there are for all (ptxas' number, which
+  // has to be this one: tests/kernels/test_ptxas.py).
+  static constexpr bool kGives = kTokens * kTiles == 64 * 16;
+  static constexpr int kAtFirst = kTiles == 16 ? 96 : 168, kOfConsumers = kGives ? 104 : kAtFirst, kOfProducers = kGives ? 64 : kAtFirst;
   static_assert(kConsumers * kOfConsumers + kProducers * kOfProducers <= (kConsumers + kProducers) * kAtFirst);
-  static_assert(8 * (4 * kStages + 4) <= kBarrierBytes);
+  static constexpr int kUnits = kWgmmaColumns / kUnitColumns;  // of a chunk
+  static constexpr int kBlocks = kWgmmaColumns / kBlockColumns<kBits>, kBytes = kBlocks * kBlockBytes<kBits>;  // of a chunk of one tile
+  static constexpr int kTokenTiles = kTokens / 8, kSums = kTokens / 2;
+
+  // A stage: two halves of 64 columns of x, [kTokens][128 bytes]; codes of each tile; of each tile scales of the groups in the chunk, and zero
+  // points, 8 pairs each; sums of x, [kUnits][kTokens], for scales that float32 sums are multiplied by.
+  static constexpr int kHalf = kTokens * 128, kCodesAt = 2 * kHalf, kScalesAt = kCodesAt + kTiles * kBytes, kScaleBytes = kUnits * 64;
+  static constexpr int kZerosAt = kScalesAt + kTiles * kScaleBytes, kXSumsAt = kZerosAt + kTiles * kScaleBytes;
+  static constexpr int kStage = (kXSumsAt + kUnits * kTokens * 4 + 1023) / 1024 * 1024;
+  // Shared memory: the ring, the table of a codebook, barriers.
+  static constexpr int kTableBytes = Kind::kTable ? TableCodes::kTableBytes : 0, kBarrierBytes = 384;
+  static constexpr int kRoom = (kMostWgmmaBytes - kTableBytes - kBarrierBytes) / kStage, kStages = kRoom > 8 ? 8 : kRoom;
+  static constexpr int kRing = kStages * kStage, kSharedBytes = kRing + kTableBytes + kBarrierBytes;
+  static_assert(kStages >= 3 && 8 * (4 * kStages + 4) <= kBarrierBytes);
 
   static constexpr uint32_t neighbour = 0;
-  WgmmaSegment first;  // of the range
+  uint8_t* memory;          // the ring begins here
+  uint32_t ring, barriers;  // where those are, as instructions count
+  WgmmaSegment first;       // of the range
 
   // By all threads.
-  __device__ __forceinline__ explicit WgmmaStagedBlock(const WgmmaParams& p) : first(first_segment(p, range(p))) {}
+  __device__ __forceinline__ explicit WgmmaStagedBlock(const WgmmaParams& p) : memory(swizzled_memory()), first(first_segment(p, range(p))) {
+    ring = shared_address(memory), barriers = kept(ring + kRing + kTableBytes);
+  }
 
   static __device__ __forceinline__ uint32_t range(const WgmmaParams& p) { return p.cut.ranges - 1 - kept(blockIdx.x); }
 
-  // All have written their partial sums; those of the next range are there, of all behind it; x of a stage is there, in its own order.
-  __device__ __forceinline__ uint32_t written() const { return Ring::others(); }
-  __device__ __forceinline__ uint32_t gathered(uint32_t behind) const { return Ring::others() + 8 + 8 * behind; }
-  __device__ __forceinline__ uint32_t raw(uint32_t at) const { return Ring::others() + 24 + 8 * at; }
+  __device__ __forceinline__ uint32_t stage(uint32_t at) const { return ring + at * kStage; }
+  // Barriers of a stage: it is there, all have read it, sums of its x are there; x is there, in its own order.
+  __device__ __forceinline__ uint32_t full(uint32_t at) const { return barriers + 8 * at; }
+  __device__ __forceinline__ uint32_t empty(uint32_t at) const { return full(at) + 8 * kStages; }
+  __device__ __forceinline__ uint32_t summed(uint32_t at) const { return full(at) + 16 * kStages; }
+  __device__ __forceinline__ uint32_t raw(uint32_t at) const { return full(at) + 24 * kStages; }
+  // The table is filled; all have written their partial sums; those of the next range are there, of all behind it.
+  __device__ __forceinline__ uint32_t filled() const { return barriers + 32 * kStages; }
+  __device__ __forceinline__ uint32_t written() const { return filled() + 8; }
+  __device__ __forceinline__ uint32_t gathered(uint32_t behind) const { return filled() + 16 + 8 * behind; }
 
   // By one thread.
   __device__ __forceinline__ void init_barriers() const {
-    // Of a stage lanes that have copied weights, and warps that have put x in order.
-    Ring::init_stages(32 + kProducers / 2, kConsumers);
-    for (int i = 0; i < kStages; ++i) mbarrier_init(raw(i), 32);
-    mbarrier_init(written(), kConsumers), mbarrier_init(gathered(0), 1), mbarrier_init(gathered(1), 1);
+    for (int i = 0; i < kStages; ++i) {
+      mbarrier_init(full(i), 32 + kProducers / 2);  // lanes that have copied weights, and warps that have put x in order
+      mbarrier_init(empty(i), kConsumers);
+      mbarrier_init(summed(i), kConsumers < kTokenTiles ? kConsumers : kTokenTiles);
+      mbarrier_init(raw(i), 32);
+    }
+    mbarrier_init(filled(), 32 * kConsumers), mbarrier_init(written(), kConsumers);
+    mbarrier_init(gathered(0), 1), mbarrier_init(gathered(1), 1);
   }
 };
 
@@ -68,7 +93,7 @@ __device__ __forceinline__ void wait_together(uint32_t barrier, uint32_t bit) {
 
 template <class Block>
 struct WgmmaStagedProducer {
-  static constexpr int kBytes = Block::kBytes, kTilesAtOnce = kBytes > 512 ? 8 : 16;  // as registers allow
+  static constexpr int kBytes = Block::kBytes, kTilesAtOnce = kBytes > 1024 ? 2 : kBytes > 512 ? 8 : 16;  // as registers allow
 
   const WgmmaParams& p;
   const Block& block;
@@ -132,12 +157,14 @@ struct WgmmaStagedProducer {
 
   // A lane has 16 bytes of every fourth token, of both halves of the columns; zeros behind K.
   __device__ __forceinline__ void copy_x() const {
-    const uint32_t end = static_cast<uint32_t>(p.weight.in_features), row_bytes = 2 * end, tokens = static_cast<uint32_t>(p.tokens);
+    const uint32_t end = static_cast<uint32_t>(p.weight.in_features), row_bytes = 2 * end;
     Turn<Block::kStages> turn;
 #pragma unroll 1
     for (WgmmaSegment segment = block.first; segment.chunks; segment.next()) {
+      const int64_t first = static_cast<int64_t>(segment.token_tile(p)) * Block::kTokens, left = p.tokens - first;
+      const uint32_t tokens = static_cast<uint32_t>(left < Block::kTokens ? left : Block::kTokens);
       uint32_t column = segment.chunk * kWgmmaColumns + 8 * (lane % 8);
-      const uint8_t* x = static_cast<const uint8_t*>(p.x) + static_cast<int64_t>(lane / 8) * row_bytes + 2 * column;
+      const uint8_t* x = static_cast<const uint8_t*>(p.x) + (first + lane / 8) * row_bytes + 2 * column;
 #pragma unroll 1
       for (uint32_t i = 0; i < segment.chunks; ++i, turn.next()) {
         wait_together(block.empty(turn.at), (turn.round + 1) % 2);
@@ -183,7 +210,7 @@ struct WgmmaStagedProducer {
 
   // Four tokens at a time, both units of a half of their columns.
   __device__ __forceinline__ void order_x(uint32_t half) const {
-    constexpr uint32_t kAtOnce = 8;  // times four tokens
+    constexpr uint32_t kAtOnce = Block::kTokens / 4 < 8 ? Block::kTokens / 4 : 8;  // times four tokens
     // Row r of a matrix is of token r / 2 and of unit r % 2.
     const uint32_t row = lane % 8, from = 128 * (row / 2) + 16 * ((row % 2 * 4 + lane / 8) ^ row / 2);
     Turn<Block::kStages> turn;
@@ -204,42 +231,6 @@ struct WgmmaStagedProducer {
       fence_proxy_async();
       sync_warp();
       if (lane == 0) mbarrier_arrive(block.full(turn.at));
-    }
-  }
-};
-
-template <class Kind, class T, class Block>
-struct WgmmaStagedConsumer : WgmmaConsumer<Kind, T, Block> {
-  using Consumer = WgmmaConsumer<Kind, T, Block>;
-  using Consumer::block, Consumer::kSums, Consumer::p, Consumer::sums;
-  using Consumer::Consumer;
-  static constexpr int kPartialsAtOnce = Block::kAtFirst > 128 ? 2 : 1;  // as registers allow
-
-  template <bool kWhole, int kScales>
-  __device__ __forceinline__ void run_segments() {
-    Turn<Block::kStages> turn;
-#pragma unroll 1
-    for (WgmmaSegment segment = block.first; segment.chunks; segment.next()) {
-#pragma unroll
-      for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
-      this->template multiply_chunks<kWhole, kScales>(segment.chunk, segment.chunks, turn);
-      end_segment<T>(p, block, segment, this->lane, own_warp(), sums, [&](uint32_t others) {
-        mbarrier_wait(block.gathered(1), 0);
-#pragma unroll kPartialsAtOnce
-        for (uint32_t other = others - 1; other > 0; --other) add_partial(p, block, other, sums);
-        mbarrier_wait(block.gathered(0), 0);
-        add_partial(p, block, 0, sums);
-      });
-    }
-  }
-
-  __device__ __forceinline__ void run() {
-    if (Block::kWholeOnly || this->is_whole()) {
-      if (p.weight.scale_dtype == kFloat16) return run_segments<true, kFloat16>();
-      if (p.weight.scale_dtype == kBFloat16) return run_segments<true, kBFloat16>();
-      run_segments<true, Consumer::kAnyDType>();
-    } else if constexpr (!Block::kWholeOnly) {
-      run_segments<false, Consumer::kAnyDType>();
     }
   }
 };

@@ -57,7 +57,7 @@ class Weight:
     magnitudes: Tensor
 
     def rounded(self, dtype: torch.dtype) -> Tensor:
-        """Weights as kernels multiply them that round them (wgmma_large.h): those of the reference, but that a table holds numbers of that dtype, and for scales in two parts."""
+        """Weights as kernels multiply them that round them (wgmma_rounded.h): those of the reference, but that a table holds numbers of that dtype, and for scales in two parts."""
         _, scales, zeros, table = self.neutral
         assert scales is not None
         looked_up = table is not None and self.sizes[0] == 4

@@ -112,7 +112,7 @@ def make_weight(cuda: torch.device, generator: torch.Generator) -> MakeWeight:
 def _check(
     y: Tensor, x: Tensor, weight: Weight, bias: Tensor | None = None, rounded: bool = False
 ) -> None:
-    """Up to the rounding of the output and of sums in float32; entries of a codebook are rounded, too. `rounded`: all weights are, some of them in two parts (wgmma_large.h)."""
+    """Up to the rounding of the output and of sums in float32; entries of a codebook are rounded, too. `rounded`: all weights are, some of them in two parts (wgmma_rounded.h)."""
     exact = weight.reference(x.dtype if rounded else torch.float32).double()
     expected, largest = x.double() @ exact.T, x.double().abs() @ exact.abs().T
     if bias is not None:
@@ -178,12 +178,11 @@ def test_products_with_wgmma(
     shape: tuple[int, int, int],
     kind: str,
 ) -> None:
-    """Each number of tokens of a thread block, filled and not; clusters of all sizes come from the shapes. Large blocks by their rule, and of all shapes."""
+    """Each number of tokens of a thread block, filled and not; ranges of all kinds come from the shapes."""
     monkeypatch.setenv("HFQ_CUDA_WGMMA", "1")
     monkeypatch.setenv("HFQ_CUDA_WIDE", "0")
     check_products((9, 16, 17, 27, 32, 33, 40, 63, 64), shape, kind)
-    check_products((100, 128, 130), shape, kind, shape[0] * shape[1] > 1 << 25)
-    monkeypatch.setenv("HFQ_CUDA_WGMMA", "large")
+    monkeypatch.setenv("HFQ_CUDA_WGMMA", "pairs")
     check_products((65, 100, 128, 129, 200, 256, 300, 512, 1024), shape, kind, True)
 
 
@@ -263,8 +262,7 @@ def test_activations_of_any_size(
         ("HFQ_CUDA_WIDE", "0", 16, {"gemm_kernel"}),
         ("HFQ_CUDA_WGMMA", "0", 40, {"gemm_kernel"}),
         ("HFQ_CUDA_WGMMA", "1", 40, {"wgmma_kernel"}),
-        ("HFQ_CUDA_WGMMA", "1", 70, {"wgmma_kernel"}),
-        ("HFQ_CUDA_WGMMA", "large", 70, {"arrange_kernel", "wgmma_kernel"}),
+        ("HFQ_CUDA_WGMMA", "1", 70, {"arrange_kernel", "wgmma_kernel"}),
     ],
 )
 def test_the_kernel_that_is_wanted_is_taken(
@@ -321,7 +319,7 @@ def test_not_a_number_reaches_the_outputs_of_its_token(
     kind: str,
     bad: float,
 ) -> None:
-    monkeypatch.setenv("HFQ_CUDA_WGMMA", "large")  # for 70 tokens, where there is wgmma
+    monkeypatch.setenv("HFQ_CUDA_WGMMA", "pairs")  # for 70 tokens, where there is wgmma
     weight = make_weight(20, 136, 64, kind=kind)
     for dtype, tokens in itertools.product(HALVES, (7, 12, 40, 70, 200)):
         x = torch.randn(tokens, 136, generator=generator).to(cuda, dtype)
@@ -389,9 +387,8 @@ def test_opcheck(make_weight: MakeWeight, generator: torch.Generator, cuda: torc
     ("tokens", "wgmma", "kind"),
     [
         *((tokens, "0", "int4_zeros") for tokens in (2, 64)),
-        *((tokens, "1", "int4_zeros") for tokens in (32, 64, 130)),
+        *((tokens, "1", "int4_zeros") for tokens in (16, 32, 64, 100, 200)),
         (64, "1", "int4"),
-        *((tokens, "large", "int4_zeros") for tokens in (100, 200)),
     ],
 )
 def test_in_a_cuda_graph(
@@ -416,7 +413,7 @@ def test_in_a_cuda_graph(
 
 @pytest.mark.parametrize(
     ("tokens", "wgmma"),
-    [(1, "0"), (16, "1"), (64, "1"), (100, "1"), (100, "large"), (200, "large")],
+    [(1, "0"), (16, "1"), (64, "1"), (100, "1"), (200, "1")],
 )
 def test_products_that_overlap(
     make_weight: MakeWeight,

@@ -336,7 +336,7 @@ def test_how_many_tokens_read_the_packed_weight(
     spec: QuantSpec,
     most: int,
 ) -> None:
-    """More where the GPU has large blocks and the weight is as large as they are for (test_cuda_wgmma_large_emulated.py)."""
+    """More where the GPU has pairs of blocks and the weight is large (kernels/cuda/wgmma_pair.h)."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     grid = stored(random_weight(N, K), format_name, spec)
     device, large = torch.device("cuda"), capability == (9, 0)

@@ -50,12 +50,12 @@ PRODUCTS = {
     "linear": Product(5, (40, 1096, 64), kind=(4, "zeros"), capability=80),
     "gemm": Product(40, (70, 1096, 64), kind=(4, "zeros"), capability=80),
     "wide": Product(9, (150, 1096, 64), {"HFQ_CUDA_WIDE": "1"}, (4, "zeros")),
-    "wgmma": Product(20, (140, 2120, 64), _wgmma("1"), (4, "zeros")),
+    "staged_16": Product(12, (140, 2120, 64), _wgmma("1"), (4, "zeros"), multiprocessors=7),
     "staged": Product(40, (140, 2120, 128), _wgmma("1"), multiprocessors=7),
     "staged_rounds": Product(30, (1540, 640, 64), _wgmma("1"), (4, "zeros"), multiprocessors=5),
-    "large": Product(70, (140, 2120, 64), _wgmma("large"), rounded=True),
-    "pair": Product(150, (230, 1608, 64), _wgmma("large"), multiprocessors=4, rounded=True),
-    "pair_rounds": Product(130, (780, 640, 64), _wgmma("large"), multiprocessors=6, rounded=True),
+    "pair_128": Product(70, (140, 2120, 64), _wgmma("1"), multiprocessors=4, rounded=True),
+    "pair": Product(150, (230, 1608, 64), _wgmma("1"), multiprocessors=4, rounded=True),
+    "pair_rounds": Product(130, (780, 640, 64), _wgmma("1"), multiprocessors=6, rounded=True),
 }
 
 

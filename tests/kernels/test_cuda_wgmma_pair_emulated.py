@@ -1,7 +1,8 @@
-"""Pairs of thread blocks that share x, 256 tokens of it at a time (wgmma_pair.h), run on the CPU."""
+"""Pairs of thread blocks that share x, up to 256 tokens of it at a time (wgmma_pair.h), run on the CPU."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from fragments_weights import FLOATS, HALVES, KINDS, Kind, Shape, name_of
 from fragments_weights import random_weight as make
 from product_checks import check_only_bad, check_tokens_are_apart
-from wgmma_products import CLUSTERS, arranged_floats, contributors, linear, ranges_of
+from wgmma_products import CLUSTERS, PAIR, arranged_floats, contributors, linear, ranges_of
 
 # (N, K, group_size; 0: one group per row): rows that fill no tile or block, pairs whose second block has some or none; columns that end in a chunk;
 # groups of all kinds.
@@ -22,35 +23,38 @@ SHAPES = (
     pytest.param((5, 1096, 96), marks=pytest.mark.slow),
     pytest.param((400, 392, 160), marks=pytest.mark.slow),
 )
-TILE = 256  # tokens of a stage
-PAIR = 2  # multiprocessors for one pair
-RANGE_FLOATS = 4 + 2 * 128 * 256  # of a range in the workspace: flags, in fours, and partial sums
+TILE = 256  # tokens of a stage, of more than 128
 
 
 @pytest.fixture(autouse=True)
 def _wanted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HFQ_CUDA_WGMMA", "large")
+    monkeypatch.setenv("HFQ_CUDA_WGMMA", "pairs")
 
 
 # ---- which products
 
 
-def test_the_choice(emulator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More than 128 tokens of those for which large blocks are taken."""
-    monkeypatch.delenv("HFQ_CUDA_WGMMA")
-    small, large = (4, 128, 4096, 8192), (4, 128, 4104, 8192)
+def test_the_choice(
+    emulator: Any, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than 64 tokens; in float16 only of whole stages. Outputs for ones and zeros tell whether weights were rounded."""
+    for columns, wanted in itertools.product((256, 136), ("1", "pairs")):
+        monkeypatch.setenv("HFQ_CUDA_WGMMA", wanted)
+        w = make(generator, (20, columns, 0), (8, None), scale_dtype=torch.float32)
+        for tokens, dtype in itertools.product((64, 65, 128, 129), HALVES):
+            x = torch.zeros(tokens, columns, dtype=dtype)
+            x[:, :2] = 1
+            exact = (w.values * w.scales)[:, :2].sum(1).to(dtype)
+            y = linear(emulator, x, w, multiprocessors=PAIR)
+            pair = tokens > 64 and (columns == 256 or dtype == torch.bfloat16 or wanted == "pairs")
+            assert torch.equal(y, exact.expand(tokens, -1)) == (not pair), (tokens, dtype)
 
-    def floats(tokens: int, sizes: tuple[int, int, int, int] = large) -> int:
-        found: int = emulator.workspace(tokens, sizes, 90, multiprocessors=PAIR)
-        return found
 
-    assert (
-        floats(300)
-        == arranged_floats(300, 4104, TILE) + RANGE_FLOATS
-        != arranged_floats(300, 4104, 128)
-    )
-    assert floats(128) == arranged_floats(128, 4104, 128)
-    assert floats(300, small) == 0
+@pytest.mark.parametrize(("tokens", "tile"), [(65, 128), (128, 128), (129, 256), (300, 256)])
+def test_workspace(emulator: Any, tokens: int, tile: int) -> None:
+    """x in order; of one range flags, in fours, and partial sums. (One that is too small is an error of the emulator.)"""
+    found = emulator.workspace(tokens, (4, 128, 4104, 8192), 90, multiprocessors=PAIR)
+    assert found == arranged_floats(tokens, 4104, tile) + 4 + 256 * tile
 
 
 # ---- products
@@ -60,11 +64,15 @@ def test_the_choice(emulator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=name_of)
 def test_products(emulator: Any, generator: torch.Generator, shape: Shape, kind: Kind) -> None:
     for dtype, tokens, scale_dtype, multiprocessors in zip(
-        HALVES, (129, 257), (torch.float16, torch.float32), (CLUSTERS, PAIR), strict=True
+        (*HALVES, *HALVES),
+        (129, 257, 65, 128),
+        (torch.float16, torch.float32, torch.float32, torch.bfloat16),
+        (CLUSTERS, PAIR, PAIR, CLUSTERS),
+        strict=True,
     ):
         w = make(generator, shape, kind, scale_dtype=scale_dtype)
         x = torch.randn(tokens, shape[1], generator=generator).to(dtype)
-        bias = torch.randn(shape[0], generator=generator).to(dtype) if tokens == 129 else None
+        bias = torch.randn(shape[0], generator=generator).to(dtype) if tokens % 2 else None
         w.check(linear(emulator, x, w, bias, multiprocessors), x, bias, rounded=True)
 
 
@@ -75,13 +83,14 @@ def test_dtypes(
 ) -> None:
     for kind, bias_dtype in (((4, None), torch.float32), ((3, "zeros"), torch.bfloat16)):
         w = make(generator, (276, 264, 32), kind, scale_dtype=scale_dtype)
-        x = torch.randn(150, 264, generator=generator).to(dtype)
         bias = torch.randn(276, generator=generator).to(bias_dtype)
-        w.check(linear(emulator, x, w, bias, CLUSTERS), x, bias, rounded=True)
+        for tokens in (70, 150):
+            x = torch.randn(tokens, 264, generator=generator).to(dtype)
+            w.check(linear(emulator, x, w, bias, CLUSTERS), x, bias, rounded=True)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=name_of)
-def test_results_are_those_of_other_large_blocks(
+def test_results_are_those_of_fewer_tokens(
     emulator: Any, generator: torch.Generator, kind: Kind
 ) -> None:
     """To the bit, where nobody shares columns: the same weights, added in the same order."""
@@ -89,10 +98,12 @@ def test_results_are_those_of_other_large_blocks(
         w = make(generator, (140, 264, 64), kind)
         x = torch.randn(130, 264, generator=generator).to(dtype)
         y = linear(emulator, x, w, multiprocessors=PAIR)
-        assert torch.equal(y[:128], linear(emulator, x[:128], w))
+        assert torch.equal(y[:128], linear(emulator, x[:128], w, multiprocessors=PAIR))
 
 
-@pytest.mark.parametrize("tokens", [129, 200, 255, 256, 257, 384, 600, 1024])
+@pytest.mark.parametrize(
+    "tokens", [65, 66, 72, 100, 127, 128, 129, 200, 255, 256, 257, 384, 600, 1024]
+)
 def test_every_number_of_tokens(emulator: Any, generator: torch.Generator, tokens: int) -> None:
     """A token's result depends on no other's."""
     for extra in (None, "zeros"):
@@ -110,8 +121,9 @@ def test_every_number_of_tokens(emulator: Any, generator: torch.Generator, token
 def test_each_stage_is_used_many_times(emulator: Any, generator: torch.Generator) -> None:
     for kind in ((2, None), (3, None), (4, None), (8, "zeros"), (4, "nf4")):
         w = make(generator, (40, 27 * 128 + 72, 128), kind)
-        x = torch.randn(130, w.sizes[2], generator=generator).bfloat16()
-        w.check(linear(emulator, x, w, multiprocessors=PAIR), x, rounded=True)
+        for tokens in (70, 130):
+            x = torch.randn(tokens, w.sizes[2], generator=generator).bfloat16()
+            w.check(linear(emulator, x, w, multiprocessors=PAIR), x, rounded=True)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=name_of)
@@ -171,6 +183,8 @@ CUTS = {
     "five_ranges": ((129, 100, 7576, 5), 1, 5),
     "begin_and_end_within": ((130, 600, 1896, 4), 2, 2),
     "within_one_tile": ((200, 500, 3816, 5), 2, 3),
+    "two_ranges_128": ((100, 230, 1608, 2), 1, 2),
+    "begin_and_end_within_128": ((128, 600, 1896, 4), 2, 2),
     "tiles_of_tokens": ((600, 300, 752, 4), 2, 2),
     "whole_tiles_between": ((130, 1540, 640, 3), 3, 2),
     "all_of_one": ((600, 300, 392, 1), 6, 1),
@@ -193,11 +207,12 @@ def test_every_cut(emulator: Any, generator: torch.Generator, name: str) -> None
     w.check(y, x, bias, rounded=True)
     assert torch.equal(y, linear(emulator, x, w, bias, PAIR * pairs))
     alone = linear(emulator, x, w, bias, PAIR)
-    tiles = -(-tokens // TILE)
+    size = 128 if tokens <= 128 else TILE
+    tiles = -(-tokens // size)
     for tile, count in contributors(ranges).items():
         if count == 1:  # else sums are in another order
-            m, n = tile % tiles * TILE, tile // tiles * 256
-            assert torch.equal(y[m : m + TILE, n : n + 256], alone[m : m + TILE, n : n + 256])
+            m, n = tile % tiles * size, tile // tiles * 256
+            assert torch.equal(y[m : m + size, n : n + 256], alone[m : m + size, n : n + 256])
     assert torch.equal(y, alone) == (shared == 1)
 
 

@@ -1,7 +1,8 @@
-"""17 to 64 tokens with x put in order where it lies in shared memory (wgmma_staged.h), run on the CPU, against a float64 reference."""
+"""Up to 64 tokens at a time with x put in order where it lies in shared memory (wgmma_staged.h), run on the CPU, against a float64 reference."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -35,10 +36,10 @@ def _wanted(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=name_of)
 def test_products(emulator: Any, generator: torch.Generator, shape: Shape, kind: Kind) -> None:
     for dtype, tokens, scale_dtype, multiprocessors in zip(
-        (*HALVES, *HALVES),
-        (17, 32, 40, 64),
-        (torch.float16, torch.float32, torch.bfloat16, torch.float16),
-        (ALONE, CLUSTERS, CLUSTERS, ALONE),
+        (*HALVES, *HALVES, torch.float16),
+        (17, 32, 40, 64, 9),
+        (torch.float16, torch.float32, torch.bfloat16, torch.float16, torch.float32),
+        (ALONE, CLUSTERS, CLUSTERS, ALONE, CLUSTERS),
         strict=True,
     ):
         w = make(generator, shape, kind, scale_dtype=scale_dtype)
@@ -47,38 +48,40 @@ def test_products(emulator: Any, generator: torch.Generator, shape: Shape, kind:
         w.check(linear(emulator, x, w, bias, multiprocessors), x, bias)
 
 
-@pytest.mark.parametrize("tokens", [17, 18, 24, 25, 31, 32, 33, 39, 40, 47, 48, 49, 63, 64])
+@pytest.mark.parametrize(
+    "tokens", [9, 15, 16, 17, 18, 24, 25, 31, 32, 33, 39, 40, 47, 48, 49, 63, 64]
+)
 def test_every_number_of_tokens(emulator: Any, generator: torch.Generator, tokens: int) -> None:
     """A token's result depends on no other's: neither on those that exist nor on memory where none is."""
-    w = make(generator, (76, 648, 128), (4, "zeros" if tokens <= 32 else None))
-    x = torch.randn(tokens, 648, generator=generator).bfloat16()
-    check_tokens_are_apart(lambda x: linear(emulator, x, w), w, x, generator)
+    for extra in (None, "zeros"):
+        w = make(generator, (76, 648, 128), (4, extra))
+        x = torch.randn(tokens, 648, generator=generator).bfloat16()
+        check_tokens_are_apart(lambda x, w=w: linear(emulator, x, w), w, x, generator)
 
 
-def test_the_choice(emulator: Any, generator: torch.Generator) -> None:
-    x = torch.randn(65, 4096, generator=generator).bfloat16()
-
-    def is_staged(tokens: int, kind: Kind = (4, None), group_size: int = 128) -> bool:
-        w = make(generator, (64, 4096, group_size), kind)
-        found: bool = emulator.takes("staged", x[:tokens], w.operands, w.sizes, 90)
-        return found
-
-    assert not is_staged(16) and not is_staged(65)
-    assert is_staged(17) and is_staged(32) and is_staged(33) and is_staged(64)
-    assert is_staged(64, group_size=256) and is_staged(64, group_size=0)
-    for kind, group_size in (((4, "zeros"), 128), ((4, None), 64)):
-        assert is_staged(32, kind, group_size) and not is_staged(33, kind, group_size)
-    assert not is_staged(17, (8, None)) and not is_staged(64, (4, "nf4"))
+@pytest.mark.parametrize("kind", KINDS, ids=name_of)
+def test_tiles_of_tokens(emulator: Any, generator: torch.Generator, kind: Kind) -> None:
+    """More than 64 float16 tokens with a number of columns that pairs do not take."""
+    for tokens, blocks in ((65, ALONE), (130, 4), (200, CLUSTERS)):
+        w = make(generator, (140, 520, 64), kind)
+        x = torch.randn(tokens, 520, generator=generator).half()
+        bias = torch.randn(140, generator=generator)
+        w.check(linear(emulator, x, w, bias, blocks), x, bias)
 
 
-@pytest.mark.parametrize("kind", [(4, None), (3, "zeros"), (4, "nf4")], ids=name_of)
-def test_the_same_bits(emulator: Any, generator: torch.Generator, kind: Kind) -> None:
-    """Only the way to shared memory is another one: sums and their order are those of wgmma_block.h's, which more tokens take."""
-    w = make(generator, (70, 1096, 128), kind)
-    x = torch.randn(70, 1096, generator=generator).half()
-    others = linear(emulator, x, w)
-    for tokens in (20, 64) if kind == (4, None) else (20,):
-        assert torch.equal(linear(emulator, x[:tokens], w), others[:tokens])
+@pytest.mark.parametrize("scale_dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("bias_dtype", [None, *FLOATS], ids=str)
+def test_dtypes(
+    emulator: Any,
+    generator: torch.Generator,
+    scale_dtype: torch.dtype,
+    bias_dtype: torch.dtype | None,
+) -> None:
+    for kind, dtype in itertools.product(((4, "zeros"), (8, None)), HALVES):
+        w = make(generator, (20, 104, 32), kind, scale_dtype=scale_dtype)
+        x = torch.randn(12, 104, generator=generator).to(dtype)
+        bias = None if bias_dtype is None else torch.randn(20, generator=generator).to(bias_dtype)
+        w.check(linear(emulator, x, w, bias), x, bias)
 
 
 # ---- ranges of all chunks
@@ -188,7 +191,7 @@ def test_not_a_number_reaches_its_own_outputs(
 ) -> None:
     w = make(generator, (20, 136, 128), kind)
     for dtype, column in zip(HALVES, (135, 3), strict=True):
-        x = torch.randn(39 if kind[1] is None else 29, 136, generator=generator).to(dtype)
+        x = torch.randn(39, 136, generator=generator).to(dtype)
         x[11, column] = bad
         check_only_bad(linear(emulator, x, w), 11)
     x = torch.randn(19, 136, generator=generator).bfloat16()

@@ -31,8 +31,7 @@ HOT = sorted(path.name for pattern in PATTERNS for path in CUDA.glob(pattern))
 # Of each family the one with the fewest registers to spare, for every run.
 CLOSE = ("linear_int3.cu", "gemm_table4.cu", "spqr_linear3.cu", "wide_int4.cu")
 # wgmma kernels whose warps take registers from others: tokens, WgmmaWay, registers.
-TAKEN = [(64, 0, 96), (128, 0, 168), (128, 3, 168), (256, 4, 168)]
-STAGED = (64, 1, 96)
+TAKEN = [(64, 0, 96), (128, 2, 168), (256, 2, 168)]
 
 # What kernels/wheel/cuda.cmake compiles from PTX for another GPU, and what it does not: code for 9.0a alone, and of what asks for 8.9.
 SHARED = sorted(
@@ -102,9 +101,7 @@ def _check(source: str, architecture: str, folder: Path) -> None:
     assert spills, "no kernel in the output of ptxas"
     assert not any(spills.values()), spills
     if any("wgmma_kernel" in name for name in entries) and architecture == "sm_90a":
-        # Which kinds may be staged with 64 tokens: with_block, wgmma_kernel.h.
-        staged = re.search("int[234]", source) is not None
-        _check_registers(entries, TAKEN + [STAGED] * staged, 2)
+        _check_registers(entries, TAKEN, 2)
 
 
 def _check_registers(
@@ -120,8 +117,7 @@ def _check_registers(
 
 def test_wgmma_has_the_registers_that_it_counts_on(tmp_path: Path) -> None:
     """Of wgmma_int3.cu, which has the fewest to spare, one dtype of those that count."""
-    taken = [*TAKEN, STAGED]
-    ways = [f"{tokens}, static_cast<WgmmaWay>({way})" for tokens, way, _ in taken]
+    ways = [f"{tokens}, static_cast<WgmmaWay>({way})" for tokens, way, _ in TAKEN]
     kernels = [
         f"template __global__ void wgmma_kernel<IntCodes<3>, BFloat16, {way}>(WgmmaParams);\n"
         for way in ways
@@ -132,7 +128,7 @@ def test_wgmma_has_the_registers_that_it_counts_on(tmp_path: Path) -> None:
     )
     entries = _entries(str(source), "sm_90a", tmp_path)
     assert not any(_spills(entries).values()), entries
-    _check_registers(entries, taken, 1)
+    _check_registers(entries, TAKEN, 1)
 
 
 @pytest.mark.parametrize("source", CLOSE)

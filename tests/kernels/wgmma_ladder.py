@@ -33,7 +33,7 @@ class Rung:
     """Attributes:
     shape: N, K, group_size (0: a group per row).
     new: what no rung before it has.
-    wanted: HFQ_CUDA_WGMMA; "large" for large blocks, which have more than 64 tokens.
+    wanted: HFQ_CUDA_WGMMA; "pairs" for pairs, which have more than 64 tokens.
     beside: on two streams at once, and beside a third one: blocks find few multiprocessors, and start late.
     """
 
@@ -54,51 +54,44 @@ RUNGS = {
     "groups32": Rung((256, LONG, 32), 16, "scales after each unit"),
     "t32": Rung((256, LONG, 128), 32, "32 tokens", (8, None)),
     "t64": Rung((256, LONG, 64), 64, "setmaxnreg"),
-    "t128": Rung((256, LONG, 128), 128, "8 warps that multiply"),
     "zeros16": Rung((256, LONG, 64), 16, "sums of activations", (4, "zeros")),
     "zeros64": Rung((256, LONG, 64), 64, "the same with setmaxnreg", (4, "zeros")),
-    "zeros128": Rung((256, LONG, 32), 128, "the same, 128 tokens", (4, "zeros")),
     "nf4": Rung((256, LONG, 64), 64, "a table, and the barrier until it is filled", (4, "nf4")),
     "int2": Rung((256, LONG, 64), 64, "2 bits", (2, None)),
     "int3": Rung((256, LONG, 64), 64, "3 bits", (3, "zeros")),
     "int8": Rung((256, LONG, 64), 64, "8 bits", (8, "zeros")),
     "e4m3": Rung((256, LONG, 64), 64, "E4M3", (8, "e4m3")),
-    "cluster": Rung((1024, 4096, 128), 16, "clusters: sums in other blocks' shared memory"),
-    "cluster64": Rung((1024, 4096, 128), 64, "the same with zero points", (4, "zeros")),
-    "cluster128": Rung((4096, 4096, 128), 200, "several tiles of tokens"),
-    "identity_large": Rung((300, 136, 0), 70, "wgmma_large.h: tiles of a warp", wanted="large"),
-    "large": Rung((256, LONG, 128), 128, "the same with scales, stage after stage", wanted="large"),
-    "large_groups32": Rung((256, LONG, 32), 128, "scales after each unit", wanted="large"),
-    "large_zeros": Rung((256, LONG, 64), 128, "weights by float32", (4, "zeros"), wanted="large"),
-    "large_nf4": Rung((256, LONG, 64), 128, "a table", (4, "nf4"), wanted="large"),
-    "large_cluster": Rung((1024, 4096, 128), 100, "clusters", wanted="large"),
-    "large_full": Rung((4096, 14336, 128), 128, "all multiprocessors", calls=300, wanted="large"),
-    "identity_staged": Rung((300, 136, 0), 30, "wgmma_staged.h: cp.async, order"),
+    "identity_staged": Rung((300, 136, 0), 30, "several tiles"),
     "staged32": Rung((256, LONG, 128), 32, "stage after stage"),
     "staged_zeros": Rung((256, LONG, 64), 31, "zero points", (4, "zeros")),
     "staged64": Rung((256, LONG, 128), 63, "setmaxnreg"),
     "staged_full": Rung((4096, 14336, 128), 64, "128 rows, ranges: partial sums, flags", calls=300),
     "staged_ranges": Rung((14336, 4096, 128), 64, "ranges that begin in tiles", calls=300),
     "staged_beside": Rung((14336, 4096, 128), 64, "blocks that start late", beside=True),
-    "identity_pair": Rung((300, 136, 0), 200, "wgmma_pair.h: copies to two blocks", wanted="large"),
+    "identity_pair128": Rung(
+        (300, 136, 0), 70, "wgmma_pair.h: copies to two blocks", wanted="pairs"
+    ),
+    "pair128": Rung((256, LONG, 32), 128, "scales after each unit", wanted="pairs"),
+    "pair128_full": Rung((4096, 14336, 128), 128, "ranges", calls=300, wanted="pairs"),
+    "identity_pair": Rung((300, 136, 0), 200, "256 tokens", wanted="pairs"),
     "pair_shared": Rung(
         (1024, 4096, 128),
         600,
         "tiles of several pairs: partial sums, flags",
-        wanted="large",
+        wanted="pairs",
     ),
-    "pair": Rung((256, LONG, 128), 256, "barriers that both blocks arrive at", wanted="large"),
-    "pair_zeros": Rung((130, LONG, 32), 256, "weights by float32", (4, "zeros"), wanted="large"),
-    "pair_nf4": Rung((256, LONG, 64), 256, "a table", (4, "nf4"), wanted="large"),
-    "pair_full": Rung((4096, 14336, 128), 256, "all multiprocessors", calls=300, wanted="large"),
+    "pair": Rung((256, LONG, 128), 256, "barriers that both blocks arrive at", wanted="pairs"),
+    "pair_zeros": Rung((130, LONG, 32), 256, "weights by float32", (4, "zeros"), wanted="pairs"),
+    "pair_nf4": Rung((256, LONG, 64), 256, "a table", (4, "nf4"), wanted="pairs"),
+    "pair_full": Rung((4096, 14336, 128), 256, "all multiprocessors", calls=300, wanted="pairs"),
     "pair_ranges": Rung(
-        (14336, 4096, 128), 256, "ranges that begin in tiles", calls=300, wanted="large"
+        (14336, 4096, 128), 256, "ranges that begin in tiles", calls=300, wanted="pairs"
     ),
     "pair_rounds": Rung(
-        (28672, 4096, 128), 1000, "several tiles of a pair", calls=100, wanted="large"
+        (28672, 4096, 128), 1000, "several tiles of a pair", calls=100, wanted="pairs"
     ),
     "pair_beside": Rung(
-        (14336, 4096, 128), 256, "waits for blocks that start late", wanted="large", beside=True
+        (14336, 4096, 128), 256, "waits for blocks that start late", wanted="pairs", beside=True
     ),
     "full": Rung((4096, 14336, 128), 64, "all multiprocessors; races", (4, "zeros"), calls=300),
     "full16": Rung((14336, 4096, 128), 16, "the same", (4, "zeros"), calls=300),

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Multiprocessors: one block for all columns, clusters of up to eight.
+# Multiprocessors: one range of all chunks, or as many as there are chunks.
 ALONE, CLUSTERS = 1, 1 << 20
+PAIR = 2  # for one pair
 CHUNK = 128  # columns
 
 

@@ -176,7 +176,7 @@ class Linear(Launchers):
         capability: int,
         shared_bytes: int = H100,
     ) -> bool:
-        """`kernel`: "wide", "wgmma", or "staged", which is some of those. More than 8 tokens, of which the first that takes them has them."""
+        """`kernel`: "wide", or "wgmma", which has what that one does not take; more than 8 tokens."""
         self.set_device(MANY, shared_bytes)
         self._library.set_compute_capability(capability)
         return bool(self.ask(f"takes_{kernel}", _product(x, operands, None, sizes)[0]))

@@ -89,20 +89,22 @@ def check_arguments() -> None:
     refused("dtype must be float32", lookup, torch.zeros(1).long(), *operands, torch.int8)
 
 
-def check_large_blocks() -> None:
+def check_pairs() -> None:
     """Those of compute capability 9.0 get the memory that x is put in order in, from wherever it begins."""
     grid = prepared_grid()
     x = moved(torch.randn(120, K, dtype=HALF), 1)
     arguments = (grid.qweight, grid.scales, grid.zeros, None, None, *SIZES)
-    os.environ["HFQ_CUDA_WGMMA"] = "large"
+    os.environ["HFQ_CUDA_WGMMA"] = "pairs"
     emulated.set_compute_capability(90)
+    emulated.set_multiprocessors(2)
     y = torch.ops.hfq.cuda_linear(x, *arguments)
     os.environ["HFQ_CUDA_WGMMA"] = "0"
     usual = torch.ops.hfq.cuda_linear(x, *arguments)
     emulated.set_compute_capability(80)
+    emulated.set_multiprocessors(1)
     del os.environ["HFQ_CUDA_WGMMA"]
     torch.testing.assert_close(y, torch.ops.hfq.cuda_linear_dequantized(x, *arguments))
-    assert not torch.equal(y, usual), "large blocks round weights: they were not taken"
+    assert not torch.equal(y, usual), "pairs round weights: they were not taken"
 
 
 def check_experts() -> None:
@@ -169,7 +171,7 @@ def check_schemas() -> None:
 check_modules(N, K, ROW, SPECS, many=70)
 check_table(N, K, "int", IntSpec(group_size=32))
 check_arguments()
-check_large_blocks()
+check_pairs()
 check_experts()
 check_schemas()
 sys.stdout.write("all checks passed\n")

@@ -20,7 +20,6 @@ void range_plan(const hfq::LinearParams* params, int active, hfq::RangeShape* sh
 }
 int64_t takes_wide(const hfq::LinearParams* params) { return hfq::takes_wide(*params); }
 int64_t takes_wgmma(const hfq::LinearParams* params) { return hfq::takes_wgmma(*params); }
-int64_t takes_staged(const hfq::LinearParams* params) { return hfq::takes_wgmma(*params) && hfq::takes_staged_wgmma(*params); }
 void wide_plan(int64_t tiles, int64_t steps, const hfq::WideShape* shape, hfq::WidePlan* plan) { *plan = hfq::plan_wide(tiles, steps, *shape); }
 const char* linear(const hfq::LinearParams* params) { return hfq::launch_linear(*params, nullptr); }
 const char* spqr_linear(const hfq::SpqrLinearParams* params) { return hfq::launch_spqr_linear(*params, nullptr); }
