@@ -1,5 +1,5 @@
 // How many clusters of thread blocks run at a time, by their size and each block's shared memory. Multiprocessors that are left over by groups
-// of them stay idle: the plans of wgmma.cu ask the same before they cut a product.
+// of them stay idle: plans ask the same before they cut a product (active_clusters, kernels/cuda/launch.h).
 //
 //   nvcc -arch=native -run -o /tmp/gpu_clusters benchmarks/gpu_clusters.cu
 #include <cstdio>

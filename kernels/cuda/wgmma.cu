@@ -15,8 +15,9 @@ namespace {
 // beginning, which includes x in order; the rest is reckoned.
 constexpr RangeShape kPairShapes[2] = {{kPairRows, 128, 2, 1450, 6500, 2000, 1300}, {kPairRows, 256, 2, 2500, 6500, 2500, 2500}};
 
-// Staged blocks, of 16, 32 and 64 tokens. Chunks of 256 rows are measured: in clusters 4096 x 14336 took 14.9 and 19.5 us for 16 of them (int4, scales of
-// whole chunks and no zero points; else, and with 8 bits or a codebook, 1.7 times as many clocks). The rest is reckoned: of 128 rows all but x is half.
+// Staged blocks, of 16, 32 and 64 tokens. Chunks of 256 rows are measured: in clusters 4096 x 14336 took 14.9 and 19.5 us for 16 of them (int4,
+// scales of whole chunks and no zero points; else, and with 8 bits or a codebook, 1.7 times as many clocks). The rest is reckoned: of 128 rows all
+// but x is half.
 constexpr RangeShape kStagedShapes[] = {{128, 16, 1, 550, 5500, 1600, 700},
                                         {128, 32, 1, 700, 5500, 1800, 800},
                                         {256, 32, 1, 1150, 5500, 2000, 1300},

@@ -59,8 +59,8 @@ bool takes_pairs(const LinearParams& params);
 // Floats of the workspace of a product that takes these kernels.
 int64_t wgmma_workspace(const LinearParams& params);
 
-// Of x in the order of pairs; and what enqueues the kernel that writes it to the workspace so (wgmma_tokens.cu). Words and pieces of 16 bytes are in the
-// places of wgmma_block.h; numbers of tokens and columns that do not exist are zeros.
+// Of x in the order of pairs; and what enqueues the kernel that writes it to the workspace so (wgmma_tokens.cu). Words and pieces of 16 bytes are in
+// the places of wgmma_block.h; numbers of tokens and columns that do not exist are zeros.
 int64_t arranged_floats(const LinearParams& params);
 const char* launch_arrange(const LinearParams& params, cudaStream_t stream);
 

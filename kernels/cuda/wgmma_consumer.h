@@ -76,10 +76,9 @@ struct WgmmaConsumer {
   }
 
   // Units u and later of the stage `turn`, of which `x` describes the activations and `unit` is the first one, of all columns. `more`: another one
-  // follows, whose first unit's numbers are made; `next` is it, or `turn` if not kWhole.
-  // `kWhole`: scales, of the dtype kScales, are applied at its end only, and there are no zero points. Then codes are asked for before the wgmma in front
-  // is waited for, and a chunk begins with where the next one is, a chain of slow instructions, in place of its last unit. (Scales of units leave no
-  // registers for that.)
+  // follows, whose first unit's numbers are made; `next` is it, or `turn` if not kWhole. `kWhole`: scales, of the dtype kScales, are applied at its
+  // end only, and there are no zero points. Then codes are asked for before the wgmma in front is waited for, and a chunk begins with where the next
+  // one is, a chain of slow instructions, in place of its last unit. (Scales of units leave no registers for that.)
   template <bool kWhole, int kScales, int u>
   __device__ __forceinline__ void multiply(uint64_t x, const Turn<Block::kStages>& turn, Turn<Block::kStages> next, uint32_t unit, bool more) {
     constexpr int kFrom = (u / 2 * Block::kHalf + u % 2 * 64) / 16;

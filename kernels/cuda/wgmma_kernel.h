@@ -4,6 +4,8 @@
 // ranges of all chunks of columns of all tiles of the output: wgmma_ranges.h.
 #pragma once
 
+#include <type_traits>
+
 #include "wgmma_consumer.h"
 #include "wgmma_pair.h"
 #include "wgmma_staged.h"
@@ -14,8 +16,6 @@
 
 namespace hfq {
 namespace {
-
-// ---- kernel
 
 // What a thread block is made of.
 template <class Kind, class T, int kTokens, WgmmaWay kWay>
@@ -75,27 +75,27 @@ int active_blocks(int cluster) {
 
 // What the kernel takes of a product, in `p`. False: it does not run here.
 template <class Kind, class T, int kTokens, WgmmaWay kWay>
-bool plan_tokens(WgmmaParams& p) {
+bool plan_tokens(WgmmaParams& p, const RangeShape& shape) {
   using Block = typename WgmmaParts<Kind, T, kTokens, kWay>::Block;
   p.token_tiles = static_cast<uint32_t>(divided(p.tokens, kTokens));
-  p.cut = plan_ranges(p, range_shape(p), active_blocks<Kind, T, kTokens, kWay>(Block::kNeighbours));
+  p.cut = plan_ranges(p, shape, active_blocks<Kind, T, kTokens, kWay>(Block::kNeighbours));
   return p.cut.ranges > 0;
 }
 
 template <class Kind, class T, int kTokens, WgmmaWay kWay>
-const char* launch_wgmma_tokens(const WgmmaParams& params, cudaStream_t stream) {
+const char* launch_wgmma_tokens(const WgmmaParams& params, const RangeShape& shape, cudaStream_t stream) {
   using Block = typename WgmmaParts<Kind, T, kTokens, kWay>::Block;
   constexpr auto kKernel = wgmma_kernel<Kind, T, kTokens, kWay>;
   WgmmaParams p = params;
-  if (!plan_tokens<Kind, T, kTokens, kWay>(p)) return "the kernel with wgmma does not run here";  // takes_wgmma asks before
+  if (!plan_tokens<Kind, T, kTokens, kWay>(p, shape)) return "the kernel with wgmma does not run here";  // takes_wgmma asks before
   if constexpr (kWay == WgmmaWay::kPair)
     if (const char* error = launch_arrange(p, stream)) return error;
-  place_ranges(p, range_shape(p));
+  place_ranges(p, shape);
   return launch_clusters(kKernel, Block::kNeighbours * p.cut.ranges, Block::kNeighbours, Block::kThreads, Block::kSharedBytes, stream, p);
 }
 
-// `use` of what a thread block takes of this product, as types: how many tokens, the fewest that hold all, and which way. (Where it does not run,
-// because another compiler has chosen other registers, takes_wgmma says no and gemm_kernel.h is taken.)
+// `use` of how many tokens of this product a thread block takes, the fewest that hold all, and which way, as types, and of the shape. (Where it does
+// not run, because another compiler has chosen other registers, takes_wgmma says no and gemm_kernel.h is taken.)
 template <class Kind, class Use>
 auto with_block(const LinearParams& p, const Use& use) {
   constexpr std::integral_constant<int, 32> k32;
@@ -104,29 +104,28 @@ auto with_block(const LinearParams& p, const Use& use) {
   constexpr std::integral_constant<WgmmaWay, WgmmaWay::kStagedHalf> half;
   constexpr std::integral_constant<WgmmaWay, WgmmaWay::kPair> pair;
   const RangeShape shape = range_shape(p);
-  if (shape.blocks == 2) {
-    if (shape.tokens == 128) return use(std::integral_constant<int, 128>{}, pair);
-    return use(std::integral_constant<int, 256>{}, pair);
-  }
-  if (shape.tokens == 16) return use(std::integral_constant<int, 16>{}, half);
-  if (shape.tokens == 32) return shape.rows == 256 ? use(k32, staged) : use(k32, half);
-  return shape.rows == 256 ? use(k64, staged) : use(k64, half);
+  if (shape.tokens == kPairTokens) return use(std::integral_constant<int, kPairTokens>{}, pair, shape);
+  if (shape.tokens == kPairTokens / 2) return use(std::integral_constant<int, kPairTokens / 2>{}, pair, shape);
+  if (shape.tokens == 16) return use(std::integral_constant<int, 16>{}, half, shape);
+  if (shape.tokens == 32) return shape.rows == 256 ? use(k32, staged, shape) : use(k32, half, shape);
+  return shape.rows == 256 ? use(k64, staged, shape) : use(k64, half, shape);
 }
 
 template <class Kind>
 bool runs_wgmma_of(const LinearParams& p) {
   WgmmaParams planned = {};
   static_cast<LinearParams&>(planned) = p;
-  return with_block<Kind>(p, [&](auto tokens, auto way) {
-    return p.x_dtype == kBFloat16 ? plan_tokens<Kind, BFloat16, tokens, way>(planned) : plan_tokens<Kind, Float16, tokens, way>(planned);
+  return with_block<Kind>(p, [&](auto tokens, auto way, const RangeShape& shape) {
+    return p.x_dtype == kBFloat16 ? plan_tokens<Kind, BFloat16, tokens, way>(planned, shape)
+                                  : plan_tokens<Kind, Float16, tokens, way>(planned, shape);
   });
 }
 
 template <class Kind>
 const char* launch_wgmma_of(const WgmmaParams& p, cudaStream_t stream) {
-  return with_block<Kind>(p, [&](auto tokens, auto way) {
-    return p.x_dtype == kBFloat16 ? launch_wgmma_tokens<Kind, BFloat16, tokens, way>(p, stream)
-                                  : launch_wgmma_tokens<Kind, Float16, tokens, way>(p, stream);
+  return with_block<Kind>(p, [&](auto tokens, auto way, const RangeShape& shape) {
+    return p.x_dtype == kBFloat16 ? launch_wgmma_tokens<Kind, BFloat16, tokens, way>(p, shape, stream)
+                                  : launch_wgmma_tokens<Kind, Float16, tokens, way>(p, shape, stream);
   });
 }
 

@@ -1,10 +1,10 @@
 // 65 and more tokens: 128 rows and up to 256 tokens of a thread block, and x for two blocks at once.
 //
 // Of so many tokens accumulators leave no registers for a second set of sums: weights are multiplied by their scales before, in 16 bits
-// (wgmma_rounded.h). Each is unpacked once, for one tile of a warp: 256 instructions for a chunk (4 bits, bfloat16, scales in two parts; 210 with scales
-// as stored, 491 through float32), for which tensor cores take 2048 clocks with 256 tokens, 1024 with 128. Two such warps are 512 of a scheduler. A
-// unit's operands are 8 registers, so that there is room for those of four: one unit runs, one waits behind it, the next one is unpacked. Measured on an
-// H200 with 256 tokens: 2500 clocks.
+// (wgmma_rounded.h). Each is unpacked once, for one tile of a warp: 256 instructions for a chunk (4 bits, bfloat16, scales in two parts; 210 with
+// scales as stored, 491 through float32), for which tensor cores take 2048 clocks with 256 tokens, 1024 with 128. Two such warps are 512 of a
+// scheduler. A unit's operands are 8 registers, so that there is room for those of four: one unit runs, one waits behind it, the next one is
+// unpacked. Measured on an H200 with 256 tokens: 2500 clocks.
 //
 // x would cost 64 KB of L2 for each chunk of 256 tokens, with 8 KB of codes 36 bytes a clock of a multiprocessor, of 28 that are published. So two
 // blocks of neighbouring rows are a pair, a cluster, each of which asks for half of x for both: 20 bytes a clock. A stage of x is free when both have
@@ -82,9 +82,9 @@ struct WgmmaPairBlock {
   }
 };
 
-// Codes, scales and zero points of the tiles of a warp. Codes in bulk, a lane for each tile: some 60 clocks of the copying engine each, whatever their
-// bytes, which is why scales and zero points, 32 bytes of a tile, go by cp.async, eight lanes for each tile. (In bulk they took 15 % of the time of
-// 64 tokens in such blocks, on an H200.)
+// Codes, scales and zero points of the tiles of a warp. Codes in bulk, a lane for each tile: some 60 clocks of the copying engine each, whatever
+// their bytes, which is why scales and zero points, 32 bytes of a tile, go by cp.async, eight lanes for each tile. (In bulk they took 15 % of the
+// time of 64 tokens in such blocks, on an H200.)
 template <class Block>
 struct WgmmaWeights {
   static constexpr int kTiles = Block::kTiles / Block::kWeightWarps, kBytes = Block::kBytes, kLanes = 32 / kTiles;
