@@ -32,7 +32,11 @@ struct WgmmaParts<Kind, T, kTokens, WgmmaWay::kPair> {
 };
 
 template <class Kind, class T, int kTokens, WgmmaWay kWay>
-__global__ void __launch_bounds__(WgmmaParts<Kind, T, kTokens, kWay>::Block::kThreads, 1) wgmma_kernel(const WgmmaParams p) {
+using WgmmaBlock = typename WgmmaParts<Kind, T, kTokens, kWay>::Block;
+
+template <class Kind, class T, int kTokens, WgmmaWay kWay>
+__global__ void __launch_bounds__(WgmmaBlock<Kind, T, kTokens, kWay>::kThreads, WgmmaBlock<Kind, T, kTokens, kWay>::kResident)
+    wgmma_kernel(const WgmmaParams p) {
 #ifdef HFQ_WGMMA
   using Parts = WgmmaParts<Kind, T, kTokens, kWay>;
   using Block = typename Parts::Block;
@@ -67,7 +71,7 @@ __global__ void __launch_bounds__(WgmmaParts<Kind, T, kTokens, kWay>::Block::kTh
 // Clusters of so many blocks that run at a time; none for want of shared memory, or because another compiler has chosen other registers.
 template <class Kind, class T, int kTokens, WgmmaWay kWay>
 int active_blocks(int cluster) {
-  using Block = typename WgmmaParts<Kind, T, kTokens, kWay>::Block;
+  using Block = WgmmaBlock<Kind, T, kTokens, kWay>;
   // With fewer registers than they count on, warps would wait for them forever.
   constexpr int kRegisters = Block::kOfConsumers > Block::kAtFirst ? Block::kAtFirst : 0;
   return active_clusters<WgmmaParams, wgmma_kernel<Kind, T, kTokens, kWay>>(cluster, Block::kThreads, Block::kSharedBytes, kRegisters);
@@ -76,7 +80,7 @@ int active_blocks(int cluster) {
 // What the kernel takes of a product, in `p`. False: it does not run here.
 template <class Kind, class T, int kTokens, WgmmaWay kWay>
 bool plan_tokens(WgmmaParams& p, const RangeShape& shape) {
-  using Block = typename WgmmaParts<Kind, T, kTokens, kWay>::Block;
+  using Block = WgmmaBlock<Kind, T, kTokens, kWay>;
   p.token_tiles = static_cast<uint32_t>(divided(p.tokens, kTokens));
   p.cut = plan_ranges(p, shape, active_blocks<Kind, T, kTokens, kWay>(Block::kNeighbours));
   return p.cut.ranges > 0;
@@ -84,7 +88,7 @@ bool plan_tokens(WgmmaParams& p, const RangeShape& shape) {
 
 template <class Kind, class T, int kTokens, WgmmaWay kWay>
 const char* launch_wgmma_tokens(const WgmmaParams& params, const RangeShape& shape, cudaStream_t stream) {
-  using Block = typename WgmmaParts<Kind, T, kTokens, kWay>::Block;
+  using Block = WgmmaBlock<Kind, T, kTokens, kWay>;
   constexpr auto kKernel = wgmma_kernel<Kind, T, kTokens, kWay>;
   WgmmaParams p = params;
   if (!plan_tokens<Kind, T, kTokens, kWay>(p, shape)) return "the kernel with wgmma does not run here";  // takes_wgmma asks before

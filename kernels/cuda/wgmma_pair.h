@@ -8,8 +8,8 @@
 //
 // x would cost 64 KB of L2 for each chunk of 256 tokens, with 8 KB of codes 36 bytes a clock of a multiprocessor, of 28 that are published. So two
 // blocks of neighbouring rows are a pair, a cluster, each of which asks for half of x for both: 20 bytes a clock. A stage of x is free when both have
-// read it. Of an odd number of blocks of rows the last pair has one without rows, which only helps to copy x. x comes in the order of stages
-// (wgmma_tokens.cu): all goes by copies in bulk.
+// read it. Of an odd number of blocks of rows the last pair has one without rows, which only helps to copy x. It comes in the order of stages
+// (wgmma_tokens.cu), so that it is copied in bulk.
 #pragma once
 
 #include "wgmma_ranges.h"
@@ -26,6 +26,7 @@ struct WgmmaPairBlock {
   static_assert(kNeighbours * kRows == kPairRows);
   static constexpr int kTokens = kTokens_, kBits = Kind::kCodeBits;
   static constexpr int kConsumers = kTiles, kProducers = 4, kThreads = 32 * (kConsumers + kProducers);  // warps
+  static constexpr int kResident = 1;
   static constexpr int kWeightWarps = 2;  // of those that copy; another one copies x, and the last one raises a flag
   static constexpr int kAtFirst = 168, kOfConsumers = 216, kOfProducers = 72;  // registers, as in wgmma_block.h
   static constexpr int kUnits = kWgmmaColumns / kUnitColumns;

@@ -45,7 +45,9 @@ struct WgmmaStagedBlock {
   static constexpr int kStage = (kXSumsAt + kUnits * kTokens * 4 + 1023) / 1024 * 1024;
   // Shared memory: the ring, the table of a codebook, barriers.
   static constexpr int kTableBytes = Kind::kTable ? TableCodes::kTableBytes : 0, kBarrierBytes = 384;
-  static constexpr int kRoom = (kMostWgmmaBytes - kTableBytes - kBarrierBytes) / kStage, kStages = kRoom > 8 ? 8 : kRoom;
+  static constexpr int kResident = kTokens == 16 ? 2 : 1;  // blocks of a multiprocessor, so that the next kernel's begin early
+  static constexpr int kMost = kResident == 2 ? 113 << 10 : kMostWgmmaBytes;
+  static constexpr int kRoom = (kMost - kTableBytes - kBarrierBytes) / kStage, kStages = kRoom > 8 ? 8 : kRoom;
   static constexpr int kRing = kStages * kStage, kSharedBytes = kRing + kTableBytes + kBarrierBytes;
   static_assert(kStages >= 3 && 8 * (4 * kStages + 4) <= kBarrierBytes);
 
