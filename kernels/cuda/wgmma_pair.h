@@ -18,7 +18,7 @@
 namespace hfq {
 namespace {
 
-// Two rings in place of one (wgmma_block.h), since three whole chunks of both find no room: of x with 64 columns a stage, alike in both blocks, and
+// Two rings in place of one (wgmma_staged.h), since three whole chunks of both find no room: of x with 64 columns a stage, alike in both blocks, and
 // of weights with a chunk a stage. Of 4 bits five stages each. They run on from segment to segment.
 template <class Kind, int kTokens_>
 struct WgmmaPairBlock {
@@ -28,7 +28,7 @@ struct WgmmaPairBlock {
   static constexpr int kConsumers = kTiles, kProducers = 4, kThreads = 32 * (kConsumers + kProducers);  // warps
   static constexpr int kResident = 1;
   static constexpr int kWeightWarps = 2;  // of those that copy; another one copies x, and the last one raises a flag
-  static constexpr int kAtFirst = 168, kOfConsumers = 216, kOfProducers = 72;  // registers, as in wgmma_block.h
+  static constexpr int kAtFirst = 168, kOfConsumers = 216, kOfProducers = 72;  // registers, as in wgmma_staged.h
   static constexpr int kUnits = kWgmmaColumns / kUnitColumns;
   static constexpr int kBlocks = kWgmmaColumns / kBlockColumns<kBits>, kBytes = kBlocks * kBlockBytes<kBits>;  // of a chunk of one tile
   static constexpr int kSums = kTokens / 2;

@@ -1,6 +1,6 @@
-// 17 to 64 tokens (takes_staged_wgmma says of which weights). From global memory to stages all of it goes by cp.async, as far ahead as there are
-// stages, and x in its own order, which is changed where it lies. (In wgmma_block.h x waits in registers of the warps that copy it, a chunk ahead at
-// most: stages were empty for a fifth of the time.) From stages to sums it is wgmma_consumer.h.
+// Up to 64 tokens at a time. From global memory to stages all of it goes by cp.async, as far ahead as there are stages, and x in its own order, which is
+// changed where it lies. (Through registers of warps that copy it, a chunk ahead at most, stages were empty for a fifth of the time.) From stages to
+// sums it is wgmma_consumer.h.
 //
 // Each block has a range of all chunks (wgmma_ranges.h), and 256 rows or 128: with as many tokens, 256 read x half as often, and 128 have half the
 // partial sums, which matters where many ranges share a tile (kStagedShapes).
@@ -15,7 +15,7 @@
 // Counted for a chunk of 256 rows (int4, bfloat16, groups of 128), 64 and 32 tokens: warps that multiply execute 172 and 154 instructions, the one of
 // weights 165, of x 143 and 95, those of the order 63 and 46, so that a scheduler has some 850 and 780. Shared memory is busy for 1170 and 720 clocks
 // (512 and 256 of them with wgmma), tensor cores for 1024 and 512, the way from L2 for 1200 and 910. Measured on an H200 with 64 tokens, in clusters
-// and with 68 instructions more: 1700 clocks a chunk, 2040 in blocks of wgmma_block.h.
+// and with 68 instructions more: 1700 clocks a chunk, 2040 with x through registers.
 #pragma once
 
 #include "wgmma_ranges.h"

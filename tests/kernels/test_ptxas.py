@@ -107,7 +107,7 @@ def _check(source: str, architecture: str, folder: Path) -> None:
 def _check_registers(
     entries: dict[str, str], taken: list[tuple[int, int, int]], dtypes: int
 ) -> None:
-    """Warps that take registers from others wait forever if a launch has fewer than they count on (kAtFirst, wgmma_block.h)."""
+    """Warps that take registers from others wait forever if a launch has fewer than they count on (kAtFirst, wgmma_staged.h)."""
     for tokens, way, registers in taken:
         kernel = f"ELi{tokens}ELNS0_8WgmmaWayE{way}E"
         own = [entry for name, entry in entries.items() if kernel in name]
