@@ -69,10 +69,10 @@ __global__ void copy(const uint8_t* from, int64_t apart, int64_t mask, int64_t* 
     const uint8_t* const own = from + ((blockIdx.x * apart + (int64_t{round} << 14)) & mask) + 16 * threadIdx.x;
 #pragma unroll
     for (int i = 0; i < 8; ++i) cp_async(to + (round % 4 << 14) + i * 2048, own + i * 2048);
-    asm volatile("cp.async.commit_group;" ::: "memory");
-    asm volatile("cp.async.wait_group 3;" ::: "memory");
+    cp_async_commit();
+    cp_async_wait<3>();
   }
-  asm volatile("cp.async.wait_group 0;" ::: "memory");
+  cp_async_wait<0>();
   store_clocks(begin, clocks);
 }
 
@@ -83,8 +83,8 @@ struct Gpu {
 
   // Of the slowest block, the second time.
   template <class Launch>
-  double slowest(const Launch& launch) const {
-    std::vector<int64_t> found(multiprocessors);
+  double slowest(int blocks, const Launch& launch) const {
+    std::vector<int64_t> found(blocks);
     for (int i = 0; i < 2; ++i) launch();
     if (failed(cudaGetLastError()) || failed(cudaDeviceSynchronize())) return -1;
     cudaMemcpy(found.data(), clocks, found.size() * sizeof(int64_t), cudaMemcpyDeviceToHost);
@@ -100,7 +100,7 @@ void print_products(const Gpu& gpu) {
   cudaFuncSetAttribute(multiply<kTokens, kBeside>, cudaFuncAttributeMaxDynamicSharedMemorySize, kKilobytes << 10);
   for (int groups : {1, 2, 4}) {
     if (groups * kTokens > 512) continue;  // registers
-    const double clocks = gpu.slowest([&] {
+    const double clocks = gpu.slowest(gpu.multiprocessors, [&] {
       multiply<kTokens, kBeside><<<gpu.multiprocessors, 128 * groups, kKilobytes << 10>>>(gpu.clocks, static_cast<float*>(gpu.memory));
     });
     const double each = clocks / (kRounds * kOfRound);
@@ -133,7 +133,7 @@ int run() {
   } ways[] = {{"each its own", kBytes >> 8, kBytes - 1}, {"all the same 1 MB", 0, (1 << 20) - 1}};
   for (const auto& way : ways)
     for (int blocks : {1, 2}) {
-      const double clocks = gpu.slowest([&] {
+      const double clocks = gpu.slowest(gpu.multiprocessors * blocks, [&] {
         copy<<<gpu.multiprocessors * blocks, 128, kKilobytes << 10>>>(static_cast<const uint8_t*>(gpu.memory), way.apart, way.mask, gpu.clocks);
       });
       std::printf("%-18s %d blocks  %5.1f\n", way.name, blocks, blocks * 16384.0 * kRounds / clocks);

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <map>
+#include <random>
 #include <tuple>
 #include <vector>
 
@@ -33,16 +34,20 @@ int64_t tiles_of(const LinearParams& p, const RangeShape& shape) {
 }
 
 // No plan on the current device has more.
-int most_clusters(const RangeShape& shape) { return multiprocessors() > shape.blocks ? multiprocessors() / shape.blocks : 1; }
+int most_clusters(const RangeShape& shape) {
+  const int found = multiprocessors() / shape.blocks;
+  return found > 1 ? found : 1;
+}
 int64_t most_ranges(const LinearParams& p, const RangeShape& shape) {
   const int64_t clusters = most_clusters(shape), chunks = tiles_of(p, shape) * chunks_of(p);
   return clusters < chunks ? clusters : chunks;
 }
 
-int64_t flag_floats(int64_t flags) { return divided(2 * flags, 4) * 4; }  // what follows is read 16 bytes at a time
+int64_t flag_floats(int64_t flags) { return divided(2 * flags, 32) * 32; }  // what follows begins a line of 128 bytes
 
 // A number that memory which happens to be there does not begin with, but once in 2^64: another one for each launch, since all that is done to their
-// count can be undone (the last steps of SplitMix64; Steele, Lea and Flood, OOPSLA 2014). Of 0 alone it makes 0.
+// count can be undone (the last steps of SplitMix64; Steele, Lea and Flood, OOPSLA 2014), and others in each process, whose count begins anywhere. Of 0
+// alone it makes 0.
 uint64_t tag_of(uint64_t launch) {
   launch = (launch ^ launch >> 30) * 0xbf58476d1ce4e5b9u;
   launch = (launch ^ launch >> 27) * 0x94d049bb133111ebu;
@@ -162,7 +167,7 @@ RangePlan plan_ranges(const LinearParams& p, const RangeShape& shape, int active
 }
 
 void place_ranges(WgmmaParams& p, const RangeShape& shape) {
-  static std::atomic<uint64_t> launches{0};
+  static std::atomic<uint64_t> launches{uint64_t{std::random_device{}()} << 32 | std::random_device{}()};
   p.tag = tag_of(++launches);
   float* const flags = p.workspace + (takes_pairs(p) ? arranged_floats(p) : 0);
   p.flags = reinterpret_cast<uint64_t*>(flags), p.partials = flags + flag_floats(most_ranges(p, shape) * shape.blocks);

@@ -91,11 +91,15 @@ const char* launch_wgmma_tokens(const WgmmaParams& params, const RangeShape& sha
   using Block = WgmmaBlock<Kind, T, kTokens, kWay>;
   constexpr auto kKernel = wgmma_kernel<Kind, T, kTokens, kWay>;
   WgmmaParams p = params;
+  if (!p.workspace) return "a product with wgmma has no workspace";  // linear_workspace has taken it for another kernel's
   if (!plan_tokens<Kind, T, kTokens, kWay>(p, shape)) return "the kernel with wgmma does not run here";  // takes_wgmma asks before
   if constexpr (kWay == WgmmaWay::kPair)
     if (const char* error = launch_arrange(p, stream)) return error;
   place_ranges(p, shape);
-  return launch_clusters(kKernel, Block::kNeighbours * p.cut.ranges, Block::kNeighbours, Block::kThreads, Block::kSharedBytes, stream, p);
+  if constexpr (Block::kNeighbours == 1)
+    return launch_early(kKernel, p.cut.ranges, Block::kThreads, Block::kSharedBytes, stream, p);
+  else
+    return launch_clusters(kKernel, Block::kNeighbours * p.cut.ranges, Block::kNeighbours, Block::kThreads, Block::kSharedBytes, stream, p);
 }
 
 // `use` of how many tokens of this product a thread block takes, the fewest that hold all, and which way, as types, and of the shape. (Where it does

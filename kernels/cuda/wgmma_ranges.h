@@ -14,7 +14,6 @@
 // end of theirs: those that are waited for have the next ranges. Hence ranges are counted from the last cluster on.
 #pragma once
 
-#include "gemm_output.h"
 #include "wgmma_block.h"
 
 namespace hfq {
@@ -23,7 +22,7 @@ namespace {
 // What a range has of one tile.
 struct WgmmaSegment {
   uint32_t all;            // chunks of a tile
-  uint32_t tile;           // of 256 rows and a block's tokens; those of the same rows are neighbours
+  uint32_t tile;           // of a cluster's rows and tokens; those of the same rows are neighbours
   uint32_t chunk, chunks;  // the first one, and how many; 0: the range is over
   uint32_t left;           // of the range, behind these
 

@@ -400,7 +400,8 @@ def test_in_a_cuda_graph(
     wgmma: str,
     kind: str,
 ) -> None:
-    """Several thread blocks share the columns: sums meet in a cluster, or in memory that PyTorch has lent, by flags with the same tag at each replay."""
+    """Several thread blocks share the columns: sums meet in memory that PyTorch has lent, with wgmma by flags with the same tag at each replay."""
+    monkeypatch.setenv("HFQ_CUDA_WIDE", "0")
     monkeypatch.setenv("HFQ_CUDA_WGMMA", wgmma)
     weight = make_weight(1024, 4096, 128, kind=kind)
     x = torch.randn(tokens, 4096, generator=generator).to(cuda, torch.bfloat16)
@@ -413,7 +414,7 @@ def test_in_a_cuda_graph(
 
 @pytest.mark.parametrize(
     ("tokens", "wgmma"),
-    [(1, "0"), (16, "1"), (64, "1"), (100, "1"), (200, "1")],
+    [(1, "0"), (16, "0"), (16, "1"), (64, "1"), (100, "1"), (200, "1")],
 )
 def test_products_that_overlap(
     make_weight: MakeWeight,
@@ -424,6 +425,7 @@ def test_products_that_overlap(
     wgmma: str,
 ) -> None:
     """Each product reads what the one before gives, and writes where an earlier one has been read: as if they did not overlap."""
+    monkeypatch.setenv("HFQ_CUDA_WIDE", "1" if wgmma == "0" else "0")
     monkeypatch.setenv("HFQ_CUDA_WGMMA", wgmma)
     weights = [make_weight(*shape, 128) for shape in ((3072, 4096), (4096, 3072)) * 3]
     # Codes of -8 .. 7 are negative on average: outputs would grow 20 times with each product.

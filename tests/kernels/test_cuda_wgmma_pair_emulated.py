@@ -52,9 +52,9 @@ def test_the_choice(
 
 @pytest.mark.parametrize(("tokens", "tile"), [(65, 128), (128, 128), (129, 256), (300, 256)])
 def test_workspace(emulator: Any, tokens: int, tile: int) -> None:
-    """x in order; of one range flags, in fours, and partial sums. (One that is too small is an error of the emulator.)"""
+    """x in order; of one range flags, in lines, and partial sums. (One that is too small is an error of the emulator.)"""
     found = emulator.workspace(tokens, (4, 128, 4104, 8192), 90, multiprocessors=PAIR)
-    assert found == arranged_floats(tokens, 4104, tile) + 4 + 256 * tile
+    assert found == arranged_floats(tokens, 4104, tile) + 32 + 256 * tile
 
 
 # ---- products

@@ -165,7 +165,7 @@ def check_products(rung: Rung, weight: Weight, product: Product, device: torch.d
     right = True
     for x, y in zip(inputs, answers, strict=True):
         try:
-            weight.check(y.cpu(), x.cpu(), rounded=rung.wanted == "large")
+            weight.check(y.cpu(), x.cpu(), rounded=rung.wanted == "pairs")
         except AssertionError as error:
             right = False
             print(f"  error beyond what roundings allow: {str(error).splitlines()[0]}")
