@@ -46,8 +46,8 @@ int64_t most_ranges(const LinearParams& p, const RangeShape& shape) {
 int64_t flag_floats(int64_t flags) { return divided(2 * flags, 32) * 32; }  // what follows begins a line of 128 bytes
 
 // A number that memory which happens to be there does not begin with, but once in 2^64: another one for each launch, since all that is done to their
-// count can be undone (the last steps of SplitMix64; Steele, Lea and Flood, OOPSLA 2014), and others in each process, whose count begins anywhere. Of 0
-// alone it makes 0.
+// count can be undone (the last steps of SplitMix64; Steele, Lea and Flood, OOPSLA 2014), and others in each process, whose count begins anywhere. Of
+// 0 alone it makes 0.
 uint64_t tag_of(uint64_t launch) {
   launch = (launch ^ launch >> 30) * 0xbf58476d1ce4e5b9u;
   launch = (launch ^ launch >> 27) * 0x94d049bb133111ebu;

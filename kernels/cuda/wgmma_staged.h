@@ -1,6 +1,6 @@
-// Up to 64 tokens at a time. From global memory to stages all of it goes by cp.async, as far ahead as there are stages, and x in its own order, which is
-// changed where it lies. (Through registers of warps that copy it, a chunk ahead at most, stages were empty for a fifth of the time.) From stages to
-// sums it is wgmma_consumer.h.
+// Up to 64 tokens at a time. From global memory to stages all of it goes by cp.async, as far ahead as there are stages, and x in its own order, which
+// is changed where it lies. (Through registers of warps that copy it, a chunk ahead at most, stages were empty for a fifth of the time.) From stages
+// to sums it is wgmma_consumer.h.
 //
 // Each block has a range of all chunks (wgmma_ranges.h), and 256 rows or 128: with as many tokens, 256 read x half as often, and 128 have half the
 // partial sums, which matters where many ranges share a tile (kStagedShapes).
