@@ -77,13 +77,18 @@ bool takes_pairs(const LinearParams& p) {
   return p.tokens > kStagedTokens && (exact_end || wanted("pairs"));
 }
 
-int64_t wgmma_workspace(const LinearParams& p) {
-  const RangeShape shape = range_shape(p);
-  const int64_t x = takes_pairs(p) ? arranged_floats(p) : 0, ranges = most_ranges(p, shape);
-  return x + flag_floats(ranges * shape.blocks) + ranges * shape.rows * shape.tokens;
-}
-
 namespace {
+
+// Floats of the workspace before flags, which are x in order of pairs; before partial sums; and all.
+struct Workspace {
+  int64_t flags, partials, all;
+};
+
+Workspace workspace_of(const LinearParams& p, const RangeShape& shape) {
+  const int64_t ranges = most_ranges(p, shape), flags = takes_pairs(p) ? arranged_floats(p) : 0;
+  const int64_t partials = flags + flag_floats(ranges * shape.blocks);
+  return {flags, partials, partials + ranges * shape.rows * shape.tokens};
+}
 
 struct PlannedRanges {
   RangePlan plan;
@@ -169,9 +174,11 @@ RangePlan plan_ranges(const LinearParams& p, const RangeShape& shape, int active
 void place_ranges(WgmmaParams& p, const RangeShape& shape) {
   static std::atomic<uint64_t> launches{uint64_t{std::random_device{}()} << 32 | std::random_device{}()};
   p.tag = tag_of(++launches);
-  float* const flags = p.workspace + (takes_pairs(p) ? arranged_floats(p) : 0);
-  p.flags = reinterpret_cast<uint64_t*>(flags), p.partials = flags + flag_floats(most_ranges(p, shape) * shape.blocks);
+  const Workspace workspace = workspace_of(p, shape);
+  p.flags = reinterpret_cast<uint64_t*>(p.workspace + workspace.flags), p.partials = p.workspace + workspace.partials;
 }
+
+int64_t wgmma_workspace(const LinearParams& p) { return workspace_of(p, range_shape(p)).all; }
 
 const char* launch_wgmma(const LinearParams& params, cudaStream_t stream) {
   WgmmaParams p = {};

@@ -170,9 +170,7 @@ struct WgmmaPairProducer {
     const bool copies = threadIdx.x % 32 == 0;
     wait_for_previous_kernel();
     if (copies) copy_x_stages(turn);
-    WgmmaSegment last = block.first;
-    while (last.left) last.next();
-    const uint32_t others = last.chunk == 0 ? others_of(p, block, last) : 0;
+    const uint32_t others = others_of_last(p, block);
     wait_for_partials(p, block, 0, others);
     if (copies && others) copy_partials(others, turn);
     if (!copies) return;

@@ -100,6 +100,14 @@ __device__ __forceinline__ uint32_t others_of(const WgmmaParams& p, const Block&
   return segment.chunks < segment.all ? shuffle_from(p.cut.last_range(segment.tile) - block.range(p), 0) : 0;
 }
 
+// The same of a range's last segment, the only one that may begin a tile and not end it.
+template <class Block>
+__device__ __forceinline__ uint32_t others_of_last(const WgmmaParams& p, const Block& block) {
+  WgmmaSegment last = block.first;
+  while (last.left) last.next();
+  return last.chunk == 0 ? others_of(p, block, last) : 0;
+}
+
 // Until those from the `from`-th on have written their sums, by one warp of the block. Lanes wait for a range each: one after the other, each would
 // take as long as memory does.
 template <class Block>

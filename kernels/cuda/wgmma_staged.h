@@ -185,9 +185,7 @@ struct WgmmaStagedProducer {
   // Until other ranges have written what the last segment's sums lack: all but the next one first, since that of the tile's end has gone on to
   // another.
   __device__ __forceinline__ void gather() const {
-    WgmmaSegment last = block.first;
-    while (last.left) last.next();
-    const uint32_t others = last.chunk == 0 ? others_of(p, block, last) : 0;
+    const uint32_t others = others_of_last(p, block);
     if (others == 0) return;
     wait_for_partials(p, block, 1, others);
     if (lane == 0) mbarrier_arrive(block.gathered(1));

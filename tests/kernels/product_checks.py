@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from fragments_weights import HALVES, random_weight
 from torch import Tensor
 
 
@@ -28,3 +30,29 @@ def check_only_bad(y: Tensor, bad: int) -> None:
     finite = y.isfinite()
     assert not finite[bad].any()
     assert finite[torch.arange(len(y)) != bad].all()
+
+
+def check_dtypes(
+    product: Callable[[Tensor, Any, Tensor | None], Tensor],
+    tokens: int,
+    scale_dtype: torch.dtype,
+    bias_dtype: torch.dtype | None,
+    generator: torch.Generator,
+) -> None:
+    """Products of activations, a weight and a bias of these dtypes are right."""
+    for kind, dtype in itertools.product(((4, "zeros"), (8, None)), HALVES):
+        w = random_weight(generator, (20, 104, 32), kind, scale_dtype=scale_dtype)
+        x = torch.randn(tokens, 104, generator=generator).to(dtype)
+        bias = None if bias_dtype is None else torch.randn(20, generator=generator).to(bias_dtype)
+        w.check(product(x, w, bias), x, bias)
+
+
+def check_bad_passes_through_partial_sums(
+    product: Callable[[Tensor, Any], Tensor], tokens: int, bad: float, generator: torch.Generator
+) -> None:
+    """What is no number reaches its token's outputs, whichever range has its column: the one that adds up, or others."""
+    w = random_weight(generator, (280, 1544, 64), (4, "zeros"))
+    for column in (0, 700, 1543):
+        x = torch.randn(tokens, 1544, generator=generator).half()
+        x[tokens - 9, column] = bad
+        check_only_bad(product(x, w), tokens - 9)

@@ -11,7 +11,8 @@ import torch
 from cuda_emulator import check_operators
 from fragments_weights import FEW_TOKENS, FLOATS, HALVES, KINDS, SHAPES, Kind, Shape, name_of
 from fragments_weights import random_weight as make
-from product_checks import check_only_bad
+from product_checks import check_dtypes, check_only_bad
+from torch import Tensor
 
 # ---- products
 
@@ -64,11 +65,11 @@ def test_dtypes(
     scale_dtype: torch.dtype,
     bias_dtype: torch.dtype | None,
 ) -> None:
-    for kind, dtype in itertools.product(((4, "zeros"), (8, None)), HALVES):
-        w = make(generator, (20, 104, 32), kind, scale_dtype=scale_dtype)
-        x = torch.randn(2, 104, generator=generator).to(dtype)
-        bias = None if bias_dtype is None else torch.randn(20, generator=generator).to(bias_dtype)
-        w.check(emulator.linear(x, w.operands, bias, w.sizes), x, bias)
+    def product(x: Tensor, w: Any, bias: Tensor | None) -> Tensor:
+        y: Tensor = emulator.linear(x, w.operands, bias, w.sizes)
+        return y
+
+    check_dtypes(product, 2, scale_dtype, bias_dtype, generator)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=name_of)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
 import torch
 from fragments_weights import FLOATS, HALVES, KINDS, Kind, Shape, name_of
 from fragments_weights import random_weight as make
-from product_checks import check_only_bad, check_tokens_are_apart
+from product_checks import (
+    check_bad_passes_through_partial_sums,
+    check_dtypes,
+    check_only_bad,
+    check_tokens_are_apart,
+)
+from torch import Tensor
 from wgmma_products import ALONE, CLUSTERS, contributors, linear, ranges_of
 
 # (N, K, group_size; 0: one group per row): rows that fill no tile, warpgroup or block; columns that end in a chunk, in each of its units, and that turn
@@ -77,11 +82,10 @@ def test_dtypes(
     scale_dtype: torch.dtype,
     bias_dtype: torch.dtype | None,
 ) -> None:
-    for kind, dtype in itertools.product(((4, "zeros"), (8, None)), HALVES):
-        w = make(generator, (20, 104, 32), kind, scale_dtype=scale_dtype)
-        x = torch.randn(12, 104, generator=generator).to(dtype)
-        bias = None if bias_dtype is None else torch.randn(20, generator=generator).to(bias_dtype)
-        w.check(linear(emulator, x, w, bias), x, bias)
+    def product(x: Tensor, w: Any, bias: Tensor | None) -> Tensor:
+        return linear(emulator, x, w, bias)
+
+    check_dtypes(product, 12, scale_dtype, bias_dtype, generator)
 
 
 # ---- ranges of all chunks
@@ -161,11 +165,10 @@ def test_every_kind_in_ranges(emulator: Any, generator: torch.Generator, kind: K
 def test_not_a_number_passes_through_partial_sums(
     emulator: Any, generator: torch.Generator, bad: float
 ) -> None:
-    w = make(generator, (280, 1544, 64), (4, "zeros"))
-    for column in (0, 700, 1543):  # of the range that adds, and of others
-        x = torch.randn(20, 1544, generator=generator).half()
-        x[11, column] = bad
-        check_only_bad(linear(emulator, x, w, multiprocessors=7), 11)
+    def product(x: Tensor, w: Any) -> Tensor:
+        return linear(emulator, x, w, multiprocessors=7)
+
+    check_bad_passes_through_partial_sums(product, 20, bad, generator)
 
 
 @pytest.mark.parametrize("scale_dtype", FLOATS, ids=str)
