@@ -13,10 +13,15 @@ template <class T>
 __device__ __forceinline__ void store_rows(const LinearParams& p, int64_t m, int64_t n, const float4& sum) {
   const int64_t rows = p.weight.out_features;
   uint16_t* y = static_cast<uint16_t*>(p.y) + m * rows + n;
-  const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
+  float sums[4] = {sum.x, sum.y, sum.z, sum.w};
+  if (p.bias) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (n + i < rows) sums[i] += load_float(p.bias, n + i, p.bias_dtype);
+  }
   uint16_t v[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) v[i] = from_float(T{}, p.bias && n + i < rows ? sums[i] + load_float(p.bias, n + i, p.bias_dtype) : sums[i]);
+  for (int i = 0; i < 4; ++i) v[i] = from_float(T{}, sums[i]);
   if (rows % 4 == 0 && n < rows) {
     store(reinterpret_cast<uint2*>(y), uint2{v[0] | static_cast<uint32_t>(v[1]) << 16, v[2] | static_cast<uint32_t>(v[3]) << 16});
     return;

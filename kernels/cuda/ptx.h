@@ -330,23 +330,30 @@ HFQ_WGMMAS(Float16, "f16")
 
 // ---- thread blocks of a cluster (compute capability 9.0) ----
 
-// A barrier of all threads of the cluster: what they wrote to shared memory before is there after, for all of them.
-__device__ __forceinline__ void sync_cluster() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+// Which cluster the block belongs to, and which of its blocks it is: blocks that are no cluster are one each.
+__device__ __forceinline__ uint32_t own_cluster() {
+  uint32_t v;
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(v));
+  return v;
 }
-// The same without the memory: nothing that was written is there for others, and no one waits for what is on the way to global memory.
+__device__ __forceinline__ uint32_t own_rank() {
+  uint32_t v;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(v));
+  return v;
+}
+// A barrier of all threads of the cluster, but not of memory: nothing that was written is there for others after. (With release that would be a
+// MEMBAR of the whole GPU.)
 __device__ __forceinline__ void sync_cluster_only() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
-// Reads what block `rank` of the cluster has where `own` points to in this one's shared memory.
-__device__ __forceinline__ float4 load_of_block(const float4* own, uint32_t rank) {
-  float4 v;
-  asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %4, %5;\nld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "r"(shared_address(own)), "r"(rank));
-  return v;
+// 16 bytes to where `shared` is in block `rank`, whose barrier there counts them as it does those of copy_bulk. Nobody waits for the way back.
+__device__ __forceinline__ void push_to_block(uint32_t shared, const float4& v, uint32_t barrier, uint32_t rank) {
+  asm volatile(
+      "{\n.reg .b32 there, counts;\nmapa.shared::cluster.u32 there, %0, %6;\nmapa.shared::cluster.u32 counts, %5, %6;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%1, %2, %3, %4}, [counts];\n}" ::"r"(shared),
+      "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier), "r"(rank)
+      : "memory");
 }
-
 // Arrives at the barrier that block `rank` has where `barrier` is in this one. Those that wait there may overwrite what this thread's wgmma has read.
 // (No more: with release.cluster, what it wrote would be there for them, after a MEMBAR of the whole GPU.)
 __device__ __forceinline__ void mbarrier_arrive_of_block(uint32_t barrier, uint32_t rank) {

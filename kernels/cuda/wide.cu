@@ -50,7 +50,8 @@ WidePlan plan_wide(int64_t tiles, int64_t steps, const WideShape& shape) {
     for (const int warps : kWarps) {
       if ((splits > 1 || warps > kWarps[0]) && splits * warps > steps) continue;  // some would have nothing to do
       if (shape.table_bytes && warps > 8) continue;
-      const size_t room = most_shared / (shape.table_bytes + warps * shape.warp_bytes + kReservedShared);
+      const size_t needed = shape.table_bytes + warps * shape.warp_bytes + (splits > 1 ? shape.sums_bytes : 0);
+      const size_t room = most_shared / (needed + kReservedShared);
       const int64_t at_once = room < static_cast<size_t>(shape.warps / warps) ? room : shape.warps / warps;
       const int64_t fewest = divided(tiles, active * shape.tiles);
       if (at_once == 0) continue;

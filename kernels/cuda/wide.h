@@ -25,13 +25,15 @@ struct WideParams : LinearParams {
   uint32_t code_blocks;  // that are stored of a tile
   uint32_t tile_bytes;   // of codes
   uint32_t group_bytes;  // of the 8 pairs of a group of columns and a tile
+  uint32_t pairs_bytes;  // of those of a tile
+  uint32_t of_splits;    // n / splits is n * of_splits / 2^16, for small n
 };
 
-// What a kernel may have: tiles of a thread block, warps and shared memory of a multiprocessor; what x of a step costs, in tiles; and how many
+// What a kernel may have: tiles of a thread block, warps of a multiprocessor, and shared memory; what x of a step costs, in tiles; and how many
 // clusters of so many thread blocks run at a time if each has a multiprocessor.
 struct WideShape {
   int32_t tiles, warps;
-  size_t warp_bytes, table_bytes;
+  size_t warp_bytes, table_bytes, sums_bytes;  // the last of a thread block of a cluster
   float x;
   int (*active_clusters)(int splits);
 };

@@ -52,14 +52,17 @@ struct WideBlock : StepCodes<Kind_> {
   static constexpr int kFloatsAt = kPairsAt + kPairsBytes, kWarpBytes = kFloatsAt + kPairsBytes, kSumsStride = kRows + 4;
   static_assert(kWarpBytes % 128 == 0 && kTokens * kSumsStride * 4 <= kWarpBytes);
   static constexpr int kTableBytes = Kind::kTable ? TableCodes::kTableBytes : 0;
+
+  // Of a block of a cluster: what others have of the sums that it adds up, [block][its tokens][kRows], and the barrier that counts it.
+  static constexpr int kFours = kRows / 4, kSharedBytes = (kTokens + kMostWideSplits - 1) * kRows * 4, kSumsBytes = kSharedBytes + 16;
 };
 
 // The rows of a thread block, in tiles.
 __device__ __forceinline__ uint32_t first_tile_of(const WideParams& p) {
-  const uint32_t group = blockIdx.x / p.plan.splits;
+  const uint32_t group = own_cluster();
   return group * p.tiles + (group < p.more ? group : p.more);
 }
-__device__ __forceinline__ int tiles_of(const WideParams& p) { return static_cast<int>(p.tiles + (blockIdx.x / p.plan.splits < p.more)); }
+__device__ __forceinline__ int tiles_of(const WideParams& p) { return static_cast<int>(p.tiles + (own_cluster() < p.more)); }
 
 template <class Block>
 struct WideWarp {
@@ -100,25 +103,29 @@ struct WideWarp {
 
   __device__ __forceinline__ WideWarp(const WideParams& params, uint32_t memory) : p(params), lane(threadIdx.x % 32) {
     const Weight& w = p.weight;
-    const uint32_t splits = p.plan.splits, warp = shuffle_from(threadIdx.x / 32, 0);  // the same for all lanes, as the compiler then knows
-    const int64_t first_tile = first_tile_of(p);
+    const uint32_t warp = shuffle_from(threadIdx.x / 32, 0);  // the same for all lanes, as the compiler then knows
+    const uint32_t first_tile = first_tile_of(p);
     tiles = tiles_of(p);
-    step = warp * splits + blockIdx.x % splits;
+    step = warp * p.plan.splits + own_rank();
     codes_at = kept(memory + 16u * lane);
-    codes_from = w.qweight + first_tile * p.tile_bytes + step * kBytes + 16 * lane;
-    // 16 lanes have a token.
-    x_from = static_cast<const uint8_t*>(p.x) + lane / 16 * 2 * w.in_features + step * Block::kRowBytes + 16 * (lane % 16);
+    codes_from = w.qweight + static_cast<uint64_t>(first_tile) * p.tile_bytes + (step * kBytes + 16 * lane);
+    tile_from = codes_from;
+    copy_codes(0);
+    let_next_kernel_start();
+    // 16 lanes have a token. (K is below 2^20.)
+    const uint32_t row_bytes = 2 * static_cast<uint32_t>(w.in_features);
+    x_from = static_cast<const uint8_t*>(p.x) + (lane / 16 * row_bytes + step * Block::kRowBytes + 16 * (lane % 16));
     x_at = kept(memory + Block::kXAt + lane / 4 * Block::kRowBytes + 64 * (lane / 4 % 2) + 16 * (lane % 4));
 
     // A lane copies 16 bytes of a group: 4 or 2 pairs of a tile.
-    const uint32_t of_tile = p.group_bytes / 16;
+    const bool wide = p.group_bytes == 64;
 #pragma unroll
     for (int i = 0; i < kPairsRounds; ++i) {
-      const uint32_t at = lane + 32 * i, number = at / of_tile, tile = number % kTiles;
+      const uint32_t at = lane + 32 * i, number = wide ? at / 4 : at / 2, tile = number % kTiles, of_tile = 16 * (wide ? at % 4 : at % 2);
       const void* const of_kind = kZeros && number >= kTiles ? w.zeros : w.scales;
-      const int64_t own = first_tile + (static_cast<int>(tile) < tiles ? tile : 0);
-      pairs_from[i] = static_cast<const uint8_t*>(of_kind) + own * w.groups * p.group_bytes + 16 * (at % of_tile);
-      pairs_to[i] = kept(memory + Block::kPairsAt + number * Block::kPairsStride + 16 * (at % of_tile));
+      const uint64_t own = first_tile + (static_cast<int>(tile) < tiles ? tile : 0);
+      pairs_from[i] = static_cast<const uint8_t*>(of_kind) + own * p.pairs_bytes + of_tile;
+      pairs_to[i] = kept(memory + Block::kPairsAt + number * Block::kPairsStride + of_tile);
     }
     // Of what is stored, 32 lanes convert four times 8 pairs at a time; then the pair of a lane's rows is what it reads.
     pairs_at = kept(memory + Block::kPairsAt + lane / 8 * Block::kPairsStride + lane % 8 * (p.group_bytes / 8));
@@ -301,23 +308,23 @@ struct WideWarp {
     if constexpr (u + 1 < kStepUnits) multiply<u + 1>(tile, table, x, codes, products);
   }
 
-  // All steps of the warp. `fill`: what is to be done once while the first weights are on their way. `table`: of the lane.
-  template <class Fill>
-  __device__ __forceinline__ void run(uint32_t table, const Fill& fill) {
-    let_next_kernel_start();
+  // All steps of the warp. (One at least: behind the last one are zeros.) `prepare`: what is to be done once while the first weights are on their
+  // way. `table`: of the lane.
+  template <class Prepare>
+  __device__ __forceinline__ void run(uint32_t table, const Prepare& prepare) {
     // A group of copies for each tile, so that the oldest of kTiles groups is always what comes next.
-    tile_from = codes_from;
     copy_pairs();
+    cp_async_commit();
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
+    for (int tile = 1; tile < kTiles; ++tile) {
       if (tile < tiles) copy_codes(tile);
       cp_async_commit();
     }
-    fill();
+    prepare();
     wait_for_previous_kernel();
     store_first_x();
 #pragma unroll 1
-    while (step < p.steps) {
+    do {
       cp_async_wait<kTiles - 1>();
       sync_warp();  // x and scales are there for all lanes
       Activations x;
@@ -346,7 +353,7 @@ struct WideWarp {
         }
         cp_async_commit();
       }
-    }
+    } while (step < p.steps);
     cp_async_wait<0>();
     sync_warp();  // the warp's memory is free
   }
@@ -369,50 +376,67 @@ template <class Block>
 __global__ void __launch_bounds__(Block::kThreads, 1) wide_kernel(const WideParams p) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using T = typename Block::T;
-  constexpr int kWarpFloats = Block::kWarpBytes / 4;
-  const int kFours = 4 * tiles_of(p), warps = blockDim.x / 32;
+  constexpr int kWarpFloats = Block::kWarpBytes / 4, kFours = Block::kFours;
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int tokens = static_cast<int>(p.tokens), fours = 4 * tiles_of(p);
+  // Token t of a product is token t / splits of block t % splits.
+  const int splits = p.plan.splits, rank = static_cast<int>(own_rank());
+  const auto divided = [&](int n) { return static_cast<int>(n * p.of_splits >> 16); };
+  const int own_tokens = divided(tokens - rank + splits - 1);
   uint8_t* const shared = shared_memory();
-  float* const own = reinterpret_cast<float*>(shared + Block::kTableBytes);  // of warp 0
-  const int warp = threadIdx.x / 32;
+  float* const first = reinterpret_cast<float*>(shared + Block::kTableBytes);  // of warp 0
+  const float4* const others = reinterpret_cast<const float4*>(first + warps * kWarpFloats);
+  const uint32_t pushed = shared_address(others) + Block::kSharedBytes;
   {
-    WideWarp<Block> mine(p, shared_address(own + warp * kWarpFloats));
+    WideWarp<Block> mine(p, shared_address(first + warp * kWarpFloats));
     mine.run(kept(shared_address(shared) + 4 * mine.lane), [&] {
+      if (splits > 1) {
+        if (threadIdx.x == 0) {
+          mbarrier_init(pushed, 1);
+          fence_mbarrier_init();
+          mbarrier_arrive_and_expect(pushed, 16 * own_tokens * fours * (splits - 1));
+        }
+        sync_cluster_only();
+      }
       if constexpr (Block::Kind::kTable) {
         TableCodes::fill<T>(shared, p.weight.codebook);
         sync_block();
       }
     });
-    mine.store_sums(own + warp * kWarpFloats);
+    mine.store_sums(first + warp * kWarpFloats);
   }
   sync_block();
 
-  const int64_t first_row = static_cast<int64_t>(first_tile_of(p)) * kTileRows;
-  for (int i = threadIdx.x; i < p.tokens * kFours; i += blockDim.x) {
-    const int token = i / kFours, four = i % kFours;
-    float4* const at = reinterpret_cast<float4*>(own + token * Block::kSumsStride + 4 * four);
-    float4 sum = *at;
+  // What the block's warps have of four rows and a token.
+  const auto sum_of_warps = [&](int token, int four) {
+    const float4* const at = reinterpret_cast<const float4*>(first + token * Block::kSumsStride + 4 * four);
+    float4 sum = {};
 #pragma unroll 4
-    for (int w = 1; w < warps; ++w) sum = plus(sum, at[w * (kWarpFloats / 4)]);
-    if (p.plan.splits == 1)
-      store_rows<T>(p, token, first_row + 4 * four, sum);
-    else
-      *at = sum;
+    for (int w = 0; w < warps; ++w) sum = plus(sum, at[w * (kWarpFloats / 4)]);
+    return sum;
+  };
+  if (splits > 1) {
+    for (int i = threadIdx.x; i < tokens * kFours; i += blockDim.x) {
+      const int token = i / kFours, four = i % kFours, of_block = divided(token), block = token - of_block * splits;
+      if (block == rank || four >= fours) continue;
+      const float4* const to = others + (rank * divided(tokens - block + splits - 1) + of_block) * kFours + four;
+      push_to_block(shared_address(to), sum_of_warps(token, four), pushed, block);
+    }
+    mbarrier_wait(pushed, 0);
   }
-  if (p.plan.splits == 1) return;
-  // A block has every so many tokens of all rows.
-  const int split = blockIdx.x % p.plan.splits;
-  sync_cluster();
-  for (int i = threadIdx.x; split + i / kFours * p.plan.splits < p.tokens; i += blockDim.x) {
-    const int token = split + i / kFours * p.plan.splits, four = i % kFours;
-    const float4* const at = reinterpret_cast<const float4*>(own + token * Block::kSumsStride + 4 * four);
-    float4 parts[kMostWideSplits];
-#pragma unroll
-    for (int s = 0; s < kMostWideSplits; ++s) parts[s] = s < p.plan.splits ? load_of_block(at, s) : float4{};
-#pragma unroll
-    for (int s = 1; s < kMostWideSplits; ++s) parts[0] = plus(parts[0], parts[s]);
-    store_rows<T>(p, token, first_row + 4 * four, parts[0]);
+  for (int i = threadIdx.x; i < own_tokens * kFours; i += blockDim.x) {
+    const int of_block = i / kFours, four = i % kFours, token = of_block * splits + rank;
+    if (four >= fours) continue;
+    float4 sum = sum_of_warps(token, four);
+    if (splits > 1) {
+      const float4 own = sum;
+      sum = {};
+#pragma unroll 2
+      for (int s = 0; s < splits; ++s)  // in the same order for all tokens
+        sum = plus(sum, s == rank ? own : others[(s * own_tokens + of_block) * kFours + four]);
+    }
+    store_rows<T>(p, token, static_cast<int64_t>(first_tile_of(p)) * kTileRows + 4 * four, sum);
   }
-  sync_cluster_only();  // nobody's shared memory goes before all have read it
 #endif
 }
 
@@ -428,14 +452,16 @@ const char* launch_wide_block(const LinearParams& params, cudaStream_t stream) {
     return active_clusters<WideParams, wide_kernel<Block>>(splits, Block::kThreads / 2, kAlone, 0);
   };
   constexpr float kX = Block::kTokenTiles == 2 ? 1.4f : 0.7f;
-  p.plan = plan_wide(tiles, steps, {Block::kTiles, Block::kMostWarps, Block::kWarpBytes, Block::kTableBytes, kX, active});
+  p.plan = plan_wide(tiles, steps, {Block::kTiles, Block::kMostWarps, Block::kWarpBytes, Block::kTableBytes, Block::kSumsBytes, kX, active});
   if (p.plan.groups == 0) return "the kernel for up to 16 tokens does not run here";
   p.tiles = static_cast<uint32_t>(tiles / p.plan.groups), p.more = static_cast<uint32_t>(tiles % p.plan.groups);
   p.steps = static_cast<uint32_t>(steps), p.stride = p.plan.splits * p.plan.warps;
   p.code_blocks = static_cast<uint32_t>(divided(p.weight.in_features, kBlockColumns<Block::kBits>));
   p.tile_bytes = p.code_blocks * Block::kBlock;
   p.group_bytes = p.weight.scale_dtype == kFloat32 ? 64 : 32;
-  const size_t needed = Block::kTableBytes + p.plan.warps * Block::kWarpBytes, shared_bytes = p.plan.room ? limited(needed, p.plan.room) : needed;
+  p.pairs_bytes = static_cast<uint32_t>(p.weight.groups) * p.group_bytes;
+  p.of_splits = (1u << 16) / p.plan.splits + 1;
+  const size_t sums = p.plan.splits > 1 ? Block::kSumsBytes : 0, needed = Block::kTableBytes + p.plan.warps * Block::kWarpBytes + sums, shared_bytes = p.plan.room ? limited(needed, p.plan.room) : needed;
   const unsigned blocks = p.plan.groups * p.plan.splits, threads = 32 * p.plan.warps;
   if (p.plan.splits == 1) return launch_early(wide_kernel<Block>, blocks, threads, shared_bytes, stream, p);
   return launch_clusters(wide_kernel<Block>, blocks, p.plan.splits, threads, shared_bytes, stream, p);

@@ -78,7 +78,7 @@ class WideShape(Params):
 
     _fields_ = (
         *fields(INT, "tiles", "warps"),
-        *fields(SIZE, "warp_bytes", "table_bytes"),
+        *fields(SIZE, "warp_bytes", "table_bytes", "sums_bytes"),
         ("x", FLOAT),
         ("active_clusters", ActiveClusters),
     )

@@ -520,9 +520,12 @@ void wgmma(T, float (&d)[n], const uint32_t (&a)[4], uint64_t descriptor, bool a
 
 // ---- clusters ----
 
-inline void sync_cluster() { cuda_on_cpu::sync_cluster(true); }
-inline void sync_cluster_only() { cuda_on_cpu::sync_cluster(false); }
-inline float4 load_of_block(const float4* own, uint32_t rank) { return *static_cast<const float4*>(cuda_on_cpu::of_block(own, rank, 16)); }
+inline uint32_t own_cluster() { return cuda_on_cpu::own_cluster(); }
+inline uint32_t own_rank() { return cuda_on_cpu::own_rank(); }
+inline void sync_cluster_only() { cuda_on_cpu::sync_cluster(); }
+inline void push_to_block(uint32_t shared, const float4& v, uint32_t barrier, uint32_t rank) {
+  cuda_on_cpu::push_to_block(shared, &v, sizeof v, barrier, rank);
+}
 inline void mbarrier_arrive_of_block(uint32_t barrier, uint32_t rank) { cuda_on_cpu::mbarrier_arrive_of_block(barrier, rank); }
 inline void copy_bulk_to_blocks(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier, uint32_t blocks) {
   check_bulk(shared, global, bytes);

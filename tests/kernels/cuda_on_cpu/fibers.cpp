@@ -96,6 +96,7 @@ struct Mbarrier {
 struct BulkCopy {
   Copy copy;
   uint32_t barrier;
+  std::vector<uint8_t> pushed;  // in place of global memory
 };
 
 struct Block {
@@ -294,8 +295,9 @@ void finish_oldest(Fiber& fiber) {
 }
 
 void finish_bulk_copy(Block& block, size_t number) {
-  const BulkCopy bulk = block.bulk_copies[number];
+  BulkCopy bulk = block.bulk_copies[number];
   block.bulk_copies.erase(block.bulk_copies.begin() + static_cast<std::ptrdiff_t>(number));
+  if (!bulk.pushed.empty()) bulk.copy.from = bulk.pushed.data();
   finish(block, bulk.copy, 0);
   block.mbarriers.at(bulk.barrier).bytes -= static_cast<int64_t>(bulk.copy.bytes);
   end_phase(block, bulk.barrier);
@@ -370,6 +372,8 @@ bool run_cluster(std::minstd_rand& random, bool apart) {
 
 Index thread_index() { return {current->thread}; }
 Index block_index() { return {current->block->index}; }
+unsigned own_cluster() { return current->block->index / static_cast<unsigned>(cluster.size()); }
+unsigned own_rank() { return current->block->index % static_cast<unsigned>(cluster.size()); }
 Index block_size() { return {threads}; }
 
 const char* run_blocks(unsigned blocks, unsigned cluster_blocks, unsigned block_threads, size_t shared_bytes, bool early,
@@ -420,10 +424,10 @@ void sync_block() {
   wake(State::kInBlockBarrier, &block);
 }
 
-void sync_cluster(bool memory) {
+void sync_cluster() {
   if (++in_cluster_barrier < static_cast<int>(fibers.size())) return leave(State::kInClusterBarrier);
   in_cluster_barrier = 0;
-  if (races::wanted) (memory ? races::meet : races::meet_steps)(0, static_cast<unsigned>(fibers.size()));
+  if (races::wanted) races::meet_steps(0, static_cast<unsigned>(fibers.size()));
   for (Block& block : cluster)
     for (auto& [place, barrier] : block.mbarriers) barrier.everywhere = barrier.fenced;
   wake(State::kInClusterBarrier, nullptr);
@@ -492,11 +496,6 @@ Block& block_of_rank(unsigned rank) {
 }
 
 }  // namespace
-
-const void* of_block(const void* own, unsigned rank, size_t bytes) {
-  check_shared(own, bytes);
-  return block_of_rank(rank).shared_begin + (static_cast<const uint8_t*>(own) - shared_memory());
-}
 
 void allow(const void* p, size_t bytes, Access access) { ranges.push_back({static_cast<const uint8_t*>(p), bytes, access}); }
 
@@ -709,7 +708,8 @@ void mbarrier_arrive_and_expect(uint32_t barrier, uint32_t bytes) {
 
 namespace {
 
-void begin_copy(Block& block, uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier) {
+// From global memory, or of what is `pushed`.
+void begin_copy(Block& block, uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier, std::vector<uint8_t> pushed = {}) {
   Mbarrier* const found = found_at(block, barrier);
   if (!found || !found->known) fail("copy_bulk for a barrier that no fence.proxy.async covers");
   if (bytes == 0) fail("copy_bulk of nothing");
@@ -720,10 +720,10 @@ void begin_copy(Block& block, uint32_t shared, const void* global, uint32_t byte
     const Mbarrier& counts = known(*found);
     if (&block != current->block) block.uses[counts.clock] = counts.phase + 1;
     access_later(counts.clock, counts.phase + 1, to, bytes, true);
-    access_later(counts.clock, counts.phase + 1, global, bytes, false);
+    if (global) access_later(counts.clock, counts.phase + 1, global, bytes, false);
   }
   std::memset(to, kPoison, bytes);
-  block.bulk_copies.push_back({{to, global, bytes}, place(barrier)});
+  block.bulk_copies.push_back({{to, global, bytes}, place(barrier), std::move(pushed)});
 }
 
 }  // namespace
@@ -736,6 +736,12 @@ void copy_bulk_to_blocks(uint32_t shared, const void* global, uint32_t bytes, ui
   if (blocks == 0) fail("copy_bulk to nobody");
   for (unsigned rank = 0; rank < 32; ++rank)
     if (blocks >> rank & 1) begin_copy(running_block(rank), shared, global, bytes, barrier);
+}
+
+void push_to_block(uint32_t shared, const void* value, uint32_t bytes, uint32_t barrier, unsigned rank) {
+  if (shared % bytes) fail("misaligned push_to_block");
+  const auto* const begin = static_cast<const uint8_t*>(value);
+  begin_copy(running_block(rank), shared, nullptr, bytes, barrier, {begin, begin + bytes});
 }
 
 void raise_flag(uint64_t* flag, uint64_t tag) {

@@ -28,7 +28,9 @@ const char* run_blocks(unsigned blocks, unsigned cluster, unsigned threads, size
 [[noreturn]] void fail(const char* what);
 
 void sync_block();
-void sync_cluster(bool memory);  // `memory`: what was written before is there after
+void sync_cluster();  // a barrier that says nothing of memory
+unsigned own_cluster();
+unsigned own_rank();  // the block's place in it
 
 // All 32 lanes of the warp meet; the last one calls `work` with the operands of each.
 void together(const char* name, void* operands, void (*work)(void** all));
@@ -41,8 +43,6 @@ void check_shared(const void* p, size_t bytes);
 // Where `p` is as instructions count, which is where the hardware's swizzle looks; and back.
 uint32_t shared_address(const void* p);
 uint8_t* at_shared_address(uint32_t address, size_t bytes);
-// What block `rank` of the cluster has where `own` is in this one's shared memory.
-const void* of_block(const void* own, unsigned rank, size_t bytes);
 
 // Global memory that kernels may read: what nobody writes, what the kernel in front has written, and what this one may write.
 enum class Access { kConstant, kFromBefore, kWritten };
@@ -86,6 +86,8 @@ void copy_bulk(uint32_t shared, const void* global, uint32_t bytes, uint32_t bar
 void fence_mbarrier_init();
 void mbarrier_arrive_of_block(uint32_t barrier, unsigned rank);
 void copy_bulk_to_blocks(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier, uint32_t blocks);
+// The same of these bytes as they are now, to one block.
+void push_to_block(uint32_t shared, const void* value, uint32_t bytes, uint32_t barrier, unsigned rank);
 
 // 8 bytes of global memory that become a launch's tag when a thread has written something for those that wait, one of whom takes it away. Clusters
 // run one after the other: what is waited for must have been done by one that is started before.

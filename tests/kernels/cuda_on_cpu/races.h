@@ -2,8 +2,8 @@
 //
 // Threads, and what goes on beside them, have clocks; what one has learnt of others' stands in vectors of them (Mattern 1989; that an access needs
 // the clock of one only is FastTrack's: Flanagan and Freund 2009). Barriers pass knowledge on as far as the PTX ISA says: sync_warp, sync_block,
-// sync_cluster, arrivals and waits at mbarriers. Shuffles, ballots and matrix instructions pass on nothing. cp.async, copies in bulk and wgmma
-// access memory by themselves from the moment they are asked for; only who has waited for them knows that they have.
+// arrivals and waits at mbarriers. Shuffles, ballots and matrix instructions pass on nothing. cp.async, copies in bulk and wgmma access memory by
+// themselves from the moment they are asked for; only who has waited for them knows that they have.
 //
 // Kernels are compiled with -fsanitize=thread, whose calls end here: no access escapes that goes by a pointer. Registers and a thread's own stack are
 // nobody else's.

@@ -265,21 +265,25 @@ void copy_to_block_that_ends(Params p) {
   sync_cluster_only();
 }
 
-// Each of four blocks adds up what all have, in their order.
+// Each of four blocks adds up what all have pushed to it, in their order.
 template <Mistake kMistake>
 void sum_of_cluster(Params p) {
-  float* own = reinterpret_cast<float*>(shared_memory());
-  own[threadIdx.x] = static_cast<float>(load(p.from + threadIdx.x) + blockIdx.x);
-  if (kMistake == Mistake::kNoFence)
-    sync_cluster_only();
-  else
-    sync_cluster();
-  if (threadIdx.x >= 8) return kMistake == Mistake::kNoBarrier ? void() : sync_cluster_only();
-  const float* from = own + 4 * threadIdx.x;
-  float sum = 0;
-  for (uint32_t i = 0; i < 4; ++i) sum = 2 * sum + load_of_block(reinterpret_cast<const float4*>(from), i).y;
-  store(p.to + (kMistake == Mistake::kMemoryChanges ? 0 : 8 * blockIdx.x) + threadIdx.x, as_bits(sum));
+  const uint32_t pushed = shared_address(shared_memory()), lane = threadIdx.x, rank = own_rank();
+  const float4* const parts = reinterpret_cast<const float4*>(shared_memory() + 16);  // [block][8]
+  if (lane == 0) {
+    mbarrier_init(pushed, 1);
+    if (kMistake != Mistake::kNoFence) fence_mbarrier_init();
+    mbarrier_arrive_and_expect(pushed, 4 * 8 * 16);
+  }
   if (kMistake != Mistake::kNoBarrier) sync_cluster_only();
+  const auto value = static_cast<float>(load(p.from + lane) + blockIdx.x);
+  push_to_block(shared_address(parts + 8 * rank + lane % 8), {0, value, 0, 0}, pushed, lane / 8);
+  if (kMistake == Mistake::kRegistersChange) return;
+  if (kMistake != Mistake::kNoWait) mbarrier_wait(pushed, 0);
+  if (lane >= 8) return;
+  float sum = 0;
+  for (uint32_t i = 0; i < 4; ++i) sum = 2 * sum + parts[8 * i + lane].y;
+  store(p.to + (kMistake == Mistake::kMemoryChanges ? 0 : 8 * blockIdx.x) + lane, as_bits(sum));
 }
 
 // Two blocks that are no cluster: the second one's threads read what the first one's have written, once a flag says so. (`to` begins with the flag.)
@@ -377,8 +381,10 @@ constexpr struct {
     {"shared_ring_that_ends", shared_ring<Mistake::kNoFence>, 64, 2},
     {"copy_to_block_that_ends", copy_to_block_that_ends, 32, 2},
     {"sum_of_cluster", sum_of_cluster<Mistake::kNone>, 32, 4},
-    {"sum_of_cluster_that_ends", sum_of_cluster<Mistake::kNoBarrier>, 32, 4},
-    {"sum_of_cluster_without_memory", sum_of_cluster<Mistake::kNoFence>, 32, 4},
+    {"sum_of_cluster_no_barrier", sum_of_cluster<Mistake::kNoBarrier>, 32, 4},
+    {"sum_of_cluster_no_fence", sum_of_cluster<Mistake::kNoFence>, 32, 4},
+    {"sum_of_cluster_no_wait", sum_of_cluster<Mistake::kNoWait>, 32, 4},
+    {"sum_of_cluster_that_ends", sum_of_cluster<Mistake::kRegistersChange>, 32, 4},
     {"sum_of_cluster_to_one_place", sum_of_cluster<Mistake::kMemoryChanges>, 32, 4},
     {"flag", flag_between_blocks<Mistake::kNone>, 32, 1, false, 2},
     {"flag_of_later_block", flag_between_blocks<Mistake::kOtherDescriptor>, 32, 1, false, 2},
