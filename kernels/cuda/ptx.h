@@ -484,6 +484,12 @@ __device__ __forceinline__ uint32_t as_bits(float f) { return __float_as_uint(f)
 __device__ __forceinline__ uint32_t multiply_bytes(uint32_t a, uint32_t b, uint32_t sum) { return __dp4a(a, b, sum); }
 // Byte i of the result is byte (selector >> 4 i) & 7 of the eight bytes b:a.
 __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
+// The same where those 4 bits of `selector` are below 8; elsewhere the sign of the byte that the lower 3 name, 8 times.
+__device__ __forceinline__ uint32_t permute_bytes_or_signs(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
+  return d;
+}
 // Bits 32..63 of the product.
 __device__ __forceinline__ uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 

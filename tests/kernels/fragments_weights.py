@@ -69,11 +69,20 @@ class Weight:
         return self.reference(dtype)
 
     def check(
-        self, y: Tensor, x: Tensor, bias: Tensor | None = None, rounded: bool = False
+        self,
+        y: Tensor,
+        x: Tensor,
+        bias: Tensor | None = None,
+        rounded: bool = False,
+        digits: bool = False,
     ) -> None:
-        """Whether y is x W^T + bias up to the roundings that the kernel makes; `rounded`: of weights in 16 bits, too."""
+        """Whether y is x W^T + bias up to the roundings that the kernel makes; `rounded`: of weights in 16 bits, too;
+        `digits`: of a codebook to multiples of 1/8191 of its largest number."""
         values = self.values
-        if self.operands[3] is not None:
+        if self.operands[3] is not None and digits:
+            unit = self.operands[3].abs().max().double() / 8191
+            values = (values / unit).round() * unit
+        elif self.operands[3] is not None:
             values = values.to(x.dtype).double()  # the table holds numbers of that dtype
         weights, bounds = values * self.scales, self.magnitudes * self.scales
         if rounded:
@@ -92,6 +101,18 @@ class Weight:
 
     def reference(self, dtype: torch.dtype) -> Tensor:
         return reference.dequantize(*self.neutral, None, *self.sizes[:3], dtype)  # type: ignore[arg-type]
+
+    def with_codebook(self, numbers: Tensor) -> Weight:
+        """The same codes, of nf4, with other numbers."""
+        codes = torch.searchsorted(codebook("nf4").double(), self.values)
+        values = numbers.double()[codes]
+        return replace(
+            self,
+            neutral=(*self.neutral[:3], numbers),
+            operands=(*self.operands[:3], numbers),
+            values=values,
+            magnitudes=values.abs(),
+        )
 
     def with_bad_scale(self, row: int, group: int) -> Weight:
         """The same operands but for NaN in place of a scale."""

@@ -113,3 +113,99 @@ def test_as_many_warps_as_shared_memory_has_room_for(
     w = make(generator, (40, 4096, 128), (4, "zeros"), scale_dtype=torch.float32)
     x = torch.randn(1, 4096, generator=generator).bfloat16()
     w.check(emulator.linear(x, w.operands, None, w.sizes, shared_bytes=shared_bytes), x)
+
+
+# ---- codebooks, whose numbers are two digits: groups of half and of whole steps, too
+
+TABLE_SHAPES: tuple[Shape, ...] = (
+    (1, 8, 0),
+    (17, 136, 64),
+    (70, 264, 128),
+    (130, 520, 192),
+    (33, 200, 0),
+    (48, 2056, 64),
+    (95, 2048, 256),
+)
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HFQ_CUDA_DIGITS", "1")
+
+
+@pytest.mark.parametrize("shape", TABLE_SHAPES, ids=name_of)
+@pytest.mark.parametrize("codebook", ["nf4", "fp4"])
+def test_products_of_codebooks(
+    emulator: Any, generator: torch.Generator, tables: None, shape: Shape, codebook: str
+) -> None:
+    # Four tiles of a thread block, where there are enough, or two.
+    for dtype, scale_dtype, multiprocessors in itertools.product(HALVES, FLOATS, (1, 1 << 20)):
+        w = make(generator, shape, (4, codebook), scale_dtype=scale_dtype)
+        x = torch.randn(1, shape[1], generator=generator).to(dtype)
+        bias = torch.randn(shape[0], generator=generator)
+        y = emulator.linear(x, w.operands, bias, w.sizes, multiprocessors)
+        w.check(y, x, bias, digits=True)
+
+
+@pytest.mark.parametrize("numbers", ["random", "small and large", "zeros", "one sign"])
+def test_any_codebook(
+    emulator: Any, generator: torch.Generator, tables: None, numbers: str
+) -> None:
+    """Numbers in any order and of any size; those far below the largest one become multiples of 1/8191 of it."""
+    for multiprocessors in (1, 1 << 20):
+        w = make(generator, (70, 520, 64), (4, "nf4"))
+        values = torch.randn(16, generator=generator)
+        if numbers == "small and large":
+            values *= 2.0 ** torch.randint(-40, 40, (16,), generator=generator)
+        elif numbers == "zeros":
+            values = torch.zeros(16)
+        elif numbers == "one sign":
+            values = values.abs()
+        w = w.with_codebook(values)
+        x = torch.randn(1, 520, generator=generator).bfloat16()
+        y = emulator.linear(x, w.operands, None, w.sizes, multiprocessors)
+        if numbers == "zeros":
+            assert (y == 0).all()
+        else:
+            w.check(y, x, digits=True)
+
+
+def test_codebooks_are_finer_than_bfloat16(
+    emulator: Any, generator: torch.Generator, tables: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the kernel that looks numbers up as they are in the dtype of x."""
+    w = make(generator, (64, 4096, 64), (4, "nf4"), scale_dtype=torch.float32)
+    x = torch.randn(1, 4096, generator=generator).bfloat16()
+    exact = x.double() @ (w.values * w.scales).T
+    errors = []
+    for digits in ("1", "0"):
+        monkeypatch.setenv("HFQ_CUDA_DIGITS", digits)
+        y = emulator.linear(x, w.operands, -exact[0].float(), w.sizes)
+        errors.append(y.double().square().mean().sqrt())
+    assert errors[0] < errors[1] / 8
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_gives_nan_with_codebooks(
+    emulator: Any, generator: torch.Generator, tables: None, bad: float
+) -> None:
+    for shape, dtype in itertools.product(TABLE_SHAPES, HALVES):
+        w = make(generator, shape, (4, "nf4"))
+        x = torch.randn(1, shape[1], generator=generator).to(dtype)
+        x[0, shape[1] // 2] = bad
+        assert emulator.linear(x, w.operands, None, w.sizes).isnan().all()
+    y = emulator.linear(x.zero_(), w.with_bad_scale(19, 2).operands, None, w.sizes)
+    assert y[0, 19].isnan() and y.isnan().sum() == 1
+
+
+def test_codebooks_are_left_to_other_kernels_otherwise(
+    emulator: Any, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w = make(generator, (20, 512, 64), (4, "nf4"))
+    x = torch.randn(1, 512, generator=generator).bfloat16()
+    w.check(emulator.linear(x, w.operands, None, w.sizes), x)
+    monkeypatch.setenv("HFQ_CUDA_DIGITS", "1")
+    odd = make(generator, (20, 512, 32), (4, "nf4"))
+    odd.check(emulator.linear(x, odd.operands, None, odd.sizes), x)
+    two = torch.randn(2, 512, generator=generator).bfloat16()
+    w.check(emulator.linear(two, w.operands, None, w.sizes), two)

@@ -325,6 +325,12 @@ inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   for (int i = 0; i < 4; ++i) d |= static_cast<uint32_t>(bytes >> (8 * (selector >> 4 * i & 7)) & 0xff) << 8 * i;
   return d;
 }
+inline uint32_t permute_bytes_or_signs(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t d = permute_bytes(a, b, selector);
+  for (int i = 0; i < 4; ++i)
+    if (selector >> 4 * i & 8) d = (d & ~(0xffu << 8 * i)) | (d >> (8 * i + 7) & 1) * 0xffu << 8 * i;
+  return d;
+}
 inline uint32_t multiply_high(uint32_t a, uint32_t b) { return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32); }
 
 // ---- tensor cores ----
