@@ -45,6 +45,7 @@ SWITCHES = {
     ("HFQ_CUDA_OVERLAP", "0"): "no-overlap",
     ("HFQ_CUDA_WGMMA", "0"): "no-wgmma",
     ("HFQ_CUDA_WIDE", "0"): "no-wide",
+    ("HFQ_CUDA_DIGITS", "1"): "digits",
 }
 
 PARTS: dict[str, Callable[[Clock, Plan], dict[str, Any]]] = {

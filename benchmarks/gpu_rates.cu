@@ -1,5 +1,5 @@
 // What plans of wgmma.cu and wide.cu reckon with, measured: clocks of an instruction of four warps by how many tokens it has, alone and with other
-// instructions beside it; and bytes a clock that come from L2 to a multiprocessor by cp.async.
+// instructions beside it; bytes a clock that come from L2 to a multiprocessor by cp.async; and clocks of what linear_digits_kernel.h is made of.
 //
 //   nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a -I kernels/cuda -run -o /tmp/gpu_rates benchmarks/gpu_rates.cu
 #include <cstdint>
@@ -76,6 +76,49 @@ __global__ void copy(const uint8_t* from, int64_t apart, int64_t mask, int64_t* 
   store_clocks(begin, clocks);
 }
 
+// What a thread does to one of eight words, none of which waits for another.
+struct Permute {
+  static constexpr const char* kName = "permute bytes";
+  static __device__ void on(uint32_t& word, uint32_t other) { word = permute_bytes_or_signs(word, other, word); }
+};
+struct Halve {
+  static constexpr const char* kName = "upper half by a product";
+  static __device__ void on(uint32_t& word, uint32_t other) { word = upper_half(word); }
+};
+struct PermuteAndHalve {
+  static constexpr const char* kName = "two permutations, a LOP3, an upper half";
+  static __device__ void on(uint32_t& word, uint32_t other) {
+    word = permute_bytes_or_signs(word, other, word) ^ permute_bytes_or_signs(other, word, upper_half(word));
+  }
+};
+struct MultiplyBytes {
+  static constexpr const char* kName = "mma of bytes";
+  static __device__ void on(uint32_t& word, uint32_t other) {
+    int32_t d[4] = {static_cast<int32_t>(word), 1, 2, 3};
+    const uint32_t a[4] = {other, other, other, other};
+    mma(d, a, other, other);
+    word = static_cast<uint32_t>(d[0]);
+  }
+};
+
+template <class Work>
+__global__ void repeat(int64_t* clocks, uint32_t* to) {
+  uint32_t words[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) words[i] = 0x01234567u * (threadIdx.x + i);
+  const uint32_t other = threadIdx.x << 16;
+  const int64_t begin = clock64();
+#pragma unroll 1
+  for (int round = 0; round < kRounds; ++round)
+#pragma unroll
+    for (int i = 0; i < 8; ++i) Work::on(words[i], other);
+  store_clocks(begin, clocks);
+  uint32_t all = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) all ^= words[i];
+  to[blockIdx.x * blockDim.x + threadIdx.x] = all;
+}
+
 struct Gpu {
   int multiprocessors = 0;
   int64_t* clocks = nullptr;
@@ -115,6 +158,14 @@ void print_all(const Gpu& gpu) {
   print_products<64, kBeside>(gpu), print_products<128, kBeside>(gpu), print_products<256, kBeside>(gpu);
 }
 
+// Of a scheduler, with four warps.
+template <class Work>
+void print_clocks(const Gpu& gpu) {
+  const double clocks = gpu.slowest(
+      gpu.multiprocessors, [&] { repeat<Work><<<gpu.multiprocessors, 512>>>(gpu.clocks, static_cast<uint32_t*>(gpu.memory)); });
+  std::printf("%-34s %5.2f\n", Work::kName, clocks / (4 * 8 * kRounds));
+}
+
 int run() {
   Gpu gpu;
   cudaDeviceProp properties;
@@ -138,6 +189,8 @@ int run() {
       });
       std::printf("%-18s %d blocks  %5.1f\n", way.name, blocks, blocks * 16384.0 * kRounds / clocks);
     }
+  std::printf("\nclocks of a scheduler\n");
+  print_clocks<Permute>(gpu), print_clocks<Halve>(gpu), print_clocks<PermuteAndHalve>(gpu), print_clocks<MultiplyBytes>(gpu);
   return 0;
 }
 

@@ -213,7 +213,7 @@ struct DigitsWarp {
   // Digits of four codes of each of two words: of those below 8, or of the others; of those above zeros.
   static __device__ __forceinline__ void look_up(uint32_t low, uint32_t high, uint32_t one, uint32_t two, uint32_t (&a)[4]) {
     a[0] = permute_bytes_or_signs(low, high, one), a[1] = permute_bytes_or_signs(low, high, two);
-    a[2] = permute_bytes_or_signs(low, high, one >> 16), a[3] = permute_bytes_or_signs(low, high, two >> 16);
+    a[2] = permute_bytes_or_signs(low, high, upper_half(one)), a[3] = permute_bytes_or_signs(low, high, upper_half(two));
   }
 
   __device__ __forceinline__ void multiply_entries(uint32_t stage, float factor, float (&sums)[2 * kTiles]) const {

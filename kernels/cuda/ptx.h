@@ -482,6 +482,8 @@ __device__ __forceinline__ uint32_t as_bits(float f) { return __float_as_uint(f)
 
 // sum + the products of bytes side by side.
 __device__ __forceinline__ uint32_t multiply_bytes(uint32_t a, uint32_t b, uint32_t sum) { return __dp4a(a, b, sum); }
+// The upper half of a word, by the pipe that multiplies: for who keeps the one of shifts busy.
+__device__ __forceinline__ uint32_t upper_half(uint32_t word) { return __dp2a_lo(word, 0x0100u, 0u); }
 // Byte i of the result is byte (selector >> 4 i) & 7 of the eight bytes b:a.
 __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 // The same where those 4 bits of `selector` are below 8; elsewhere the sign of the byte that the lower 3 name, 8 times.

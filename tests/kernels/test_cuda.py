@@ -230,6 +230,32 @@ def test_one_token_in_digits(
         assert weight.linear(x).isnan().all()
 
 
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize(
+    "shape",
+    [(40, 136, 64), (1024, 4096, 64), (14336, 4096, 64), (33, 11008, 256), (4096, 328, 0)],
+    ids=str,
+)
+def test_one_token_of_a_codebook_in_digits(
+    make_weight: MakeWeight,
+    generator: torch.Generator,
+    cuda: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, int, int],
+    kind: str,
+) -> None:
+    """Two tiles of a thread block, and four."""
+    monkeypatch.setenv("HFQ_CUDA_DIGITS", "1")
+    for dtype, scale_dtype in itertools.product(ROUNDING, (torch.float16, torch.float32)):
+        weight = make_weight(*shape, kind=kind, scale_dtype=scale_dtype)
+        bias = torch.randn(shape[0], generator=generator).to(cuda)
+        x = torch.randn(1, shape[1], generator=generator).to(cuda, dtype)
+        x[0, shape[1] // 2] *= 30
+        _check(weight.linear(x, bias), x, weight, bias)
+        x[0, 5] = torch.inf
+        assert weight.linear(x).isnan().all()
+
+
 @pytest.mark.parametrize("kind", ["int2", "int2_zeros", "int4", "int4_zeros", "int8", "int8_zeros"])
 @pytest.mark.parametrize(("tokens", "group_size"), [(3, 64), (12, 128), (16, 64)])
 def test_activations_of_any_size(
