@@ -16,12 +16,6 @@ constexpr int64_t kFewTokens = 8;
 
 }  // namespace
 
-bool takes_digits(const LinearParams& p) {
-  const Weight& w = p.weight;
-  if (p.tokens != 1 || w.bits != 4 || (w.codebook && !is_set("HFQ_CUDA_DIGITS", "1"))) return false;
-  return w.groups == 1 || w.group_size % (w.codebook ? kStepColumns / 2 : kStepColumns) == 0;
-}
-
 int64_t linear_workspace(const LinearParams& p) {
   if (p.tokens <= kFewTokens || p.weight.out_features == 0 || takes_wide(p)) return 0;
   return takes_wgmma(p) ? wgmma_workspace(p) : workspace_floats(p, plan_gemm(p));

@@ -18,7 +18,7 @@ struct LinearParams {
   uint32_t token_tiles;   // gemm.h, wgmma.h: ceil(M / tokens of a thread block)
   uint32_t group_magic;   // ceil(2^31 / units of a group): unit / units is the upper half of 2 unit * magic
   uint32_t flush_mask;    // units of a step after which scales are applied are those with (unit + 1) & flush_mask == 0
-  uint32_t stage_bytes;   // linear_kernel.h: of a stage of a warp's ring
+  uint32_t stage_bytes;   // linear_kernel.h, linear_digits_kernel.h: of a stage of a warp's ring
   uint32_t stages;        // linear_kernel.h: of the ring, 3 or 2
   uint32_t stage_tokens;  // for which a stage has room
 };
@@ -40,8 +40,11 @@ inline uint32_t flush_mask(const Weight& w, uint32_t units) {
 
 constexpr int kStepColumns = 128;  // that a warp has at a time: linear_kernel.h, linear_digits_kernel.h, wide_kernel.h
 
-// Whether one token is multiplied in digits (linear_digits_kernel.h), unless wide.h takes it: integers; codebooks where HFQ_CUDA_DIGITS is 1.
-bool takes_digits(const LinearParams& params);
+// Whether one token is multiplied in digits (linear_digits_kernel.h), unless wide.h takes it.
+inline bool takes_digits(const LinearParams& p) {
+  const Weight& w = p.weight;
+  return p.tokens == 1 && !w.codebook && w.bits == 4 && (w.groups == 1 || w.group_size % kStepColumns == 0);
+}
 
 // Enqueues the kernels. Returns null, or CUDA's description of the error. K below 2^20.
 const char* launch_linear(const LinearParams& params, cudaStream_t stream);

@@ -1,8 +1,6 @@
 // When wide_kernel.h is taken, and how a product is cut into clusters of thread blocks.
 #include "wide.h"
 
-#include <limits>
-
 #include "target.h"
 
 namespace hfq {
@@ -14,10 +12,8 @@ namespace {
 // beside 10.2 for 4096 x 1024. One token in digits takes 9.0 of 4096 x 14336, 9.8 here; 36.4 of 8192 x 28672, 31.8 here.
 int64_t least_numbers(const LinearParams& p) {
   if (p.tokens > 8) return 0;
-  const bool has_table = p.weight.codebook && p.weight.bits == 4;
-  if (p.tokens > 4 && !has_table) return int64_t{1} << 24;
-  if (!takes_digits(p)) return int64_t{3} << 23;
-  return has_table ? std::numeric_limits<int64_t>::max() : int64_t{1} << 27;
+  if (p.tokens > 4 && !(p.weight.codebook && p.weight.bits == 4)) return int64_t{1} << 24;
+  return takes_digits(p) ? int64_t{1} << 27 : int64_t{3} << 23;
 }
 
 }  // namespace

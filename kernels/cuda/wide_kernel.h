@@ -29,32 +29,47 @@ namespace {
 
 constexpr float two_to(int exponent) { return exponent == 0 ? 1 : exponent < 0 ? two_to(exponent + 1) / 2 : two_to(exponent - 1) * 2; }
 
+// What a thread block has of sums: a warp's, [kTokens][kSumsStride] floats, and in a cluster what others have of those that it adds up, [block][its
+// tokens][kRows], behind which is the barrier that counts it.
+template <int kTokens_, int kRows_>
+struct WideSums {
+  static constexpr int kTokens = kTokens_, kRows = kRows_, kSumsStride = kRows + 4, kFours = kRows / 4;
+  static constexpr int kSharedBytes = (kTokens + kMostWideSplits - 1) * kRows * 4, kSumsBytes = kSharedBytes + 16;
+};
+
+// 8-bit codes are twice the memory for the same rows, a table is 32 KB of it, and 16 tokens are twice the registers.
+template <class Kind, int kTokenTiles>
+constexpr int kWideTiles = Kind::kTable || Kind::kCodeBits == 8 || kTokenTiles == 2 ? 4 : 8;
+
+template <class Block>
+struct WideWarp;
+
 // `kFlush`: scales are applied after so many units.
 template <class Kind_, class T_, int kTokenTiles_, int kFlush_, bool kZeros_>
-struct WideBlock : StepCodes<Kind_> {
+struct WideBlock : StepCodes<Kind_>, WideSums<8 * kTokenTiles_, kTileRows * kWideTiles<Kind_, kTokenTiles_>> {
+  using Warp = WideWarp<WideBlock>;
   using Kind = Kind_;
   using T = T_;
   using StepCodes<Kind>::kBits;
   using StepCodes<Kind>::kBytes;
-  static constexpr int kTokenTiles = kTokenTiles_, kTokens = 8 * kTokenTiles, kFlush = kFlush_;
+  static constexpr int kTokenTiles = kTokenTiles_, kTiles = kWideTiles<Kind, kTokenTiles>, kFlush = kFlush_;
+  using Sums = WideSums<8 * kTokenTiles, kTileRows * kTiles>;
+  using Sums::kRows;
+  using Sums::kTokens;
   static constexpr bool kZeros = kZeros_;
   static constexpr int kGroups = kStepUnits / kFlush, kKinds = kZeros ? 2 : 1;  // of a step; of scales and zero points
-  // 8-bit codes are twice the memory for the same rows, a table is 32 KB of it, and 16 tokens are twice the registers.
-  static constexpr int kTiles = Kind::kTable || kBits == 8 || kTokenTiles == 2 ? 4 : 8;
-  static constexpr int kRows = kTiles * kTileRows, kNumbers = kKinds * kTiles;
+  static constexpr int kNumbers = kKinds * kTiles;
   // Warps of a multiprocessor, by the registers they need, of one thread block or of several.
   static constexpr int kMostWarps = kTokenTiles == 2 && kGroups == 2 ? 12 : 16, kThreads = 32 * kMostWarps;
 
   // Memory of a warp. Codes [kTiles][kBytes]; x [kTokens][256 bytes]; pairs [kGroups][scales, zero points][kTiles][8]: as they are stored, in
-  // places of 64 bytes, and as floats. Then its sums, [kTokens][kRows + 4] floats.
+  // places of 64 bytes, and as floats. Then its sums.
   static constexpr int kRowBytes = 2 * kStepColumns, kPairsStride = 64;
   static constexpr int kXAt = kTiles * kBytes, kPairsAt = kXAt + kTokens * kRowBytes, kPairsBytes = kGroups * kNumbers * kPairsStride;
-  static constexpr int kFloatsAt = kPairsAt + kPairsBytes, kWarpBytes = kFloatsAt + kPairsBytes, kSumsStride = kRows + 4;
-  static_assert(kWarpBytes % 128 == 0 && kTokens * kSumsStride * 4 <= kWarpBytes);
+  static constexpr int kFloatsAt = kPairsAt + kPairsBytes, kWarpBytes = kFloatsAt + kPairsBytes;
+  static_assert(kWarpBytes % 128 == 0 && kTokens * Sums::kSumsStride * 4 <= kWarpBytes);
   static constexpr int kTableBytes = Kind::kTable ? TableCodes::kTableBytes : 0;
-
-  // Of a block of a cluster: what others have of the sums that it adds up, [block][its tokens][kRows], and the barrier that counts it.
-  static constexpr int kFours = kRows / 4, kSharedBytes = (kTokens + kMostWideSplits - 1) * kRows * 4, kSumsBytes = kSharedBytes + 16;
+  static constexpr float kXCost = kTokenTiles == 2 ? 1.4f : 0.7f;  // of a step, in tiles
 };
 
 // The rows of a thread block, in tiles.
@@ -64,13 +79,122 @@ __device__ __forceinline__ uint32_t first_tile_of(const WideParams& p) {
 }
 __device__ __forceinline__ int tiles_of(const WideParams& p) { return static_cast<int>(p.tiles + (own_cluster() < p.more)); }
 
+// What a warp asks global memory for, and scales as floats.
 template <class Block>
-struct WideWarp {
-  using Kind = typename Block::Kind;
-  using T = typename Block::T;
-  static constexpr int kTiles = Block::kTiles, kTokenTiles = Block::kTokenTiles, kGroups = Block::kGroups, kFlush = Block::kFlush;
+struct WideCopies {
+  static constexpr int kTiles = Block::kTiles, kGroups = Block::kGroups, kFlush = Block::kFlush;
   static constexpr int kBytes = Block::kBytes, kBlock = Block::kBlock, kBlocks = kBytes / kBlock;
   static constexpr bool kZeros = Block::kZeros;
+  static constexpr int kPairsRounds = (Block::kNumbers * 4 + 31) / 32;  // of 32 lanes, where pairs have 64 bytes
+
+  const WideParams& p;
+  int lane, tiles;  // of the block's, those that exist
+  // What is copied next: the step, and from where. Codes of a tile after the other.
+  uint32_t step;
+  const uint8_t *codes_from, *tile_from, *pairs_from[kPairsRounds];
+  // What the lane reads, and where what it copies goes; pairs: the first of a piece.
+  uint32_t codes_at, pairs_at, floats_to, floats_at, pairs_to[kPairsRounds];
+
+  // Asks for the first tile of the first step, before all that can wait.
+  __device__ __forceinline__ WideCopies(const WideParams& params, uint32_t memory) : p(params), lane(threadIdx.x % 32) {
+    const Weight& w = p.weight;
+    const uint32_t warp = shuffle_from(threadIdx.x / 32, 0);  // the same for all lanes, as the compiler then knows
+    const uint32_t first_tile = first_tile_of(p);
+    tiles = tiles_of(p);
+    step = warp * p.plan.splits + own_rank();
+    codes_at = kept(memory + 16u * lane);
+    codes_from = w.qweight + static_cast<uint64_t>(first_tile) * p.tile_bytes + (step * kBytes + 16 * lane);
+    tile_from = codes_from;
+    copy_codes(0);
+    let_next_kernel_start();
+
+    // A lane copies 16 bytes of a group: 4 or 2 pairs of a tile.
+    const bool wide = p.group_bytes == 64;
+#pragma unroll
+    for (int i = 0; i < kPairsRounds; ++i) {
+      const uint32_t at = lane + 32 * i, number = wide ? at / 4 : at / 2, tile = number % kTiles, of_tile = 16 * (wide ? at % 4 : at % 2);
+      const void* const of_kind = kZeros && number >= kTiles ? w.zeros : w.scales;
+      const uint64_t own = first_tile + (static_cast<int>(tile) < tiles ? tile : 0);
+      pairs_from[i] = static_cast<const uint8_t*>(of_kind) + own * p.pairs_bytes + of_tile;
+      pairs_to[i] = kept(memory + Block::kPairsAt + number * Block::kPairsStride + of_tile);
+    }
+    // Of what is stored, 32 lanes convert four times 8 pairs at a time; then the pair of a lane's rows is what it reads.
+    pairs_at = kept(memory + Block::kPairsAt + lane / 8 * Block::kPairsStride + lane % 8 * (p.group_bytes / 8));
+    floats_to = kept(memory + Block::kFloatsAt + 8 * lane);
+    floats_at = kept(memory + Block::kFloatsAt + lane / 4 * 8);
+  }
+
+  // (Copies are instructions without branches: where there is nothing to copy, zeros are written.)
+
+  // Codes of the next tile.
+  __device__ __forceinline__ void copy_codes(int tile) {
+    const int left = static_cast<int>(p.code_blocks) - static_cast<int>(step * kBlocks);
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+      const uint32_t to = codes_at + tile * kBytes + i * kBlock;
+      cp_async_or_zero(to, tile_from + i * kBlock, i < left);
+      if (kBlock > 512 && lane < (kBlock - 512) / 16) cp_async_or_zero(to + 512, tile_from + 512, i < left);
+    }
+    tile_from += p.tile_bytes;
+  }
+
+  // Scales and zero points of the next step.
+  __device__ __forceinline__ void copy_pairs() {
+    const uint32_t last = static_cast<uint32_t>(p.weight.groups) - 1;
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      uint32_t group = multiply_high(2 * (step * kStepUnits + i * kFlush), p.group_magic);
+      group = group < last ? group : last;  // of units behind K, and steps behind the last one
+#pragma unroll
+      for (int r = 0; r < kPairsRounds; ++r)
+        if (lane + 32u * r < Block::kNumbers * (p.group_bytes / 16))
+          cp_async(pairs_to[r] + i * Block::kNumbers * Block::kPairsStride, pairs_from[r] + static_cast<uint64_t>(group) * p.group_bytes);
+    }
+  }
+
+  // Scales and zero points become floats; `change(kind, pair)` makes of them what products take.
+  template <class Change>
+  __device__ __forceinline__ void convert_pairs(const Change& change) const {
+    constexpr int kRounds = kGroups * Block::kNumbers / 4;
+    RawPair raw[kRounds];
+    Pair pairs[kRounds];
+#pragma unroll
+    for (int i = 0; i < kRounds; ++i) raw[i] = load_pair(pairs_at + 4 * i * Block::kPairsStride, p.weight.scale_dtype);
+    to_floats(raw, p.weight.scale_dtype, pairs);
+#pragma unroll
+    for (int i = 0; i < kRounds; ++i) {
+      const Pair pair = change(4 * i % Block::kNumbers / kTiles, pairs[i]);
+      store_shared(floats_to + 4 * i * Block::kPairsStride, make_uint2(as_bits(pair.low), as_bits(pair.high)));
+    }
+  }
+  // Those of a lane's rows.
+  __device__ __forceinline__ Pair floats_of(int group, int kind, int tile) const {
+    const uint2 both = load_shared<uint2>(floats_at + ((group * Block::kKinds + kind) * kTiles + tile) * Block::kPairsStride);
+    return {as_float(both.x), as_float(both.y)};
+  }
+};
+
+template <class Block>
+struct WideWarp : WideCopies<Block> {
+  using Copies = WideCopies<Block>;
+  using Kind = typename Block::Kind;
+  using T = typename Block::T;
+  using Copies::kBlock;
+  using Copies::kBlocks;
+  using Copies::kBytes;
+  using Copies::kFlush;
+  using Copies::kGroups;
+  using Copies::kTiles;
+  using Copies::kZeros;
+  using Copies::codes_at;
+  using Copies::codes_from;
+  using Copies::floats_of;
+  using Copies::lane;
+  using Copies::p;
+  using Copies::step;
+  using Copies::tile_from;
+  using Copies::tiles;
+  static constexpr int kTokenTiles = Block::kTokenTiles;
   // Codes are plain where they can be, since that is the fewest instructions (fragments.h). What sums of products then lack for each activation is
   // what they begin with, or a part of what zero points change. (An instruction cuts what it adds at 2^-18 of a code times its largest activation: in
   // 4 bits one that is 100 000 times its neighbours, and whose weight is zero, leaves 1 % of what they add up to. An infinity becomes NaN.)
@@ -90,64 +214,21 @@ struct WideWarp {
   // Codes of the next tile are loaded before a tile is multiplied, where there are registers for them.
   static constexpr bool kManySums = kGroups * Block::kKinds == 4;
   static constexpr int kAhead = kManySums || Block::kBits == 8 ? 0 : 1;
-  static constexpr int kPairsRounds = (Block::kNumbers * 4 + 31) / 32;  // of 32 lanes, where pairs have 64 bytes
 
-  const WideParams& p;
-  int lane, tiles;  // of the block's, those that exist
-  // What is copied next: the step, and from where. Codes of a tile after the other.
-  uint32_t step;
-  const uint8_t *codes_from, *tile_from, *x_from, *pairs_from[kPairsRounds];
-  // What the lane reads, and where what it copies goes; pairs: the first of a piece.
-  uint32_t codes_at, x_at, pairs_at, floats_to, floats_at, pairs_to[kPairsRounds];
+  const uint8_t* x_from;
+  uint32_t x_at, table;  // what the lane reads
   float sums[kTiles][kTokenTiles][4] = {};
 
-  __device__ __forceinline__ WideWarp(const WideParams& params, uint32_t memory) : p(params), lane(threadIdx.x % 32) {
-    const Weight& w = p.weight;
-    const uint32_t warp = shuffle_from(threadIdx.x / 32, 0);  // the same for all lanes, as the compiler then knows
-    const uint32_t first_tile = first_tile_of(p);
-    tiles = tiles_of(p);
-    step = warp * p.plan.splits + own_rank();
-    codes_at = kept(memory + 16u * lane);
-    codes_from = w.qweight + static_cast<uint64_t>(first_tile) * p.tile_bytes + (step * kBytes + 16 * lane);
-    tile_from = codes_from;
-    copy_codes(0);
-    let_next_kernel_start();
+  // `shared`: of the block; `memory`: of the warp.
+  __device__ __forceinline__ WideWarp(const WideParams& params, uint32_t shared, uint32_t memory)
+      : Copies(params, memory), table(kept(shared + 4 * (threadIdx.x % 32))) {
     // 16 lanes have a token. (K is below 2^20.)
-    const uint32_t row_bytes = 2 * static_cast<uint32_t>(w.in_features);
+    const uint32_t row_bytes = 2 * static_cast<uint32_t>(p.weight.in_features);
     x_from = static_cast<const uint8_t*>(p.x) + (lane / 16 * row_bytes + step * Block::kRowBytes + 16 * (lane % 16));
     x_at = kept(memory + Block::kXAt + lane / 4 * Block::kRowBytes + 64 * (lane / 4 % 2) + 16 * (lane % 4));
-
-    // A lane copies 16 bytes of a group: 4 or 2 pairs of a tile.
-    const bool wide = p.group_bytes == 64;
-#pragma unroll
-    for (int i = 0; i < kPairsRounds; ++i) {
-      const uint32_t at = lane + 32 * i, number = wide ? at / 4 : at / 2, tile = number % kTiles, of_tile = 16 * (wide ? at % 4 : at % 2);
-      const void* const of_kind = kZeros && number >= kTiles ? w.zeros : w.scales;
-      const uint64_t own = first_tile + (static_cast<int>(tile) < tiles ? tile : 0);
-      pairs_from[i] = static_cast<const uint8_t*>(of_kind) + own * p.pairs_bytes + of_tile;
-      pairs_to[i] = kept(memory + Block::kPairsAt + number * Block::kPairsStride + of_tile);
-    }
-    // Of what is stored, 32 lanes convert four times 8 pairs at a time; then the pair of a lane's rows is what it reads.
-    pairs_at = kept(memory + Block::kPairsAt + lane / 8 * Block::kPairsStride + lane % 8 * (p.group_bytes / 8));
-    floats_to = kept(memory + Block::kFloatsAt + 8 * lane);
-    floats_at = kept(memory + Block::kFloatsAt + lane / 4 * 8);
   }
 
   // ---- from global memory
-
-  // (Copies are instructions without branches: where there is nothing to copy, zeros are written.)
-
-  // Codes of the next tile.
-  __device__ __forceinline__ void copy_codes(int tile) {
-    const int left = static_cast<int>(p.code_blocks) - static_cast<int>(step * kBlocks);
-#pragma unroll
-    for (int i = 0; i < kBlocks; ++i) {
-      const uint32_t to = codes_at + tile * kBytes + i * kBlock;
-      cp_async_or_zero(to, tile_from + i * kBlock, i < left);
-      if (kBlock > 512 && lane < (kBlock - 512) / 16) cp_async_or_zero(to + 512, tile_from + 512, i < left);
-    }
-    tile_from += p.tile_bytes;
-  }
 
   // x of the next step. Units change places with their neighbours in odd tokens, so that 8 lanes read from all banks.
   __device__ __forceinline__ void copy_x() {
@@ -174,20 +255,6 @@ struct WideWarp {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) store_shared((codes_at ^ lane / 16 * 64) + Block::kXAt + i * 2 * Block::kRowBytes, x[i]);
     x_from += p.stride * Block::kRowBytes;
-  }
-
-  // Scales and zero points of the next step.
-  __device__ __forceinline__ void copy_pairs() {
-    const uint32_t last = static_cast<uint32_t>(p.weight.groups) - 1;
-#pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-      uint32_t group = multiply_high(2 * (step * kStepUnits + i * kFlush), p.group_magic);
-      group = group < last ? group : last;  // of units behind K, and steps behind the last one
-#pragma unroll
-      for (int r = 0; r < kPairsRounds; ++r)
-        if (lane + 32u * r < Block::kNumbers * (p.group_bytes / 16))
-          cp_async(pairs_to[r] + i * Block::kNumbers * Block::kPairsStride, pairs_from[r] + static_cast<uint64_t>(group) * p.group_bytes);
-    }
   }
 
   // ---- to sums
@@ -239,30 +306,13 @@ struct WideWarp {
     }
   }
 
-  // Scales become floats, and zero points what products lack for each activation: - zero with plain codes, with others, which are code - middle,
-  // middle - zero.
+  // Zero points become what products lack for each activation: - zero with plain codes, with others, which are code - middle, middle - zero.
   __device__ __forceinline__ void convert_pairs() const {
-    constexpr int kRounds = kGroups * Block::kNumbers / 4;
-    RawPair raw[kRounds];
-    Pair pairs[kRounds];
-#pragma unroll
-    for (int i = 0; i < kRounds; ++i) raw[i] = load_pair(pairs_at + 4 * i * Block::kPairsStride, p.weight.scale_dtype);
-    to_floats(raw, p.weight.scale_dtype, pairs);
-#pragma unroll
-    for (int i = 0; i < kRounds; ++i) {
-      Pair& pair = pairs[i];
+    Copies::convert_pairs([](int kind, const Pair& pair) -> Pair {
       constexpr float kLowest = kPlain ? 0 : kMiddle;
-      if (4 * i % Block::kNumbers >= kTiles)
-        pair = {(kLowest - pair.low) * kZeroFactor, (kLowest - pair.high) * (kLowerFactor * kZeroFactor)};
-      else if (kPlain)
-        pair = {pair.low * kScaleFactor, pair.high * (kScaleFactor / kLowerFactor)};
-      store_shared(floats_to + 4 * i * Block::kPairsStride, make_uint2(as_bits(pair.low), as_bits(pair.high)));
-    }
-  }
-  // Those of a lane's rows.
-  __device__ __forceinline__ Pair floats_of(int group, int kind, int tile) const {
-    const uint2 both = load_shared<uint2>(floats_at + ((group * Block::kKinds + kind) * kTiles + tile) * Block::kPairsStride);
-    return {as_float(both.x), as_float(both.y)};
+      if (kind == 1) return {(kLowest - pair.low) * kZeroFactor, (kLowest - pair.high) * (kLowerFactor * kZeroFactor)};
+      return kPlain ? Pair{pair.low * kScaleFactor, pair.high * (kScaleFactor / kLowerFactor)} : pair;
+    });
   }
 
   // Codes of a tile, to registers.
@@ -309,18 +359,22 @@ struct WideWarp {
   }
 
   // All steps of the warp. (One at least: behind the last one are zeros.) `prepare`: what is to be done once while the first weights are on their
-  // way. `table`: of the lane.
+  // way.
   template <class Prepare>
-  __device__ __forceinline__ void run(uint32_t table, const Prepare& prepare) {
+  __device__ __forceinline__ void run(const Prepare& prepare) {
     // A group of copies for each tile, so that the oldest of kTiles groups is always what comes next.
-    copy_pairs();
+    this->copy_pairs();
     cp_async_commit();
 #pragma unroll
     for (int tile = 1; tile < kTiles; ++tile) {
-      if (tile < tiles) copy_codes(tile);
+      if (tile < tiles) this->copy_codes(tile);
       cp_async_commit();
     }
     prepare();
+    if constexpr (Kind::kTable) {
+      TableCodes::fill<T>(shared_memory(), p.weight.codebook);
+      sync_block();
+    }
     wait_for_previous_kernel();
     store_first_x();
 #pragma unroll 1
@@ -333,7 +387,7 @@ struct WideWarp {
       step += p.stride;
       sync_warp();  // all have read x and pairs as they are stored, and written them as floats
       copy_x();
-      copy_pairs();
+      this->copy_pairs();
       tile_from = codes_from += p.stride * kBytes;
       Kind codes[1 + kAhead][kBlocks];
       if (kAhead) take_codes(0, codes[0]);
@@ -349,7 +403,7 @@ struct WideWarp {
           float products[2][kTokenTiles][4];
           multiply<0>(tile, table, x, codes[tile % (1 + kAhead)], products);
           if constexpr (kBlock > 512) sync_warp();
-          copy_codes(tile);
+          this->copy_codes(tile);
         }
         cp_async_commit();
       }
@@ -388,20 +442,15 @@ __global__ void __launch_bounds__(Block::kThreads, 1) wide_kernel(const WidePara
   const float4* const others = reinterpret_cast<const float4*>(first + warps * kWarpFloats);
   const uint32_t pushed = shared_address(others) + Block::kSharedBytes;
   {
-    WideWarp<Block> mine(p, shared_address(first + warp * kWarpFloats));
-    mine.run(kept(shared_address(shared) + 4 * mine.lane), [&] {
-      if (splits > 1) {
-        if (threadIdx.x == 0) {
-          mbarrier_init(pushed, 1);
-          fence_mbarrier_init();
-          mbarrier_arrive_and_expect(pushed, 16 * own_tokens * fours * (splits - 1));
-        }
-        sync_cluster_only();
+    typename Block::Warp mine(p, shared_address(shared), shared_address(first + warp * kWarpFloats));
+    mine.run([&] {
+      if (splits == 1) return;
+      if (threadIdx.x == 0) {
+        mbarrier_init(pushed, 1);
+        fence_mbarrier_init();
+        mbarrier_arrive_and_expect(pushed, 16 * own_tokens * fours * (splits - 1));
       }
-      if constexpr (Block::Kind::kTable) {
-        TableCodes::fill<T>(shared, p.weight.codebook);
-        sync_block();
-      }
+      sync_cluster_only();
     });
     mine.store_sums(first + warp * kWarpFloats);
   }
@@ -451,8 +500,7 @@ const char* launch_wide_block(const LinearParams& params, cudaStream_t stream) {
     constexpr size_t kAlone = 120 << 10;  // more than half of a multiprocessor's shared memory
     return active_clusters<WideParams, wide_kernel<Block>>(splits, Block::kThreads / 2, kAlone, 0);
   };
-  constexpr float kX = Block::kTokenTiles == 2 ? 1.4f : 0.7f;
-  p.plan = plan_wide(tiles, steps, {Block::kTiles, Block::kMostWarps, Block::kWarpBytes, Block::kTableBytes, Block::kSumsBytes, kX, active});
+  p.plan = plan_wide(tiles, steps, {Block::kTiles, Block::kMostWarps, Block::kWarpBytes, Block::kTableBytes, Block::kSumsBytes, Block::kXCost, active});
   if (p.plan.groups == 0) return "the kernel for up to 16 tokens does not run here";
   p.tiles = static_cast<uint32_t>(tiles / p.plan.groups), p.more = static_cast<uint32_t>(tiles % p.plan.groups);
   p.steps = static_cast<uint32_t>(steps), p.stride = p.plan.splits * p.plan.warps;

@@ -230,6 +230,7 @@ def test_one_token_in_digits(
         assert weight.linear(x).isnan().all()
 
 
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize(
     "shape",
@@ -244,7 +245,8 @@ def test_one_token_of_a_codebook_in_digits(
     shape: tuple[int, int, int],
     kind: str,
 ) -> None:
-    """Two tiles of a thread block, and four."""
+    """Thread blocks of one to eight tiles, alone and in clusters."""
+    monkeypatch.setenv("HFQ_CUDA_WIDE", "1")
     monkeypatch.setenv("HFQ_CUDA_DIGITS", "1")
     for dtype, scale_dtype in itertools.product(ROUNDING, (torch.float16, torch.float32)):
         weight = make_weight(*shape, kind=kind, scale_dtype=scale_dtype)
