@@ -33,7 +33,7 @@ from hfq.table import format_table
 ROOT = Path(__file__).parents[1]
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 BENCHMARK = (sys.executable, "benchmarks/gpu.py")
-INT4 = ("--kinds", "int4 g128")
+INT4, NF4 = ("--kinds", "int4 g128"), ("--kinds", "nf4 g64")
 NO_WGMMA, NO_WIDE, NO_OVERLAP = ({f"HFQ_CUDA_{name}": "0"} for name in ("WGMMA", "WIDE", "OVERLAP"))
 
 
@@ -56,7 +56,10 @@ class Step:
 
 def steps() -> list[Step]:
     """In their order. One format comes before all of them, and alone again with each switch off."""
-    clusters = str(Path(tempfile.gettempdir()) / "gpu_clusters")
+    clusters, rates = (
+        str(Path(tempfile.gettempdir()) / name) for name in ("gpu_clusters", "gpu_rates")
+    )
+    hopper = ("-gencode", "arch=compute_90a,code=sm_90a", "-I", "kernels/cuda")
     return [
         Step(
             "build",
@@ -73,6 +76,11 @@ def steps() -> list[Step]:
             20,
             ("nvcc", "-arch=native", "-run", "-o", clusters, "benchmarks/gpu_clusters.cu"),
         ),
+        Step(
+            "rates",
+            20,
+            ("nvcc", "-std=c++17", "-O3", *hopper, "-run", "-o", rates, "benchmarks/gpu_rates.cu"),
+        ),
         Step("tests", 180, (*PYTEST, "-m", "gpu", "tests")),
         Step("int4", 20, (*BENCHMARK, "--only", "kernels", *INT4)),
         Step("model", 30, (*BENCHMARK, "--only", "models", *INT4)),
@@ -81,6 +89,7 @@ def steps() -> list[Step]:
         Step("int4 no overlap", 20, (*BENCHMARK, "--only", "kernels", *INT4), NO_OVERLAP),
         Step("int4 no wgmma", 20, (*BENCHMARK, "--only", "kernels", *INT4), NO_WGMMA),
         Step("int4 no wide", 20, (*BENCHMARK, "--only", "kernels", *INT4), NO_WIDE),
+        Step("nf4 digits", 20, (*BENCHMARK, "--only", "kernels", *NF4), {"HFQ_CUDA_DIGITS": "1"}),
         Step("model no overlap", 30, (*BENCHMARK, "--only", "models", *INT4), NO_OVERLAP),
         *sanitizer("memcheck"),
         *sanitizer("synccheck"),
