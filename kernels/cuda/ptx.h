@@ -346,12 +346,21 @@ __device__ __forceinline__ uint32_t own_rank() {
 __device__ __forceinline__ void sync_cluster_only() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
-// 16 bytes to where `shared` is in block `rank`, whose barrier there counts them as it does those of copy_bulk. Nobody waits for the way back.
+// 16 bytes to where `shared` is in block `rank`, whose barrier there counts them as it does those of copy_bulk. Nobody waits for the way back. They are
+// there for who has waited with mbarrier_wait_for_pushed.
 __device__ __forceinline__ void push_to_block(uint32_t shared, const float4& v, uint32_t barrier, uint32_t rank) {
   asm volatile(
       "{\n.reg .b32 there, counts;\nmapa.shared::cluster.u32 there, %0, %6;\nmapa.shared::cluster.u32 counts, %5, %6;\n"
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%1, %2, %3, %4}, [counts];\n}" ::"r"(shared),
       "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier), "r"(rank)
+      : "memory");
+}
+// mbarrier_wait for what threads of other blocks have pushed, too.
+__device__ __forceinline__ void mbarrier_wait_for_pushed(uint32_t barrier, uint32_t bit) {
+  asm volatile(
+      "{\n.reg .pred ended;\nagain:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 ended, [%0], %1;\n@ended bra over;\nbra again;\n"
+      "over:\n}" ::"r"(barrier),
+      "r"(bit)
       : "memory");
 }
 // Arrives at the barrier that block `rank` has where `barrier` is in this one. Those that wait there may overwrite what this thread's wgmma has read.

@@ -471,7 +471,7 @@ __global__ void __launch_bounds__(Block::kThreads, 1) wide_kernel(const WidePara
       const float4* const to = others + (rank * divided(tokens - block + splits - 1) + of_block) * kFours + four;
       push_to_block(shared_address(to), sum_of_warps(token, four), pushed, block);
     }
-    mbarrier_wait(pushed, 0);
+    mbarrier_wait_for_pushed(pushed, 0);
   }
   for (int i = threadIdx.x; i < own_tokens * kFours; i += blockDim.x) {
     const int of_block = i / kFours, four = i % kFours, token = of_block * splits + rank;

@@ -533,6 +533,7 @@ inline void sync_cluster_only() { cuda_on_cpu::sync_cluster(); }
 inline void push_to_block(uint32_t shared, const float4& v, uint32_t barrier, uint32_t rank) {
   cuda_on_cpu::push_to_block(shared, &v, sizeof v, barrier, rank);
 }
+inline void mbarrier_wait_for_pushed(uint32_t barrier, uint32_t bit) { cuda_on_cpu::mbarrier_wait(barrier, bit); }
 inline void mbarrier_arrive_of_block(uint32_t barrier, uint32_t rank) { cuda_on_cpu::mbarrier_arrive_of_block(barrier, rank); }
 inline void copy_bulk_to_blocks(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier, uint32_t blocks) {
   check_bulk(shared, global, bytes);

@@ -279,7 +279,7 @@ void sum_of_cluster(Params p) {
   const auto value = static_cast<float>(load(p.from + lane) + blockIdx.x);
   push_to_block(shared_address(parts + 8 * rank + lane % 8), {0, value, 0, 0}, pushed, lane / 8);
   if (kMistake == Mistake::kRegistersChange) return;
-  if (kMistake != Mistake::kNoWait) mbarrier_wait(pushed, 0);
+  if (kMistake != Mistake::kNoWait) mbarrier_wait_for_pushed(pushed, 0);
   if (lane >= 8) return;
   float sum = 0;
   for (uint32_t i = 0; i < 4; ++i) sum = 2 * sum + parts[8 * i + lane].y;
