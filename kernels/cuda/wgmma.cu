@@ -122,11 +122,20 @@ int64_t clocks_of(const RangePlan& plan, const RangeShape& shape) {
 // idle, but of which most write partial sums and read others'.
 PlannedRanges best_ranges(int64_t tiles, int64_t chunks, const RangeShape& shape, int active) {
   const int64_t all = tiles * chunks, clusters = active < all ? active : all, whole = tiles < clusters ? tiles : clusters;
-  const auto number = [](int64_t n) { return static_cast<uint32_t>(n); };
-  PlannedRanges best = {{number(tiles), 1, number(chunks), number(whole)}, shape.start + divided(tiles, whole) * chunks * shape.chunk};
+  const auto cut = [](int64_t units, int64_t tile_units, int64_t unit_chunks, int64_t ranges) {
+    const auto number = [](int64_t n) { return static_cast<uint32_t>(n); };
+    return RangePlan{number(units),
+                     number(tile_units),
+                     number(unit_chunks),
+                     number(ranges),
+                     reciprocal(number(units)),
+                     reciprocal(number(ranges)),
+                     reciprocal(number(tile_units * unit_chunks))};
+  };
+  PlannedRanges best = {cut(tiles, 1, chunks, whole), shape.start + divided(tiles, whole) * chunks * shape.chunk};
   if (all * clusters >> 32) return best;  // so many rounds that none of it matters
   const auto consider = [&](int64_t ranges) {
-    const RangePlan plan = {number(all), number(chunks), 1, number(ranges)};
+    const RangePlan plan = cut(all, chunks, 1, ranges);
     const int64_t found = clocks_of(plan, shape);
     if (found < best.clocks) best = {plan, found};
   };

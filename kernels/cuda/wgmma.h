@@ -13,22 +13,41 @@ constexpr int kPairRows = 256;      // of the two that are a pair
 // Of shared memory: all that a thread block may have. 28 KiB are left to the L1 cache.
 constexpr int kMostWgmmaBytes = 227 << 10;
 
+// For quotients in a kernel: dividing by a number that is not known when it is compiled takes a dozen instructions, each of which waits for the one
+// before, and these stand in front of all that a thread block asks for.
+inline uint32_t reciprocal(uint32_t divisor) {
+  const uint64_t found = divisor ? (uint64_t{1} << 32) / divisor : 0;
+  return static_cast<uint32_t>(found >> 32 ? found - 1 : found);
+}
+// n / divisor, of any n.
+__host__ __device__ inline uint32_t quotient(uint32_t n, uint32_t divisor, uint32_t reciprocal) {
+  const auto found = static_cast<uint32_t>(uint64_t{n} * reciprocal >> 32);  // this or one less
+  return n - found * divisor < divisor ? found : found + 1;
+}
+
 // wgmma_ranges.h: all tiles of the output stand in a row, of each its chunks of kWgmmaColumns columns, and each cluster has a range of it: range r is
 // units [r * units / ranges, (r + 1) * units / ranges). A unit is a chunk, or a tile with all its chunks. units * ranges < 2^32.
 struct RangePlan {
   uint32_t units;                    // of all tiles
   uint32_t tile_units, unit_chunks;  // units of a tile, chunks of a unit
   uint32_t ranges;                   // 0 if none runs
+  // Reciprocals of units, of ranges, and of a tile's chunks.
+  uint32_t of_units, of_ranges, of_tile_chunks;
 
   // Where a range begins: behind so many chunks of all tiles.
-  __host__ __device__ uint32_t first_chunk(uint32_t range) const { return range * units / ranges * unit_chunks; }
+  __host__ __device__ uint32_t first_chunk(uint32_t range) const { return quotient(range * units, ranges, of_ranges) * unit_chunks; }
   __host__ __device__ uint32_t tile_chunks() const { return tile_units * unit_chunks; }
+  // The tile of a chunk of all.
+  __host__ __device__ uint32_t tile_of(uint32_t chunk) const { return quotient(chunk, tile_chunks(), of_tile_chunks); }
   // The last one that has chunks of a tile.
-  __host__ __device__ uint32_t last_range(uint32_t tile) const { return ((tile + 1) * tile_units * ranges - 1) / units; }
+  __host__ __device__ uint32_t last_range(uint32_t tile) const { return quotient((tile + 1) * tile_units * ranges - 1, units, of_units); }
 };
 
 struct WgmmaParams : LinearParams {
   RangePlan cut;
+  uint32_t of_token_tiles;           // the reciprocal
+  uint32_t tiles;                    // of 16 rows
+  uint32_t tile_bytes, scale_bytes;  // of the codes of one, of its scales
   uint64_t tag;     // that no other launch of this process has, and not 0
   uint64_t* flags;  // [ranges, blocks of a cluster], any numbers: the tag once a block has written its partial sums
   float* partials;  // [ranges, blocks of a cluster, n, threads that multiply, 4], as many numbers as its rows have tokens

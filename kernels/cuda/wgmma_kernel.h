@@ -81,7 +81,7 @@ int active_blocks(int cluster) {
 template <class Kind, class T, int kTokens, WgmmaWay kWay>
 bool plan_tokens(WgmmaParams& p, const RangeShape& shape) {
   using Block = WgmmaBlock<Kind, T, kTokens, kWay>;
-  p.token_tiles = static_cast<uint32_t>(divided(p.tokens, kTokens));
+  p.token_tiles = static_cast<uint32_t>(divided(p.tokens, kTokens)), p.of_token_tiles = reciprocal(p.token_tiles);
   p.cut = plan_ranges(p, shape, active_blocks<Kind, T, kTokens, kWay>(Block::kNeighbours));
   return p.cut.ranges > 0;
 }
@@ -91,6 +91,9 @@ const char* launch_wgmma_tokens(const WgmmaParams& params, const RangeShape& sha
   using Block = WgmmaBlock<Kind, T, kTokens, kWay>;
   constexpr auto kKernel = wgmma_kernel<Kind, T, kTokens, kWay>;
   WgmmaParams p = params;
+  p.tiles = static_cast<uint32_t>(divided(p.weight.out_features, kTileRows));
+  p.tile_bytes = static_cast<uint32_t>(divided(p.weight.in_features, kBlockColumns<Block::kBits>)) * kBlockBytes<Block::kBits>;
+  p.scale_bytes = static_cast<uint32_t>(p.weight.groups) * (p.weight.scale_dtype == kFloat32 ? 64 : 32);
   if (!p.workspace) return "a product with wgmma has no workspace";  // linear_workspace has taken it for another kernel's
   if (!plan_tokens<Kind, T, kTokens, kWay>(p, shape)) return "the kernel with wgmma does not run here";  // takes_wgmma asks before
   if constexpr (kWay == WgmmaWay::kPair)

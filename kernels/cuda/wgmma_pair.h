@@ -93,10 +93,9 @@ struct WgmmaWeights {
 
   const WgmmaParams& p;
   const Block& block;
-  uint32_t unit;        // the first one of the chunk that is copied next
-  uint32_t tiles;       // of the warp's that exist
-  uint32_t tile_bytes;  // of codes
-  bool numbers;         // whether the tile of the lane's scales exists
+  uint32_t unit;   // the first one of the chunk that is copied next
+  uint32_t tiles;  // of the warp's that exist
+  bool numbers;    // whether the tile of the lane's scales exists
   // Of the lane, and where they go in a stage.
   const uint8_t *codes, *scales, *zeros;
   uint32_t codes_to, scales_to;
@@ -105,13 +104,12 @@ struct WgmmaWeights {
   __device__ __forceinline__ WgmmaWeights(const WgmmaParams& params, const Block& b, int warp, uint32_t first_tile, uint32_t chunk)
       : p(params), block(b), unit(chunk * Block::kUnits) {
     const Weight& w = p.weight;
-    const int64_t first = static_cast<int64_t>(first_tile) + warp * kTiles, left = (w.out_features + kTileRows - 1) / kTileRows - first;
-    tiles = static_cast<uint32_t>(left < 0 ? 0 : left < kTiles ? left : kTiles);
-    tile_bytes = static_cast<uint32_t>((w.in_features + kBlockColumns<Block::kBits> - 1) / kBlockColumns<Block::kBits>) * kBlockBytes<Block::kBits>;
+    const uint32_t first = first_tile + warp * kTiles, left = p.tiles > first ? p.tiles - first : 0;
+    tiles = left < kTiles ? left : kTiles;
     const uint32_t lane = threadIdx.x % 32, tile = lane / kLanes, within = lane % kLanes * 16;
-    codes = w.qweight + (first + lane) * tile_bytes;
+    codes = w.qweight + static_cast<uint64_t>(first + lane) * p.tile_bytes;
     codes_to = Block::kCodesAt + (warp * kTiles + lane) * kBytes;
-    const int64_t of_tile = (first + tile) * w.groups * 8 * pair_bytes(w.scale_dtype) + within;
+    const uint64_t of_tile = static_cast<uint64_t>(first + tile) * p.scale_bytes + within;
     numbers = tile < tiles;
     scales = static_cast<const uint8_t*>(w.scales) + of_tile, zeros = static_cast<const uint8_t*>(w.zeros) + of_tile;
     scales_to = Block::kScalesAt + (warp * kTiles + tile) * Block::kScaleBytes + within;
@@ -119,7 +117,7 @@ struct WgmmaWeights {
 
   // The next chunk, to stage `at`.
   __device__ __forceinline__ void copy(uint32_t at) {
-    const uint32_t lane = threadIdx.x % 32, behind = unit / Block::kUnits * kBytes, left = tile_bytes - behind;
+    const uint32_t lane = threadIdx.x % 32, behind = unit / Block::kUnits * kBytes, left = p.tile_bytes - behind;
     const uint32_t code_bytes = left < kBytes ? left : kBytes, stage = block.stage(at), full = block.full(at);
     if (lane == 0) mbarrier_arrive_and_expect(full, tiles * code_bytes);
     if (lane < tiles) copy_bulk(stage + codes_to, codes + behind, code_bytes, full);

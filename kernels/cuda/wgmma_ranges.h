@@ -35,11 +35,12 @@ struct WgmmaSegment {
     left -= chunks;
   }
 
-  __device__ __forceinline__ uint32_t token_tile(const WgmmaParams& p) const { return tile % p.token_tiles; }
+  __device__ __forceinline__ uint32_t row_tile(const WgmmaParams& p) const { return quotient(tile, p.token_tiles, p.of_token_tiles); }
+  __device__ __forceinline__ uint32_t token_tile(const WgmmaParams& p) const { return tile - row_tile(p) * p.token_tiles; }
   // Of the rows of a block.
   template <class Block>
   __device__ __forceinline__ uint32_t first_tile(const WgmmaParams& p, const Block& block) const {
-    return (tile / p.token_tiles * Block::kNeighbours + block.neighbour) * Block::kTiles;
+    return (row_tile(p) * Block::kNeighbours + block.neighbour) * Block::kTiles;
   }
 };
 
@@ -49,8 +50,8 @@ __device__ __forceinline__ WgmmaSegment first_segment(const WgmmaParams& p, uint
   const uint32_t begin = p.cut.first_chunk(range), end = p.cut.first_chunk(range + 1);
   WgmmaSegment s = {};
   s.all = p.cut.tile_chunks();
-  s.tile = shuffle_from(begin / s.all, 0);
-  s.chunk = shuffle_from(begin % s.all, 0);
+  s.tile = shuffle_from(p.cut.tile_of(begin), 0);
+  s.chunk = shuffle_from(begin - s.tile * s.all, 0);
   s.left = shuffle_from(end - begin, 0);
   s.take();
   return s;

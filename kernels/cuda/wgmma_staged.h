@@ -119,27 +119,24 @@ struct WgmmaStagedProducer {
     static_assert(Block::kTiles <= 16);
     const Weight& w = p.weight;
     const uint32_t of_group = 8 * pair_bytes(w.scale_dtype);
-    const uint32_t tile_bytes =
-        static_cast<uint32_t>((w.in_features + kBlockColumns<Block::kBits> - 1) / kBlockColumns<Block::kBits>) * kBlockBytes<Block::kBits>;
     const uint32_t codes_to = Block::kCodesAt + 16 * lane, numbers_to = Block::kScalesAt + lane / 2 * Block::kScaleBytes + 16 * (lane % 2);
     Turn<Block::kStages> turn;
 #pragma unroll 1
     for (WgmmaSegment segment = block.first; segment.chunks; segment.next()) {
-      const int64_t first = segment.first_tile(p, block), left = (w.out_features + kTileRows - 1) / kTileRows - first;
-      const uint32_t tiles = static_cast<uint32_t>(left < Block::kTiles ? left : Block::kTiles);
-      const int64_t numbers = (first + lane / 2) * w.groups * of_group + 16 * (lane % 2);
-      const uint8_t* const codes_from = w.qweight + first * tile_bytes + 16 * lane;
+      const uint32_t first = segment.first_tile(p, block), left = p.tiles - first, tiles = left < Block::kTiles ? left : Block::kTiles;
+      const uint64_t numbers = static_cast<uint64_t>(first + lane / 2) * p.scale_bytes + 16 * (lane % 2);
+      const uint8_t* const codes_from = w.qweight + static_cast<uint64_t>(first) * p.tile_bytes + 16 * lane;
       const uint8_t* const scales_from = static_cast<const uint8_t*>(w.scales) + numbers;
       const uint8_t* const zeros_from = static_cast<const uint8_t*>(w.zeros) + numbers;
 #pragma unroll 1
       for (uint32_t i = 0; i < segment.chunks; ++i, turn.next()) {
         wait_together(block.empty(turn.at), (turn.round + 1) % 2);
-        const uint32_t stage = block.stage(turn.at), behind = (segment.chunk + i) * kBytes, there = tile_bytes - behind;
+        const uint32_t stage = block.stage(turn.at), behind = (segment.chunk + i) * kBytes, there = p.tile_bytes - behind;
         const uint32_t code_bytes = there < kBytes ? there : kBytes;
         const uint8_t* from = codes_from + behind;
         const uint32_t to = stage + codes_to;
 #pragma unroll kTilesAtOnce
-        for (uint32_t tile = 0; tile < tiles; ++tile, from += tile_bytes)
+        for (uint32_t tile = 0; tile < tiles; ++tile, from += p.tile_bytes)
 #pragma unroll
           for (uint32_t piece = 0; piece < kBytes; piece += 512)
             if (piece + 16 * lane < code_bytes) cp_async(to + tile * kBytes + piece, from + piece);

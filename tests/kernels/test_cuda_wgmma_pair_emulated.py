@@ -180,6 +180,17 @@ def test_plans_without_shared_tiles(emulator: Any) -> None:
     assert len(ranges_of(emulator, 200, 100, 1000, 1 << 19)) <= 8
 
 
+def test_quotients(emulator: Any, generator: torch.Generator) -> None:
+    most = (1 << 32) - 1
+    bits = torch.randint(0, 33, (2, 20000), generator=generator)
+    numbers = (torch.rand(2, 20000, generator=generator, dtype=torch.float64) * 2.0**bits).long()
+    divisors = (1, 2, 3, 7, 132, 1 << 16, (1 << 16) + 1, 1 << 31, most - 1, most)
+    near = [(d * k + e, d) for d in divisors for k in (1, 2, most // d) for e in (-1, 0, 1)]
+    for n, divisor in (*numbers.clamp(max=most).T.tolist(), *near, *((most, d) for d in divisors)):
+        if 0 <= n <= most and divisor > 0:
+            assert emulator.quotient(n, divisor) == n // divisor
+
+
 # (tokens, N, K, pairs), and what is new: segments of a range, ranges of a tile, at most.
 CUTS = {
     "two_ranges": ((150, 230, 1608, 2), 1, 2),

@@ -61,7 +61,10 @@ class RangeShape(Params):
 class RangePlan(Params):
     """kernels/cuda/wgmma.h"""
 
-    _fields_ = fields(INT, "units", "tile_units", "unit_chunks", "ranges")
+    _fields_ = (
+        *fields(INT, "units", "tile_units", "unit_chunks", "ranges"),
+        *fields(INT, "of_units", "of_ranges", "of_tile_chunks"),
+    )
 
 
 class WidePlan(Params):
@@ -243,6 +246,12 @@ class Linear(Launchers):
             ctypes.byref(params), clusters, ctypes.byref(shape), ctypes.byref(plan)
         )
         return shape, plan
+
+    def quotient(self, n: int, divisor: int) -> int:
+        """n / divisor as kernels find it."""
+        function = self._library.quotient
+        function.argtypes, function.restype = (ctypes.c_uint32, ctypes.c_uint32), ctypes.c_uint32
+        return int(function(n, divisor))
 
     def takes_wide(self, tokens: int, sizes: Sizes, kind: str) -> bool:
         """On compute capability 9.0; `kind`: "int4" or a codebook's name."""

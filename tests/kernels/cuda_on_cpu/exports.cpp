@@ -18,6 +18,7 @@ void gemm_plan(const hfq::LinearParams* params, hfq::GemmPlan* plan) { *plan = h
 void range_plan(const hfq::LinearParams* params, int active, hfq::RangeShape* shape, hfq::RangePlan* plan) {
   *shape = hfq::range_shape(*params), *plan = hfq::plan_ranges(*params, *shape, active);
 }
+uint32_t quotient(uint32_t n, uint32_t divisor) { return hfq::quotient(n, divisor, hfq::reciprocal(divisor)); }
 int64_t takes_wide(const hfq::LinearParams* params) { return hfq::takes_wide(*params); }
 int64_t takes_wgmma(const hfq::LinearParams* params) { return hfq::takes_wgmma(*params); }
 void wide_plan(int64_t tiles, int64_t steps, const hfq::WideShape* shape, hfq::WidePlan* plan) { *plan = hfq::plan_wide(tiles, steps, *shape); }
