@@ -1,5 +1,5 @@
 // What plans of wgmma.cu and wide.cu reckon with, measured: clocks of an instruction of four warps by how many tokens it has, alone and with other
-// instructions beside it; bytes a clock that come from L2 to a multiprocessor by cp.async; and clocks of what linear_digits_kernel.h is made of.
+// instructions beside it; bytes a clock that come from L2 to a multiprocessor by cp.async; and clocks of what wide_digits.h is made of.
 //
 //   nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a -I kernels/cuda -run -o /tmp/gpu_rates benchmarks/gpu_rates.cu
 #include <cstdint>

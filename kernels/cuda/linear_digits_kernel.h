@@ -1,9 +1,9 @@
 // One token times 4-bit codes, in integers: cuda_linear for groups of a multiple of 128 columns, or one for each row.
 //
-// 4-bit codes become bytes in 3 instructions for 8 of them, and 16-bit floats in 15 (fragments.h), and it is those that one token waits for: a
-// chain of kernels that only reads takes 7.3 us for 4096 x 14336 on an H200, linear_kernel.h 11.6. So activations become integers, too: digits.h.
-// Sums of 128 products of a code and a digit are below 2^22 and exact. They begin with the bits of the float 2^23 + 2^22, in whose mantissa they count,
-// so they are floats when they end. Scales times 2^-k multiply them.
+// 4-bit codes become bytes in 3 instructions for 8 of them, and 16-bit floats in 15 (fragments.h), and it is those that one token waits for: a chain
+// of kernels that only reads takes 7.3 us for 4096 x 14336 on an H200, linear_kernel.h 11.6. So activations become integers, too: digits.h. Sums of
+// 128 products of a code and a digit are below 2^22 and exact. They begin with the bits of the float 2^23 + 2^22, in whose mantissa they count, so
+// they are floats when they end. Scales times 2^-k multiply them.
 //
 // Layout "fragments" has rows g and g + 8 in neighbouring bytes: a byte of a word has columns 0 and 2 of four of row g, the next one those of row
 // g + 8, then columns 1 and 3 of both. So the A operand has one tile in place of rows g, another one in place of rows g + 8, and the B operand

@@ -330,24 +330,13 @@ HFQ_WGMMAS(Float16, "f16")
 
 // ---- thread blocks of a cluster (compute capability 9.0) ----
 
-// Which cluster the block belongs to, and which of its blocks it is: blocks that are no cluster are one each.
-__device__ __forceinline__ uint32_t own_cluster() {
-  uint32_t v;
-  asm("mov.u32 %0, %%clusterid.x;" : "=r"(v));
-  return v;
-}
-__device__ __forceinline__ uint32_t own_rank() {
-  uint32_t v;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(v));
-  return v;
-}
-// A barrier of all threads of the cluster, but not of memory: nothing that was written is there for others after. (With release that would be a
-// MEMBAR of the whole GPU.)
+// A barrier of all threads of the cluster, behind which nothing that was written before need be there for others: with release it would be a MEMBAR
+// of the whole GPU. (The wait always acquires: it empties L1.)
 __device__ __forceinline__ void sync_cluster_only() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
-// 16 bytes to where `shared` is in block `rank`, whose barrier there counts them as it does those of copy_bulk. Nobody waits for the way back. They are
-// there for who has waited with mbarrier_wait_for_pushed.
+// 16 bytes to where `shared` is in block `rank`, whose barrier there counts them as it does those of copy_bulk. Nobody waits for the way back. They
+// are there for who has waited with mbarrier_wait_for_pushed.
 __device__ __forceinline__ void push_to_block(uint32_t shared, const float4& v, uint32_t barrier, uint32_t rank) {
   asm volatile(
       "{\n.reg .b32 there, counts;\nmapa.shared::cluster.u32 there, %0, %6;\nmapa.shared::cluster.u32 counts, %5, %6;\n"

@@ -22,6 +22,18 @@ inline bool is_set(const char* variable, const char* value) {
   return set && std::strcmp(set, value) == 0;
 }
 
+// For quotients in a kernel: dividing by a number that is not known when it is compiled takes a dozen instructions, each of which waits for the one
+// before, and these stand in front of all that a thread block asks for.
+inline uint32_t reciprocal(uint32_t divisor) {
+  const uint64_t found = divisor ? (uint64_t{1} << 32) / divisor : 0;
+  return static_cast<uint32_t>(found >> 32 ? found - 1 : found);
+}
+// n / divisor, of any n.
+__host__ __device__ inline uint32_t quotient(uint32_t n, uint32_t divisor, uint32_t reciprocal) {
+  const auto found = static_cast<uint32_t>(uint64_t{n} * reciprocal >> 32);  // this or one less
+  return n - found * divisor < divisor ? found : found + 1;
+}
+
 // That CUDA takes for each thread block; the most that a block may have is a multiprocessor's without it.
 constexpr size_t kReservedShared = 1 << 10;
 

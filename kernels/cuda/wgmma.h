@@ -13,18 +13,6 @@ constexpr int kPairRows = 256;      // of the two that are a pair
 // Of shared memory: all that a thread block may have. 28 KiB are left to the L1 cache.
 constexpr int kMostWgmmaBytes = 227 << 10;
 
-// For quotients in a kernel: dividing by a number that is not known when it is compiled takes a dozen instructions, each of which waits for the one
-// before, and these stand in front of all that a thread block asks for.
-inline uint32_t reciprocal(uint32_t divisor) {
-  const uint64_t found = divisor ? (uint64_t{1} << 32) / divisor : 0;
-  return static_cast<uint32_t>(found >> 32 ? found - 1 : found);
-}
-// n / divisor, of any n.
-__host__ __device__ inline uint32_t quotient(uint32_t n, uint32_t divisor, uint32_t reciprocal) {
-  const auto found = static_cast<uint32_t>(uint64_t{n} * reciprocal >> 32);  // this or one less
-  return n - found * divisor < divisor ? found : found + 1;
-}
-
 // wgmma_ranges.h: all tiles of the output stand in a row, of each its chunks of kWgmmaColumns columns, and each cluster has a range of it: range r is
 // units [r * units / ranges, (r + 1) * units / ranges). A unit is a chunk, or a tile with all its chunks. units * ranges < 2^32.
 struct RangePlan {

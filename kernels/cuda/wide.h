@@ -26,7 +26,7 @@ struct WideParams : LinearParams {
   uint32_t tile_bytes;   // of codes
   uint32_t group_bytes;  // of the 8 pairs of a group of columns and a tile
   uint32_t pairs_bytes;  // of those of a tile
-  uint32_t of_splits;    // n / splits is n * of_splits / 2^16, for small n
+  uint32_t of_splits;    // the reciprocal
 };
 
 // What a kernel may have: tiles of a thread block, warps of a multiprocessor, and shared memory; what x of a step costs, in tiles; and how many

@@ -3,11 +3,11 @@
 // Activations are digits (digits.h), and so are the codebook's 16 numbers: 1 / 8191 of the largest magnitude times 128 (h - 64) + l, h and l in 0 ..
 // 127, with an error of 2^-14 of it (bfloat16: up to 2^-9). A permutation of bytes takes four codes as its selectors. It finds the digits of those
 // below 8 in two registers, and for the others the sign of a byte there, 0; a second one with all codes + 8 finds theirs. Both are operands, whose
-// products add up. So 8 codes take 9 instructions of the pipe for bits and 2 of the one that multiplies, and nothing of shared memory, of whose cycles
-// a table of pairs takes two thirds.
+// products add up. So 8 codes take 9 instructions of the pipe for bits and 2 of the one that multiplies, and nothing of shared memory, of whose
+// cycles a table of pairs takes two thirds.
 //
-// Operands have two tiles: linear_digits_kernel.h says how. Sums of 64 or 128 products of digits are below 2^21 and exact; they begin in the mantissa
-// of 2^23 + 2^22, those of h with what 64 less of each makes. 7 KB of codes, a step of 7 tiles, take 1100 instructions; a table's 960.
+// Operands have two tiles: linear_digits_kernel.h says how. Sums of 64 or 128 products of digits are below 2^21 and exact, and begin in the mantissa
+// of 2^23 + 2^22. 7 KB of codes in groups of 64, a step of 7 tiles, take 1220 instructions; a table's 960.
 #pragma once
 
 #include "digits.h"
@@ -30,8 +30,8 @@ struct WideDigitsBlock : StepCodes<TableCodes>, WideSums<1, kTileRows * kWideDig
   static constexpr int kTiles = kWideDigitTiles, kFlush = kFlush_, kGroups = kStepUnits / kFlush, kKinds = 1, kNumbers = kTiles;
   static constexpr int kMostWarps = 16, kThreads = 32 * kMostWarps;
 
-  // Memory of a warp: codes [kTiles][kBytes]; x of a step; scales [kGroups][kTiles][8] as they are stored and as floats; digits; and each lane's sums,
-  // of two tiles, [kTiles / 2][32] of four floats. Then sums of rows.
+  // Memory of a warp: codes [kTiles][kBytes]; x of a step; scales [kGroups][kTiles][8] as they are stored and as floats; digits; and each lane's
+  // sums, of two tiles, [kTiles / 2][32] of four floats. Then sums of rows.
   static constexpr int kRowBytes = 2 * kStepColumns, kPairsStride = 64, kPairsBytes = kGroups * kNumbers * kPairsStride;
   static constexpr int kXAt = kTiles * kBytes, kPairsAt = kXAt + kRowBytes, kFloatsAt = kPairsAt + kPairsBytes, kDigitsAt = kFloatsAt + kPairsBytes;
   static constexpr int kSumsAt = kDigitsAt + kDigitBytes, kWarpBytes = kSumsAt + kTiles / 2 * 512;
@@ -90,41 +90,47 @@ struct WideDigitsWarp : WideCopies<Block> {
   // A lane has a code's number, if there is one.
   __device__ __forceinline__ void make_table() {
     const float number = lane < 16 ? hfq::load(p.weight.codebook + lane) : 0.0f;
-    unit = as_float(largest_of_warp(as_bits(number) & 0x7fffffffu)) / 8191.0f;
-    // 8192 + number / unit, in the mantissa.
-    const uint32_t n = unit > 0.0f ? as_bits(multiply_add(number, 1.0f / unit, kMantissaOffset + 8192.0f)) - kInMantissa : 8192u;
+    const float largest = as_float(largest_of_warp(as_bits(number) & 0x7fffffffu)), share = largest > 0.0f ? number / largest : 0.0f;
+    // 8192 + 8191 share, in the mantissa.
+    const uint32_t n = as_bits(multiply_add(share, 8191.0f, kMantissaOffset + 8192.0f)) - kInMantissa;
     const uint32_t digits = n >> 7 << 8 | (n & 127), two = digits | shuffle_xor(digits, 1) << 16, next_two = shuffle_xor(two, 2);
     const uint32_t upper = permute_bytes(two, next_two, 0x7531), lower = permute_bytes(two, next_two, 0x6420);
 #pragma unroll
     for (int i = 0; i < 4; ++i) table[0][i] = shuffle_from(upper, 4 * i), table[1][i] = shuffle_from(lower, 4 * i);
-    unit *= 16.0f;  // to_digits has 16ths
+    unit = largest / 8191.0f * 16.0f;  // to_digits has 16ths
   }
 
   // ---- to sums
 
-  // What a warp holds of x while it goes through its tiles: operands, and for each group what -64 times them adds up to.
+  // What a warp holds of x while it goes through its tiles: operands, and for each group what sums of h have too much: 64 times them, and where they
+  // begin. (Those of a tile wait for it last: eight instructions that wait for each other.)
   struct Activations {
     uint32_t b[2][4][2];
-    int32_t begin[kGroups][4];
+    float offsets[kGroups][2];
   };
 
   __device__ __forceinline__ void take_x(Activations& x) const {
-    constexpr uint32_t kMiddle = 0xc0c0c0c0u, middles[4] = {kMiddle, kMiddle, kMiddle, kMiddle};
+    constexpr uint32_t kSixtyFour = 0x40404040u, middles[4] = {kSixtyFour, kSixtyFour, kSixtyFour, kSixtyFour};
+    int32_t all[kGroups][4];
 #pragma unroll
     for (int group = 0; group < kGroups; ++group)
 #pragma unroll
-      for (int c = 0; c < 4; ++c) x.begin[group][c] = static_cast<int32_t>(kInMantissa);
+      for (int c = 0; c < 4; ++c) all[group][c] = static_cast<int32_t>(kInMantissa);
 #pragma unroll
     for (int block = 0; block < 2; ++block) {
       const uint4 words = load_shared<uint4>(digits_at + 16 * block);
-      const uint32_t all[4] = {words.x, words.y, words.z, words.w};
+      const uint32_t digits[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         uint32_t(&b)[2] = x.b[block][i];
-        b[0] = permute_bytes(all[i], 0, even), b[1] = permute_bytes(all[i], 0, odd);
-        mma(x.begin[block * kGroups / 2], middles, b[0], b[1]);
+        b[0] = permute_bytes(digits[i], 0, even), b[1] = permute_bytes(digits[i], 0, odd);
+        mma(all[block * kGroups / 2], middles, b[0], b[1]);
       }
     }
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group)  // (of all rows the same)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) x.offsets[group][h] = as_float(static_cast<uint32_t>(all[group][h]));
   }
 
   // Digits of four codes of each of one or two words.
@@ -134,58 +140,66 @@ struct WideDigitsWarp : WideCopies<Block> {
     a[1] = kTwo ? permute_bytes_or_signs(low, high, codes[1]) : 0, a[3] = kTwo ? permute_bytes_or_signs(low, high, upper_half(codes[1])) : 0;
   }
 
-  // A tile, or it and the next one.
+  // The lane's sums of two tiles.
+  __device__ __forceinline__ float4 load_sums(int tile) const {
+    const uint4 v = load_shared<uint4>(sums_at + tile * 256);
+    return make_float4(as_float(v.x), as_float(v.y), as_float(v.z), as_float(v.w));
+  }
+
+  // A tile, or it and the next one. Both halves of the columns at once: sums that wait for each other are four rows of eight instructions.
   template <bool kTwo>
   __device__ __forceinline__ void multiply(int tile, const Activations& x) const {
-    float4 sums = as_floats(load_shared<uint4>(sums_at + tile * 256));
-    int32_t upper[4], lower[4];
+    float4 sums = load_sums(tile);
+    int32_t upper[2][4], lower[2][4];
+    uint32_t words[2][4][2];
 #pragma unroll
     for (int block = 0; block < 2; ++block) {
-      const int group = block * kGroups / 2;
-      if (block == 0 || kGroups == 2)
-#pragma unroll
-        for (int c = 0; c < 4; ++c) upper[c] = x.begin[group][c], lower[c] = static_cast<int32_t>(kInMantissa);
       const uint32_t at = codes_at + tile * kBytes + 512 * block;
       const uint4 one = load_shared<uint4>(at), two = kTwo ? load_shared<uint4>(at + kBytes) : uint4{};
-      const uint32_t words[4][2] = {{one.x, two.x}, {one.y, two.y}, {one.z, two.z}, {one.w, two.w}};
+      const uint32_t both[4][2] = {{one.x, two.x}, {one.y, two.y}, {one.z, two.z}, {one.w, two.w}};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const uint32_t others[2] = {words[i][0] ^ 0x88888888u, words[i][1] ^ 0x88888888u};
+        words[block][i][0] = both[i][0], words[block][i][1] = both[i][1];
+        upper[block][i] = lower[block][i] = block < kGroups ? static_cast<int32_t>(kInMantissa) : 0;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+      for (int block = 0; block < 2; ++block) {
+        const uint32_t(&own)[2] = words[block][i], others[2] = {own[0] ^ 0x88888888u, own[1] ^ 0x88888888u};
         const uint32_t(&b)[2] = x.b[block][i];
         uint32_t a[4];
-        look_up<kTwo>(table[0][0], table[0][1], words[i], a);
-        mma(upper, a, b[0], b[1]);
-        look_up<kTwo>(table[1][0], table[1][1], words[i], a);
-        mma(lower, a, b[0], b[1]);
+        look_up<kTwo>(table[0][0], table[0][1], own, a);
+        mma(upper[block], a, b[0], b[1]);
+        look_up<kTwo>(table[1][0], table[1][1], own, a);
+        mma(lower[block], a, b[0], b[1]);
         look_up<kTwo>(table[0][2], table[0][3], others, a);
-        mma(upper, a, b[0], b[1]);
+        mma(upper[block], a, b[0], b[1]);
         look_up<kTwo>(table[1][2], table[1][3], others, a);
-        mma(lower, a, b[0], b[1]);
+        mma(lower[block], a, b[0], b[1]);
       }
-      if (block == 0 && kGroups == 2) add<kTwo>(tile, group, upper, lower, sums);
+    if constexpr (kGroups == 1)
+#pragma unroll
+      for (int c = 0; c < 4; ++c) upper[0][c] += upper[1][c], lower[0][c] += lower[1][c];
+    // Products of each group, times its scales.
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      float products[4];
+#pragma unroll
+      for (int c = 0; c < (kTwo ? 4 : 2); ++c) {
+        const float high = as_float(static_cast<uint32_t>(upper[group][c])) - x.offsets[group][c % 2];
+        products[c] = multiply_add(high, 128.0f, as_float(static_cast<uint32_t>(lower[group][c])) - kMantissaOffset);
+      }
+      const Pair one = this->floats_of(group, 0, tile);
+      sums.x += one.low * products[0], sums.y += one.high * products[1];
+      if constexpr (kTwo) {
+        const Pair two = this->floats_of(group, 0, tile + 1);
+        sums.z += two.low * products[2], sums.w += two.high * products[3];
+      }
     }
-    add<kTwo>(tile, kGroups - 1, upper, lower, sums);
     store_shared(sums_at + tile * 256, make_uint4(as_bits(sums.x), as_bits(sums.y), as_bits(sums.z), as_bits(sums.w)));
   }
-  static __device__ __forceinline__ float4 as_floats(const uint4& v) { return make_float4(as_float(v.x), as_float(v.y), as_float(v.z), as_float(v.w)); }
-
-  // Products of a group, times its scales.
-  template <bool kTwo>
-  __device__ __forceinline__ void add(int tile, int group, const int32_t (&upper)[4], const int32_t (&lower)[4], float4& sums) const {
-    float products[4];
-#pragma unroll
-    for (int c = 0; c < (kTwo ? 4 : 2); ++c) {
-      const float high = as_float(static_cast<uint32_t>(upper[c])) - kMantissaOffset, low = as_float(static_cast<uint32_t>(lower[c])) - kMantissaOffset;
-      products[c] = multiply_add(high, 128.0f, low);
-    }
-    const Pair one = this->floats_of(group, 0, tile);
-    sums.x += one.low * products[0], sums.y += one.high * products[1];
-    if constexpr (kTwo) {
-      const Pair two = this->floats_of(group, 0, tile + 1);
-      sums.z += two.low * products[2], sums.w += two.high * products[3];
-    }
-  }
-
   // All steps of the warp. (One at least: behind the last one are zeros.) `prepare`: what is to be done once while the first weights are on their
   // way.
   template <class Prepare>
@@ -240,7 +254,7 @@ struct WideDigitsWarp : WideCopies<Block> {
     const float place = digit == 0 ? 1.0f : digit == 1 ? 256.0f : digit == 2 ? 65536.0f : 0.0f;
 #pragma unroll
     for (int i = 0; i < kTwos; ++i) {
-      const float4 own = as_floats(load_shared<uint4>(sums_at + 512 * i));
+      const float4 own = load_sums(2 * i);
       float rows[4] = {own.x, own.y, own.z, own.w};
 #pragma unroll
       for (int c = 0; c < 4; ++c) {

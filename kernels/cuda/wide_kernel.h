@@ -72,12 +72,18 @@ struct WideBlock : StepCodes<Kind_>, WideSums<8 * kTokenTiles_, kTileRows * kWid
   static constexpr float kXCost = kTokenTiles == 2 ? 1.4f : 0.7f;  // of a step, in tiles
 };
 
-// The rows of a thread block, in tiles.
-__device__ __forceinline__ uint32_t first_tile_of(const WideParams& p) {
-  const uint32_t group = own_cluster();
-  return group * p.tiles + (group < p.more ? group : p.more);
-}
-__device__ __forceinline__ int tiles_of(const WideParams& p) { return static_cast<int>(p.tiles + (own_cluster() < p.more)); }
+__device__ __forceinline__ uint32_t of_splits(const WideParams& p, uint32_t n) { return quotient(n, p.plan.splits, p.of_splits); }
+
+// Of a thread block: its cluster, or itself, its place there, and its rows, in tiles. (%clusterid is a product with a float that the driver sets.)
+struct WidePlace {
+  uint32_t group, rank, first_tile;
+  int tiles;
+
+  __device__ __forceinline__ explicit WidePlace(const WideParams& p) : group(of_splits(p, blockIdx.x)), rank(blockIdx.x - group * p.plan.splits) {
+    first_tile = group * p.tiles + (group < p.more ? group : p.more);
+    tiles = static_cast<int>(p.tiles + (group < p.more));
+  }
+};
 
 // What a warp asks global memory for, and scales as floats.
 template <class Block>
@@ -99,9 +105,10 @@ struct WideCopies {
   __device__ __forceinline__ WideCopies(const WideParams& params, uint32_t memory) : p(params), lane(threadIdx.x % 32) {
     const Weight& w = p.weight;
     const uint32_t warp = shuffle_from(threadIdx.x / 32, 0);  // the same for all lanes, as the compiler then knows
-    const uint32_t first_tile = first_tile_of(p);
-    tiles = tiles_of(p);
-    step = warp * p.plan.splits + own_rank();
+    const WidePlace place(p);
+    const uint32_t first_tile = place.first_tile;
+    tiles = place.tiles;
+    step = warp * p.plan.splits + place.rank;
     codes_at = kept(memory + 16u * lane);
     codes_from = w.qweight + static_cast<uint64_t>(first_tile) * p.tile_bytes + (step * kBytes + 16 * lane);
     tile_from = codes_from;
@@ -115,7 +122,8 @@ struct WideCopies {
       const uint32_t at = lane + 32 * i, number = wide ? at / 4 : at / 2, tile = number % kTiles, of_tile = 16 * (wide ? at % 4 : at % 2);
       const void* const of_kind = kZeros && number >= kTiles ? w.zeros : w.scales;
       const uint64_t own = first_tile + (static_cast<int>(tile) < tiles ? tile : 0);
-      pairs_from[i] = static_cast<const uint8_t*>(of_kind) + own * p.pairs_bytes + of_tile;
+      const uint8_t* const from = static_cast<const uint8_t*>(of_kind) + own * p.pairs_bytes + of_tile;
+      pairs_from[i] = kZeros ? from : kept(from);  // else it is made again in each step; with zero points registers are short
       pairs_to[i] = kept(memory + Block::kPairsAt + number * Block::kPairsStride + of_tile);
     }
     // Of what is stored, 32 lanes convert four times 8 pairs at a time; then the pair of a lane's rows is what it reads.
@@ -432,11 +440,12 @@ __global__ void __launch_bounds__(Block::kThreads, 1) wide_kernel(const WidePara
   using T = typename Block::T;
   constexpr int kWarpFloats = Block::kWarpBytes / 4, kFours = Block::kFours;
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const int tokens = static_cast<int>(p.tokens), fours = 4 * tiles_of(p);
+  const WidePlace place(p);
+  const int tokens = static_cast<int>(p.tokens), fours = 4 * place.tiles;
   // Token t of a product is token t / splits of block t % splits.
-  const int splits = p.plan.splits, rank = static_cast<int>(own_rank());
-  const auto divided = [&](int n) { return static_cast<int>(n * p.of_splits >> 16); };
-  const int own_tokens = divided(tokens - rank + splits - 1);
+  const int splits = p.plan.splits, rank = static_cast<int>(place.rank);
+  const auto tokens_of = [&](int block) { return static_cast<int>(of_splits(p, tokens - block + splits - 1)); };
+  const int own_tokens = tokens_of(rank);
   uint8_t* const shared = shared_memory();
   float* const first = reinterpret_cast<float*>(shared + Block::kTableBytes);  // of warp 0
   const float4* const others = reinterpret_cast<const float4*>(first + warps * kWarpFloats);
@@ -466,9 +475,9 @@ __global__ void __launch_bounds__(Block::kThreads, 1) wide_kernel(const WidePara
   };
   if (splits > 1) {
     for (int i = threadIdx.x; i < tokens * kFours; i += blockDim.x) {
-      const int token = i / kFours, four = i % kFours, of_block = divided(token), block = token - of_block * splits;
+      const int token = i / kFours, four = i % kFours, of_block = static_cast<int>(of_splits(p, token)), block = token - of_block * splits;
       if (block == rank || four >= fours) continue;
-      const float4* const to = others + (rank * divided(tokens - block + splits - 1) + of_block) * kFours + four;
+      const float4* const to = others + (rank * tokens_of(block) + of_block) * kFours + four;
       push_to_block(shared_address(to), sum_of_warps(token, four), pushed, block);
     }
     mbarrier_wait_for_pushed(pushed, 0);
@@ -484,7 +493,7 @@ __global__ void __launch_bounds__(Block::kThreads, 1) wide_kernel(const WidePara
       for (int s = 0; s < splits; ++s)  // in the same order for all tokens
         sum = plus(sum, s == rank ? own : others[(s * own_tokens + of_block) * kFours + four]);
     }
-    store_rows<T>(p, token, static_cast<int64_t>(first_tile_of(p)) * kTileRows + 4 * four, sum);
+    store_rows<T>(p, token, static_cast<int64_t>(place.first_tile) * kTileRows + 4 * four, sum);
   }
 #endif
 }
@@ -500,7 +509,8 @@ const char* launch_wide_block(const LinearParams& params, cudaStream_t stream) {
     constexpr size_t kAlone = 120 << 10;  // more than half of a multiprocessor's shared memory
     return active_clusters<WideParams, wide_kernel<Block>>(splits, Block::kThreads / 2, kAlone, 0);
   };
-  p.plan = plan_wide(tiles, steps, {Block::kTiles, Block::kMostWarps, Block::kWarpBytes, Block::kTableBytes, Block::kSumsBytes, Block::kXCost, active});
+  const WideShape shape = {Block::kTiles, Block::kMostWarps, Block::kWarpBytes, Block::kTableBytes, Block::kSumsBytes, Block::kXCost, active};
+  p.plan = plan_wide(tiles, steps, shape);
   if (p.plan.groups == 0) return "the kernel for up to 16 tokens does not run here";
   p.tiles = static_cast<uint32_t>(tiles / p.plan.groups), p.more = static_cast<uint32_t>(tiles % p.plan.groups);
   p.steps = static_cast<uint32_t>(steps), p.stride = p.plan.splits * p.plan.warps;
@@ -508,8 +518,9 @@ const char* launch_wide_block(const LinearParams& params, cudaStream_t stream) {
   p.tile_bytes = p.code_blocks * Block::kBlock;
   p.group_bytes = p.weight.scale_dtype == kFloat32 ? 64 : 32;
   p.pairs_bytes = static_cast<uint32_t>(p.weight.groups) * p.group_bytes;
-  p.of_splits = (1u << 16) / p.plan.splits + 1;
-  const size_t sums = p.plan.splits > 1 ? Block::kSumsBytes : 0, needed = Block::kTableBytes + p.plan.warps * Block::kWarpBytes + sums, shared_bytes = p.plan.room ? limited(needed, p.plan.room) : needed;
+  p.of_splits = reciprocal(p.plan.splits);
+  const size_t needed = Block::kTableBytes + p.plan.warps * Block::kWarpBytes + (p.plan.splits > 1 ? Block::kSumsBytes : 0);
+  const size_t shared_bytes = p.plan.room ? limited(needed, p.plan.room) : needed;
   const unsigned blocks = p.plan.groups * p.plan.splits, threads = 32 * p.plan.warps;
   if (p.plan.splits == 1) return launch_early(wide_kernel<Block>, blocks, threads, shared_bytes, stream, p);
   return launch_clusters(wide_kernel<Block>, blocks, p.plan.splits, threads, shared_bytes, stream, p);

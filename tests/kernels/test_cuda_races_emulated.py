@@ -16,7 +16,7 @@ from fragments_weights import random_weight as make
 
 WATCHED = (
     *("gemm.cu", "gemm_int4.cu", "linear_int4.cu", "wgmma_int4.cu", "wgmma_tokens.cu"),
-    "wide_int4.cu",
+    *("wide_int4.cu", "wide_table4.cu"),
 )
 CLUSTERS = 1 << 20  # multiprocessors: as many blocks as are wanted
 
@@ -38,6 +38,7 @@ class Product:
     multiprocessors: int = CLUSTERS
     capability: int = 90
     rounded: bool = False
+    digits: bool = False
 
 
 def _wgmma(value: str) -> dict[str, str]:
@@ -50,6 +51,13 @@ PRODUCTS = {
     "linear": Product(5, (40, 1096, 64), kind=(4, "zeros"), capability=80),
     "gemm": Product(40, (70, 1096, 64), kind=(4, "zeros"), capability=80),
     "wide": Product(9, (150, 1096, 64), {"HFQ_CUDA_WIDE": "1"}, (4, "zeros")),
+    "wide_digits": Product(
+        1,
+        (150, 1096, 64),
+        {"HFQ_CUDA_WIDE": "1", "HFQ_CUDA_DIGITS": "1"},
+        (4, "nf4"),
+        digits=True,
+    ),
     "staged_16": Product(12, (140, 2120, 64), _wgmma("1"), (4, "zeros"), multiprocessors=7),
     "staged": Product(40, (140, 2120, 128), _wgmma("1"), multiprocessors=7),
     "staged_rounds": Product(30, (1540, 640, 64), _wgmma("1"), (4, "zeros"), multiprocessors=5),
@@ -71,4 +79,4 @@ def test_nothing_races(
     y = watched.linear(
         x, w.operands, None, w.sizes, product.multiprocessors, capability=product.capability
     )
-    w.check(y, x, rounded=product.rounded)
+    w.check(y, x, rounded=product.rounded, digits=product.digits)

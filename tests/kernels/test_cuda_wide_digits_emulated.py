@@ -71,6 +71,14 @@ def test_any_codebook(emulator: Any, generator: torch.Generator, numbers: str) -
         w.check(y, x, digits=True)
 
 
+def test_small_codebook(emulator: Any, generator: torch.Generator) -> None:
+    """A number that 1/8191 of is no normal number."""
+    w = make(generator, (70, 520, 64), (4, "nf4"))
+    w = w.with_codebook(torch.randn(16, generator=generator) * 1e-36)
+    x = (torch.randn(1, 520, generator=generator) * 1e36).bfloat16()
+    w.check(linear(emulator, x, w), x, digits=True)
+
+
 @pytest.mark.parametrize("power", [-100, -30, -14, 15, 100])
 def test_activations_of_any_size(emulator: Any, generator: torch.Generator, power: int) -> None:
     w = make(generator, (40, 520, 64), (4, "nf4"), scale_dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""The first minutes of kernels/cuda/wgmma_kernel.h on a GPU: a process for each rung, and each rung has one mechanism more.
+"""The first minutes of kernels/cuda/wide_kernel.h and wgmma_kernel.h on a GPU: a process for each rung, and each rung has one mechanism more.
 
     python tests/kernels/wgmma_ladder.py [RUNG ...]
     python tests/kernels/wgmma_ladder.py --emulated FOLDER [RUNG ...]    # no GPU; FOLDER keeps the compiled emulator
@@ -34,6 +34,7 @@ class Rung:
     shape: N, K, group_size (0: a group per row).
     new: what no rung before it has.
     wanted: HFQ_CUDA_WGMMA; "pairs" for pairs, which have more than 64 tokens.
+    wide: HFQ_CUDA_WIDE, and HFQ_CUDA_DIGITS.
     beside: on two streams at once, and beside a third one: blocks find few multiprocessors, and start late.
     """
 
@@ -43,10 +44,22 @@ class Rung:
     kind: Kind = INT4
     calls: int = 20
     wanted: str = "1"
+    wide: tuple[str, str] = ("0", "0")
     beside: bool = False
 
 
+WIDE, DIGITS = ("1", "0"), ("1", "1")
 RUNGS = {
+    "identity_wide": Rung((256, 768, 128), 16, "wide_kernel.h", wide=WIDE),
+    "wide": Rung((14336, 4096, 128), 16, "all multiprocessors", calls=300, wide=WIDE),
+    "wide_cluster": Rung((4096, 14336, 128), 16, "sums pushed to another block", wide=WIDE),
+    "wide_few": Rung((1024, 4096, 128), 1, "blocks that have no token", wide=WIDE),
+    "wide_full": Rung((4096, 14336, 64), 9, "races", (4, "zeros"), calls=300, wide=WIDE),
+    "identity_digits": Rung(
+        (256, 768, 64), 1, "wide_digits.h: look-ups, order of columns", (4, "nf4"), wide=DIGITS
+    ),
+    "digits": Rung((14336, 4096, 64), 1, "all multiprocessors", (4, "nf4"), calls=300, wide=DIGITS),
+    "digits_cluster": Rung((4096, 14336, 64), 1, "clusters", (4, "nf4"), wide=DIGITS),
     "identity": Rung((256, 128, 0), 16, "descriptor, order of columns, fragments; one stage"),
     "identity_rows": Rung((40, 136, 0), 9, "rows and tokens that do not exist, a tail of columns"),
     "ring": Rung((256, 768, 128), 16, "several stages, none used twice: barriers of full stages"),
@@ -165,7 +178,8 @@ def check_products(rung: Rung, weight: Weight, product: Product, device: torch.d
     right = True
     for x, y in zip(inputs, answers, strict=True):
         try:
-            weight.check(y.cpu(), x.cpu(), rounded=rung.wanted == "pairs")
+            rounded, digits = rung.wanted == "pairs", rung.wide == DIGITS
+            weight.check(y.cpu(), x.cpu(), rounded=rounded, digits=digits)
         except AssertionError as error:
             right = False
             print(f"  error beyond what roundings allow: {str(error).splitlines()[0]}")
@@ -201,7 +215,7 @@ def differ_beside(inputs: list[Tensor], answers: list[Tensor], product: Product,
 def climb(name: str, folder: Path | None) -> bool:
     rung = RUNGS[name]
     os.environ["HFQ_CUDA_WGMMA"] = rung.wanted
-    os.environ["HFQ_CUDA_WIDE"] = "0"
+    os.environ["HFQ_CUDA_WIDE"], os.environ["HFQ_CUDA_DIGITS"] = rung.wide
     weight = random_weight(torch.Generator().manual_seed(0), rung.shape, rung.kind)
     product, device = product_of(weight, folder)
     check = check_identity if name.startswith("identity") else check_products

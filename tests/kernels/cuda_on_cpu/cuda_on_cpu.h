@@ -527,8 +527,6 @@ void wgmma(T, float (&d)[n], const uint32_t (&a)[4], uint64_t descriptor, bool a
 
 // ---- clusters ----
 
-inline uint32_t own_cluster() { return cuda_on_cpu::own_cluster(); }
-inline uint32_t own_rank() { return cuda_on_cpu::own_rank(); }
 inline void sync_cluster_only() { cuda_on_cpu::sync_cluster(); }
 inline void push_to_block(uint32_t shared, const float4& v, uint32_t barrier, uint32_t rank) {
   cuda_on_cpu::push_to_block(shared, &v, sizeof v, barrier, rank);

@@ -372,8 +372,6 @@ bool run_cluster(std::minstd_rand& random, bool apart) {
 
 Index thread_index() { return {current->thread}; }
 Index block_index() { return {current->block->index}; }
-unsigned own_cluster() { return current->block->index / static_cast<unsigned>(cluster.size()); }
-unsigned own_rank() { return current->block->index % static_cast<unsigned>(cluster.size()); }
 Index block_size() { return {threads}; }
 
 const char* run_blocks(unsigned blocks, unsigned cluster_blocks, unsigned block_threads, size_t shared_bytes, bool early,

@@ -29,8 +29,6 @@ const char* run_blocks(unsigned blocks, unsigned cluster, unsigned threads, size
 
 void sync_block();
 void sync_cluster();  // a barrier that says nothing of memory
-unsigned own_cluster();
-unsigned own_rank();  // the block's place in it
 
 // All 32 lanes of the warp meet; the last one calls `work` with the operands of each.
 void together(const char* name, void* operands, void (*work)(void** all));
