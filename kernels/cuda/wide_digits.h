@@ -156,12 +156,10 @@ struct WideDigitsWarp : WideCopies<Block> {
     for (int block = 0; block < 2; ++block) {
       const uint32_t at = codes_at + tile * kBytes + 512 * block;
       const uint4 one = load_shared<uint4>(at), two = kTwo ? load_shared<uint4>(at + kBytes) : uint4{};
-      const uint32_t both[4][2] = {{one.x, two.x}, {one.y, two.y}, {one.z, two.z}, {one.w, two.w}};
+      words[block][0][0] = one.x, words[block][1][0] = one.y, words[block][2][0] = one.z, words[block][3][0] = one.w;
+      words[block][0][1] = two.x, words[block][1][1] = two.y, words[block][2][1] = two.z, words[block][3][1] = two.w;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        words[block][i][0] = both[i][0], words[block][i][1] = both[i][1];
-        upper[block][i] = lower[block][i] = block < kGroups ? static_cast<int32_t>(kInMantissa) : 0;
-      }
+      for (int c = 0; c < 4; ++c) upper[block][c] = lower[block][c] = block < kGroups ? static_cast<int32_t>(kInMantissa) : 0;
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i)
@@ -200,6 +198,7 @@ struct WideDigitsWarp : WideCopies<Block> {
     }
     store_shared(sums_at + tile * 256, make_uint4(as_bits(sums.x), as_bits(sums.y), as_bits(sums.z), as_bits(sums.w)));
   }
+
   // All steps of the warp. (One at least: behind the last one are zeros.) `prepare`: what is to be done once while the first weights are on their
   // way.
   template <class Prepare>
