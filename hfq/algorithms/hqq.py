@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..core import affine
 from ..core.errors import ConfigError
+from ..core.fit import row_slices
 from ..core.spec import IntSpec, QuantSpec
 from ..core.statistics import InputStatistics
 from ..core.weight import QuantizedWeight
@@ -32,6 +33,8 @@ NORM = 0.7
 # Student-t samples and a trained q_proj: the norm falls to 0.961 of rounding to nearest, the squared error to 0.931.
 BETA = 3.0
 KAPPA = 1.1
+# Weights at a time: iterations take 24 bytes for each.
+_SLICE = 1 << 22
 
 
 class HalfQuadratic:
@@ -65,8 +68,11 @@ class HalfQuadratic:
         scales, zeros = affine.range_grid(weight, spec)
         _, start = affine.range_grid(weight, spec, integer_zeros=False)
         assert zeros is not None and start is not None
-        zeros = _optimise_zeros(weight, scales, zeros, start, spec, iterations)
-        return affine.encode(weight, scales, zeros, spec)
+        found = [
+            _optimise_zeros(weight[rows], scales[rows], zeros[rows], start[rows], spec, iterations)
+            for rows in row_slices(weight, _SLICE)
+        ]
+        return affine.encode(weight, scales, torch.cat(found), spec)
 
 
 def _optimise_zeros(

@@ -22,7 +22,7 @@ from torch import Tensor
 from . import affine
 from .spec import IntSpec, QuantSpec, SpqrSpec
 
-__all__ = ["column_costs", "fit_grid", "weighted_sum"]
+__all__ = ["column_costs", "fit_grid", "row_slices", "weighted_sum"]
 
 # Fractions of the range to start from. At 4 bits and groups of 128 nearly all groups end at 0.75 of the range or more;
 # at 2 bits they end anywhere from 0.3 up.
@@ -58,7 +58,7 @@ def fit_grid(
     """
     found = [
         _fit_rows(weight[rows], spec, _of_rows(importance, rows))
-        for rows in _slices(weight, _SLICE)
+        for rows in row_slices(weight, _SLICE)
     ]
     scales, zeros = (torch.cat(parts) for parts in zip(*found, strict=True))
     return scales, None if spec.sym else zeros
@@ -75,8 +75,8 @@ def _fit_rows(weight: Tensor, spec: QuantSpec, importance: Tensor | None) -> tup
     return _near_zero(*found, weight, spec) if isinstance(spec, SpqrSpec) else found
 
 
-def _slices(weight: Tensor, size: int) -> list[slice]:
-    """Rows with about so many weights."""
+def row_slices(weight: Tensor, size: int) -> list[slice]:
+    """Rows with about so many weights, one slice after the other."""
     step = max(1, size // max(1, weight.shape[1]))
     return [slice(first, first + step) for first in range(0, max(1, len(weight)), step)]
 
@@ -153,7 +153,7 @@ def _search_grid(
 ) -> tuple[Tensor, Tensor]:
     best_scales = torch.empty_like(scales[0])
     best_zeros = torch.full_like(scales[0], 1 << (bits - 1))
-    for rows in _slices(weight, _CACHED if weight.is_cpu else _SLICE):
+    for rows in row_slices(weight, _CACHED if weight.is_cpu else _SLICE):
         search = _Search(weight[rows], _of_rows(importance, rows), points, bits, group_size, dtype)
         for start, start_scales in enumerate(scales[:, rows]):
             search.turns(start_scales, None if zeros is None else zeros[start, rows], turns)

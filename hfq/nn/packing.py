@@ -18,11 +18,13 @@ __all__ = ["Encode", "pack_weight"]
 # Quantizes rows [n, K] of one weight: float32, but on a GPU with our kernels float16 and bfloat16, too.
 Encode = Callable[[Tensor], QuantizedWeight]
 
-# Weights per slice. On the CPU the float32 intermediates of a slice stay in cache. Elsewhere a slice is 25 to 70 launches of
-# 5 us (12 to 44 with our kernels) and two answers that are waited for, in which a disk reads 1 or 2 MB: the weights of a slice
-# have 16. Meanwhile `rtn` takes some 10 bytes per weight, 80 MB; searches take 40.
+# Weights per slice. On the CPU the float32 intermediates of a slice stay in cache. Elsewhere a slice is 25 to 70 launches (12 to
+# 44 with our kernels) of 5 to 20 us and two answers that are waited for, in which a disk reads some MB: the weights of a slice
+# have 16, or 64 with our kernels, with which `rtn` takes 6 bytes per weight meanwhile, 180 MB, and without 10. (Searches go
+# through slices of their own.)
 _SLICE = 1 << 20
 _SLICE_ELSEWHERE = 1 << 23
+_SLICE_NATIVE = 1 << 25
 
 
 @torch.no_grad()
@@ -62,7 +64,7 @@ def _pack_rows(weight: Tensor, out: dict[str, Tensor], slot: PackedSlot, encode:
     packed_format = FORMATS.get(slot.format)
     rows, columns = weight.shape
     native_rows = cuda_packing_ops.takes(weight)
-    size = _SLICE if weight.is_cpu else _SLICE_ELSEWHERE
+    size = _SLICE_NATIVE if native_rows else _SLICE if weight.is_cpu else _SLICE_ELSEWHERE
     step = max(1, size // (columns * ROW_CHUNK)) * ROW_CHUNK
     position = dict.fromkeys(out, 0)
     for start in range(0, rows, step):

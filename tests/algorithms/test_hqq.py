@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import hfq.algorithms.hqq as module
 from hfq.algorithms import ALGORITHMS
 from hfq.algorithms.hqq import NORM
 from hfq.core.errors import ConfigError
@@ -76,6 +77,16 @@ def test_the_size_of_the_weights_does_not_matter(
     assert plain.zeros is not None and scaled.zeros is not None
     assert torch.equal(scaled.codes, plain.codes) and torch.equal(scaled.zeros, plain.zeros)
     assert torch.equal(scaled.scales, plain.scales * 2.0**exponent)
+
+
+@pytest.mark.parametrize("spec", SPECS[:3], ids=str)
+def test_slices_do_not_show(
+    spec: QuantSpec, random_weight: MakeWeight, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = random_weight(13, 40)
+    whole = hqq(weight, spec)
+    monkeypatch.setattr(module, "_SLICE", 3 * 40)
+    assert torch.equal(hqq(weight, spec).dequantize(), whole.dequantize())
 
 
 def test_zero_points_are_fractional(random_weight: MakeWeight) -> None:

@@ -92,6 +92,25 @@ def test_slices_do_not_show(
     assert all(torch.equal(pieces[key], whole[key]) for key in whole)
 
 
+def test_kernels_of_our_own_get_larger_slices(
+    random_weight: MakeWeight, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the dtype of the weight, which they read."""
+    weight = random_weight(3 * packing.ROW_CHUNK, 20).bfloat16()
+    slot = slot_of("int", IntSpec(group_size=8), *weight.shape)
+    seen: list[tuple[int, torch.dtype]] = []
+
+    def encode(rows: Tensor) -> QuantizedWeight:
+        seen.append((rows.shape[0], rows.dtype))
+        return rounding(slot.spec)(rows.float())
+
+    monkeypatch.setattr(packing, "_SLICE", 1)
+    monkeypatch.setattr(packing, "_SLICE_NATIVE", 2 * packing.ROW_CHUNK * 20)
+    monkeypatch.setattr(packing.cuda_packing_ops, "takes", lambda weight: True)
+    packing.pack_weight(weight, slot, encode)
+    assert seen == [(rows * packing.ROW_CHUNK, torch.bfloat16) for rows in (2, 1)]
+
+
 class _Operators(TorchDispatchMode):
     """The operators that ran."""
 
