@@ -11,8 +11,8 @@ See `hfq.kernels.ops` for the operands. A codebook of 8 bits has 256 values, tho
 from the codes themselves. Native products are of integers in 16 bits, which are exact, summed in float32 and scaled
 there: no weight is rounded to the dtype of x, but with more than 64 tokens on compute capability 9.0 (kernels/cuda/wgmma_pair.h).
 Entries of a codebook of 4 bits are. One token of 4-bit integers is rounded to 22 bits below the largest of 128 columns
-(linear_digits_kernel.h), and where HFQ_CUDA_DIGITS is 1, on compute capability 9.0, one of a large weight with a codebook of 4 bits, too, whose entries are then rounded
-to 1/8191 of the largest (wide_digits.h). Up to 16 bfloat16 tokens times integers of 2, 4 or 8 bits are cut at 2^-18 of a code times the largest of 16
+(linear_digits_kernel.h), and where HFQ_CUDA_DIGITS is 1, on compute capability 9.0, one of a large weight with a codebook of 4 bits,
+too, whose entries are then rounded to 1/8191 of the largest (wide_digits.h). Up to 16 bfloat16 tokens times integers of 2, 4 or 8 bits are cut at 2^-18 of a code times the largest of 16
 activations, and an infinity, or what is 2^64 or more, becomes NaN (wide_kernel.h, on compute capability 9.0).
 
 ``cuda_experts_linear`` multiplies the first ``counts[0]`` tokens with weight 0, the next ones with weight 1, ... (counts int64 `[E]`,

@@ -23,8 +23,10 @@ constexpr float kMantissaOffset = 12582912.0f;
 
 // Digits of a step are [digit][t][unit][half of 8 columns] words of four columns. Where the first digit of the lane's four columns goes.
 __device__ __forceinline__ uint32_t place_of_digits(int lane) { return 32 * (lane % 8 / 2) + 8 * (lane / 8) + 4 * (lane % 2); }
+// Of the digit that the lane multiplies with, of all columns. Lanes for which there is none take the last one's, and nobody reads their sums.
+__device__ __forceinline__ uint32_t place_of_own_digit(int lane) { return 128 * (lane / 8 < kDigits ? lane / 8 : kDigits - 1) + 32 * (lane % 4); }
 
-// The lane's four columns, at `x` of shared memory, to `to` and behind; by the whole warp. Returns 2^-k / 16, NaN if an activation is not finite.
+// The lane's four columns, at `x_at` of shared memory, to `to` and behind; by the whole warp. Returns 2^-k / 16, NaN if an activation is not finite.
 template <class T>
 __device__ __forceinline__ float to_digits(uint32_t x_at, uint32_t to) {
   const uint2 both = load_shared<uint2>(x_at);

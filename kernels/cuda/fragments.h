@@ -270,7 +270,7 @@ struct Pair {
 };
 
 // Bytes of a pair.
-__device__ __forceinline__ uint32_t pair_bytes(DType dtype) { return dtype == kFloat32 ? 8 : 4; }
+__host__ __device__ __forceinline__ uint32_t pair_bytes(DType dtype) { return dtype == kFloat32 ? 8 : 4; }
 
 // From shared memory.
 __device__ __forceinline__ RawPair load_pair(uint32_t pair, DType dtype) {

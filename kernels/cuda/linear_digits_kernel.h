@@ -57,8 +57,7 @@ struct DigitsWarp {
     pairs_from = static_cast<const uint8_t*>(of_lane) + (of_weight(lane / 8 % kDigitTiles) * w.groups * 8 + lane % 8) * pair;
     pairs_to = kept(kPairsAt + lane * pair), pairs_at = kept(kPairsAt + lane / 4 * pair), x_at = kept(kXAt + 8u * lane);
     digits_to = kept(digits + place_of_digits(lane));
-    // Lanes for which there is no digit take the last one's, and nobody reads their sums.
-    digits_at = kept(digits + 128 * (lane / 8 < kDigits ? lane / 8 : kDigits - 1) + 32 * (lane % 4));
+    digits_at = kept(digits + place_of_own_digit(lane));
     const bool lower = lane / 4 % 2;  // rows g + 8
     even = kept(lower ? 0x1404u : 0x4140u), odd = kept(lower ? 0x3424u : 0x4342u);
   }
@@ -199,7 +198,7 @@ template <class T, bool kZeros>
 const char* launch_digits_of(const LinearParams& params, cudaStream_t stream) {
   using Warp = DigitsWarp<kZeros>;
   LinearParams p = params;
-  p.stage_bytes = Warp::kPairsAt + Warp::kPairs * 8 * (p.weight.scale_dtype == kFloat32 ? 8 : 4);
+  p.stage_bytes = Warp::kPairsAt + Warp::kPairs * 8 * pair_bytes(p.weight.scale_dtype);
   const int64_t steps = divided(p.weight.in_features, kStepColumns), blocks = divided(p.weight.out_features, kDigitTiles * kTileRows);
   const auto shared = [&](int64_t warps) { return static_cast<size_t>(warps) * (32 * sizeof(float4) + kDigitStages * p.stage_bytes + kDigitBytes); };
   // Some 12 warps for each multiprocessor, and up to 8 steps a warp. Measured on an H200: for 4096 x 14336 4 warps of 8 steps take 8.7 us, 8 of 4

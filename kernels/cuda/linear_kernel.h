@@ -223,7 +223,7 @@ template <class Kind, bool kZeros, int kTiles>
 size_t plan_ring(LinearParams& p, int64_t tokens, size_t warps = kMostWarps) {
   using Warp = LinearWarp<Kind, kZeros, kTiles>;
   p.flush_mask = flush_mask(p.weight, kStepUnits);
-  const size_t pairs = (p.flush_mask == kStepUnits - 1 ? 1 : kStepUnits) * Warp::kPairLanes * (p.weight.scale_dtype == kFloat32 ? 8 : 4);
+  const size_t pairs = (p.flush_mask == kStepUnits - 1 ? 1 : kStepUnits) * Warp::kPairLanes * pair_bytes(p.weight.scale_dtype);
   const size_t stage = Warp::kActivationsAt + static_cast<size_t>(tokens) * Warp::kRowBytes + pairs;
   const size_t fixed = (Kind::kTable ? TableCodes::kTableBytes : 0) + warps * kTiles * 32 * 4 * sizeof(float);
   const auto bytes = [&](size_t stages) { return fixed + warps * stages * stage; };

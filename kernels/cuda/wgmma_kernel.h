@@ -93,7 +93,7 @@ const char* launch_wgmma_tokens(const WgmmaParams& params, const RangeShape& sha
   WgmmaParams p = params;
   p.tiles = static_cast<uint32_t>(divided(p.weight.out_features, kTileRows));
   p.tile_bytes = static_cast<uint32_t>(divided(p.weight.in_features, kBlockColumns<Block::kBits>)) * kBlockBytes<Block::kBits>;
-  p.scale_bytes = static_cast<uint32_t>(p.weight.groups) * (p.weight.scale_dtype == kFloat32 ? 64 : 32);
+  p.scale_bytes = static_cast<uint32_t>(p.weight.groups) * 8 * pair_bytes(p.weight.scale_dtype);
   if (!p.workspace) return "a product with wgmma has no workspace";  // linear_workspace has taken it for another kernel's
   if (!plan_tokens<Kind, T, kTokens, kWay>(p, shape)) return "the kernel with wgmma does not run here";  // takes_wgmma asks before
   if constexpr (kWay == WgmmaWay::kPair)

@@ -63,8 +63,7 @@ struct WideDigitsWarp : WideCopies<Block> {
   __device__ __forceinline__ WideDigitsWarp(const WideParams& params, uint32_t, uint32_t memory) : Copies(params, memory) {
     x_from = static_cast<const uint8_t*>(p.x) + step * Block::kRowBytes + 16 * lane;
     x_at = kept(memory + Block::kXAt + 8u * lane), digits_to = kept(memory + Block::kDigitsAt + place_of_digits(lane));
-    // Lanes for which there is no digit take the last one's, and nobody reads their sums.
-    digits_at = kept(memory + Block::kDigitsAt + 128 * (lane / 8 < kDigits ? lane / 8 : kDigits - 1) + 32 * (lane % 4));
+    digits_at = kept(memory + Block::kDigitsAt + place_of_own_digit(lane));
     sums_at = kept(memory + Block::kSumsAt + 16u * lane);
     const bool lower = lane / 4 % 2;  // rows g + 8
     even = kept(lower ? 0x2044u : 0x4420u), odd = kept(lower ? 0x3144u : 0x4431u);

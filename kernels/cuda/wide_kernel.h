@@ -516,7 +516,7 @@ const char* launch_wide_block(const LinearParams& params, cudaStream_t stream) {
   p.steps = static_cast<uint32_t>(steps), p.stride = p.plan.splits * p.plan.warps;
   p.code_blocks = static_cast<uint32_t>(divided(p.weight.in_features, kBlockColumns<Block::kBits>));
   p.tile_bytes = p.code_blocks * Block::kBlock;
-  p.group_bytes = p.weight.scale_dtype == kFloat32 ? 64 : 32;
+  p.group_bytes = 8 * pair_bytes(p.weight.scale_dtype);
   p.pairs_bytes = static_cast<uint32_t>(p.weight.groups) * p.group_bytes;
   p.of_splits = reciprocal(p.plan.splits);
   const size_t needed = Block::kTableBytes + p.plan.warps * Block::kWarpBytes + (p.plan.splits > 1 ? Block::kSumsBytes : 0);

@@ -56,3 +56,24 @@ def check_bad_passes_through_partial_sums(
         x = torch.randn(tokens, 1544, generator=generator).half()
         x[tokens - 9, column] = bad
         check_only_bad(product(x, w), tokens - 9)
+
+
+def check_activations_of_size(
+    product: Callable[[Tensor], Tensor],
+    weight: Any,
+    power: int,
+    generator: torch.Generator,
+    digits: bool = False,
+) -> None:
+    """Products of one token, some 2^power with zeros and a larger one in it, are right, or near where outputs are as extreme."""
+    for dtype in HALVES:
+        x = (torch.randn(1, 520, generator=generator).double() * 2.0**power).to(dtype)
+        x[0, 128:256] = 0
+        x[0, 300] *= 64
+        if x.isfinite().all():
+            y = product(x)
+            if abs(power) < 15:
+                weight.check(y, x, digits=digits)
+            elif dtype == torch.bfloat16:
+                expected = x.double() @ (weight.values * weight.scales).T
+                assert (y.double() - expected).abs().max() < 0.01 * expected.abs().max()

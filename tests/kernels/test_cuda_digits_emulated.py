@@ -9,6 +9,8 @@ import pytest
 import torch
 from fragments_weights import FLOATS, HALVES, Shape, name_of
 from fragments_weights import random_weight as make
+from product_checks import check_activations_of_size
+from torch import Tensor
 
 # Groups of whole steps of 128 columns, K that ends within a step, a block or a unit, few and many steps, odd numbers of tiles.
 SHAPES: tuple[Shape, ...] = (
@@ -41,17 +43,12 @@ def test_activations_of_any_size(
     emulator: Any, generator: torch.Generator, extra: str | None, power: int
 ) -> None:
     w = make(generator, (40, 520, 128), (4, extra), scale_dtype=torch.float32)
-    for dtype in HALVES:
-        x = (torch.randn(1, 520, generator=generator).double() * 2.0**power).to(dtype)
-        x[0, 128:256] = 0
-        x[0, 300] *= 64
-        if x.isfinite().all():
-            y = emulator.linear(x, w.operands, None, w.sizes)
-            if abs(power) < 15:
-                w.check(y, x)
-            elif dtype == torch.bfloat16:
-                expected = x.double() @ (w.values * w.scales).T
-                assert (y.double() - expected).abs().max() < 0.01 * expected.abs().max()
+
+    def product(x: Tensor) -> Tensor:
+        y: Tensor = emulator.linear(x, w.operands, None, w.sizes)
+        return y
+
+    check_activations_of_size(product, w, power, generator)
 
 
 def test_a_large_activation_leaves_the_others_of_its_columns_exact(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from fragments_weights import FLOATS, HALVES, Shape, name_of
 from fragments_weights import random_weight as make
+from product_checks import check_activations_of_size
 from wgmma_products import ALONE, CLUSTERS, linear
 
 # Groups of half and of whole steps, K that ends within a step, a block or a unit, odd and even numbers of tiles, one and several thread blocks.
@@ -82,17 +83,7 @@ def test_small_codebook(emulator: Any, generator: torch.Generator) -> None:
 @pytest.mark.parametrize("power", [-100, -30, -14, 15, 100])
 def test_activations_of_any_size(emulator: Any, generator: torch.Generator, power: int) -> None:
     w = make(generator, (40, 520, 64), (4, "nf4"), scale_dtype=torch.float32)
-    for dtype in HALVES:
-        x = (torch.randn(1, 520, generator=generator).double() * 2.0**power).to(dtype)
-        x[0, 128:256] = 0
-        x[0, 300] *= 64
-        if x.isfinite().all():
-            y = linear(emulator, x, w)
-            if abs(power) < 15:
-                w.check(y, x, digits=True)
-            elif dtype == torch.bfloat16:
-                expected = x.double() @ (w.values * w.scales).T
-                assert (y.double() - expected).abs().max() < 0.01 * expected.abs().max()
+    check_activations_of_size(lambda x: linear(emulator, x, w), w, power, generator, digits=True)
 
 
 def test_finer_than_bfloat16(
