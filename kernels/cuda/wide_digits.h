@@ -54,36 +54,17 @@ struct WideDigitsWarp : WideCopies<Block> {
   using Copies::tiles;
   static constexpr int kTwos = kTiles / 2;
 
-  const uint8_t* x_from;
   uint32_t x_at, digits_to, digits_at, sums_at;
   uint32_t even, odd;    // selectors: of a digit's four columns 0 and 2, 1 and 3, and zeros
   uint32_t table[2][4];  // upper and lower digits of each code
   float unit;            // of the table
 
   __device__ __forceinline__ WideDigitsWarp(const WideParams& params, uint32_t, uint32_t memory) : Copies(params, memory) {
-    x_from = static_cast<const uint8_t*>(p.x) + step * Block::kRowBytes + 16 * lane;
     x_at = kept(memory + Block::kXAt + 8u * lane), digits_to = kept(memory + Block::kDigitsAt + place_of_digits(lane));
     digits_at = kept(memory + Block::kDigitsAt + place_of_own_digit(lane));
     sums_at = kept(memory + Block::kSumsAt + 16u * lane);
     const bool lower = lane / 4 % 2;  // rows g + 8
     even = kept(lower ? 0x2044u : 0x4420u), odd = kept(lower ? 0x3144u : 0x4431u);
-  }
-
-  // ---- from global memory
-
-  __device__ __forceinline__ bool x_exists() const {
-    return step * kStepColumns + 8 * lane < static_cast<uint32_t>(p.weight.in_features);
-  }
-  // x of the next step.
-  __device__ __forceinline__ void copy_x() {
-    if (lane < Block::kRowBytes / 16) cp_async_or_zero(codes_at + Block::kXAt, x_from, x_exists());
-    x_from += p.stride * Block::kRowBytes;
-  }
-  // x of the first step, through registers: what is copied comes behind the weights that were asked for before.
-  __device__ __forceinline__ void store_first_x() {
-    if (lane < Block::kRowBytes / 16)
-      store_shared(codes_at + Block::kXAt, x_exists() ? load_written(reinterpret_cast<const uint4*>(x_from)) : uint4{});
-    x_from += p.stride * Block::kRowBytes;
   }
 
   // A lane has a code's number, if there is one.
@@ -214,7 +195,7 @@ struct WideDigitsWarp : WideCopies<Block> {
 #pragma unroll
     for (int i = 0; i < kTwos; ++i) store_shared(sums_at + 512 * i, uint4{});
     wait_for_previous_kernel();
-    store_first_x();
+    this->store_first_x();
 #pragma unroll 1
     do {
       cp_async_wait<kTwos - 1>();
@@ -223,7 +204,7 @@ struct WideDigitsWarp : WideCopies<Block> {
       this->convert_pairs([&](int, const Pair& pair) -> Pair { return {pair.low * factor, pair.high * factor}; });
       step += p.stride;
       sync_warp();  // all have read x and scales as they are stored, and written them as digits and floats
-      copy_x();
+      this->copy_x();
       this->copy_pairs();
       this->tile_from = this->codes_from += p.stride * kBytes;
       Activations x;

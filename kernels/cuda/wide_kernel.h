@@ -92,12 +92,14 @@ struct WideCopies {
   static constexpr int kBytes = Block::kBytes, kBlock = Block::kBlock, kBlocks = kBytes / kBlock;
   static constexpr bool kZeros = Block::kZeros;
   static constexpr int kPairsRounds = (Block::kNumbers * 4 + 31) / 32;  // of 32 lanes, where pairs have 64 bytes
+  static constexpr int kTokenRounds = (Block::kTokens + 1) / 2;         // half a warp has a token
+  static constexpr bool kAllLanes = Block::kTokens > 1;
 
   const WideParams& p;
   int lane, tiles;  // of the block's, those that exist
   // What is copied next: the step, and from where. Codes of a tile after the other.
   uint32_t step;
-  const uint8_t *codes_from, *tile_from, *pairs_from[kPairsRounds];
+  const uint8_t *codes_from, *tile_from, *pairs_from[kPairsRounds], *x_from;
   // What the lane reads, and where what it copies goes; pairs: the first of a piece.
   uint32_t codes_at, pairs_at, floats_to, floats_at, pairs_to[kPairsRounds];
 
@@ -130,6 +132,8 @@ struct WideCopies {
     pairs_at = kept(memory + Block::kPairsAt + lane / 8 * Block::kPairsStride + lane % 8 * (p.group_bytes / 8));
     floats_to = kept(memory + Block::kFloatsAt + 8 * lane);
     floats_at = kept(memory + Block::kFloatsAt + lane / 4 * 8);
+    // (K is below 2^20.)
+    x_from = static_cast<const uint8_t*>(p.x) + (lane / 16 * 2 * static_cast<uint32_t>(w.in_features) + step * Block::kRowBytes + 16 * (lane % 16));
   }
 
   // (Copies are instructions without branches: where there is nothing to copy, zeros are written.)
@@ -158,6 +162,39 @@ struct WideCopies {
         if (lane + 32u * r < Block::kNumbers * (p.group_bytes / 16))
           cp_async(pairs_to[r] + i * Block::kNumbers * Block::kPairsStride, pairs_from[r] + static_cast<uint64_t>(group) * p.group_bytes);
     }
+  }
+
+  // Where a lane's units of x go: they change places with their neighbours in odd tokens, so that 8 lanes read from all banks.
+  __device__ __forceinline__ uint32_t x_to() const { return (codes_at ^ lane / 16 * 64) + Block::kXAt; }
+  __device__ __forceinline__ bool columns_exist() const {
+    return step * kStepColumns + 8 * (lane % 16) < static_cast<uint32_t>(p.weight.in_features);
+  }
+
+  // x of the next step.
+  __device__ __forceinline__ void copy_x() {
+    const int left = static_cast<int>(p.tokens) - lane / 16;
+    const bool exist = columns_exist();
+    const uint32_t to = kept(x_to());
+    const uint8_t* from = x_from;
+#pragma unroll
+    for (int i = 0; i < kTokenRounds; ++i, from += 4 * p.weight.in_features)
+      if (kAllLanes || lane < 16) cp_async_or_zero(to + i * 2 * Block::kRowBytes, from, exist && 2 * i < left);
+    x_from += p.stride * Block::kRowBytes;
+  }
+
+  // x of the first step, through registers: what is copied comes behind the weights that were asked for before.
+  __device__ __forceinline__ void store_first_x() {
+    const int left = static_cast<int>(p.tokens) - lane / 16;
+    const bool exist = columns_exist();
+    uint4 x[kTokenRounds];
+    const uint8_t* from = x_from;
+#pragma unroll
+    for (int i = 0; i < kTokenRounds; ++i, from += 4 * p.weight.in_features)
+      x[i] = exist && 2 * i < left ? load_written(reinterpret_cast<const uint4*>(from)) : uint4{};
+#pragma unroll
+    for (int i = 0; i < kTokenRounds; ++i)
+      if (kAllLanes || lane < 16) store_shared(x_to() + i * 2 * Block::kRowBytes, x[i]);
+    x_from += p.stride * Block::kRowBytes;
   }
 
   // Scales and zero points become floats; `change(kind, pair)` makes of them what products take.
@@ -223,46 +260,13 @@ struct WideWarp : WideCopies<Block> {
   static constexpr bool kManySums = kGroups * Block::kKinds == 4;
   static constexpr int kAhead = kManySums || Block::kBits == 8 ? 0 : 1;
 
-  const uint8_t* x_from;
   uint32_t x_at, table;  // what the lane reads
   float sums[kTiles][kTokenTiles][4] = {};
 
   // `shared`: of the block; `memory`: of the warp.
   __device__ __forceinline__ WideWarp(const WideParams& params, uint32_t shared, uint32_t memory)
       : Copies(params, memory), table(kept(shared + 4 * (threadIdx.x % 32))) {
-    // 16 lanes have a token. (K is below 2^20.)
-    const uint32_t row_bytes = 2 * static_cast<uint32_t>(p.weight.in_features);
-    x_from = static_cast<const uint8_t*>(p.x) + (lane / 16 * row_bytes + step * Block::kRowBytes + 16 * (lane % 16));
     x_at = kept(memory + Block::kXAt + lane / 4 * Block::kRowBytes + 64 * (lane / 4 % 2) + 16 * (lane % 4));
-  }
-
-  // ---- from global memory
-
-  // x of the next step. Units change places with their neighbours in odd tokens, so that 8 lanes read from all banks.
-  __device__ __forceinline__ void copy_x() {
-    const int left = static_cast<int>(p.tokens) - lane / 16;
-    const bool exists = step * kStepColumns + 8 * (lane % 16) < static_cast<uint32_t>(p.weight.in_features);
-    const uint32_t to = kept((codes_at ^ lane / 16 * 64) + Block::kXAt);
-    const uint8_t* from = x_from;
-#pragma unroll
-    for (int i = 0; i < Block::kTokens / 2; ++i, from += 4 * p.weight.in_features)
-      cp_async_or_zero(to + i * 2 * Block::kRowBytes, from, exists && 2 * i < left);
-    x_from += p.stride * Block::kRowBytes;
-  }
-
-  // x of the first step, through registers: what is copied comes behind the weights that were asked for before.
-  __device__ __forceinline__ void store_first_x() {
-    constexpr int kCount = Block::kTokens / 2;
-    const int left = static_cast<int>(p.tokens) - lane / 16;
-    const bool exists = step * kStepColumns + 8 * (lane % 16) < static_cast<uint32_t>(p.weight.in_features);
-    uint4 x[kCount];
-    const uint8_t* from = x_from;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i, from += 4 * p.weight.in_features)
-      x[i] = exists && 2 * i < left ? load_written(reinterpret_cast<const uint4*>(from)) : uint4{};
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) store_shared((codes_at ^ lane / 16 * 64) + Block::kXAt + i * 2 * Block::kRowBytes, x[i]);
-    x_from += p.stride * Block::kRowBytes;
   }
 
   // ---- to sums
@@ -384,7 +388,7 @@ struct WideWarp : WideCopies<Block> {
       sync_block();
     }
     wait_for_previous_kernel();
-    store_first_x();
+    this->store_first_x();
 #pragma unroll 1
     do {
       cp_async_wait<kTiles - 1>();
@@ -394,7 +398,7 @@ struct WideWarp : WideCopies<Block> {
       convert_pairs();
       step += p.stride;
       sync_warp();  // all have read x and pairs as they are stored, and written them as floats
-      copy_x();
+      this->copy_x();
       this->copy_pairs();
       tile_from = codes_from += p.stride * kBytes;
       Kind codes[1 + kAhead][kBlocks];
