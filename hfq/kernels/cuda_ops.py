@@ -13,7 +13,7 @@ there: no weight is rounded to the dtype of x, but with more than 64 tokens on c
 Entries of a codebook of 4 bits are. One token of 4-bit integers is rounded to 22 bits below the largest of 128 columns
 (linear_digits_kernel.h), and where HFQ_CUDA_DIGITS is 1, on compute capability 9.0, one of a large weight with a codebook of 4 bits,
 too, whose entries are then rounded to 1/8191 of the largest (wide_digits.h). Up to 16 bfloat16 tokens times integers of 2, 4 or 8 bits are cut at 2^-18 of a code times the largest of 16
-activations, and an infinity, or what is 2^64 or more, becomes NaN (wide_kernel.h, on compute capability 9.0).
+activations, and an infinity, or what is 2^64 or more, becomes NaN (wide_kernel.h and wgmma_staged.h, on compute capability 9.0).
 
 ``cuda_experts_linear`` multiplies the first ``counts[0]`` tokens with weight 0, the next ones with weight 1, ... (counts int64 `[E]`,
 every tensor of the weight and bias with E in front); rows behind the sum of counts become zeros. On CUDA the host never learns the

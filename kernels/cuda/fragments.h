@@ -67,6 +67,8 @@ constexpr uint32_t bits_of(double number) {
 template <class T, int kNumber, int kShift = 0>
 constexpr uint32_t kBoth = bits_of<T>(1.0 * kNumber / (1 << kShift)) * 0x10001u;
 
+constexpr float two_to(int exponent) { return exponent == 0 ? 1 : exponent < 0 ? two_to(exponent + 1) / 2 : two_to(exponent - 1) * 2; }
+
 // The bits of 2^kExponent, a normal number, in both halves.
 template <class T, int kExponent>
 constexpr uint32_t kBothPowers = (static_cast<uint32_t>(kExponent + Format<T>::kBias) << Format<T>::kMantissa) * 0x10001u;
@@ -141,6 +143,10 @@ struct Codes {
 };
 
 // ---- from a block to the operands of mma ----
+
+// Activations are raised by 2^kRaise before they meet plain codes, so that products are normal float32: those below 2^64 stay finite, and what is
+// below 2^-80 vanishes. Scales take back 2^-kPlainUnit, the unit of what is summed up.
+constexpr int kRaise = 64, kPlainUnit = 133 - kRaise;
 
 // Codes that are numbers by themselves. `a[j]` is the A operand of instruction j of a unit.
 template <int kBits, bool kE4m3 = false>

@@ -10,10 +10,17 @@
 namespace hfq {
 namespace {
 
-template <class Kind, class T, class Block>
+template <class Block>
 struct WgmmaConsumer {
+  using Kind = typename Block::Kind;
+  using T = typename Block::T;
   static constexpr int kUnits = Block::kUnits, kSums = Block::kSums, kTokenTiles = Block::kTokenTiles;
-  static constexpr float kMiddle = 1 << (Block::kBits - 1), kUp = 1 << Kind::template kDown<T>;
+  static constexpr float kMiddle = 1 << (Block::kBits - 1), kLowerFactor = two_to(Kind::template kLowerPlace<T>);
+  // What scales take back, of rows g and g + 8.
+  template <bool kPlain>
+  static constexpr float kUp = two_to(kPlain ? kPlainUnit : Kind::template kDown<T>);
+  template <bool kPlain>
+  static constexpr float kUpLower = kUp<kPlain> / (kPlain ? kLowerFactor : 1);
   static constexpr int kAnyDType = -1;  // of scales: the parameters say which
   static constexpr int kPartialsAtOnce = Block::kAtFirst > 128 ? 2 : 1;  // as registers allow
 
@@ -39,11 +46,15 @@ struct WgmmaConsumer {
     if constexpr (u % Kind::kUnits == 0) codes.take(stage + codes_at + u / Kind::kUnits * kBlockBytes<Block::kBits>, lane);
   }
 
-  // Its numbers.
-  template <int u>
+  // Its numbers, or where codes are plain its codes.
+  template <bool kPlain, int u>
   __device__ __forceinline__ void unpack() {
-    codes.template unit<T, u % Kind::kUnits, true>(table, a[u % 2]);
-    Kind::order(a[u % 2]);
+    if constexpr (kPlain) {
+      codes.template plain_unit<u % Kind::kUnits>(a[u % 2]);
+    } else {
+      codes.template unit<T, u % Kind::kUnits, true>(table, a[u % 2]);
+      Kind::order(a[u % 2]);
+    }
     // Here, and not behind the next fence, where ptxas would add one more.
 #pragma unroll
     for (int i = 0; i < 8; ++i) a[u % 2][i / 4][i % 4] = kept(a[u % 2][i / 4][i % 4]);
@@ -82,6 +93,7 @@ struct WgmmaConsumer {
   template <bool kWhole, int kScales, int u>
   __device__ __forceinline__ void multiply(uint64_t x, const Turn<Block::kStages>& turn, Turn<Block::kStages> next, uint32_t unit, bool more) {
     constexpr int kFrom = (u / 2 * Block::kHalf + u % 2 * 64) / 16;
+    constexpr bool kPlain = kWhole && Block::kPlain;
     const uint32_t stage = block.stage(turn.at);
     const bool zeros = !kWhole && p.weight.zeros;
     const uint32_t mask = kWhole ? kUnits - 1 : p.flush_mask;
@@ -96,13 +108,13 @@ struct WgmmaConsumer {
     if constexpr (u + 1 < kUnits) {
       take<u + 1>(stage);
       if constexpr (kWhole) wgmma_wait<1>();
-      unpack<u + 1>();
+      unpack<kPlain, u + 1>();
     } else if (more) {
       if constexpr (!kWhole) next.next();
       mbarrier_wait(block.full(next.at), next.round % 2);
       take<0>(block.stage(next.at));
       if constexpr (kWhole) wgmma_wait<1>();
-      unpack<0>();
+      unpack<kPlain, 0>();
     }
     // (Always so after the last unit. The compiler, which does not know, makes the numbers above before it waits.)
     if (kWhole ? u + 1 == kUnits : ((u + 1) & mask) == 0) {
@@ -113,13 +125,24 @@ struct WgmmaConsumer {
       wgmma_wait<0>(products);
       if constexpr (!kWhole)
         if (zeros) add_zeros(s, pair, stage + Block::kXSumsAt + u * 32 * kTokenTiles);
+      if constexpr (kPlain) add_lacks(stage);
 #pragma unroll
-      for (int i = 0; i < kSums; ++i) sums[i] += (i % 4 < 2 ? s.low * kUp : s.high * kUp) * products[i];
+      for (int i = 0; i < kSums; ++i) sums[i] += (i % 4 < 2 ? s.low * kUp<kPlain> : s.high * kUpLower<kPlain>) * products[i];
     }
     if constexpr (u + 1 < kUnits)
       multiply<kWhole, kScales, u + 1>(x, turn, next, unit, more);
     else
       wgmma_wait<0>();
+  }
+
+  // Of plain codes.
+  __device__ __forceinline__ void add_lacks(uint32_t stage) {
+#pragma unroll
+    for (int tile = 0; tile < kTokenTiles; ++tile) {
+      const uint2 both = load_shared<uint2>(stage + Block::kXSumsAt + 32 * tile + 8 * (lane % 4));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) products[4 * tile + i] += as_float(i % 2 ? both.y : both.x) * (i < 2 ? 1 : kLowerFactor);
+    }
   }
 
   // Products are with code - middle: what lacks is middle - zero for each activation, times the scales.
@@ -136,17 +159,18 @@ struct WgmmaConsumer {
   }
 
   // Numbers of the first unit of a stage, for which no other chunk's wgmma is waited.
+  template <bool kPlain>
   __device__ __forceinline__ void begin(const Turn<Block::kStages>& turn) {
     mbarrier_wait(block.full(turn.at), turn.round % 2);
     take<0>(block.stage(turn.at));
-    unpack<0>();
+    unpack<kPlain, 0>();
   }
 
   // So many chunks, which begin at a stage.
   template <bool kWhole, int kScales>
   __device__ __forceinline__ void multiply_chunks(uint32_t chunk, uint32_t chunks, Turn<Block::kStages>& turn) {
     const uint64_t x = x_descriptor(block.ring);
-    if (chunks) begin(turn);
+    if (chunks) begin<kWhole && Block::kPlain>(turn);
 #pragma unroll 1
     for (uint32_t i = 0; i < chunks; ++i, turn.next()) {
       Turn<Block::kStages> next = turn;

@@ -20,9 +20,9 @@ namespace {
 // What a thread block is made of.
 template <class Kind, class T, int kTokens, WgmmaWay kWay>
 struct WgmmaParts {
-  using Block = WgmmaStagedBlock<Kind, kTokens, kWay == WgmmaWay::kStaged ? 16 : 8>;
+  using Block = WgmmaStagedBlock<Kind, T, kTokens, kWay == WgmmaWay::kStaged ? 16 : 8>;
   using Producer = WgmmaStagedProducer<Block>;
-  using Consumer = WgmmaConsumer<Kind, T, Block>;
+  using Consumer = WgmmaConsumer<Block>;
 };
 template <class Kind, class T, int kTokens>
 struct WgmmaParts<Kind, T, kTokens, WgmmaWay::kPair> {

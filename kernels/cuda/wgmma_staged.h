@@ -5,7 +5,7 @@
 // Each block has a range of all chunks (wgmma_ranges.h), and 256 rows or 128: with as many tokens, 256 read x half as often, and 128 have half the
 // partial sums, which matters where many ranges share a tile (kStagedShapes).
 //
-// Of the four warps one copies weights, one x, and two put x in order, half of the columns each. Those that copy make no fence, and those that do
+// Of the four warps one copies weights, one x, and two put x in order, half of the tokens each. Those that copy make no fence, and those that do
 // copy nothing: it is a MEMBAR, which may wait for cp.async of its thread.
 //
 // In the order of wgmma_block.h word t of piece i of a unit is word i of piece t. So if matrix t of ldmatrix is pieces t of eight units, the lane of
@@ -16,6 +16,9 @@
 // weights 165, of x 143 and 95, those of the order 63 and 46, so that a scheduler has some 850 and 780. Shared memory is busy for 1170 and 720 clocks
 // (512 and 256 of them with wgmma), tensor cores for 1024 and 512, the way from L2 for 1200 and 910. Measured on an H200 with 64 tokens, in clusters
 // and with 68 instructions more: 1700 clocks a chunk, 2040 with x through registers.
+//
+// 16 tokens, codes plain: warps that multiply execute 121 instructions (144 with numbers), those of the order 77 (38), for 128 rows. With 32 tokens
+// it would be 141 (154) and 113 (46).
 #pragma once
 
 #include "wgmma_ranges.h"
@@ -23,8 +26,10 @@
 namespace hfq {
 namespace {
 
-template <class Kind, int kTokens_, int kTiles_>
+template <class Kind_, class T_, int kTokens_, int kTiles_>
 struct WgmmaStagedBlock {
+  using Kind = Kind_;
+  using T = T_;
   static constexpr int kNeighbours = 1;
   static constexpr int kTokens = kTokens_, kTiles = kTiles_, kRows = kTiles * kTileRows;
   static constexpr int kBits = Kind::kCodeBits;
@@ -37,9 +42,13 @@ struct WgmmaStagedBlock {
   static constexpr int kUnits = kWgmmaColumns / kUnitColumns;  // of a chunk
   static constexpr int kBlocks = kWgmmaColumns / kBlockColumns<kBits>, kBytes = kBlocks * kBlockBytes<kBits>;  // of a chunk of one tile
   static constexpr int kTokenTiles = kTokens / 8, kSums = kTokens / 2;
+  // Codes are plain (fragments.h) where whole chunks have a scale and no zero points: with so few tokens what products then lack takes less than a
+  // multiply-add for each register of codes.
+  static constexpr bool kPlain = Kind::template kPlain<T> && kTokens == 16;
+  static __device__ __forceinline__ bool plain(const WgmmaParams& p) { return kPlain && p.flush_mask == kUnits - 1 && !p.weight.zeros; }
 
   // A stage: two halves of 64 columns of x, [kTokens][128 bytes]; codes of each tile; of each tile scales of the groups in the chunk, and zero
-  // points, 8 pairs each; sums of x, [kUnits][kTokens], for scales that float32 sums are multiplied by.
+  // points, 8 pairs each; sums of x, [kUnits][kTokens], for scales that float32 sums are multiplied by; of plain codes [kTokens], what products lack.
   static constexpr int kHalf = kTokens * 128, kCodesAt = 2 * kHalf, kScalesAt = kCodesAt + kTiles * kBytes, kScaleBytes = kUnits * 64;
   static constexpr int kZerosAt = kScalesAt + kTiles * kScaleBytes, kXSumsAt = kZerosAt + kTiles * kScaleBytes;
   static constexpr int kStage = (kXSumsAt + kUnits * kTokens * 4 + 1023) / 1024 * 1024;
@@ -95,6 +104,8 @@ __device__ __forceinline__ void wait_together(uint32_t barrier, uint32_t bit) {
 
 template <class Block>
 struct WgmmaStagedProducer {
+  using T = typename Block::T;
+  static constexpr uint32_t kMiddles = kBothPowers<T, Block::kBits - 1 - kPlainUnit> | kSigns;  // - 2^(bits-1)
   static constexpr int kBytes = Block::kBytes, kTilesAtOnce = kBytes > 1024 ? 2 : kBytes > 512 ? 8 : 16;  // as registers allow
 
   const WgmmaParams& p;
@@ -202,32 +213,66 @@ struct WgmmaStagedProducer {
     }
   }
 
-  // Where piece `lane` % 8 of token `lane` / 8 of a half stands.
-  __device__ __forceinline__ uint32_t piece_at() const { return 128 * (lane / 8) + 16 * (lane % 8 ^ lane / 8); }
+  // Where piece `piece` of the 8 of a half of the columns of token `lane` / 8 stands.
+  __device__ __forceinline__ uint32_t place_of(uint32_t piece) const { return 128 * (lane / 8) + 16 * (piece ^ lane / 8); }
+  __device__ __forceinline__ uint32_t piece_at() const { return place_of(lane % 8); }
 
-  // Four tokens at a time, both units of a half of their columns.
+  // A half of the tokens, four at a time, both units of a half of their columns.
   __device__ __forceinline__ void order_x(uint32_t half) const {
-    constexpr uint32_t kAtOnce = Block::kTokens / 4 < 8 ? Block::kTokens / 4 : 8;  // times four tokens
+    constexpr uint32_t kFours = Block::kTokens / 8, kAtOnce = kFours < 4 ? kFours : 4;  // a half has; and as registers allow
     // Row r of a matrix is of token r / 2 and of unit r % 2.
-    const uint32_t row = lane % 8, from = 128 * (row / 2) + 16 * ((row % 2 * 4 + lane / 8) ^ row / 2);
+    const uint32_t row = lane % 8, from = 128 * (row / 2) + 16 * ((row % 2 * 4 + lane / 8) ^ row / 2), of_half = half * kFours * 512;
+    const bool plain = block.plain(p);
+    const uint32_t to = block.ring + place_of(plain ? plain_piece() : lane % 8);
     Turn<Block::kStages> turn;
 #pragma unroll 1
     for (uint32_t i = 0; i < block.first.chunks + block.first.left; ++i, turn.next()) {
       wait_together(block.raw(turn.at), turn.round % 2);
-      const uint32_t x_at = turn.at * Block::kStage + half * Block::kHalf;
+      const uint32_t x_at = turn.at * Block::kStage + of_half;
 #pragma unroll
-      for (uint32_t first = 0; first < Block::kTokens / 4; first += kAtOnce) {
-        uint32_t x[kAtOnce][4];
-#pragma unroll
-        for (uint32_t j = 0; j < kAtOnce; ++j) ldmatrix(x[j], block.memory + (((x_at + from) ^ j % 2 * 64) + 512 * (first + j)));
-        sync_warp();
+      for (uint32_t first = 0; first < kFours; first += kAtOnce) {
+        uint32_t x[kAtOnce][2][4];
 #pragma unroll
         for (uint32_t j = 0; j < kAtOnce; ++j)
-          store_shared(((block.ring + x_at + piece_at()) ^ j % 2 * 64) + 512 * (first + j), make_uint4(x[j][0], x[j][1], x[j][2], x[j][3]));
+#pragma unroll
+          for (uint32_t columns = 0; columns < 2; ++columns)
+            ldmatrix(x[j][columns], block.memory + (((x_at + from) ^ j % 2 * 64) + 512 * (first + j) + columns * Block::kHalf));
+        sync_warp();
+        if constexpr (Block::kPlain)
+          if (plain) make_plain(x, turn.at, half * kFours + first);
+#pragma unroll
+        for (uint32_t j = 0; j < kAtOnce; ++j)
+#pragma unroll
+          for (uint32_t columns = 0; columns < 2; ++columns) {
+            const uint32_t(&v)[4] = x[j][columns];
+            store_shared(((to + x_at) ^ j % 2 * 64) + 512 * (first + j) + columns * Block::kHalf, make_uint4(v[0], v[1], v[2], v[3]));
+          }
       }
       fence_proxy_async();
       sync_warp();
       if (lane == 0) mbarrier_arrive(block.full(turn.at));
+    }
+  }
+
+  // With plain codes instruction j of a unit has words 2i + j of its lanes: words 1 and 2 of the order of wgmma_block.h change places.
+  __device__ __forceinline__ uint32_t plain_piece() const { return lane / 4 % 2 * 4 + lane % 2 * 2 + lane / 2 % 2; }
+
+  // Raises x, and instruction 1's by so much less as its codes are larger. Before, matrices of x are an A operand of mma: pieces 0 and 2 of the units
+  // of four tokens are rows 0 to 7, pieces 1 and 3 the others. With kMiddles in all of B they give what products will lack, in the same unit.
+  template <uint32_t kAtOnce>
+  __device__ __forceinline__ void make_plain(uint32_t (&x)[kAtOnce][2][4], uint32_t stage, uint32_t first) const {
+    const uint32_t factor = lane % 2 ? kBothPowers<T, kRaise - Block::Kind::template kOddPlace<T>> : kBothPowers<T, kRaise>;
+#pragma unroll
+    for (uint32_t j = 0; j < kAtOnce; ++j) {
+      float d[4] = {};
+#pragma unroll
+      for (int columns = 0; columns < 2; ++columns) {
+        mma(T{}, d, x[j][columns], kMiddles, kMiddles);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[j][columns][i] = fma2(T{}, x[j][columns][i], factor, kNothing);
+      }
+      const float of_unit = d[0] + d[2], of_token = of_unit + as_float(shuffle_xor(as_bits(of_unit), 4));
+      if (lane % 8 == 0) *reinterpret_cast<float*>(block.memory + stage * Block::kStage + Block::kXSumsAt + 16 * (first + j) + lane / 2) = of_token;
     }
   }
 };

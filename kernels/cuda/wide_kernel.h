@@ -27,8 +27,6 @@
 namespace hfq {
 namespace {
 
-constexpr float two_to(int exponent) { return exponent == 0 ? 1 : exponent < 0 ? two_to(exponent + 1) / 2 : two_to(exponent - 1) * 2; }
-
 // What a thread block has of sums: a warp's, [kTokens][kSumsStride] floats, and in a cluster what others have of those that it adds up, [block][its
 // tokens][kRows], behind which is the barrier that counts it.
 template <int kTokens_, int kRows_>
@@ -248,10 +246,7 @@ struct WideWarp : WideCopies<Block> {
   static constexpr int kOddPlace = Kind::template kOddPlace<T>, kLowerPlace = Kind::template kLowerPlace<T>;
   static constexpr float kOddFactor = two_to(-kOddPlace), kLowerFactor = two_to(kLowerPlace);
   static constexpr int kMiddle = 1 << (Block::kBits - 1);
-  // Activations are raised before they meet subnormal numbers, so that products are normal float32: those below 2^64 stay finite, and what is below
-  // 2^-80 vanishes. Scales take the factor back.
-  static constexpr int kRaise = 64;
-  static constexpr float kScaleFactor = two_to(kPlain ? 133 - kRaise : 0);
+  static constexpr float kScaleFactor = two_to(kPlain ? kPlainUnit : 0);
   // What activations are multiplied with to be added up: one; minus the middle; for zero points and plain codes, 2^-126, the smallest number that is
   // normal, since zero points would make more of what is cut.
   static constexpr uint32_t kFactor = !kPlain ? kBoth<T, 1> : kZeros ? kBothPowers<T, -126> : (0x8000u | kMiddle) * 0x10001u;

@@ -59,6 +59,7 @@ PRODUCTS = {
         digits=True,
     ),
     "staged_16": Product(12, (140, 2120, 64), _wgmma("1"), (4, "zeros"), multiprocessors=7),
+    "staged_plain": Product(14, (140, 1096, 128), _wgmma("1"), multiprocessors=5),
     "staged": Product(40, (140, 2120, 128), _wgmma("1"), multiprocessors=7),
     "staged_rounds": Product(30, (1540, 640, 64), _wgmma("1"), (4, "zeros"), multiprocessors=5),
     "pair_128": Product(70, (140, 2120, 64), _wgmma("1"), multiprocessors=4, rounded=True),

@@ -9,6 +9,7 @@ import torch
 from fragments_weights import FLOATS, HALVES, KINDS, Kind, Shape, name_of
 from fragments_weights import random_weight as make
 from product_checks import (
+    check_activations_of_size,
     check_bad_passes_through_partial_sums,
     check_dtypes,
     check_only_bad,
@@ -41,10 +42,10 @@ def _wanted(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=name_of)
 def test_products(emulator: Any, generator: torch.Generator, shape: Shape, kind: Kind) -> None:
     for dtype, tokens, scale_dtype, multiprocessors in zip(
-        (*HALVES, *HALVES, torch.float16),
-        (17, 32, 40, 64, 9),
-        (torch.float16, torch.float32, torch.bfloat16, torch.float16, torch.float32),
-        (ALONE, CLUSTERS, CLUSTERS, ALONE, CLUSTERS),
+        (*HALVES, *HALVES, *HALVES),
+        (17, 32, 40, 64, 14, 9),
+        (*FLOATS, *FLOATS),
+        (ALONE, CLUSTERS, CLUSTERS, ALONE, ALONE, CLUSTERS),
         strict=True,
     ):
         w = make(generator, shape, kind, scale_dtype=scale_dtype)
@@ -181,7 +182,7 @@ def test_scales(
     group_size: int,
     scale_dtype: torch.dtype,
 ) -> None:
-    for tokens, dtype in zip((24, 37), HALVES, strict=True):
+    for tokens, dtype in zip((24, 37, 13), (*HALVES, torch.bfloat16), strict=True):
         w = make(generator, (40, 1000, group_size), kind, scale_dtype=scale_dtype)
         x = torch.randn(tokens, 1000, generator=generator).to(dtype)
         w.check(linear(emulator, x, w), x)
@@ -197,8 +198,24 @@ def test_not_a_number_reaches_its_own_outputs(
         x = torch.randn(39, 136, generator=generator).to(dtype)
         x[11, column] = bad
         check_only_bad(linear(emulator, x, w), 11)
-    x = torch.randn(19, 136, generator=generator).bfloat16()
-    check_only_bad(linear(emulator, x, w.with_bad_scale(13, 1), multiprocessors=CLUSTERS).T, 13)
+    for tokens in (19, 10):
+        x = torch.randn(tokens, 136, generator=generator).bfloat16()
+        check_only_bad(linear(emulator, x, w.with_bad_scale(13, 1), multiprocessors=CLUSTERS).T, 13)
+        x[tokens - 2, 70] = bad
+        check_only_bad(linear(emulator, x, w), tokens - 2)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("power", [-60, -30, 0, 30, 55])
+def test_activations_of_any_size(
+    emulator: Any, generator: torch.Generator, bits: int, power: int
+) -> None:
+    w = make(generator, (40, 520, 128), (bits, None), scale_dtype=torch.float32)
+
+    def product(x: Tensor) -> Tensor:
+        return linear(emulator, x.repeat(16, 1), w)[5:6]
+
+    check_activations_of_size(product, w, power, generator)
 
 
 @pytest.mark.slow
