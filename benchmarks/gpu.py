@@ -44,6 +44,7 @@ from gpu_weights import KINDS
 SWITCHES = {
     ("HFQ_CUDA_OVERLAP", "0"): "no-overlap",
     ("HFQ_CUDA_WGMMA", "0"): "no-wgmma",
+    ("HFQ_CUDA_WGMMA", "shared"): "shared",
     ("HFQ_CUDA_WIDE", "0"): "no-wide",
     ("HFQ_CUDA_DIGITS", "1"): "digits",
 }

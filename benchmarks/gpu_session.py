@@ -89,6 +89,12 @@ def steps() -> list[Step]:
         Step("int4 no overlap", 20, (*BENCHMARK, "--only", "kernels", *INT4), NO_OVERLAP),
         Step("int4 no wgmma", 20, (*BENCHMARK, "--only", "kernels", *INT4), NO_WGMMA),
         Step("int4 no wide", 20, (*BENCHMARK, "--only", "kernels", *INT4), NO_WIDE),
+        Step(
+            "int4 shared",
+            20,
+            (*BENCHMARK, "--only", "kernels", *INT4),
+            {"HFQ_CUDA_WGMMA": "shared"},
+        ),
         Step("nf4 digits", 20, (*BENCHMARK, "--only", "kernels", *NF4), {"HFQ_CUDA_DIGITS": "1"}),
         Step("model no overlap", 30, (*BENCHMARK, "--only", "models", *INT4), NO_OVERLAP),
         *sanitizer("memcheck"),

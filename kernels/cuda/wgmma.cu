@@ -23,7 +23,9 @@ constexpr RangeShape kStagedShapes[] = {{128, 16, 1, 550, 5500, 1600, 700},
                                         {128, 32, 1, 700, 5500, 1800, 800},
                                         {256, 32, 1, 1150, 5500, 2000, 1300},
                                         {128, 64, 1, 1000, 5500, 2000, 1000},
-                                        {256, 64, 1, 1700, 5500, 2300, 2100}};
+                                        {256, 64, 1, 1700, 5500, 2300, 2100},
+                                        {256, 64, 2, 800, 6500, 2000, 1000},  // wgmma_shared.h
+                                        {512, 64, 2, 1400, 6500, 2300, 2100}};
 
 // Of a weight. Measured on an H200, in us (K x N): 16 tokens of 4096 x 4096 take 9.2, 8.3 with gemm_kernel.h; of 4096 x 14336 15.7 and 21.2.
 constexpr int64_t kSmall = int64_t{1} << 25;
@@ -85,7 +87,7 @@ struct Workspace {
 };
 
 Workspace workspace_of(const LinearParams& p, const RangeShape& shape) {
-  const int64_t ranges = most_ranges(p, shape), flags = takes_pairs(p) ? arranged_floats(p) : 0;
+  const int64_t ranges = most_ranges(p, shape), flags = shape.blocks > 1 ? arranged_floats(p) : 0;
   const int64_t partials = flags + flag_floats(ranges * shape.blocks);
   return {flags, partials, partials + ranges * shape.rows * shape.tokens};
 }
@@ -148,9 +150,9 @@ PlannedRanges best_ranges(int64_t tiles, int64_t chunks, const RangeShape& shape
 
 PlannedRanges planned_ranges(const LinearParams& p, const RangeShape& shape, int active) {
   // Some microseconds, of each product on its way: a model has few of these.
-  thread_local std::map<std::tuple<int64_t, int64_t, int32_t, int32_t, int64_t, int>, PlannedRanges> plans;
+  thread_local std::map<std::tuple<int64_t, int64_t, int32_t, int32_t, int32_t, int64_t, int>, PlannedRanges> plans;
   const int64_t tiles = tiles_of(p, shape), chunks = chunks_of(p);
-  PlannedRanges& found = plans[{tiles, chunks, shape.rows, shape.tokens, shape.chunk, active}];
+  PlannedRanges& found = plans[{tiles, chunks, shape.rows, shape.tokens, shape.blocks, shape.chunk, active}];
   if (found.plan.ranges == 0) found = best_ranges(tiles, chunks, shape, active);
   return found;
 }
@@ -166,7 +168,7 @@ RangeShape range_shape(const LinearParams& p) {
   RangeShape best = {};
   int64_t least = 0;
   for (RangeShape shape : kStagedShapes) {
-    if (shape.tokens != tokens) continue;
+    if (shape.tokens != tokens || shape.blocks != (tokens == kStagedTokens && wanted("shared") ? 2 : 1)) continue;
     if (!fast) shape.chunk = shape.chunk * 17 / 10;
     const int64_t clocks = planned_ranges(p, shape, most_clusters(shape)).clocks;
     if (best.rows == 0 || clocks < least) best = shape, least = clocks;

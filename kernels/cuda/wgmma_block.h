@@ -17,8 +17,8 @@
 namespace hfq {
 namespace {
 
-// How stages are filled, and which rows a block has: wgmma_staged.h, 256 rows or 128; wgmma_pair.h.
-enum class WgmmaWay { kStaged, kStagedHalf, kPair };
+// How stages are filled, and which rows a block has: wgmma_staged.h, 256 rows or 128; the same with wgmma_shared.h; wgmma_pair.h.
+enum class WgmmaWay { kStaged, kStagedHalf, kShared, kSharedHalf, kPair };
 
 // x in a stage at this shared address as wgmma reads it, for its first unit. Rows of 128 bytes (swizzle 1 in bits 62, 63), 8 of them 1024 bytes from
 // the next 8 (in 16 bytes, bits 32 to 45).

@@ -177,7 +177,7 @@ struct WgmmaConsumer {
       if constexpr (kWhole) next.next();
       multiply<kWhole, kScales, 0>(x + turn.at * (Block::kStage / 16), turn, next, (chunk + i) * kUnits, i + 1 < chunks);
       sync_warp();
-      if (lane == 0) mbarrier_arrive(block.empty(turn.at));
+      block.release(turn.at, lane);
     }
   }
 

@@ -1,13 +1,14 @@
 // The kernel of wgmma.h, for one kind of codes in each file that includes this.
 //
-// Up to 64 tokens: wgmma_staged.h brings x and weights to shared memory, wgmma_consumer.h multiplies. More: wgmma_pair.h, wgmma_rounded.h. All have
-// ranges of all chunks of columns of all tiles of the output: wgmma_ranges.h.
+// Up to 64 tokens: wgmma_staged.h, or wgmma_shared.h, brings x and weights to shared memory, wgmma_consumer.h multiplies. More: wgmma_pair.h,
+// wgmma_rounded.h. All have ranges of all chunks of columns of all tiles of the output: wgmma_ranges.h.
 #pragma once
 
 #include <type_traits>
 
 #include "wgmma_consumer.h"
 #include "wgmma_pair.h"
+#include "wgmma_shared.h"
 #include "wgmma_staged.h"
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -20,8 +21,9 @@ namespace {
 // What a thread block is made of.
 template <class Kind, class T, int kTokens, WgmmaWay kWay>
 struct WgmmaParts {
-  using Block = WgmmaStagedBlock<Kind, T, kTokens, kWay == WgmmaWay::kStaged ? 16 : 8>;
-  using Producer = WgmmaStagedProducer<Block>;
+  static constexpr bool kShares = kWay == WgmmaWay::kShared || kWay == WgmmaWay::kSharedHalf;
+  using Block = WgmmaStagedBlock<Kind, T, kTokens, kWay == WgmmaWay::kStaged || kWay == WgmmaWay::kShared ? 16 : 8, kShares ? 2 : 1>;
+  using Producer = typename std::conditional<kShares, WgmmaSharedProducer<Block>, WgmmaStagedProducer<Block>>::type;
   using Consumer = WgmmaConsumer<Block>;
 };
 template <class Kind, class T, int kTokens>
@@ -96,7 +98,7 @@ const char* launch_wgmma_tokens(const WgmmaParams& params, const RangeShape& sha
   p.scale_bytes = static_cast<uint32_t>(p.weight.groups) * 8 * pair_bytes(p.weight.scale_dtype);
   if (!p.workspace) return "a product with wgmma has no workspace";  // linear_workspace has taken it for another kernel's
   if (!plan_tokens<Kind, T, kTokens, kWay>(p, shape)) return "the kernel with wgmma does not run here";  // takes_wgmma asks before
-  if constexpr (kWay == WgmmaWay::kPair)
+  if constexpr (Block::kNeighbours > 1)
     if (const char* error = launch_arrange(p, stream)) return error;
   place_ranges(p, shape);
   if constexpr (Block::kNeighbours == 1)
@@ -113,12 +115,15 @@ auto with_block(const LinearParams& p, const Use& use) {
   constexpr std::integral_constant<int, kStagedTokens> k64;
   constexpr std::integral_constant<WgmmaWay, WgmmaWay::kStaged> staged;
   constexpr std::integral_constant<WgmmaWay, WgmmaWay::kStagedHalf> half;
+  constexpr std::integral_constant<WgmmaWay, WgmmaWay::kShared> shared;
+  constexpr std::integral_constant<WgmmaWay, WgmmaWay::kSharedHalf> shared_half;
   constexpr std::integral_constant<WgmmaWay, WgmmaWay::kPair> pair;
   const RangeShape shape = range_shape(p);
   if (shape.tokens == kPairTokens) return use(std::integral_constant<int, kPairTokens>{}, pair, shape);
   if (shape.tokens == kPairTokens / 2) return use(std::integral_constant<int, kPairTokens / 2>{}, pair, shape);
   if (shape.tokens == 16) return use(std::integral_constant<int, 16>{}, half, shape);
   if (shape.tokens == 32) return shape.rows == 256 ? use(k32, staged, shape) : use(k32, half, shape);
+  if (shape.blocks > 1) return shape.rows == 512 ? use(k64, shared, shape) : use(k64, shared_half, shape);
   return shape.rows == 256 ? use(k64, staged, shape) : use(k64, half, shape);
 }
 

@@ -49,19 +49,18 @@ struct WgmmaPairBlock {
 
   uint8_t* memory;          // rings begin here
   uint32_t ring, barriers;  // where those are, as instructions count
-  uint32_t neighbour;
   WgmmaSegment first;  // of the range
 
   // By all threads.
   __device__ __forceinline__ explicit WgmmaPairBlock(const WgmmaParams& p) {
     memory = swizzled_memory();
     ring = shared_address(memory), barriers = kept(ring + kRing + kTableBytes);
-    neighbour = blockIdx.x % kNeighbours;
     first = first_segment(p, range(p));
   }
 
   // (Made again where it is needed: a register less through all chunks.)
   static __device__ __forceinline__ uint32_t range(const WgmmaParams& p) { return p.cut.ranges - 1 - kept(blockIdx.x) / kNeighbours; }
+  static __device__ __forceinline__ uint32_t neighbour() { return kept(blockIdx.x) % kNeighbours; }
 
   __device__ __forceinline__ uint32_t x_stage(uint32_t at) const { return ring + at * kXStage; }
   __device__ __forceinline__ uint32_t stage(uint32_t at) const { return ring + kXRing + at * kStage; }
@@ -179,7 +178,7 @@ struct WgmmaPairProducer {
 
   // Of each stage the block's share, to both blocks. The neighbour's share may come first.
   __device__ __forceinline__ void copy_x_stages(Turn<Block::kXStages>& turn) const {
-    const uint32_t share = block.neighbour * Block::kXShare;
+    const uint32_t share = block.neighbour() * Block::kXShare;
 #pragma unroll 1
     for (WgmmaSegment segment = block.first; segment.chunks; segment.next()) {
       const int64_t chunk = static_cast<int64_t>(segment.token_tile(p)) * segment.all + segment.chunk;

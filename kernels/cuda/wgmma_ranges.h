@@ -40,7 +40,7 @@ struct WgmmaSegment {
   // Of the rows of a block.
   template <class Block>
   __device__ __forceinline__ uint32_t first_tile(const WgmmaParams& p, const Block& block) const {
-    return (row_tile(p) * Block::kNeighbours + block.neighbour) * Block::kTiles;
+    return (row_tile(p) * Block::kNeighbours + block.neighbour()) * Block::kTiles;
   }
 };
 
@@ -59,7 +59,7 @@ __device__ __forceinline__ WgmmaSegment first_segment(const WgmmaParams& p, uint
 
 // ---- the end of a segment: sums of a warp, as they stand in registers
 //
-// `Block`: range(p), its own; kNeighbours of a cluster and which one it is; kConsumers, warps that have sums; kSums of a thread; a barrier,
+// `Block`: range(p), its own; kNeighbours of a cluster and neighbour(), which one it is; kConsumers, warps that have sums; kSums of a thread; a barrier,
 // written(), of those warps. (The thread is read again where it is needed, for want of a register in wgmma_pair.h.)
 
 // Each thread's partial sums are read by the same thread of the range that adds them.
@@ -68,10 +68,10 @@ struct WgmmaPartials {
   static constexpr int kThreads = 32 * Block::kConsumers, kOfBlock = Block::kSums / 4 * kThreads;  // of kOfBlock four numbers
 
   static __device__ __forceinline__ uint64_t* flag(const WgmmaParams& p, const Block& block, uint32_t range) {
-    return p.flags + range * Block::kNeighbours + block.neighbour;
+    return p.flags + range * Block::kNeighbours + block.neighbour();
   }
   static __device__ __forceinline__ float4* of_block(const WgmmaParams& p, const Block& block, uint32_t range) {
-    return reinterpret_cast<float4*>(p.partials) + int64_t{range * Block::kNeighbours + block.neighbour} * kOfBlock;
+    return reinterpret_cast<float4*>(p.partials) + int64_t{range * Block::kNeighbours + block.neighbour()} * kOfBlock;
   }
 };
 

@@ -26,11 +26,12 @@
 namespace hfq {
 namespace {
 
-template <class Kind_, class T_, int kTokens_, int kTiles_>
+// `kNeighbours`: blocks of a cluster, which share x: two with wgmma_shared.h.
+template <class Kind_, class T_, int kTokens_, int kTiles_, int kNeighbours_>
 struct WgmmaStagedBlock {
   using Kind = Kind_;
   using T = T_;
-  static constexpr int kNeighbours = 1;
+  static constexpr int kNeighbours = kNeighbours_, kWeightWarps = kNeighbours;  // of those that copy
   static constexpr int kTokens = kTokens_, kTiles = kTiles_, kRows = kTiles * kTileRows;
   static constexpr int kBits = Kind::kCodeBits;
   static constexpr int kConsumers = kTiles, kProducers = 4, kThreads = 32 * (kConsumers + kProducers);  // warps
@@ -60,20 +61,22 @@ struct WgmmaStagedBlock {
   static constexpr int kRing = kStages * kStage, kSharedBytes = kRing + kTableBytes + kBarrierBytes;
   static_assert(kStages >= 3 && 8 * (4 * kStages + 4) <= kBarrierBytes);
 
-  static constexpr uint32_t neighbour = 0;
   uint8_t* memory;          // the ring begins here
   uint32_t ring, barriers;  // where those are, as instructions count
   WgmmaSegment first;       // of the range
 
   // By all threads.
-  __device__ __forceinline__ explicit WgmmaStagedBlock(const WgmmaParams& p) : memory(swizzled_memory()), first(first_segment(p, range(p))) {
+  __device__ __forceinline__ explicit WgmmaStagedBlock(const WgmmaParams& p)
+      : memory(swizzled_memory()), first(first_segment(p, range(p))) {
     ring = shared_address(memory), barriers = kept(ring + kRing + kTableBytes);
   }
 
-  static __device__ __forceinline__ uint32_t range(const WgmmaParams& p) { return p.cut.ranges - 1 - kept(blockIdx.x); }
+  static __device__ __forceinline__ uint32_t range(const WgmmaParams& p) { return p.cut.ranges - 1 - kept(blockIdx.x) / kNeighbours; }
+  // Which one of the cluster it is. (Made again where it is needed: a register less through all chunks.)
+  static __device__ __forceinline__ uint32_t neighbour() { return kNeighbours == 1 ? 0 : kept(blockIdx.x) % kNeighbours; }
 
   __device__ __forceinline__ uint32_t stage(uint32_t at) const { return ring + at * kStage; }
-  // Barriers of a stage: it is there, all have read it, sums of its x are there; x is there, in its own order.
+  // Barriers of a stage: it is there, all have read it (in all blocks that share x), sums of its x are there; x is there, in its own order.
   __device__ __forceinline__ uint32_t full(uint32_t at) const { return barriers + 8 * at; }
   __device__ __forceinline__ uint32_t empty(uint32_t at) const { return full(at) + 8 * kStages; }
   __device__ __forceinline__ uint32_t summed(uint32_t at) const { return full(at) + 16 * kStages; }
@@ -83,16 +86,27 @@ struct WgmmaStagedBlock {
   __device__ __forceinline__ uint32_t written() const { return filled() + 8; }
   __device__ __forceinline__ uint32_t gathered(uint32_t behind) const { return filled() + 16 + 8 * behind; }
 
+  // By a warp that has read all that it needs of a stage.
+  __device__ __forceinline__ void release(uint32_t at, uint32_t lane) const {
+    if constexpr (kNeighbours == 1) {
+      if (lane == 0) mbarrier_arrive(empty(at));
+    } else {
+      if (lane < kNeighbours) mbarrier_arrive_of_block(empty(at), lane);
+    }
+  }
+
   // By one thread.
   __device__ __forceinline__ void init_barriers() const {
     for (int i = 0; i < kStages; ++i) {
-      mbarrier_init(full(i), 32 + kProducers / 2);  // lanes that have copied weights, and warps that have put x in order
-      mbarrier_init(empty(i), kConsumers);
+      // Lanes that have copied weights, and warps that have put x in order, or who counts its bytes.
+      mbarrier_init(full(i), 32 * kWeightWarps + (kNeighbours == 1 ? kProducers / 2 : 1));
+      mbarrier_init(empty(i), kNeighbours * kConsumers);
       mbarrier_init(summed(i), kConsumers < kTokenTiles ? kConsumers : kTokenTiles);
       mbarrier_init(raw(i), 32);
     }
     mbarrier_init(filled(), 32 * kConsumers), mbarrier_init(written(), kConsumers);
     mbarrier_init(gathered(0), 1), mbarrier_init(gathered(1), 1);
+    if constexpr (kNeighbours > 1) fence_mbarrier_init();
   }
 };
 
@@ -102,39 +116,33 @@ __device__ __forceinline__ void wait_together(uint32_t barrier, uint32_t bit) {
   sync_warp();
 }
 
+// What is not copied, of tokens and rows that do not exist, reaches no other one's sums; codes of columns behind K meet zeros.
 template <class Block>
-struct WgmmaStagedProducer {
-  using T = typename Block::T;
-  static constexpr uint32_t kMiddles = kBothPowers<T, Block::kBits - 1 - kPlainUnit> | kSigns;  // - 2^(bits-1)
+struct WgmmaStagedCopies {
   static constexpr int kBytes = Block::kBytes, kTilesAtOnce = kBytes > 1024 ? 2 : kBytes > 512 ? 8 : 16;  // as registers allow
 
   const WgmmaParams& p;
   const Block& block;
-  const int warp;
+  const int warp;  // of those that copy
   const uint32_t lane;
 
-  __device__ __forceinline__ WgmmaStagedProducer(const WgmmaParams& params, const Block& b, int of_producers)
+  __device__ __forceinline__ WgmmaStagedCopies(const WgmmaParams& params, const Block& b, int of_producers)
       : p(params), block(b), warp(of_producers), lane(threadIdx.x % 32) {}
 
-  // What is not copied, of tokens and rows that do not exist, reaches no other one's sums; codes of columns behind K meet zeros. Flags are for those
-  // who have nothing to copy any more: who waits for them has chunks of its own until then.
-  __device__ __forceinline__ void run() const {
-    if (warp == 0) copy_weights(), raise_flag_of_range(p, block);
-    wait_for_previous_kernel();
-    if (warp == 1) copy_x(), gather();
-    if (warp > 1) order_x(warp - 2);
-  }
-
-  // Of codes a lane has 16 bytes of each 512; of scales and zero points two lanes have 32 bytes of a tile at a time, which hold 4 or 8 pairs.
+  // By the first kWeightWarps. Of codes a lane has 16 bytes of each 512; of scales and zero points two lanes have 32 bytes of a tile at a time, which
+  // hold 4 or 8 pairs.
   __device__ __forceinline__ void copy_weights() const {
-    static_assert(Block::kTiles <= 16);
+    constexpr uint32_t kTiles = Block::kTiles / Block::kWeightWarps;
+    static_assert(kTiles <= 16);
     const Weight& w = p.weight;
-    const uint32_t of_group = 8 * pair_bytes(w.scale_dtype);
-    const uint32_t codes_to = Block::kCodesAt + 16 * lane, numbers_to = Block::kScalesAt + lane / 2 * Block::kScaleBytes + 16 * (lane % 2);
+    const uint32_t of_group = 8 * pair_bytes(w.scale_dtype), of_block = Block::kWeightWarps == 1 ? 0 : warp * kTiles;
+    const uint32_t codes_to = Block::kCodesAt + of_block * kBytes + 16 * lane;
+    const uint32_t numbers_to = Block::kScalesAt + (of_block + lane / 2) * Block::kScaleBytes + 16 * (lane % 2);
     Turn<Block::kStages> turn;
 #pragma unroll 1
     for (WgmmaSegment segment = block.first; segment.chunks; segment.next()) {
-      const uint32_t first = segment.first_tile(p, block), left = p.tiles - first, tiles = left < Block::kTiles ? left : Block::kTiles;
+      const uint32_t first = segment.first_tile(p, block) + of_block, left = p.tiles > first ? p.tiles - first : 0;
+      const uint32_t tiles = left < kTiles ? left : kTiles;
       const uint64_t numbers = static_cast<uint64_t>(first + lane / 2) * p.scale_bytes + 16 * (lane % 2);
       const uint8_t* const codes_from = w.qweight + static_cast<uint64_t>(first) * p.tile_bytes + 16 * lane;
       const uint8_t* const scales_from = static_cast<const uint8_t*>(w.scales) + numbers;
@@ -165,6 +173,35 @@ struct WgmmaStagedProducer {
     }
   }
 
+  // Until other ranges have written what the last segment's sums lack: all but the next one first, since that of the tile's end has gone on to
+  // another.
+  __device__ __forceinline__ void gather() const {
+    const uint32_t others = others_of_last(p, block);
+    if (others == 0) return;
+    wait_for_partials(p, block, 1, others);
+    if (lane == 0) mbarrier_arrive(block.gathered(1));
+    wait_for_partials(p, block, 0, 1);
+    if (lane == 0) mbarrier_arrive(block.gathered(0));
+  }
+};
+
+template <class Block>
+struct WgmmaStagedProducer : WgmmaStagedCopies<Block> {
+  using Copies = WgmmaStagedCopies<Block>;
+  using Copies::block, Copies::lane, Copies::p, Copies::warp;
+  using T = typename Block::T;
+  static constexpr uint32_t kMiddles = kBothPowers<T, Block::kBits - 1 - kPlainUnit> | kSigns;  // - 2^(bits-1)
+
+  using Copies::Copies;
+
+  // Flags are for those who have nothing to copy any more: who waits for them has chunks of its own until then.
+  __device__ __forceinline__ void run() const {
+    if (warp == 0) this->copy_weights(), raise_flag_of_range(p, block);
+    wait_for_previous_kernel();
+    if (warp == 1) copy_x(), this->gather();
+    if (warp > 1) order_x(warp - 2);
+  }
+
   // A lane has 16 bytes of every fourth token, of both halves of the columns; zeros behind K.
   __device__ __forceinline__ void copy_x() const {
     const uint32_t end = static_cast<uint32_t>(p.weight.in_features), row_bytes = 2 * end;
@@ -188,17 +225,6 @@ struct WgmmaStagedProducer {
         x += 2 * kWgmmaColumns, column += kWgmmaColumns;
       }
     }
-  }
-
-  // Until other ranges have written what the last segment's sums lack: all but the next one first, since that of the tile's end has gone on to
-  // another.
-  __device__ __forceinline__ void gather() const {
-    const uint32_t others = others_of_last(p, block);
-    if (others == 0) return;
-    wait_for_partials(p, block, 1, others);
-    if (lane == 0) mbarrier_arrive(block.gathered(1));
-    wait_for_partials(p, block, 0, 1);
-    if (lane == 0) mbarrier_arrive(block.gathered(0));
   }
 
   // Of eight tokens, of which so many exist.

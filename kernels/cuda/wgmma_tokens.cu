@@ -1,4 +1,4 @@
-// x for pairs of thread blocks, put once into the order in which stages have it (wgmma_block.h), so that they are filled by copies in bulk alone.
+// x for pairs of thread blocks, put once into the order in which stages have it (wgmma_block.h), so that it comes by copies in bulk.
 // Else each block of rows would permute the same x through its registers: 128 tokens of 4096 x 14336 took 41.6 us so, and take 32 (H200).
 #include "target.h"
 #include "wgmma.h"
@@ -7,7 +7,7 @@ namespace hfq {
 namespace {
 
 constexpr int kThreads = 256, kPieces = kWgmmaColumns / 8, kBlockTokens = kThreads / kPieces;  // pieces of 16 bytes: of a token in a chunk
-static_assert(kPairTokens / 2 % kBlockTokens == 0);
+static_assert(kPairTokens / 2 % kBlockTokens == 0 && kStagedTokens % kBlockTokens == 0);
 
 struct ArrangeParams {
   const uint16_t* x;     // [M, K], numbers of any dtype of 16 bits
@@ -33,7 +33,10 @@ __global__ void __launch_bounds__(kThreads) arrange_kernel(const ArrangeParams p
   for (uint32_t i = 0; i < 4; ++i) store(reinterpret_cast<uint32_t*>(to + 16 * ((4 * unit + i) ^ row % 8)), words[i]);
 }
 
-int64_t arranged_tokens(const LinearParams& p) { return p.tokens > kPairTokens / 2 ? kPairTokens : kPairTokens / 2; }
+int64_t arranged_tokens(const LinearParams& p) {
+  if (!takes_pairs(p)) return kStagedTokens;
+  return p.tokens > kPairTokens / 2 ? kPairTokens : kPairTokens / 2;
+}
 
 }  // namespace
 
@@ -49,7 +52,9 @@ const char* launch_arrange(const LinearParams& params, cudaStream_t stream) {
   p.chunks = static_cast<uint32_t>(divided(params.weight.in_features, kWgmmaColumns));
   // Whole tiles, so that all of x's part of the workspace is written, and nothing behind it. (2^31 blocks would be 8 TB of x.)
   const int64_t tokens = arranged_tokens(params), blocks = divided(p.tokens, tokens) * (tokens / kBlockTokens) * p.chunks;
-  const auto kernel = tokens == kPairTokens ? arrange_kernel<kPairTokens> : arrange_kernel<kPairTokens / 2>;
+  const auto kernel = tokens == kPairTokens       ? arrange_kernel<kPairTokens>
+                      : tokens == kPairTokens / 2 ? arrange_kernel<kPairTokens / 2>
+                                                  : arrange_kernel<kStagedTokens>;
   return launch_early(kernel, static_cast<unsigned>(blocks), kThreads, 0, stream, p);
 }
 

@@ -182,6 +182,8 @@ def test_products_with_wgmma(
     monkeypatch.setenv("HFQ_CUDA_WGMMA", "1")
     monkeypatch.setenv("HFQ_CUDA_WIDE", "0")
     check_products((9, 16, 17, 27, 32, 33, 40, 63, 64), shape, kind)
+    monkeypatch.setenv("HFQ_CUDA_WGMMA", "shared")
+    check_products((33, 50, 64), shape, kind)
     monkeypatch.setenv("HFQ_CUDA_WGMMA", "pairs")
     check_products((65, 100, 128, 129, 200, 256, 300, 512, 1024), shape, kind, True)
 
@@ -290,6 +292,7 @@ def test_activations_of_any_size(
         ("HFQ_CUDA_WIDE", "0", 16, {"gemm_kernel"}),
         ("HFQ_CUDA_WGMMA", "0", 40, {"gemm_kernel"}),
         ("HFQ_CUDA_WGMMA", "1", 40, {"wgmma_kernel"}),
+        ("HFQ_CUDA_WGMMA", "shared", 40, {"arrange_kernel", "wgmma_kernel"}),
         ("HFQ_CUDA_WGMMA", "1", 70, {"arrange_kernel", "wgmma_kernel"}),
     ],
 )
@@ -417,6 +420,7 @@ def test_opcheck(make_weight: MakeWeight, generator: torch.Generator, cuda: torc
         *((tokens, "0", "int4_zeros") for tokens in (2, 64)),
         *((tokens, "1", "int4_zeros") for tokens in (16, 32, 64, 100, 200)),
         (64, "1", "int4"),
+        (64, "shared", "int4"),
     ],
 )
 def test_in_a_cuda_graph(
@@ -442,7 +446,7 @@ def test_in_a_cuda_graph(
 
 @pytest.mark.parametrize(
     ("tokens", "wgmma"),
-    [(1, "0"), (16, "0"), (16, "1"), (64, "1"), (100, "1"), (200, "1")],
+    [(1, "0"), (16, "0"), (16, "1"), (64, "1"), (64, "shared"), (100, "1"), (200, "1")],
 )
 def test_products_that_overlap(
     make_weight: MakeWeight,

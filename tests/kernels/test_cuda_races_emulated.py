@@ -58,10 +58,14 @@ PRODUCTS = {
         (4, "nf4"),
         digits=True,
     ),
-    "staged_16": Product(12, (140, 2120, 64), _wgmma("1"), (4, "zeros"), multiprocessors=7),
-    "staged_plain": Product(14, (140, 1096, 128), _wgmma("1"), multiprocessors=5),
-    "staged": Product(40, (140, 2120, 128), _wgmma("1"), multiprocessors=7),
-    "staged_rounds": Product(30, (1540, 640, 64), _wgmma("1"), (4, "zeros"), multiprocessors=5),
+    "staged_16": Product(12, (140, 2120, 64), _wgmma("1"), (4, "zeros"), multiprocessors=3),
+    "staged_plain": Product(14, (140, 2120, 128), _wgmma("1"), multiprocessors=3),
+    "staged": Product(40, (140, 2120, 128), _wgmma("1"), multiprocessors=3),
+    "staged_rounds": Product(30, (1540, 640, 64), _wgmma("1"), (4, "zeros"), multiprocessors=3),
+    "shared": Product(40, (140, 2120, 128), _wgmma("shared"), multiprocessors=2),
+    "shared_rounds": Product(
+        50, (780, 1280, 64), _wgmma("shared"), (4, "zeros"), multiprocessors=4
+    ),
     "pair_128": Product(70, (140, 2120, 64), _wgmma("1"), multiprocessors=4, rounded=True),
     "pair": Product(150, (230, 1608, 64), _wgmma("1"), multiprocessors=4, rounded=True),
     "pair_rounds": Product(130, (780, 640, 64), _wgmma("1"), multiprocessors=6, rounded=True),

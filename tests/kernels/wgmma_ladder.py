@@ -81,9 +81,18 @@ RUNGS = {
     "staged_full": Rung((4096, 14336, 128), 64, "128 rows, ranges: partial sums, flags", calls=300),
     "staged_ranges": Rung((14336, 4096, 128), 64, "ranges that begin in tiles", calls=300),
     "staged_beside": Rung((14336, 4096, 128), 64, "blocks that start late", beside=True),
-    "identity_pair128": Rung(
-        (300, 136, 0), 70, "wgmma_pair.h: copies to two blocks", wanted="pairs"
+    "identity_shared": Rung(
+        (300, 136, 0), 50, "wgmma_shared.h: copies to two blocks", wanted="shared"
     ),
+    "shared": Rung((256, LONG, 128), 64, "barriers that both blocks arrive at", wanted="shared"),
+    "shared_zeros": Rung((130, LONG, 64), 40, "zero points", (4, "zeros"), wanted="shared"),
+    "shared_full": Rung(
+        (4096, 14336, 128), 64, "ranges: partial sums, flags", calls=300, wanted="shared"
+    ),
+    "shared_ranges": Rung(
+        (28672, 8192, 128), 64, "512 rows, setmaxnreg", calls=100, wanted="shared"
+    ),
+    "identity_pair128": Rung((300, 136, 0), 70, "wgmma_pair.h: weights in bulk", wanted="pairs"),
     "pair128": Rung((256, LONG, 32), 128, "scales after each unit", wanted="pairs"),
     "pair128_full": Rung((4096, 14336, 128), 128, "ranges", calls=300, wanted="pairs"),
     "identity_pair": Rung((300, 136, 0), 200, "256 tokens", wanted="pairs"),
@@ -93,7 +102,7 @@ RUNGS = {
         "tiles of several pairs: partial sums, flags",
         wanted="pairs",
     ),
-    "pair": Rung((256, LONG, 128), 256, "barriers that both blocks arrive at", wanted="pairs"),
+    "pair": Rung((256, LONG, 128), 256, "stages of x and of weights", wanted="pairs"),
     "pair_zeros": Rung((130, LONG, 32), 256, "weights by float32", (4, "zeros"), wanted="pairs"),
     "pair_nf4": Rung((256, LONG, 64), 256, "a table", (4, "nf4"), wanted="pairs"),
     "pair_full": Rung((4096, 14336, 128), 256, "all multiprocessors", calls=300, wanted="pairs"),

@@ -44,9 +44,16 @@ def arranged_floats(tokens: int, columns: int, tile: int) -> int:
 Segments = list[tuple[int, int, int]]
 
 
-def ranges_of(emulator: Any, tokens: int, rows: int, columns: int, clusters: int) -> list[Segments]:
+def ranges_of(
+    emulator: Any,
+    tokens: int,
+    rows: int,
+    columns: int,
+    clusters: int,
+    blocks: int | None = None,
+) -> list[Segments]:
     """What each range has of the tiles, by the plan; all of each tile, once."""
-    shape, plan = emulator.range_plan(tokens, (4, 0, columns, rows), clusters)
+    shape, plan = emulator.range_plan(tokens, (4, 0, columns, rows), clusters, blocks)
     chunks, tiles = -(-columns // CHUNK), -(-rows // shape.rows) * -(-tokens // shape.tokens)
     assert plan.tile_units * plan.unit_chunks == chunks
     assert plan.units == tiles * plan.tile_units

@@ -236,12 +236,14 @@ class Linear(Launchers):
         self._library.gemm_plan(ctypes.byref(params), ctypes.byref(plan))
         return plan
 
-    def range_plan(self, tokens: int, sizes: Sizes, clusters: int) -> tuple[RangeShape, RangePlan]:
-        """How a product is shared out among `clusters` that run at a time."""
+    def range_plan(
+        self, tokens: int, sizes: Sizes, clusters: int, blocks: int | None = None
+    ) -> tuple[RangeShape, RangePlan]:
+        """How a product is shared out among `clusters` that run at a time, of one block, or of two for more than 64 tokens."""
         weight = Weight(out_features=sizes[3], in_features=sizes[2])
         shape, plan = RangeShape(), RangePlan()
         params = LinearParams(weight=weight, tokens=tokens)
-        self.set_device(clusters * (1 if tokens <= 64 else 2))
+        self.set_device(clusters * (blocks or (1 if tokens <= 64 else 2)))
         self._library.range_plan(
             ctypes.byref(params), clusters, ctypes.byref(shape), ctypes.byref(plan)
         )
