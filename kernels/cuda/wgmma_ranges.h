@@ -59,8 +59,8 @@ __device__ __forceinline__ WgmmaSegment first_segment(const WgmmaParams& p, uint
 
 // ---- the end of a segment: sums of a warp, as they stand in registers
 //
-// `Block`: range(p), its own; kNeighbours of a cluster and neighbour(), which one it is; kConsumers, warps that have sums; kSums of a thread; a barrier,
-// written(), of those warps. (The thread is read again where it is needed, for want of a register in wgmma_pair.h.)
+// `Block`: range(p), its own; kNeighbours of a cluster and neighbour(), which one it is; kConsumers, warps that have sums; kSums of a thread; a
+// barrier, written(), of those warps. (The thread is read again where it is needed, for want of a register in wgmma_pair.h.)
 
 // Each thread's partial sums are read by the same thread of the range that adds them.
 template <class Block>

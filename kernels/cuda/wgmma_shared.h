@@ -1,6 +1,6 @@
-// 33 to 64 tokens, x for two blocks at once: staged blocks of neighbouring rows are a cluster, each of which asks for one half of the columns of x for
-// both. It comes in the order of stages (wgmma_tokens.cu), 8 KB in one copy, so that nobody puts it in order, and two warps copy weights. A stage is
-// free when both blocks have read it. Of an odd number of blocks of rows the last pair has one without rows, which only helps to copy x.
+// 33 to 64 tokens, x for two blocks at once: staged blocks of neighbouring rows are a cluster, each of which asks for one half of the columns of x
+// for both. It comes in the order of stages (wgmma_tokens.cu), 8 KB in one copy, so that nobody puts it in order, and two warps copy weights. A stage
+// is free when both blocks have read it. Of an odd number of blocks of rows the last pair has one without rows, which only helps to copy x.
 //
 // Counted for a chunk of 256 rows and 64 tokens, as in wgmma_staged.h: a scheduler has some 770 instructions (850 there), shared memory is busy for
 // 910 clocks (1170), the way from L2 for 880 (1200), tensor cores for 1024. Not measured: HFQ_CUDA_WGMMA=shared takes it.
