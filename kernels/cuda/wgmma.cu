@@ -17,8 +17,8 @@ namespace {
 constexpr RangeShape kPairShapes[2] = {{kPairRows, 128, 2, 1450, 6500, 2000, 1300}, {kPairRows, 256, 2, 2500, 6500, 2500, 2500}};
 
 // Staged blocks, of 16, 32 and 64 tokens. Chunks of 256 rows are measured: in clusters 4096 x 14336 took 14.9 and 19.5 us for 16 of them (int4,
-// scales of whole chunks and no zero points; else, and with 8 bits or a codebook, 1.7 times as many clocks). The rest is reckoned: of 128 rows all
-// but x is half.
+// scales of whole chunks and no zero points; else, and with 8 bits or a codebook, 1.7 times as many clocks). The rest is reckoned: zero points of
+// whole chunks, and that of 128 rows all but x is half.
 constexpr RangeShape kStagedShapes[] = {{128, 16, 1, 550, 5500, 1600, 700},
                                         {128, 32, 1, 700, 5500, 1800, 800},
                                         {256, 32, 1, 1150, 5500, 2000, 1300},
@@ -141,6 +141,11 @@ PlannedRanges best_ranges(int64_t tiles, int64_t chunks, const RangeShape& shape
     const int64_t found = clocks_of(plan, shape);
     if (found < best.clocks) best = {plan, found};
   };
+  if (shape.tokens == 16) {
+    // Two blocks find room on a multiprocessor: where one is free, two of the next kernel's would crowd on it.
+    if (whole < clusters) best.clocks = INT64_MAX, consider(clusters);
+    return best;
+  }
   for (int64_t splits = 2; splits * tiles <= clusters && splits <= chunks; ++splits) consider(splits * tiles);
   // No more ranges than the longest one makes necessary: 56 tiles of 32 chunks are 64 ranges of 28, two to a tile, or 66 of which some have 28, too,
   // and up to three are in a tile.
@@ -163,13 +168,13 @@ RangeShape range_shape(const LinearParams& p) {
   if (takes_pairs(p)) return kPairShapes[p.tokens > kPairTokens / 2];
   const Weight& w = p.weight;
   constexpr uint32_t kUnits = kWgmmaColumns / kUnitColumns;
-  const bool fast = w.bits < 8 && !w.codebook && !w.zeros && flush_mask(w, kUnits) == kUnits - 1;
+  const bool fast = w.bits < 8 && !w.codebook && flush_mask(w, kUnits) == kUnits - 1;
   const int32_t tokens = p.tokens <= 16 ? 16 : p.tokens <= 32 ? 32 : kStagedTokens;
   RangeShape best = {};
   int64_t least = 0;
   for (RangeShape shape : kStagedShapes) {
     if (shape.tokens != tokens || shape.blocks != (tokens == kStagedTokens && wanted("shared") ? 2 : 1)) continue;
-    if (!fast) shape.chunk = shape.chunk * 17 / 10;
+    if (!fast || w.zeros) shape.chunk = shape.chunk * (fast && shape.blocks == 1 ? 13 : 17) / 10;
     const int64_t clocks = planned_ranges(p, shape, most_clusters(shape)).clocks;
     if (best.rows == 0 || clocks < least) best = shape, least = clocks;
   }

@@ -2,7 +2,7 @@
 //
 // It waits for a stage to be full, and says when it is empty, so that none waits for another that is behind. While the instructions of a unit run,
 // the next one's numbers are made. Scales multiply float32 sums after a group, or a chunk if that ends first; sums of x for zero points come from mma
-// with ones, as in gemm_kernel.h.
+// with ones, as in gemm_kernel.h, or with the stage.
 #pragma once
 
 #include "wgmma_ranges.h"
@@ -88,14 +88,14 @@ struct WgmmaConsumer {
 
   // Units u and later of the stage `turn`, of which `x` describes the activations and `unit` is the first one, of all columns. `more`: another one
   // follows, whose first unit's numbers are made; `next` is it, or `turn` if not kWhole. `kWhole`: scales, of the dtype kScales, are applied at its
-  // end only, and there are no zero points. Then codes are asked for before the wgmma in front is waited for, and a chunk begins with where the next
-  // one is, a chain of slow instructions, in place of its last unit. (Scales of units leave no registers for that.)
-  template <bool kWhole, int kScales, int u>
+  // end only; zero points, if kZeros, have sums of x in the stage. Then codes are asked for before the wgmma in front is waited for, and a chunk
+  // begins with where the next one is, a chain of slow instructions, in place of its last unit. (Scales of units leave no registers for that.)
+  template <bool kWhole, int kScales, bool kZeros, int u>
   __device__ __forceinline__ void multiply(uint64_t x, const Turn<Block::kStages>& turn, Turn<Block::kStages> next, uint32_t unit, bool more) {
     constexpr int kFrom = (u / 2 * Block::kHalf + u % 2 * 64) / 16;
-    constexpr bool kPlain = kWhole && Block::kPlain;
+    constexpr bool kPlain = kWhole && !kZeros && Block::kPlain;
     const uint32_t stage = block.stage(turn.at);
-    const bool zeros = !kWhole && p.weight.zeros;
+    const bool zeros = kWhole ? kZeros : p.weight.zeros != nullptr;
     const uint32_t mask = kWhole ? kUnits - 1 : p.flush_mask;
     // Nothing is on the way yet: no kernel that we know of has other matrix instructions between a group and its wait.
     if constexpr (!kWhole)
@@ -123,14 +123,13 @@ struct WgmmaConsumer {
       if constexpr (!kWhole)
         if (u == mask && zeros) mbarrier_wait(block.summed(turn.at), turn.round % 2);
       wgmma_wait<0>(products);
-      if constexpr (!kWhole)
-        if (zeros) add_zeros(s, pair, stage + Block::kXSumsAt + u * 32 * kTokenTiles);
+      if (zeros) add_zeros(s, pair, stage + Block::kXSumsAt + (kWhole ? 0 : u * 32 * kTokenTiles));
       if constexpr (kPlain) add_lacks(stage);
 #pragma unroll
       for (int i = 0; i < kSums; ++i) sums[i] += (i % 4 < 2 ? s.low * kUp<kPlain> : s.high * kUpLower<kPlain>) * products[i];
     }
     if constexpr (u + 1 < kUnits)
-      multiply<kWhole, kScales, u + 1>(x, turn, next, unit, more);
+      multiply<kWhole, kScales, kZeros, u + 1>(x, turn, next, unit, more);
     else
       wgmma_wait<0>();
   }
@@ -167,28 +166,28 @@ struct WgmmaConsumer {
   }
 
   // So many chunks, which begin at a stage.
-  template <bool kWhole, int kScales>
+  template <bool kWhole, int kScales, bool kZeros>
   __device__ __forceinline__ void multiply_chunks(uint32_t chunk, uint32_t chunks, Turn<Block::kStages>& turn) {
     const uint64_t x = x_descriptor(block.ring);
-    if (chunks) begin<kWhole && Block::kPlain>(turn);
+    if (chunks) begin<kWhole && !kZeros && Block::kPlain>(turn);
 #pragma unroll 1
     for (uint32_t i = 0; i < chunks; ++i, turn.next()) {
       Turn<Block::kStages> next = turn;
       if constexpr (kWhole) next.next();
-      multiply<kWhole, kScales, 0>(x + turn.at * (Block::kStage / 16), turn, next, (chunk + i) * kUnits, i + 1 < chunks);
+      multiply<kWhole, kScales, kZeros, 0>(x + turn.at * (Block::kStage / 16), turn, next, (chunk + i) * kUnits, i + 1 < chunks);
       sync_warp();
       block.release(turn.at, lane);
     }
   }
 
-  template <bool kWhole, int kScales>
+  template <bool kWhole, int kScales, bool kZeros = false>
   __device__ __forceinline__ void run_segments() {
     Turn<Block::kStages> turn;
 #pragma unroll 1
     for (WgmmaSegment segment = block.first; segment.chunks; segment.next()) {
 #pragma unroll
       for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
-      multiply_chunks<kWhole, kScales>(segment.chunk, segment.chunks, turn);
+      multiply_chunks<kWhole, kScales, kZeros>(segment.chunk, segment.chunks, turn);
       end_segment<T>(p, block, segment, lane, own_warp(), sums, [&](uint32_t others) { add_partials(others); });
     }
   }
@@ -202,6 +201,8 @@ struct WgmmaConsumer {
   }
 
   __device__ __forceinline__ void run() {
+    if constexpr (Block::kSumsX)
+      if (block.sums_x(p)) return run_segments<true, kAnyDType, true>();
     if (p.flush_mask != kUnits - 1 || p.weight.zeros) return run_segments<false, kAnyDType>();
     if (p.weight.scale_dtype == kFloat16) return run_segments<true, kFloat16>();
     if (p.weight.scale_dtype == kBFloat16) return run_segments<true, kBFloat16>();

@@ -31,7 +31,7 @@ template <class Kind_, class T_, int kTokens_, int kTiles_, int kNeighbours_>
 struct WgmmaStagedBlock {
   using Kind = Kind_;
   using T = T_;
-  static constexpr int kNeighbours = kNeighbours_, kWeightWarps = kNeighbours;  // of those that copy
+  static constexpr int kNeighbours = kNeighbours_, kWeightWarps = kNeighbours;  // of those that copy: two where x comes in order
   static constexpr int kTokens = kTokens_, kTiles = kTiles_, kRows = kTiles * kTileRows;
   static constexpr int kBits = Kind::kCodeBits;
   static constexpr int kConsumers = kTiles, kProducers = 4, kThreads = 32 * (kConsumers + kProducers);  // warps
@@ -47,9 +47,12 @@ struct WgmmaStagedBlock {
   // multiply-add for each register of codes.
   static constexpr bool kPlain = Kind::template kPlain<T> && kTokens == 16;
   static __device__ __forceinline__ bool plain(const WgmmaParams& p) { return kPlain && p.flush_mask == kUnits - 1 && !p.weight.zeros; }
+  // Who puts x in order also adds it up where whole chunks have a zero point.
+  static constexpr bool kSumsX = Kind::kMayHaveZeros && kNeighbours == 1;
+  static __device__ __forceinline__ bool sums_x(const WgmmaParams& p) { return kSumsX && p.flush_mask == kUnits - 1 && p.weight.zeros; }
 
   // A stage: two halves of 64 columns of x, [kTokens][128 bytes]; codes of each tile; of each tile scales of the groups in the chunk, and zero
-  // points, 8 pairs each; sums of x, [kUnits][kTokens], for scales that float32 sums are multiplied by; of plain codes [kTokens], what products lack.
+  // points, 8 pairs each; sums of x, [kUnits][kTokens], or [kTokens] of the chunk, or what products of plain codes lack, [kTokens].
   static constexpr int kHalf = kTokens * 128, kCodesAt = 2 * kHalf, kScalesAt = kCodesAt + kTiles * kBytes, kScaleBytes = kUnits * 64;
   static constexpr int kZerosAt = kScalesAt + kTiles * kScaleBytes, kXSumsAt = kZerosAt + kTiles * kScaleBytes;
   static constexpr int kStage = (kXSumsAt + kUnits * kTokens * 4 + 1023) / 1024 * 1024;
@@ -190,7 +193,7 @@ struct WgmmaStagedProducer : WgmmaStagedCopies<Block> {
   using Copies = WgmmaStagedCopies<Block>;
   using Copies::block, Copies::lane, Copies::p, Copies::warp;
   using T = typename Block::T;
-  static constexpr uint32_t kMiddles = kBothPowers<T, Block::kBits - 1 - kPlainUnit> | kSigns;  // - 2^(bits-1)
+  static constexpr uint32_t kFours = Block::kTokens / 8;  // half of the tokens, times four
 
   using Copies::Copies;
 
@@ -245,10 +248,9 @@ struct WgmmaStagedProducer : WgmmaStagedCopies<Block> {
 
   // A half of the tokens, four at a time, both units of a half of their columns.
   __device__ __forceinline__ void order_x(uint32_t half) const {
-    constexpr uint32_t kFours = Block::kTokens / 8, kAtOnce = kFours < 4 ? kFours : 4;  // a half has; and as registers allow
-    // Row r of a matrix is of token r / 2 and of unit r % 2.
-    const uint32_t row = lane % 8, from = 128 * (row / 2) + 16 * ((row % 2 * 4 + lane / 8) ^ row / 2), of_half = half * kFours * 512;
-    const bool plain = block.plain(p);
+    constexpr uint32_t kAtOnce = kFours < 4 ? kFours : 4;  // as registers allow
+    const uint32_t of_half = half * kFours * 512;
+    const bool plain = block.plain(p), sums = plain || block.sums_x(p);
     const uint32_t to = block.ring + place_of(plain ? plain_piece() : lane % 8);
     Turn<Block::kStages> turn;
 #pragma unroll 1
@@ -262,10 +264,10 @@ struct WgmmaStagedProducer : WgmmaStagedCopies<Block> {
         for (uint32_t j = 0; j < kAtOnce; ++j)
 #pragma unroll
           for (uint32_t columns = 0; columns < 2; ++columns)
-            ldmatrix(x[j][columns], block.memory + (((x_at + from) ^ j % 2 * 64) + 512 * (first + j) + columns * Block::kHalf));
+            load_pieces(x[j][columns], x_at, first + j, columns);
         sync_warp();
         if constexpr (Block::kPlain)
-          if (plain) make_plain(x, turn.at, half * kFours + first);
+          if (plain) raise(x);
 #pragma unroll
         for (uint32_t j = 0; j < kAtOnce; ++j)
 #pragma unroll
@@ -274,31 +276,52 @@ struct WgmmaStagedProducer : WgmmaStagedCopies<Block> {
             store_shared(((to + x_at) ^ j % 2 * 64) + 512 * (first + j) + columns * Block::kHalf, make_uint4(v[0], v[1], v[2], v[3]));
           }
       }
+      if constexpr (Block::kPlain || Block::kSumsX)
+        if (sums) {
+          sync_warp();
+          add_up(x_at, plain, turn.at * Block::kStage + Block::kXSumsAt + half * kFours * 16);
+        }
       fence_proxy_async();
       sync_warp();
       if (lane == 0) mbarrier_arrive(block.full(turn.at));
     }
   }
 
+  // Pieces 0 .. 3 of both units of a half of the columns, of four tokens: row r of a matrix is of token r / 2 and of unit r % 2.
+  __device__ __forceinline__ void load_pieces(uint32_t (&x)[4], uint32_t x_at, uint32_t four, uint32_t columns) const {
+    const uint32_t row = lane % 8, from = 128 * (row / 2) + 16 * ((row % 2 * 4 + lane / 8) ^ row / 2);
+    ldmatrix(x, block.memory + (((x_at + from) ^ four % 2 * 64) + 512 * four + columns * Block::kHalf));
+  }
+
   // With plain codes instruction j of a unit has words 2i + j of its lanes: words 1 and 2 of the order of wgmma_block.h change places.
   __device__ __forceinline__ uint32_t plain_piece() const { return lane / 4 % 2 * 4 + lane % 2 * 2 + lane / 2 % 2; }
 
-  // Raises x, and instruction 1's by so much less as its codes are larger. Before, matrices of x are an A operand of mma: pieces 0 and 2 of the units
-  // of four tokens are rows 0 to 7, pieces 1 and 3 the others. With kMiddles in all of B they give what products will lack, in the same unit.
+  // For plain codes, and instruction 1's by so much less as its codes are larger.
   template <uint32_t kAtOnce>
-  __device__ __forceinline__ void make_plain(uint32_t (&x)[kAtOnce][2][4], uint32_t stage, uint32_t first) const {
+  __device__ __forceinline__ void raise(uint32_t (&x)[kAtOnce][2][4]) const {
     const uint32_t factor = lane % 2 ? kBothPowers<T, kRaise - Block::Kind::template kOddPlace<T>> : kBothPowers<T, kRaise>;
 #pragma unroll
-    for (uint32_t j = 0; j < kAtOnce; ++j) {
+    for (uint32_t j = 0; j < kAtOnce; ++j)
+#pragma unroll
+      for (int i = 0; i < 8; ++i) x[j][i / 4][i % 4] = fma2(T{}, x[j][i / 4][i % 4], factor, kNothing);
+  }
+
+  // Of x in order: each token's sum over the chunk, or, with plain codes, that of its products with - 2^(bits-1). Pieces 0 and 1 are what instruction
+  // 0 of a unit takes, 2 and 3 those of instruction 1; as the A operand of mma 0 and 2 are rows 0 to 7, 1 and 3 the others.
+  __device__ __forceinline__ void add_up(uint32_t x_at, bool plain, uint32_t to) const {
+    constexpr uint32_t kMiddle = 1u << (Block::kBits - 1), kOddMiddle = kMiddle << Block::Kind::template kOddPlace<T>;
+    const uint32_t first = plain ? kSigns | kMiddle * 0x10001u : kBoth<T, 1>, second = plain ? kSigns | kOddMiddle * 0x10001u : kBoth<T, 1>;
+#pragma unroll 2
+    for (uint32_t four = 0; four < kFours; ++four) {
       float d[4] = {};
 #pragma unroll
       for (int columns = 0; columns < 2; ++columns) {
-        mma(T{}, d, x[j][columns], kMiddles, kMiddles);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) x[j][columns][i] = fma2(T{}, x[j][columns][i], factor, kNothing);
+        uint32_t x[4];
+        load_pieces(x, x_at, four, columns);
+        mma(T{}, d, x, first, second);
       }
       const float of_unit = d[0] + d[2], of_token = of_unit + as_float(shuffle_xor(as_bits(of_unit), 4));
-      if (lane % 8 == 0) *reinterpret_cast<float*>(block.memory + stage * Block::kStage + Block::kXSumsAt + 16 * (first + j) + lane / 2) = of_token;
+      if (lane % 8 == 0) *reinterpret_cast<float*>(block.memory + to + 16 * four + lane / 2) = of_token;
     }
   }
 };

@@ -61,6 +61,7 @@ PRODUCTS = {
     "staged_16": Product(12, (140, 2120, 64), _wgmma("1"), (4, "zeros"), multiprocessors=3),
     "staged_plain": Product(14, (140, 2120, 128), _wgmma("1"), multiprocessors=3),
     "staged": Product(40, (140, 2120, 128), _wgmma("1"), multiprocessors=3),
+    "staged_zeros": Product(40, (140, 2120, 128), _wgmma("1"), (4, "zeros"), multiprocessors=3),
     "staged_rounds": Product(30, (1540, 640, 64), _wgmma("1"), (4, "zeros"), multiprocessors=3),
     "shared": Product(40, (140, 2120, 128), _wgmma("shared"), multiprocessors=2),
     "shared_rounds": Product(

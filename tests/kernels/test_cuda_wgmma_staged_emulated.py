@@ -115,6 +115,18 @@ def test_plans_of_an_h200(
     assert max(contributors(found).values()) == shared
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns", "most"), [(14336, 4096, 28), (4096, 14336, 28), (4096, 4096, 8)]
+)
+def test_few_tokens_leave_no_multiprocessor_free(
+    emulator: Any, rows: int, columns: int, most: int
+) -> None:
+    """Two blocks find room on one: two of the next kernel's would crowd there."""
+    found = ranges_of(emulator, 16, rows, columns, 132)
+    assert len(found) == 132
+    assert max(sum(count for _, _, count in segments) for segments in found) == most
+
+
 # (tokens, N, K, blocks), and what is new: rows of a block; segments of a range, ranges of a tile, at most.
 CUTS = {
     "two_ranges": ((20, 130, 2000, 4), 128, 1, 2),

@@ -77,6 +77,7 @@ RUNGS = {
     "identity_staged": Rung((300, 136, 0), 30, "several tiles"),
     "staged32": Rung((256, LONG, 128), 32, "stage after stage"),
     "staged_zeros": Rung((256, LONG, 64), 31, "zero points", (4, "zeros")),
+    "staged_sums": Rung((256, LONG, 128), 64, "sums of x with the stage", (4, "zeros")),
     "staged64": Rung((256, LONG, 128), 63, "setmaxnreg"),
     "staged_full": Rung((4096, 14336, 128), 64, "128 rows, ranges: partial sums, flags", calls=300),
     "staged_ranges": Rung((14336, 4096, 128), 64, "ranges that begin in tiles", calls=300),
