@@ -174,7 +174,10 @@ RangeShape range_shape(const LinearParams& p) {
   int64_t least = 0;
   for (RangeShape shape : kStagedShapes) {
     if (shape.tokens != tokens || shape.blocks != (tokens == kStagedTokens && wanted("shared") ? 2 : 1)) continue;
-    if (!fast || w.zeros) shape.chunk = shape.chunk * (fast && shape.blocks == 1 ? 13 : 17) / 10;
+    if (!fast || (w.zeros && shape.blocks > 1))
+      shape.chunk = shape.chunk * 17 / 10;
+    else if (w.zeros)
+      shape.chunk = shape.chunk * 13 / 10;
     const int64_t clocks = planned_ranges(p, shape, most_clusters(shape)).clocks;
     if (best.rows == 0 || clocks < least) best = shape, least = clocks;
   }
