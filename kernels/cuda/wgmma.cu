@@ -136,16 +136,16 @@ PlannedRanges best_ranges(int64_t tiles, int64_t chunks, const RangeShape& shape
   };
   PlannedRanges best = {cut(tiles, 1, chunks, whole), shape.start + divided(tiles, whole) * chunks * shape.chunk};
   if (all * clusters >> 32) return best;  // so many rounds that none of it matters
-  const auto consider = [&](int64_t ranges) {
+  const auto of_chunks = [&](int64_t ranges) -> PlannedRanges {
     const RangePlan plan = cut(all, chunks, 1, ranges);
-    const int64_t found = clocks_of(plan, shape);
-    if (found < best.clocks) best = {plan, found};
+    return {plan, clocks_of(plan, shape)};
   };
-  if (shape.tokens == 16) {
-    // Two blocks find room on a multiprocessor: where one is free, two of the next kernel's would crowd on it.
-    if (whole < clusters) best.clocks = INT64_MAX, consider(clusters);
-    return best;
-  }
+  // Of 16 tokens two blocks find room on a multiprocessor: where one is free, two of the next kernel's would crowd on it.
+  if (shape.tokens == 16) return whole < clusters ? of_chunks(clusters) : best;
+  const auto consider = [&](int64_t ranges) {
+    const PlannedRanges found = of_chunks(ranges);
+    if (found.clocks < best.clocks) best = found;
+  };
   for (int64_t splits = 2; splits * tiles <= clusters && splits <= chunks; ++splits) consider(splits * tiles);
   // No more ranges than the longest one makes necessary: 56 tiles of 32 chunks are 64 ranges of 28, two to a tile, or 66 of which some have 28, too,
   // and up to three are in a tile.
@@ -169,12 +169,12 @@ RangeShape range_shape(const LinearParams& p) {
   const Weight& w = p.weight;
   constexpr uint32_t kUnits = kWgmmaColumns / kUnitColumns;
   const bool fast = w.bits < 8 && !w.codebook && flush_mask(w, kUnits) == kUnits - 1;
-  const int32_t tokens = p.tokens <= 16 ? 16 : p.tokens <= 32 ? 32 : kStagedTokens;
+  const int32_t tokens = p.tokens <= 16 ? 16 : p.tokens <= 32 ? 32 : kStagedTokens, blocks = tokens == kStagedTokens && wanted("shared") ? 2 : 1;
   RangeShape best = {};
   int64_t least = 0;
   for (RangeShape shape : kStagedShapes) {
-    if (shape.tokens != tokens || shape.blocks != (tokens == kStagedTokens && wanted("shared") ? 2 : 1)) continue;
-    if (!fast || (w.zeros && shape.blocks > 1))
+    if (shape.tokens != tokens || shape.blocks != blocks) continue;
+    if (!fast || (w.zeros && blocks > 1))
       shape.chunk = shape.chunk * 17 / 10;
     else if (w.zeros)
       shape.chunk = shape.chunk * 13 / 10;

@@ -16,6 +16,9 @@ struct WgmmaConsumer {
   using T = typename Block::T;
   static constexpr int kUnits = Block::kUnits, kSums = Block::kSums, kTokenTiles = Block::kTokenTiles;
   static constexpr float kMiddle = 1 << (Block::kBits - 1), kLowerFactor = two_to(Kind::template kLowerPlace<T>);
+  // Whether codes are operands as they are.
+  template <bool kWhole, bool kZeros>
+  static constexpr bool kIsPlain = kWhole && !kZeros && Block::kPlain;
   // What scales take back, of rows g and g + 8.
   template <bool kPlain>
   static constexpr float kUp = two_to(kPlain ? kPlainUnit : Kind::template kDown<T>);
@@ -93,7 +96,7 @@ struct WgmmaConsumer {
   template <bool kWhole, int kScales, bool kZeros, int u>
   __device__ __forceinline__ void multiply(uint64_t x, const Turn<Block::kStages>& turn, Turn<Block::kStages> next, uint32_t unit, bool more) {
     constexpr int kFrom = (u / 2 * Block::kHalf + u % 2 * 64) / 16;
-    constexpr bool kPlain = kWhole && !kZeros && Block::kPlain;
+    constexpr bool kPlain = kIsPlain<kWhole, kZeros>;
     const uint32_t stage = block.stage(turn.at);
     const bool zeros = kWhole ? kZeros : p.weight.zeros != nullptr;
     const uint32_t mask = kWhole ? kUnits - 1 : p.flush_mask;
@@ -134,13 +137,22 @@ struct WgmmaConsumer {
       wgmma_wait<0>();
   }
 
+  // A number for each token, [kTokens], of the lane's two in a tile of tokens.
+  struct Tokens {
+    float first, second;
+  };
+  __device__ __forceinline__ Tokens tokens_of(uint32_t numbers, int tile) const {
+    const uint2 both = load_shared<uint2>(numbers + 32 * tile + 8 * (lane % 4));
+    return {as_float(both.x), as_float(both.y)};
+  }
+
   // Of plain codes.
   __device__ __forceinline__ void add_lacks(uint32_t stage) {
 #pragma unroll
     for (int tile = 0; tile < kTokenTiles; ++tile) {
-      const uint2 both = load_shared<uint2>(stage + Block::kXSumsAt + 32 * tile + 8 * (lane % 4));
+      const Tokens lack = tokens_of(stage + Block::kXSumsAt, tile);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) products[4 * tile + i] += as_float(i % 2 ? both.y : both.x) * (i < 2 ? 1 : kLowerFactor);
+      for (int i = 0; i < 4; ++i) products[4 * tile + i] += (i % 2 ? lack.second : lack.first) * (i < 2 ? 1 : kLowerFactor);
     }
   }
 
@@ -150,10 +162,9 @@ struct WgmmaConsumer {
     const float low = s.low * (kMiddle - zero.low), high = s.high * (kMiddle - zero.high);
 #pragma unroll
     for (int tile = 0; tile < kTokenTiles; ++tile) {
-      const uint2 both = load_shared<uint2>(x_sums + 32 * tile + 8 * (lane % 4));
-      const float first = as_float(both.x), second = as_float(both.y);
+      const Tokens x = tokens_of(x_sums, tile);
       float* const d = sums + 4 * tile;
-      d[0] += low * first, d[1] += low * second, d[2] += high * first, d[3] += high * second;
+      d[0] += low * x.first, d[1] += low * x.second, d[2] += high * x.first, d[3] += high * x.second;
     }
   }
 
@@ -169,7 +180,7 @@ struct WgmmaConsumer {
   template <bool kWhole, int kScales, bool kZeros>
   __device__ __forceinline__ void multiply_chunks(uint32_t chunk, uint32_t chunks, Turn<Block::kStages>& turn) {
     const uint64_t x = x_descriptor(block.ring);
-    if (chunks) begin<kWhole && !kZeros && Block::kPlain>(turn);
+    if (chunks) begin<kIsPlain<kWhole, kZeros>>(turn);
 #pragma unroll 1
     for (uint32_t i = 0; i < chunks; ++i, turn.next()) {
       Turn<Block::kStages> next = turn;

@@ -15,7 +15,15 @@ from product_checks import (
     check_tokens_are_apart,
 )
 from torch import Tensor
-from wgmma_products import CLUSTERS, PAIR, arranged_floats, contributors, linear, ranges_of
+from wgmma_products import (
+    CLUSTERS,
+    PAIR,
+    arranged_floats,
+    check_cut,
+    contributors,
+    linear,
+    ranges_of,
+)
 
 # (N, K, group_size; 0: one group per row): rows that fill no tile or block, pairs whose second block has some or none; columns that end in a chunk;
 # groups of all kinds.
@@ -210,26 +218,20 @@ CUTS = {
 
 @pytest.mark.parametrize("name", CUTS)
 def test_every_cut(emulator: Any, generator: torch.Generator, name: str) -> None:
-    """Results are right and the same each time, whoever adds them up."""
-    (tokens, rows, columns, pairs), segments, shared = CUTS[name]
-    ranges = ranges_of(emulator, tokens, rows, columns, pairs)
-    assert max(map(len, ranges)) == segments
-    assert max(contributors(ranges).values()) == shared
-    dtype = torch.float16 if columns % 128 == 0 else torch.bfloat16
-    w = make(generator, (rows, columns, 64), (4, None))
-    x = torch.randn(tokens, columns, generator=generator).to(dtype)
-    bias = torch.randn(rows, generator=generator)
-    y = linear(emulator, x, w, bias, PAIR * pairs)
-    w.check(y, x, bias, rounded=True)
-    assert torch.equal(y, linear(emulator, x, w, bias, PAIR * pairs))
-    alone = linear(emulator, x, w, bias, PAIR)
-    size = 128 if tokens <= 128 else TILE
-    tiles = -(-tokens // size)
-    for tile, count in contributors(ranges).items():
-        if count == 1:  # else sums are in another order
-            m, n = tile % tiles * size, tile // tiles * 256
-            assert torch.equal(y[m : m + size, n : n + 256], alone[m : m + size, n : n + 256])
-    assert torch.equal(y, alone) == (shared == 1)
+    product, segments, shared = CUTS[name]
+    dtype = torch.float16 if product[2] % 128 == 0 else torch.bfloat16
+    shape = check_cut(
+        emulator,
+        generator,
+        product,
+        segments,
+        shared,
+        blocks=PAIR,
+        group_size=64,
+        dtype=dtype,
+        rounded=True,
+    )
+    assert (shape.rows, shape.tokens) == (256, 128 if product[0] <= 128 else TILE)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=name_of)

@@ -13,7 +13,7 @@ from product_checks import (
     check_only_bad,
     check_tokens_are_apart,
 )
-from wgmma_products import ALONE, contributors, linear, ranges_of
+from wgmma_products import check_cut, linear
 
 # (N, K, group_size): rows of one block, which leave the other without any, and of three; columns that end in a chunk, in a unit, and that turn the
 # ring of stages around.
@@ -75,20 +75,11 @@ CUTS = {
 
 @pytest.mark.parametrize("name", CUTS)
 def test_every_cut(emulator: Any, generator: torch.Generator, name: str) -> None:
-    """Results are right and the same each time, whoever adds them up."""
-    (tokens, rows, columns, clusters), of_cluster, segments, shared = CUTS[name]
-    shape, _ = emulator.range_plan(tokens, (4, 0, columns, rows), clusters, 2)
-    assert (shape.rows, shape.blocks) == (of_cluster, 2)
-    ranges = ranges_of(emulator, tokens, rows, columns, clusters, 2)
-    assert max(map(len, ranges)) == segments
-    assert max(contributors(ranges).values()) == shared
-    w = make(generator, (rows, columns, 128), (4, None))
-    x = torch.randn(tokens, columns, generator=generator).half()
-    y = linear(emulator, x, w, multiprocessors=2 * clusters)
-    w.check(y, x)
-    assert torch.equal(y, linear(emulator, x, w, multiprocessors=2 * clusters))
-    if shared == 1:
-        assert torch.equal(y, linear(emulator, x, w, multiprocessors=ALONE))
+    product, of_cluster, segments, shared = CUTS[name]
+    shape = check_cut(
+        emulator, generator, product, segments, shared, blocks=2, group_size=128, dtype=torch.half
+    )
+    assert shape.rows == of_cluster
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

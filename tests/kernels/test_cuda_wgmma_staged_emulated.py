@@ -16,7 +16,7 @@ from product_checks import (
     check_tokens_are_apart,
 )
 from torch import Tensor
-from wgmma_products import ALONE, CLUSTERS, contributors, linear, ranges_of
+from wgmma_products import ALONE, CLUSTERS, check_cut, contributors, linear, ranges_of
 
 # (N, K, group_size; 0: one group per row): rows that fill no tile, warpgroup or block; columns that end in a chunk, in each of its units, and that turn
 # the ring of stages around more than once; groups of all kinds.
@@ -143,24 +143,11 @@ CUTS = {
 
 @pytest.mark.parametrize("name", CUTS)
 def test_every_cut(emulator: Any, generator: torch.Generator, name: str) -> None:
-    """Results are right and the same each time, whoever adds them up."""
-    (tokens, rows, columns, blocks), of_block, segments, shared = CUTS[name]
-    assert emulator.range_plan(tokens, (4, 0, columns, rows), blocks)[0].rows == of_block
-    ranges = ranges_of(emulator, tokens, rows, columns, blocks)
-    assert max(map(len, ranges)) == segments
-    assert max(contributors(ranges).values()) == shared
-    w = make(generator, (rows, columns, 128), (4, None))
-    x = torch.randn(tokens, columns, generator=generator).half()
-    bias = torch.randn(rows, generator=generator)
-    y = linear(emulator, x, w, bias, blocks)
-    w.check(y, x, bias)
-    assert torch.equal(y, linear(emulator, x, w, bias, blocks))
-    alone = linear(emulator, x, w, bias)
-    for tile, count in contributors(ranges).items():
-        if count == 1:  # else sums are in another order
-            own = slice(tile * of_block, (tile + 1) * of_block)
-            assert torch.equal(y[:, own], alone[:, own])
-    assert torch.equal(y, alone) == (shared == 1)
+    product, of_block, segments, shared = CUTS[name]
+    shape = check_cut(
+        emulator, generator, product, segments, shared, blocks=1, group_size=128, dtype=torch.half
+    )
+    assert shape.rows == of_block
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=name_of)

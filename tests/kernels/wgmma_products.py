@@ -7,6 +7,7 @@ import itertools
 from typing import Any
 
 import torch
+from fragments_weights import random_weight
 from torch import Tensor
 
 # Multiprocessors: one range of all chunks, or as many as there are chunks.
@@ -75,3 +76,46 @@ def ranges_of(
 def contributors(ranges: list[Segments]) -> collections.Counter[int]:
     """Ranges of each tile."""
     return collections.Counter(tile for segments in ranges for tile, _, _ in segments)
+
+
+def check_cut(
+    emulator: Any,
+    generator: torch.Generator,
+    product: tuple[int, int, int, int],
+    segments: int,
+    shared: int,
+    *,
+    blocks: int,
+    group_size: int,
+    dtype: torch.dtype,
+    rounded: bool = False,
+) -> Any:
+    """Results are right and the same each time, whoever adds them up. Returns the shape of a cluster.
+
+    Args:
+        product: tokens, N, K, clusters that run at a time.
+        segments, shared: of a range, and ranges of a tile, at most.
+        blocks: of a cluster.
+        rounded: weights are, to 16 bits.
+    """
+    tokens, rows, columns, clusters = product
+    shape, _ = emulator.range_plan(tokens, (4, 0, columns, rows), clusters, blocks)
+    assert shape.blocks == blocks
+    ranges = ranges_of(emulator, tokens, rows, columns, clusters, blocks)
+    assert max(map(len, ranges)) == segments
+    assert max(contributors(ranges).values()) == shared
+    w = random_weight(generator, (rows, columns, group_size), (4, None))
+    x = torch.randn(tokens, columns, generator=generator).to(dtype)
+    bias = torch.randn(rows, generator=generator)
+    y = linear(emulator, x, w, bias, blocks * clusters)
+    w.check(y, x, bias, rounded=rounded)
+    assert torch.equal(y, linear(emulator, x, w, bias, blocks * clusters))
+    alone = linear(emulator, x, w, bias, blocks)
+    tiles = -(-tokens // shape.tokens)
+    for tile, count in contributors(ranges).items():
+        if count == 1:  # else sums are in another order
+            m, n = tile % tiles * shape.tokens, tile // tiles * shape.rows
+            own = slice(m, m + shape.tokens), slice(n, n + shape.rows)
+            assert torch.equal(y[own], alone[own])
+    assert torch.equal(y, alone) == (shared == 1)
+    return shape
