@@ -67,9 +67,9 @@ def steps() -> list[Step]:
             ("scripts/build_native", f"-DCMAKE_CUDA_ARCHITECTURES={architecture()}"),
             makes=ROOT / "hfq/lib/libhfq_cuda.so",
         ),
-        Step("doctor", 20, (sys.executable, "-m", "hfq", "doctor")),
         # Each rung in a process of its own: kernels whose barriers are wrong hang, and a fault would fail every later test.
         Step("wgmma ladder", 120, (sys.executable, "tests/kernels/wgmma_ladder.py")),
+        Step("doctor", 40, (sys.executable, "-m", "hfq", "doctor")),
         # What plans count on.
         Step(
             "clusters",

@@ -19,7 +19,7 @@ from ..core.errors import KernelError
 from ..kernels import cuda_machine, gpu_code, huge_pages, native
 from ..table import format_bytes, format_table, wrapped
 from . import machine
-from .selftest import self_test
+from .selftest import LARGE, LARGE_BYTES, SMALL, Size, self_test
 
 __all__ = ["Check", "Diagnosis", "doctor"]
 
@@ -247,28 +247,51 @@ def _late(archs: Iterable[str], capabilities: Iterable[tuple[int, int]]) -> str:
 
 
 def _self_tests() -> Iterator[Check]:
-    """One line for each device, and one for each weight whose products are wrong there."""
+    """One line for each device and size, and one for each weight whose products are wrong there."""
+    yield from _self_test("cpu", "cpu", SMALL)
     gpus = torch.cuda.device_count() if _cuda_is_available()[0] else 0
-    for device in ("cpu", *(f"cuda:{index}" for index in range(gpus))):
-        name, start = f"self-test, {device}", time.perf_counter()
-        with _quietly():
-            tested = list(self_test(torch.device(device)))
-        wrong = [weight for weight in tested if weight.faults]
-        for weight in wrong:
-            more = f" (and {len(weight.faults) - 1} more)" if len(weight.faults) > 1 else ""
-            found = f"{weight.kernel}: {weight.faults[0]}{more}"
-            yield Check(name=f"{name}, {weight.weight}", status="broken", found=found)
-        kernels = ", ".join(dict.fromkeys(weight.kernel for weight in tested))
-        found = (
-            f"{len(tested) - len(wrong)} of {len(tested)} kinds of weights right "
-            f"({sum(weight.count for weight in tested)} results in {time.perf_counter() - start:.1f} s; {kernels})"
-        )
-        status, remedy = ("broken", _wrong_results(device)) if wrong else ("ok", "")
-        yield Check(name=name, status=status, found=found, remedy=remedy)
+    for device in (f"cuda:{index}" for index in range(gpus)):
+        small = list(_self_test(device, device, SMALL))
+        yield from small
+        if any(check.status == "broken" for check in small) or cuda_machine.reason() is not None:
+            continue  # after some faults a GPU answers nothing any more; without our kernels there are no others
+        name, free = f"{device}, large", torch.cuda.mem_get_info(device)[0]
+        if free < LARGE_BYTES:
+            found = f"not run: {format_bytes(free)} are free on the GPU, {format_bytes(LARGE_BYTES)} are needed"
+            remedy = "stop what else uses the GPU, and run hfq doctor again"
+            yield Check(name=f"self-test, {name}", status="missing", found=found, remedy=remedy)
+            continue
+        yield from _self_test(device, name, LARGE)
+
+
+def _self_test(device: str, name: str, size: Size) -> Iterator[Check]:
+    name, start = f"self-test, {name}", time.perf_counter()
+    with _quietly():
+        tested = list(self_test(torch.device(device), size=size))
+    wrong = [weight for weight in tested if weight.faults]
+    for weight in wrong:
+        more = f" (and {len(weight.faults) - 1} more)" if len(weight.faults) > 1 else ""
+        found = f"{weight.kernel}: {weight.faults[0]}{more}"
+        yield Check(name=f"{name}, {weight.weight}", status="broken", found=found)
+    kernels = ", ".join(dict.fromkeys(weight.kernel for weight in tested))
+    found = (
+        f"{len(tested) - len(wrong)} of {len(tested)} kinds of weights right "
+        f"({sum(weight.count for weight in tested)} results in {time.perf_counter() - start:.1f} s; {kernels})"
+    )
+    status, remedy = ("broken", _wrong_results(device)) if wrong else ("ok", "")
+    yield Check(name=name, status=status, found=found, remedy=remedy)
 
 
 def _wrong_results(device: str) -> str:
-    variable, value = (
-        (native.ISA_VARIABLE, "generic") if device == "cpu" else (native.CUDA_VARIABLE, "off")
+    if device == "cpu":
+        return _wrong(f"{native.ISA_VARIABLE}=generic")
+    remedy = _wrong(f"{native.CUDA_VARIABLE}=off")
+    if torch.cuda.get_device_capability(device) == (9, 0):
+        remedy += "; HFQ_CUDA_WGMMA=0 and HFQ_CUDA_WIDE=0 leave out what was written for 9.0 alone: say whether all is right with them"
+    return remedy
+
+
+def _wrong(setting: str) -> str:
+    return (
+        f"do not use this device for quantized models, or set {setting}; report it with this table"
     )
-    return f"do not use this device for quantized models, or set {variable}={value}; report it with this table"

@@ -1,19 +1,21 @@
 """The self-test of `hfq.doctor`: the kernels that this machine would use, format by format, against the PyTorch reference.
 
 Whoever has a GPU or a processor that nobody has run hfq on sees here whether its results can be trusted. Sizes are small and
-odd, so that it takes a second; tests/kernels asks far more.
+odd, so that it takes a second. A GPU has other kernels for weights as large as models have, and more blocks than wait for each
+other than fit at once: it gets one of that size as well. tests/kernels asks far more.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from ..algorithms import ALGORITHMS
 from ..core.errors import HfqError
@@ -25,7 +27,7 @@ from ..nn.layout import neutral_grid, to_kernel
 from ..nn.packing import Encode, pack_weight
 from ..nn.slot import PackedSlot
 
-__all__ = ["WEIGHTS", "Verdict", "self_test"]
+__all__ = ["LARGE", "LARGE_BYTES", "SMALL", "WEIGHTS", "Size", "Verdict", "self_test"]
 
 # (format, spec): each code path of the kernels once.
 WEIGHTS: tuple[tuple[str, QuantSpec], ...] = (
@@ -45,17 +47,47 @@ WEIGHTS: tuple[tuple[str, QuantSpec], ...] = (
     ("fp8", Fp8Spec(activation="dynamic")),
 )
 
-# Rows: an odd number of tiles of 16. Columns: the last groups of 128 and 64 are shorter.
-_EXPERTS, _ROWS, _COLUMNS = 3, 240, 1040
-# Each takes another way through some kernel: one token, few, tensor cores, several blocks, the matrix library.
-_TOKENS = (1, 5, 16, 50, 300)
 _HALVES = (torch.bfloat16, torch.float16)
 
-# Largest differences in proportion to the largest value that is right: float32 sums of 1040 products; roundings of results, weights and
+# Largest differences in proportion to the largest value that is right: float32 sums of products; roundings of results, weights and
 # codebooks to 16 bits; activations of 8 bits where the reference has floats.
 _EXACT, _ROUNDED, _INT8 = 1e-5, 1e-2, 3e-2
 # Errors of weights that a device has packed, beside those of the same packed on the CPU: sums in another order turn some codes over.
 _PACKED = 1.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """What is multiplied.
+
+    Attributes:
+        rows, columns: N and K of a weight.
+        experts: how many are in a stack; None: a weight by itself.
+        tokens: numbers of them.
+        on_cpu: whether the CPU packs the weight and computes what is right, which is independent of the device, and slow.
+    """
+
+    rows: int
+    columns: int
+    experts: int | None
+    tokens: tuple[int, ...]
+    on_cpu: bool
+
+
+# Rows: an odd number of tiles of 16. Columns: the last groups of 128 and 64 are shorter. Each number of tokens takes another way
+# through some kernel: one, few, tensor cores, several blocks, the matrix library.
+SMALL = Size(rows=240, columns=1040, experts=3, tokens=(1, 5, 16, 50, 300), on_cpu=True)
+
+# A few more than 2^25 numbers, from where on all kernels for large weights are taken (kernels/cuda/wide.cu, wgmma.cu).
+LARGE = Size(
+    rows=4112,
+    columns=8192,
+    experts=None,
+    tokens=(1, 3, 8, 13, 16, 27, 50, 64, 100, 200, 1100, 2000),
+    on_cpu=False,
+)
+# Of the device's memory, at most.
+LARGE_BYTES = 2 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +115,7 @@ class _Comparison:
     def check(self, what: str, found: Tensor, expected: Tensor, bound: float) -> None:
         """Both of one shape; NaN is a fault."""
         self.count += 1
-        found = found.detach().cpu().float()
+        found = found.detach().to(expected.device).float()
         if found.shape != expected.shape:
             self.faults.append(f"{what}: shape {tuple(found.shape)}, not {tuple(expected.shape)}")
             return
@@ -100,12 +132,17 @@ class _Comparison:
 
 
 def self_test(
-    device: torch.device, weights: Iterable[tuple[str, QuantSpec]] = WEIGHTS
+    device: torch.device, weights: Sequence[tuple[str, QuantSpec]] = WEIGHTS, size: Size = SMALL
 ) -> Iterator[Verdict]:
-    """Each of the weights (format, spec) with the kernel that would be chosen on the device, one after the other."""
-    for format_name, spec in weights:
+    """Each of the weights (format, spec) with the kernel that would be chosen on the device, one after the other.
+
+    A terminal shows which one is at work: a kernel that does not end cannot be told in the table.
+    """
+    bar = tqdm(weights, desc=f"self-test, {device}", unit="kind", leave=False, disable=None)
+    for format_name, spec in bar:
+        bar.set_postfix_str(_named(format_name, spec))
         with _one_thread():
-            tested = _test(format_name, spec, device)
+            tested = _test(format_name, spec, size, device)
         yield tested
 
 
@@ -120,13 +157,17 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _test(format_name: str, spec: QuantSpec, device: torch.device) -> Verdict:
+def _test(format_name: str, spec: QuantSpec, size: Size, device: torch.device) -> Verdict:
     comparison, kernel = _Comparison(), "none"
     try:
-        weight = _Weight.random(format_name, spec, device)
+        weight = _Weight.random(format_name, spec, size, device)
         kernel = weight.row.name
         weight.compare_products(comparison)
         weight.compare_others(comparison)
+        if size.experts is not None:
+            weight.compare_experts(comparison)
+        if size.on_cpu:
+            weight.compare_packed(comparison)
     except (RuntimeError, HfqError) as failure:  # what native kernels, PyTorch and we raise
         comparison.faults.append(" ".join(str(failure).split()))
     return Verdict(
@@ -139,15 +180,16 @@ def _test(format_name: str, spec: QuantSpec, device: torch.device) -> Verdict:
 
 @dataclass(frozen=True)
 class _Weight:
-    """A stack of random weights.
+    """A random weight, or a stack of them.
 
     Attributes:
-        exact: before they are packed, on the CPU.
-        stored: packed on the CPU, so that each fault has one cause.
-        ready: as the device's kernel reads them.
+        exact: before it is packed; on the device that computes what is right, as is `stored`.
+        stored: packed there, so that each fault has one cause.
+        ready: as the kernel of the device that is tested reads it.
         pack: quantizes a slice of rows.
     """
 
+    size: Size
     exact: Tensor
     slot: PackedSlot
     pack: Encode
@@ -158,53 +200,57 @@ class _Weight:
     generator: torch.Generator
 
     @classmethod
-    def random(cls, format_name: str, spec: QuantSpec, device: torch.device) -> _Weight:
-        generator = torch.Generator().manual_seed(0)
+    def random(cls, format_name: str, spec: QuantSpec, size: Size, device: torch.device) -> _Weight:
+        generator = torch.Generator("cpu" if size.on_cpu else device).manual_seed(0)
         slot = PackedSlot(
             base="weight",
             format=format_name,
             spec=spec,
-            out_features=_ROWS,
-            in_features=_COLUMNS,
-            experts=_EXPERTS,
+            out_features=size.rows,
+            in_features=size.columns,
+            experts=size.experts,
         )
         # In 16 bits, as most are: what kernels of a GPU pack.
-        weight = (torch.randn(slot.float_shape, generator=generator) * 0.02).bfloat16()
+        weight = _draw(generator, *slot.float_shape, dtype=torch.bfloat16) * 0.02
         method = ALGORITHMS.get("rtn")
 
         def round_to_nearest(rows: Tensor) -> QuantizedWeight:
             return method.quantize(rows, spec, method.options)
 
-        stored = pack_weight(weight, slot, round_to_nearest)
-        there = {key: tensor.to(device) for key, tensor in stored.items()}
+        packed = pack_weight(weight, slot, round_to_nearest)
+        stored = neutral_grid(slot, packed)
+        there = {key: tensor.to(device) for key, tensor in packed.items()}
         grid = neutral_grid(slot, there)
         row = dispatch.select(Problem.of(grid)).row
         ready, _ = to_kernel(grid, there, row)
-        here = neutral_grid(slot, stored)
-        return cls(weight, slot, round_to_nearest, here, ready, row, device, generator)
+        return cls(size, weight, slot, round_to_nearest, stored, ready, row, device, generator)
 
     @property
     def reference(self) -> KernelRow[Any]:
-        """Dequantizes in PyTorch and multiplies."""
+        """Dequantizes in PyTorch (or with a GPU's kernel for that alone) and multiplies."""
         return dispatch.rows(type(self.stored))[-1]
 
     def expected(self, x: Tensor, expert: int, bias: Tensor | None = None) -> Tensor:
-        return self.reference.linear(x.float(), self.stored.expert(expert), bias, False)
+        return self.reference.linear(x.float(), self.one(self.stored, expert), bias, False)
+
+    def one(self, stack: Any, expert: int) -> Any:
+        """One of a stack, or the one that there is."""
+        return stack if self.size.experts is None else stack.expert(expert)
 
     def draw(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(shape, generator=self.generator).to(dtype)
+        return _draw(self.generator, *shape, dtype=dtype)
 
     @torch.no_grad()
     def compare_products(self, comparison: _Comparison) -> None:
         """Any number of tokens, in 16 bits; what rounds float activations to 8 bits on its own, as well."""
-        one = self.ready.expert(0)
-        bias = self.draw(_ROWS, dtype=torch.bfloat16).float()
+        one = self.one(self.ready, 0)
+        bias = self.draw(self.size.rows, dtype=torch.bfloat16).float()
         modes = [(False, _ROUNDED)]
         if self.device.type == "cpu":  # kernels elsewhere do not look at it
             modes.append((True, _INT8))
-        for tokens in _TOKENS:
+        for tokens in self.size.tokens:
             # Numbers that both have.
-            x = self.draw(tokens, _COLUMNS, dtype=torch.bfloat16)
+            x = self.draw(tokens, self.size.columns, dtype=torch.bfloat16)
             expected = self.expected(x, 0, bias)
             for dtype, (int8, bound) in itertools.product(_HALVES, modes):
                 y = self.row.linear(
@@ -215,35 +261,49 @@ class _Weight:
                 comparison.check(f"{tokens} tokens of {name}{how}", y, expected, bound)
 
     def compare_others(self, comparison: _Comparison) -> None:
-        """The weight itself, some of its rows, experts, gradients, packing."""
-        one, dtype = self.ready.expert(1), torch.bfloat16
-        exact = self.reference.dequantize(self.stored.expert(1), torch.float32)
+        """The weight itself, some of its rows, gradients."""
+        one, dtype = self.one(self.ready, 1), torch.bfloat16
+        exact = self.reference.dequantize(self.one(self.stored, 1), torch.float32)
         with torch.no_grad():
             found = self.row.dequantize(one, torch.float32)
             comparison.check("dequantized", found, exact, _EXACT)
-            index = torch.randint(_ROWS, (9,), generator=self.generator)
+            index = torch.randint(
+                self.size.rows, (9,), generator=self.generator, device=exact.device
+            )
             found = self.row.lookup(one, index.to(self.device), torch.float32)
             comparison.check("rows looked up", found, exact[index], _EXACT)
 
-            counts = torch.tensor((7, 0, 13))
-            x = self.draw(int(counts.sum()), _COLUMNS, dtype=dtype)
-            parts = x.split_with_sizes(counts.tolist())
-            expected = torch.cat([self.expected(part, e) for e, part in enumerate(parts)])
-            there = (x.to(self.device), counts.to(self.device))
-            comparison.check(
-                "experts", self.row.experts(*there, self.ready, None, False), expected, _ROUNDED
-            )
-
-        x = self.draw(6, _COLUMNS, dtype=dtype).to(self.device).requires_grad_()
-        gradient = self.draw(6, _ROWS, dtype=dtype)
+        x = self.draw(6, self.size.columns, dtype=dtype).to(self.device).requires_grad_()
+        gradient = self.draw(6, self.size.rows, dtype=dtype)
         y = self.row.linear(x, one, None, False)
         (found,) = torch.autograd.grad(y, x, gradient.to(self.device))
         comparison.check("gradient", found, gradient.float() @ exact, _ROUNDED)
 
+    @torch.no_grad()
+    def compare_experts(self, comparison: _Comparison) -> None:
+        """Tokens of each, and none of one."""
+        counts = torch.tensor((7, 0, 13))
+        x = self.draw(int(counts.sum()), self.size.columns, dtype=torch.bfloat16)
+        parts = x.split_with_sizes(counts.tolist())
+        expected = torch.cat([self.expected(part, e) for e, part in enumerate(parts)])
+        there = (x.to(self.device), counts.to(self.device))
+        found = self.row.experts(*there, self.ready, None, False)
+        comparison.check("experts", found, expected, _ROUNDED)
+
+    def compare_packed(self, comparison: _Comparison) -> None:
+        """What the device makes of the weight."""
         packed = pack_weight(self.exact.to(self.device), self.slot, self.pack)
         back = neutral_grid(self.slot, {key: tensor.cpu() for key, tensor in packed.items()})
-        packed_there = self.reference.dequantize(back.expert(1), torch.float32)
-        comparison.check_packed(packed_there, exact, self.exact[1].float())
+        there, here = (
+            self.reference.dequantize(self.one(grid, 1), torch.float32)
+            for grid in (back, self.stored)
+        )
+        exact = self.exact if self.size.experts is None else self.exact[1]
+        comparison.check_packed(there, here, exact.float())
+
+
+def _draw(generator: torch.Generator, *shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, generator=generator, device=generator.device).to(dtype)
 
 
 def _named(format_name: str, spec: QuantSpec) -> str:

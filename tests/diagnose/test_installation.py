@@ -10,6 +10,7 @@ import torch
 
 from hfq.core.errors import KernelError
 from hfq.diagnose import Check, Diagnosis, doctor, installation, machine
+from hfq.diagnose.selftest import LARGE, LARGE_BYTES, Verdict
 from hfq.kernels import gpu_code, huge_pages, native
 
 
@@ -107,11 +108,12 @@ def test_a_gpu_that_is_newer_than_the_build(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8 + 4 * index, 0))
-    monkeypatch.setattr(installation, "self_test", lambda device: iter(()))
+    monkeypatch.setattr(installation, "self_test", lambda device, size: iter(()))
     status = native.NativeStatus(
         cpu=True, cuda=True, build={"cuda": {"built": True, "archs": ["80-real", "90-virtual"]}}
     )
     monkeypatch.setattr(native, "load", lambda: status)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 1 << 34))
     diagnosis = doctor()
     found = check(diagnosis, "CUDA kernels")
     assert found.status == "ok" and "sm_120 when" in found.remedy
@@ -142,7 +144,8 @@ def test_gpus_that_cannot_run_the_kernels(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9 - index, 5 * index))
-    monkeypatch.setattr(installation, "self_test", lambda device: iter(()))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 1 << 34))
+    monkeypatch.setattr(installation, "self_test", lambda device, size: iter(()))
     for archs, words in ((["80-real"], "GPUs of compute capability 9.0 do not run"), ([], "")):
         status = native.NativeStatus(
             cpu=True, cuda=True, build={"cuda": {"built": True, "archs": archs}}
@@ -178,3 +181,63 @@ def test_bandwidth_is_optional(monkeypatch):
     monkeypatch.setattr(machine, "read_bandwidth", lambda: 52e9)
     assert check(doctor(bandwidth=True), "read bandwidth").found == "52.0 GB/s"
     assert all(each.name != "read bandwidth" for each in doctor().checks)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU of compute capability 9.0 with kernels and 16 GiB free; what the self-test finds there is `faults[large]`."""
+    faults = {False: (), True: ()}
+
+    def tested(device, size):
+        wrong = faults[size == LARGE] if device.type == "cuda" else ()
+        yield Verdict(weight="nf4", kernel="cuda_fragments", count=3, faults=wrong)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 34, 1 << 34))
+    monkeypatch.setattr(installation, "self_test", tested)
+    loaded = native.NativeStatus(cpu=True, cuda=True)
+    monkeypatch.setattr(native, "load", lambda: loaded)
+    return faults
+
+
+def self_tests(diagnosis):
+    return {each.name: each for each in diagnosis.checks if each.name.startswith("self-test, cuda")}
+
+
+def test_a_gpu_is_asked_for_large_weights_too(gpu):
+    found = self_tests(doctor())
+    assert {name: each.status for name, each in found.items()} == {
+        "self-test, cuda:0": "ok",
+        "self-test, cuda:0, large": "ok",
+    }
+
+
+def test_wrong_results_of_large_weights(gpu):
+    gpu[True] = ("1 tokens of bfloat16: off by 1.0e+00 of the largest value",)
+    found = self_tests(doctor())
+    assert found["self-test, cuda:0"].status == "ok"
+    assert found["self-test, cuda:0, large, nf4"].found.endswith(gpu[True][0])
+    summary = found["self-test, cuda:0, large"]
+    assert summary.status == "broken" and "HFQ_CUDA_WGMMA=0" in summary.remedy
+
+
+def test_a_gpu_with_wrong_results_is_asked_no_more(gpu):
+    gpu[False] = ("an illegal memory access was encountered",)
+    assert list(self_tests(doctor())) == ["self-test, cuda:0, nf4", "self-test, cuda:0"]
+
+
+def test_a_gpu_without_memory_for_large_weights(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (LARGE_BYTES - 1, 1 << 34))
+    diagnosis = doctor()
+    found = check(diagnosis, "self-test, cuda:0, large")
+    assert found.status == "missing" and "2.1 GB" in found.found and diagnosis.ok
+    assert "uses the GPU" in found.remedy
+
+
+def test_a_gpu_without_our_kernels_has_none_for_large_weights(gpu, monkeypatch):
+    absent = native.NativeStatus(cpu=True, cuda=False, cuda_reason="no compiler was found")
+    monkeypatch.setattr(native, "load", lambda: absent)
+    assert list(self_tests(doctor())) == ["self-test, cuda:0"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hfq.diagnose import doctor, selftest
-from hfq.diagnose.selftest import WEIGHTS, Verdict, self_test
+from hfq.diagnose.selftest import LARGE, SMALL, WEIGHTS, Size, Verdict, self_test
 from hfq.kernels import native
 from hfq.kernels.neutral import Neutral
 from hfq.nn.packing import pack_weight
@@ -54,9 +55,34 @@ def test_kernels_of_this_machine_are_right() -> None:
         assert {"cpu_rows16", "cpu_int8", "cpu_fp8", "cpu_spqr"} <= {each.kernel for each in tested}
 
 
+# As LARGE, in what takes no seconds here.
+ALONE = Size(rows=272, columns=512, experts=None, tokens=(1, 9), on_cpu=False)
+
+
+def test_a_weight_by_itself_packed_by_the_device() -> None:
+    tested = list(self_test(CPU, size=ALONE))
+    assert len(tested) == len(WEIGHTS)
+    assert not [each for each in tested if each.faults]
+    assert {each.count for each in tested} == {
+        2 * 4 + 3
+    }  # no experts, and nothing packed elsewhere
+
+
+def test_a_packed_weight_by_itself() -> None:
+    tested = list(self_test(CPU, WEIGHTS[2:3], replace(ALONE, on_cpu=True)))
+    assert [(each.count, each.faults) for each in tested] == [(2 * 4 + 4, ())]
+
+
+def test_large_weights_take_what_large_weights_take() -> None:
+    assert LARGE.rows * LARGE.columns > 1 << 25
+    assert LARGE.rows % 64 == 16  # a last block that is not whole
+    assert LARGE.columns % 128 == 0  # float16 takes pairs of blocks with more than 64 tokens
+
+
 @pytest.mark.gpu
-def test_kernels_of_a_gpu_are_right(cuda: torch.device) -> None:
-    tested = list(self_test(cuda))
+@pytest.mark.parametrize("size", [SMALL, LARGE], ids=["small", "large"])
+def test_kernels_of_a_gpu_are_right(cuda: torch.device, size: Size) -> None:
+    tested = list(self_test(cuda, size=size))
     assert not [each for each in tested if each.faults]
     if native.load().cuda:
         assert {"cuda_fragments", "cuda_int8", "cuda_spqr"} <= {each.kernel for each in tested}
