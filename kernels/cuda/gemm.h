@@ -35,6 +35,7 @@ struct GemmPlan {
 
 struct GemmParams : LinearParams {
   GemmPlan plan;
+  int32_t partials;       // sums in the workspace that are added: those of splits, if there are several, and what else there is (spqr_gemm.h)
   Routing routing;        // runs of `plan.tokens` tokens, where there are several experts
 };
 
@@ -45,11 +46,16 @@ inline int64_t workspace_floats(const LinearParams& p, const GemmPlan& plan) {
 }
 
 GemmPlan plan_gemm(const LinearParams& params);
+// For weights of `spqr_gemm.h`: `stat_bytes` of a warp in a stage in place of scales and zero points, and `number_bytes` that it decodes.
+GemmPlan plan_gemm(const LinearParams& params, int64_t stat_bytes, int64_t number_bytes);
 // For runs of tokens that `slots` thread blocks take, of the experts' average length.
 GemmPlan plan_gemm_experts(const ExpertsParams& params);
 
 // Whether experts have so many tokens that reading their weights once for several matrix instructions pays, and the kernel can count them.
 bool takes_experts(const ExpertsParams& params);
+
+// Enqueues the kernel that adds `partials` sums, [partials, M, 16 * N16] float32, and the bias.
+const char* add_partials(const GemmParams& params, cudaStream_t stream);
 
 // Enqueues the kernels; launch_linear has set what is the launcher's to set in LinearParams.
 const char* launch_gemm(const LinearParams& params, cudaStream_t stream);

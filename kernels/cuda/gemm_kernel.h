@@ -16,98 +16,42 @@
 // instructions, which is what an H200 has slots for while they arrive (linear_kernel.h); an H100 has 140.
 #pragma once
 
-#include "fragments.h"
-#include "gemm.h"
-#include "gemm_output.h"
-#include "runs.h"
+#include "gemm_block.h"
 
 namespace hfq {
 namespace {
 
-// 16 bytes of a tensor.
-__device__ __forceinline__ const uint8_t* piece(const void* tensor, uint32_t number) {
-  return static_cast<const uint8_t*>(tensor) + static_cast<int64_t>(number) * 16;
-}
-
 template <class Kind, class T, int kTokens>
-struct GemmWarp {
-  static constexpr int kBits = Kind::kCodeBits;
-  static constexpr int kColumns = kChunkColumns<kBits>, kUnits = kColumns / kUnitColumns;
+struct GemmWarp : GemmBlock<T, kTokens, kChunkColumns<Kind::kCodeBits>, 2> {
+  using Base = GemmBlock<T, kTokens, kChunkColumns<Kind::kCodeBits>, 2>;
+  using Params = GemmParams;
+  using Part = typename Base::Part;
+  using Place = typename Base::Place;
+  using Base::column_warp, Base::first_chunk, Base::kRowBytes, Base::kTokenTiles, Base::lane, Base::p, Base::sums, Base::warp_end, Base::x_to;
+  static constexpr int kBits = Kind::kCodeBits, kTableBytes = Kind::kTable ? TableCodes::kTableBytes : 0;
+  static constexpr int kColumns = Base::kColumns, kUnits = kColumns / kUnitColumns;
   static constexpr int kBlocks = kColumns / kBlockColumns<kBits>, kBytes = kBlocks * kBlockBytes<kBits>;  // of a chunk of one tile
-  static constexpr int kRowBytes = 2 * kColumns, kRowPieces = kRowBytes / 16;  // of a chunk of one token
-  static constexpr int kRowsAtOnce = kGemmThreads / kRowPieces;  // of activations, that the threads copy: of one chunk, or of several
-  static constexpr int kChunksAtOnce = kRowsAtOnce > kTokens ? kRowsAtOnce / kTokens : 1;
-  static constexpr int kTokenTiles = kTokens / 8;
   static constexpr uint32_t kNone = ~0u;
   static constexpr float kMiddle = 1 << (kBits - 1);
 
-  // What a thread computes. Made anew where it is needed after the loop: registers of the loop are for the loop.
-  struct Part {
-    int lane, row_warps, row_warp, column_warp;
-    __device__ __forceinline__ explicit Part(const GemmParams& p) {
-      const uint32_t thread = kept(threadIdx.x);
-      lane = thread % 32;
-      row_warps = kGemmWarps >> p.plan.column_shift;
-      row_warp = thread / 32 % row_warps, column_warp = thread / 32 / row_warps;
-    }
-  };
-  // And what its thread block does.
-  struct Place : Part {
-    uint32_t first_tile, split;
-    uint32_t first_token, end_token, expert;  // more tokens than it takes may follow
-    __device__ __forceinline__ explicit Place(const GemmParams& p) : Part(p) {
-      const uint32_t block = kept(blockIdx.x);
-      // Neighbouring thread blocks read the same weights for other tokens: the second finds them in L2.
-      split = block / p.token_tiles % p.plan.splits;
-      first_tile = block / p.token_tiles / p.plan.splits * this->row_warps * kWarpTiles;
-      first_token = block % p.token_tiles * kTokens, end_token = static_cast<uint32_t>(p.tokens), expert = 0;
-      if (p.routing.counts) {
-        const Run run = find_run<kTokens>(p.routing, end_token, block % p.token_tiles);
-        first_token = run.first, end_token = run.end, expert = run.expert;
-      }
-    }
-  };
-
-  const GemmParams& p;
   uint32_t table;                    // of the lane
-  int lane, column_warp;
-  uint32_t first_chunk, end_chunk;   // of the thread block
-  uint32_t warp_end;                 // what the first chunk of a stage is less than if the warp has rows and a chunk of it
-  // What is copied next: the thread's activations, its lane's codes of the first tile, scales and zero points of group 0. Numbers of 16-byte
-  // pieces of a tensor, which take one register, and where they go, in bytes from the beginning of a stage.
-  uint32_t x_from, x_to, x_left;     // pieces to the last column that the token has in this thread block
-  int x_tokens;                      // from the thread's token to the last
+  // What is copied next: the lane's codes of the first tile, scales and zero points of group 0. Numbers of 16-byte pieces of a tensor, and where they
+  // go, in bytes from the beginning of a stage.
   uint32_t codes_from, next_tile;    // pieces to the second tile; 0 if there is none
   uint32_t scale_from, scale_to;
   uint32_t scale_unit;               // to which they belong, from the first one of a stage
   // Where from the beginning of a stage the lane's operands are.
   uint32_t x_at, codes_at, scales_at;
-  float sums[kWarpTiles][kTokenTiles][4] = {};
 
   // A stage has activations of each column warp, then codes, scales and zero points of each warp.
   __device__ __forceinline__ GemmWarp(const GemmParams& params, const Place& place, uint32_t lookups)
-      : p(params), table(kept(lookups + 4 * (threadIdx.x % 32))), lane(threadIdx.x % 32) {
+      : Base(params, place), table(kept(lookups + 4 * (threadIdx.x % 32))) {
     const Weight& w = p.weight;
-    column_warp = place.column_warp;
-    const uint32_t chunks = static_cast<uint32_t>((w.in_features + kColumns - 1) / kColumns);
-    first_chunk = place.split * p.plan.split_chunks;
-    end_chunk = first_chunk + p.plan.split_chunks < chunks ? first_chunk + p.plan.split_chunks : chunks;
-
-    const int row = threadIdx.x / kRowPieces, of_chunk = threadIdx.x % kRowPieces;
-    const int64_t token = place.first_token + row % kTokens;
-    const uint32_t from = (first_chunk + row / kTokens) * kRowPieces + of_chunk, of_row = static_cast<uint32_t>(w.in_features / 8);
-    const uint32_t end = of_row < end_chunk * kRowPieces ? of_row : end_chunk * kRowPieces;
-    x_from = kept(static_cast<uint32_t>(token * of_row + from));
-    x_to = kept(static_cast<uint32_t>(row * kRowBytes + 16 * (of_chunk ^ 4 * (row % 2))));
-    x_left = kept(from < end ? end - from : 0);
-    x_tokens = static_cast<int>(place.end_token - token < kTokens ? place.end_token - token : kTokens);
-
-    const uint32_t tiles = static_cast<uint32_t>((w.out_features + kTileRows - 1) / kTileRows), tile = place.first_tile + place.row_warp * kWarpTiles;
+    const uint32_t tiles = this->tiles(), tile = place.first_tile + place.row_warp * kWarpTiles;
     const uint32_t tile_pieces = blocks() * (kBlockBytes<kBits> / 16), zeros = has_zeros() ? kUnits * kScaleBytes : 0;
     const uint32_t codes = (kTokens * kRowBytes << p.plan.column_shift) + threadIdx.x / 32 * (kWarpTiles * kBytes + kUnits * kScaleBytes + zeros);
     // An odd number of tiles: the last one is computed twice and stored once.
     const auto of_weight = [&](uint32_t t) { return static_cast<int64_t>(t < tiles ? t : tiles - 1); };
-    warp_end = tile < tiles && end_chunk > static_cast<uint32_t>(column_warp) ? end_chunk - column_warp : 0;
     const uint32_t of_codes = place.expert * static_cast<uint32_t>(p.routing.qweight_bytes / 16);
     codes_from = kept(static_cast<uint32_t>(of_codes + of_weight(tile) * tile_pieces + (first_chunk + column_warp) * (kBytes / 16) + lane));
     next_tile = tile + 1 < tiles ? tile_pieces : 0;
@@ -136,7 +80,7 @@ struct GemmWarp {
 
   // The chunks `chunk`, of which each column warp takes one, and later those behind them.
   __device__ __forceinline__ void copy(uint32_t stage, uint32_t chunk) {
-    copy_activations(stage + x_to);
+    this->copy_activations(stage + x_to);
     if (chunk < warp_end) {
       copy_codes(stage + codes_at, chunk + column_warp);
       if (scale_unit != kNone) copy_scales(stage + scale_to, chunk * kUnits + scale_unit);
@@ -165,23 +109,6 @@ struct GemmWarp {
     const uint32_t from = scale_from + group * (pair_bytes(w.scale_dtype) / 2);
     cp_async(to, piece(w.scales, from));
     if (has_zeros()) cp_async(to + kUnits * kScaleBytes, piece(w.zeros, from));
-  }
-
-  __device__ __forceinline__ void copy_activations(uint32_t to) {
-    constexpr uint32_t kStep = kChunksAtOnce * kRowPieces;
-    const uint32_t end = kRowPieces << p.plan.column_shift, rows = kRowsAtOnce * static_cast<uint32_t>(p.weight.in_features / 8);
-    // 8-bit codes and 16 tokens: half of the threads begin with the second chunk.
-    uint32_t at = threadIdx.x / kRowPieces / kTokens * kRowPieces, from = 0;
-#pragma unroll 2
-    for (; at < end; at += kStep, from += kStep) {
-#pragma unroll
-      for (int j = 0; j < kTokens / kRowsAtOnce || j == 0; ++j)
-        // Zeros for columns behind K, which codes of padding meet, and for tokens that nobody has asked for.
-        cp_async_or_zero(to + j * kRowsAtOnce * kRowBytes, piece(p.x, x_from + j * rows + from), from < x_left && j * kRowsAtOnce < x_tokens);
-      to += kChunksAtOnce * kTokens * kRowBytes;
-    }
-    x_from += end;
-    x_left = x_left > end ? x_left - end : 0;
   }
 
   // ---- from a stage to sums
@@ -272,10 +199,10 @@ struct GemmWarp {
     }
   }
 
-  // A stage, whose first chunk is `chunk`. `all_x_sums`: [column warps][kUnits][kTokens] floats of shared memory.
-  __device__ __forceinline__ void add(uint32_t stage, uint32_t chunk, float* all_x_sums) {
+  // A stage, whose first chunk is `chunk`. `scratch`: sums of activations, [column warps][kUnits][kTokens] floats of shared memory.
+  __device__ __forceinline__ void add(uint32_t stage, uint32_t chunk, uint8_t* scratch) {
     const uint32_t x[2] = {stage + x_at, stage + (x_at ^ 64)};
-    float* x_sums = all_x_sums + column_warp * kUnits * kTokens;
+    float* x_sums = reinterpret_cast<float*>(scratch) + column_warp * kUnits * kTokens;
     if (has_zeros()) {
       const Part part(p);
       for (int tile = part.row_warp; tile < kTokenTiles; tile += part.row_warps) {
@@ -291,98 +218,15 @@ struct GemmWarp {
     }
   }
 
-  // ---- from sums to memory
-
-  // Through shared memory: warps of other columns are added, in their order, and rows are stored side by side.
-  __device__ __forceinline__ void store_sums(float* partial) const {
-    const Place place(p);
-    const int rows = place.row_warps * kWarpTiles * kTileRows, stride = rows + 4;  // 8 lanes apart are 4 tokens: other banks
-    const int64_t padded = (p.weight.out_features + kTileRows - 1) / kTileRows * kTileRows;
-    LinearParams own = p;
-    if (own.bias) own.bias = static_cast<const uint8_t*>(own.bias) + place.expert * p.routing.bias_bytes;
-    sync_block();
-    if (place.first_tile + place.row_warp * kWarpTiles < padded / kTileRows) {
-#pragma unroll
-      for (int i = 0; i < kWarpTiles; ++i)
-#pragma unroll
-        for (int tile = 0; tile < kTokenTiles; ++tile)
-#pragma unroll
-          for (int c = 0; c < 4; ++c) {
-            const int token = place.column_warp * kTokens + 8 * tile + 2 * (place.lane % 4) + c % 2;
-            partial[token * stride + (place.row_warp * kWarpTiles + i) * kTileRows + place.lane / 4 + 8 * (c / 2)] = sums[i][tile][c];
-          }
-    }
-    sync_block();
-    for (int at = 4 * threadIdx.x; at < kTokens * rows; at += 4 * kGemmThreads) {
-      const int64_t n = static_cast<int64_t>(place.first_tile) * kTileRows + at % rows, m = static_cast<int64_t>(place.first_token) + at / rows;
-      if (n >= padded || m >= place.end_token) continue;
-      float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-      for (int warp = 0; warp < 1 << p.plan.column_shift; ++warp)
-        sum = plus(sum, *reinterpret_cast<const float4*>(partial + (warp * kTokens + at / rows) * stride + at % rows));
-      if (p.plan.splits > 1)
-        store(reinterpret_cast<float4*>(p.workspace + (place.split * p.tokens + m) * padded + n), sum);
-      else
-        store_rows<T>(own, m, n, sum);
-    }
-  }
 };
-
-template <class Kind, class T, int kTokens>
-__global__ void __launch_bounds__(kGemmThreads, kTokens < kMostTokens ? 2 : 1) gemm_kernel(const GemmParams p) {
-  uint8_t* shared = shared_memory();
-  float* x_sums = reinterpret_cast<float*>(shared + (Kind::kTable ? TableCodes::kTableBytes : 0));
-  uint8_t* partial = reinterpret_cast<uint8_t*>(x_sums) + p.plan.sums_bytes;
-  const uint32_t ring = kept(shared_address(partial));
-  const typename GemmWarp<Kind, T, kTokens>::Place place(p);
-  if (place.first_token >= place.end_token) return;  // behind the last run
-  if (p.routing.counts && place.expert == p.routing.experts) {
-    const Run none = {place.expert, place.first_token, place.end_token};
-    return store_zeros(static_cast<uint16_t*>(p.y), p.weight.out_features, none, static_cast<int64_t>(place.first_tile) * kTileRows,
-                       place.row_warps * kWarpTiles * kTileRows, kGemmThreads);
-  }
-  GemmWarp<Kind, T, kTokens> mine(p, place, shared_address(shared));
-  const uint32_t step = 1u << p.plan.column_shift, stages = p.plan.stages;
-
-  for (uint32_t i = 0; i + 1 < stages; ++i) {
-    const uint32_t chunk = mine.first_chunk + i * step;
-    if (chunk < mine.end_chunk) mine.copy(ring + i * p.plan.stage_bytes, chunk);
-    cp_async_commit();
-  }
-  if constexpr (Kind::kTable) TableCodes::fill<T>(shared, p.weight.codebook);
-
-  uint32_t at = 0;  // the stage of `chunk`
-  for (uint32_t chunk = mine.first_chunk; chunk < mine.end_chunk; chunk += step) {
-    if (stages == 4)
-      cp_async_wait<2>();
-    else if (stages == 3)
-      cp_async_wait<1>();
-    else
-      cp_async_wait<0>();
-    sync_block();  // this stage is there for all warps, and the one before, which is filled next, has been read by all
-    const uint32_t next = chunk + (stages - 1) * step;
-    if (next < mine.end_chunk) mine.copy(ring + (at == 0 ? stages - 1 : at - 1) * p.plan.stage_bytes, next);
-    cp_async_commit();
-    mine.add(ring + at * p.plan.stage_bytes, chunk, x_sums);
-    at = at + 1 == stages ? 0 : at + 1;
-  }
-  cp_async_wait<0>();
-  mine.store_sums(reinterpret_cast<float*>(partial));
-}
 
 // ---- launcher ----
 
-template <class Kind, class T, int kTokens>
-const char* launch_tokens(const GemmParams& p, cudaStream_t stream) {
-  const int64_t rows = kGemmWarps * kWarpTiles * kTileRows >> p.plan.column_shift;
-  const int64_t blocks = (p.weight.out_features + rows - 1) / rows * p.plan.splits * p.token_tiles;
-  return launch(gemm_kernel<Kind, T, kTokens>, static_cast<unsigned>(blocks), kGemmThreads, p.plan.shared_bytes, stream, p);
-}
-
 template <class Kind, class T>
 const char* launch_dtype(const GemmParams& p, cudaStream_t stream) {
-  if (p.plan.tokens == 16) return launch_tokens<Kind, T, 16>(p, stream);
-  if (p.plan.tokens == 32) return launch_tokens<Kind, T, 32>(p, stream);
-  return launch_tokens<Kind, T, 64>(p, stream);
+  if (p.plan.tokens == 16) return launch_gemm_warps<GemmWarp<Kind, T, 16>>(p, stream);
+  if (p.plan.tokens == 32) return launch_gemm_warps<GemmWarp<Kind, T, 32>>(p, stream);
+  return launch_gemm_warps<GemmWarp<Kind, T, 64>>(p, stream);
 }
 
 template <class Kind>

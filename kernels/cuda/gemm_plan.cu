@@ -12,6 +12,7 @@ namespace {
 constexpr float kBytesPerClock = 28;       // from L2 to a multiprocessor: 6.5 TB/s, 132 of them, 1.75 GHz; an A100 has 29 (4.4 TB/s at 1.41)
 constexpr float kMmaClocks = 5;            // of one mma.m16n8k16 on one of four schedulers; an A100 takes 8
 constexpr float kUnitInstructions = 45;    // for a unit of one tile, 22 of them for codes; each mma and load of activations is one more
+constexpr float kSpqrUnitInstructions = 75;
 constexpr float kReductionClocks = 3500;   // until a second kernel has started and ended, 2 us
 constexpr float kStartClocks = 1000;       // until a block's first stage is there
 constexpr float kSharedBytesPerClock = 128;
@@ -22,11 +23,14 @@ struct Candidate {
   int64_t multiprocessors, columns, chunks;  // columns of a chunk
   GemmPlan plan;
   int64_t runs = 0;  // of tokens of experts, or 0
+  // Of a warp: scales and zero points in a stage, or what they are decoded from; numbers that it decodes.
+  int64_t scale_bytes, number_bytes = 0;
 
   Candidate(const LinearParams& params)
       : p(params), multiprocessors(hfq::multiprocessors()), columns(params.weight.bits == 8 ? kChunkColumns<8> : kChunkColumns<4>), plan() {
     if (multiprocessors < 1) multiprocessors = 1;
     chunks = divided(params.weight.in_features, columns);
+    scale_bytes = columns / kUnitColumns * kScaleBytes * (params.weight.zeros ? 2 : 1);
   }
 
   int64_t rows() const { return kGemmWarps * kWarpTiles * kTileRows >> plan.column_shift; }
@@ -40,9 +44,9 @@ struct Candidate {
   bool fit(int64_t most) {
     const Weight& w = p.weight;
     const int64_t units = columns / kUnitColumns, codes = kTileRows * columns * (w.bits == 3 ? 3 : w.bits) / 8;
-    const int64_t warp = kWarpTiles * codes + units * kScaleBytes * (w.zeros ? 2 : 1);
+    const int64_t warp = kWarpTiles * codes + scale_bytes;
     plan.stage_bytes = static_cast<int32_t>((plan.tokens * columns * 2 << plan.column_shift) + kGemmWarps * warp);
-    plan.sums_bytes = w.zeros ? static_cast<int32_t>(units * plan.tokens * 4 << plan.column_shift) : 0;
+    plan.sums_bytes = static_cast<int32_t>(w.zeros ? units * plan.tokens * 4 << plan.column_shift : kGemmWarps * number_bytes);
     plan.stages = kMostStages;
     while (plan.stages >= 2 && bytes() > most) --plan.stages;
     plan.shared_bytes = static_cast<int32_t>(bytes());
@@ -63,7 +67,7 @@ struct Candidate {
     const float k = static_cast<float>(plan.split_chunks * columns), tokens = static_cast<float>(plan.tokens);
     const float bytes = k * (rows() * (p.weight.bits / 8.0f) + 2 * tokens);
     const float mmas = tokens / 4, loads = tokens / 16;  // of a unit of one tile
-    const float issue = kUnitInstructions + mmas + loads, tensor = mmas * kMmaClocks;
+    const float issue = (number_bytes ? kSpqrUnitInstructions : kUnitInstructions) + mmas + loads, tensor = mmas * kMmaClocks;
     const float compute = k / kUnitColumns * rows() / kTileRows * (issue > tensor ? issue : tensor) / 4;
     const float read = bytes / kBytesPerClock;
     float all = share * ((read > compute ? read : compute) + 2 * partial_bytes() / kSharedBytesPerClock) + kStartClocks;
@@ -72,14 +76,12 @@ struct Candidate {
   }
 };
 
-}  // namespace
-
-GemmPlan plan_gemm(const LinearParams& params) {
+// As few token tiles as there can be: each computes the weights' numbers again. Small shared memory may ask for more.
+GemmPlan best_plan(Candidate c) {
   const int64_t most_shared = static_cast<int64_t>(most_shared_bytes());
-  Candidate c(params);
+  const LinearParams& params = c.p;
   GemmPlan best = {};
   float least = 0;
-  // As few token tiles as there can be: each computes the weights' numbers again. Small shared memory may ask for more.
   for (int32_t tokens = params.tokens <= 16 ? 16 : params.tokens <= 32 ? 32 : kMostTokens; tokens >= 16 && !best.stages; tokens /= 2) {
     for (int32_t shift = 0; 1 << shift <= kGemmWarps; ++shift) {
       for (int32_t splits = 1; splits <= kMostSplits && (splits == 1 || c.chunks >= int64_t{4} * splits << shift); ++splits) {
@@ -97,6 +99,16 @@ GemmPlan plan_gemm(const LinearParams& params) {
     }
   }
   return best;
+}
+
+}  // namespace
+
+GemmPlan plan_gemm(const LinearParams& params) { return best_plan(Candidate(params)); }
+
+GemmPlan plan_gemm(const LinearParams& params, int64_t stat_bytes, int64_t number_bytes) {
+  Candidate c(params);
+  c.scale_bytes = stat_bytes, c.number_bytes = number_bytes;
+  return best_plan(c);
 }
 
 GemmPlan plan_gemm_experts(const ExpertsParams& params) {
