@@ -1,7 +1,7 @@
 """CUDA kernels of format ``spqr``: dense low-bit weights and sparse outliers in one pass.
 
-Few tokens: the packed weight is read directly (`cuda_spqr_linear`), scales decoded in the kernel. More: it is dequantized,
-some rows at a time, and multiplied by the matrix library.
+Up to 256 tokens: the packed weight is read directly (`cuda_spqr_linear`), scales decoded in the kernel. More: it is
+dequantized, some rows at a time, and multiplied by the matrix library.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from .row import AllAtOnce, Problem
 
 __all__ = ["MAX_DIRECT_TOKENS", "CudaSpqr"]
 
-# Each 8 tokens take a pass over the weight. Measured on an H200, 4096 x 14336: 16 tokens 64 us, 32 106, and 64 tokens dequantized 176.
-MAX_DIRECT_TOKENS = 32
+# Each 64 tokens compute the weight's numbers once more. Reasoned, not measured: that takes 20 us for 4096 x 14336 on an H200, where
+# 256 tokens dequantized take 135.
+MAX_DIRECT_TOKENS = 256
 
-# Of experts, in one launch: one after the other costs some 20 us more for each. Meanwhile a pass multiplies so often, if 8 tokens and
-# 4096 x 14336 weights take 35 us. Not measured: reasoned from that figure.
-_EXPERT_PRODUCTS = 1 << 28
+# Of experts, in one launch, each 8 tokens take a pass over the weight. One after the other costs some 20 us more for each. Meanwhile a
+# pass multiplies so often, if 8 tokens and 4096 x 14336 weights take 35 us. Not measured: reasoned from that figure.
+_EXPERT_TOKENS, _EXPERT_PRODUCTS = 32, 1 << 28
 
 _MOST_COLUMNS = 1 << 19
 # Columns of one matrix instruction: groups end with them.
@@ -35,7 +36,7 @@ _HALF = 16
 
 
 class CudaSpqr(AllAtOnce):
-    """Native CUDA kernels; see `kernels/cuda/spqr_linear_kernel.h`."""
+    """Native CUDA kernels; see `kernels/cuda/spqr_linear_kernel.h` and `spqr_gemm.h`."""
 
     name = "cuda_spqr"
 
@@ -86,7 +87,7 @@ class CudaSpqr(AllAtOnce):
         return y
 
     def reads_counts_on_device(self, x: Tensor, tokens: int, grid: SpqrGrid) -> bool:
-        each = MAX_DIRECT_TOKENS + _EXPERT_PRODUCTS // (grid.in_features * grid.out_features)
+        each = _EXPERT_TOKENS + _EXPERT_PRODUCTS // (grid.in_features * grid.out_features)
         return x.dtype.itemsize == 2 and takes_all_experts(x, tokens, grid, each)
 
     def lookup(self, grid: SpqrGrid, index: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,7 +2,7 @@
 
     cuda_spqr_dequantize          tiles -> [N, K]               native on CUDA; elsewhere the reference
     cuda_spqr_lookup              index [T], tiles -> [T, K]    the same; rows of a table; no gradient, index is int64
-    cuda_spqr_linear              x, tiles -> x W^T + bias      the same; x [M, K] in float16 or bfloat16, for few tokens
+    cuda_spqr_linear              x, tiles -> x W^T + bias      the same; x [M, K] in float16 or bfloat16
     cuda_spqr_linear_dequantized  x, tiles -> x W^T + bias      cuda_spqr_dequantize, then a matrix product; some rows of W at a time
     cuda_spqr_linear_gradient     grad, tiles -> grad W         the same
     cuda_spqr_experts_linear      x, counts, stacks of tiles    native on CUDA; no gradient; see `hfq.kernels.cuda_ops`

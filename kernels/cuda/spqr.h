@@ -41,8 +41,8 @@ struct SpqrLinearParams {
   int64_t tokens;        // M
   DType x_dtype;         // of x and y: kFloat16 or kBFloat16
   DType bias_dtype;
+  float* workspace;      // as many floats as spqr_workspace says
   // What follows is set by the launcher.
-  uint32_t token_tiles;   // ceil(M / 8)
   uint32_t short_groups;  // groups may end behind 16 columns, not only behind 32
   uint32_t last_group;    // G - 1
   uint32_t group_magic;   // of parts of 16 or 32 columns
@@ -73,6 +73,9 @@ struct SpqrUnpackParams {
   uint32_t group_magic;     // of parts of 16 columns
   uint32_t tiles_per_stat;  // of 16 rows
 };
+
+// Floats of memory that the kernels need, aligned to 16 bytes; on the current device, which is that of the launch.
+int64_t spqr_workspace(const SpqrLinearParams& params);
 
 // Enqueue the kernels. Return null, or CUDA's description of the error. K below 2^19.
 const char* launch_spqr_linear(const SpqrLinearParams& params, cudaStream_t stream);

@@ -1,5 +1,5 @@
 // Which kernel multiplies, and which columns share a scale.
-#include "spqr.h"
+#include "spqr_gemm.h"
 #include "target.h"
 
 namespace hfq {
@@ -12,12 +12,17 @@ void set_groups(SpqrLinearParams& p) {
   p.group_magic = group_magic(w, p.short_groups ? kHalfColumns : kUnitColumns);
 }
 
+// A matrix instruction takes 8 tokens.
+constexpr int64_t kFewTokens = 8;
+
 }  // namespace
+
+int64_t spqr_workspace(const SpqrLinearParams& p) { return p.tokens <= kFewTokens || p.weight.out_features == 0 ? 0 : spqr_gemm_workspace(p); }
 
 const char* launch_spqr_linear(const SpqrLinearParams& params, cudaStream_t stream) {
   if (params.tokens == 0 || params.weight.out_features == 0) return nullptr;
+  if (params.tokens > kFewTokens) return launch_spqr_gemm(params, stream);
   SpqrLinearParams p = params;
-  p.token_tiles = static_cast<uint32_t>((p.tokens + 7) / 8);
   set_groups(p);
   if (p.weight.bits == 2) return launch_spqr_linear2(p, stream);
   if (p.weight.bits == 3) return launch_spqr_linear3(p, stream);

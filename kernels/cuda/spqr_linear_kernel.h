@@ -1,4 +1,5 @@
-// The kernel of cuda_spqr_linear, for one number of bits in each file that includes this: dense low-bit and sparse outliers in one pass.
+// The kernel of cuda_spqr_linear for up to 8 tokens, for one number of bits in each file that includes this: dense low-bit and sparse outliers in one
+// pass. (More: spqr_gemm.h.)
 //
 // As linear_kernel.h: a thread block takes one or two tiles of 16 rows and up to 8 tokens, its 8 warps every eighth step of 128 columns, whose
 // operands arrive through rings in shared memory (spqr_ring.h); partial sums meet there, too, and are added in a fixed order. What differs
@@ -280,10 +281,7 @@ __device__ __forceinline__ void spqr_block(const SpqrLinearParams& p, int64_t fi
 
 template <class T, class Warp>
 __global__ void __launch_bounds__(kThreads, kResident<Warp::kTokens>) spqr_linear_kernel(const SpqrLinearParams p) {
-  // Neighbouring thread blocks read the same weights for other tokens: the second finds them in L2.
-  const uint32_t tile_block = Warp::kTokens == 1 ? blockIdx.x : blockIdx.x / p.token_tiles;
-  const int64_t first_token = static_cast<int64_t>(blockIdx.x - tile_block * p.token_tiles) * Warp::kTokens;
-  spqr_block<T, Warp>(p, static_cast<int64_t>(tile_block) * Warp::kTiles, first_token);
+  spqr_block<T, Warp>(p, static_cast<int64_t>(blockIdx.x) * Warp::kTiles, 0);
 }
 
 // The same for tokens that are sorted by expert: what a thread block of experts_kernel.h is to one of linear_kernel.h.
@@ -317,7 +315,7 @@ const char* launch_warps(const SpqrLinearParams& params, cudaStream_t stream) {
   const int64_t tiles = (p.weight.out_features + kTileRows - 1) / kTileRows;
   const int64_t tokens = p.tokens < Warp::kTokens ? p.tokens : Warp::kTokens;
   const size_t shared = plan_rings<typename Warp::Ring>(p, tokens, kBesideRings<Warp>, kResident<Warp::kTokens>);
-  const unsigned blocks = static_cast<unsigned>((tiles + Warp::kTiles - 1) / Warp::kTiles * p.token_tiles);
+  const unsigned blocks = static_cast<unsigned>((tiles + Warp::kTiles - 1) / Warp::kTiles);
   return launch_early(spqr_linear_kernel<T, Warp>, blocks, kThreads, evenly(shared, blocks), stream, p);
 }
 
@@ -328,7 +326,7 @@ const char* launch_groups(const SpqrLinearParams& p, cudaStream_t stream) {
   // enough for all multiprocessors. (Two of 2 bits in short groups leave too few registers.)
   if constexpr (!kShort || kBits > 2) {
     const int64_t tiles = (p.weight.out_features + kTileRows - 1) / kTileRows;
-    if (tiles * p.token_tiles >= int64_t{4} * multiprocessors()) return launch_warps<T, SeveralTokens<kBits, T, kShort, 2>>(p, stream);
+    if (tiles >= int64_t{4} * multiprocessors()) return launch_warps<T, SeveralTokens<kBits, T, kShort, 2>>(p, stream);
   }
   return launch_warps<T, SeveralTokens<kBits, T, kShort, 1>>(p, stream);
 }

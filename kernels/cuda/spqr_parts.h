@@ -6,6 +6,10 @@
 
 namespace hfq {
 
+// Bytes of one group: of the codes of a tile, and of the lines.
+__host__ __device__ __forceinline__ uint32_t group_code_bytes(const SpqrWeight& w) { return w.wide_codes ? 32 : 16; }
+__host__ __device__ __forceinline__ uint32_t line_bytes(const SpqrWeight& w) { return w.stat_dtype == kFloat32 ? 16 : 8; }
+
 struct Span {
   uint32_t begin, end;
 };

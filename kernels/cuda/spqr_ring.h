@@ -14,17 +14,13 @@
 #pragma once
 
 #include "fragments.h"
-#include "spqr.h"
+#include "spqr_parts.h"
 
 namespace hfq {
 namespace {
 
 constexpr int kStepColumns = 128;
 constexpr int kWarps = 8;
-
-// Bytes of one group: of the codes of a tile, and of the lines.
-inline __device__ uint32_t group_code_bytes(const SpqrWeight& w) { return w.wide_codes ? 32 : 16; }
-inline __device__ uint32_t line_bytes(const SpqrWeight& w) { return w.stat_dtype == kFloat32 ? 16 : 8; }
 
 template <int kBits, bool kShort, int kTokens, int kTiles>
 struct SpqrRing {

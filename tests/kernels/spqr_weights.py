@@ -32,12 +32,14 @@ class Weight:
     Attributes:
         neutral, ready: as stored and as the CUDA kernels read it.
         values, magnitudes: exact weights `[N, K]` in float64, and bounds of what is added up in their place.
+        dense: the weights without outliers.
     """
 
     neutral: SpqrGrid
     ready: SpqrGrid
     values: Tensor
     magnitudes: Tensor
+    dense: Tensor
 
     def reference(self, dtype: torch.dtype) -> Tensor:
         return reference.spqr_dequantize(*operands(self.neutral), *sizes(self.neutral), dtype)
@@ -49,10 +51,14 @@ class Weight:
         if bias is not None:
             expected += bias.double()
             largest += bias.double().abs()
-        # Sums in float32: of 16 columns at a time two instructions and four operations, in one of 8 warps; of outliers in 16 threads.
+        # Sums in float32. Few tokens: of 16 columns at a time two instructions and four operations, in one of 8 warps; of outliers in 16
+        # threads. More: one instruction, perhaps in one warp; of outliers in 1 to 4; and dense weights are rounded to 16 bits.
         most = int(self.neutral.offsets.diff().max())
-        roundings = 24 + x.shape[1] / 16 * 6 / 8 + 2 * most / 16
+        few = len(x) <= 8
+        roundings = 24 + x.shape[1] / 16 * (6 / 8 if few else 1) + (2 * most / 16 if few else most)
         bound = roundings * 2.0**-24 * largest + ROUNDING[x.dtype] * expected.abs() + 2.0**-25
+        if not few:
+            bound += x.double().abs() @ (ROUNDING[x.dtype] * self.dense.abs() + 2.0**-25).T
         assert y.dtype == x.dtype and y.shape == expected.shape
         error = (y.double() - expected).abs()
         assert (error <= bound).all(), (error / bound).max()
@@ -111,12 +117,13 @@ def random_weight(
     by_column, middle = torch.arange(columns) // group_size, float(1 << (bits - 1))
     scale, zero = (offset + scaled)[:, by_column], (zero_offset + zero_scaled)[:, by_column]
     dense = (codes.double() - zero) * scale
-    dense[chosen] += values.double()
+    exact = dense.clone()
+    exact[chosen] += values.double()
     largest_zero = middle + (zero_offset.abs() + zero_scaled.abs())[:, by_column]
     magnitudes = (codes.double() - middle).abs() + largest_zero
     magnitudes *= (offset.abs() + scaled.abs())[:, by_column]
     magnitudes[chosen] += values.double().abs()
-    return Weight(neutral, prepared(neutral), dense, magnitudes)
+    return Weight(neutral, prepared(neutral), exact, magnitudes, dense)
 
 
 def prepared(grid: SpqrGrid) -> SpqrGrid:

@@ -1,4 +1,4 @@
-"""Accesses to memory that nothing orders, in a product of each kernel for 4 bits; HFQ_TEST_RACES=1 looks for them in all tests of emulated kernels."""
+"""Accesses to memory that nothing orders, in a product of each kernel for 4 bits (of format `spqr`, of more than 8 tokens); HFQ_TEST_RACES=1 looks for them in all tests of emulated kernels."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import torch
 from cuda_emulator import Emulator, build_watched
 from fragments_weights import Kind, Shape
 from fragments_weights import random_weight as make
+from spqr_weights import random_weight as make_spqr
 
 WATCHED = (
     *("gemm.cu", "gemm_int4.cu", "linear_int4.cu", "wgmma_int4.cu", "wgmma_tokens.cu"),
-    *("wide_int4.cu", "wide_table4.cu"),
+    *("wide_int4.cu", "wide_table4.cu", "spqr_gemm.cu", "spqr_gemm4.cu"),
 )
 CLUSTERS = 1 << 20  # multiprocessors: as many blocks as are wanted
 
@@ -86,3 +87,12 @@ def test_nothing_races(
         x, w.operands, None, w.sizes, product.multiprocessors, capability=product.capability
     )
     w.check(y, x, rounded=product.rounded, digits=product.digits)
+
+
+@pytest.mark.parametrize("tokens", [14, 20, 70])
+def test_nothing_races_where_outliers_are_added(
+    watched: Any, generator: torch.Generator, tokens: int
+) -> None:
+    w = make_spqr(generator, (70, 1096, 16), bits=4)
+    x = torch.randn(tokens, 1096, generator=generator).bfloat16()
+    w.check(watched.spqr_linear(x, w.ready, None, multiprocessors=3), x)

@@ -72,7 +72,7 @@ def test_products(
     rows, columns, _ = shape
     for dtype, stat_dtype, stat_bits in zip(HALVES, FLOATS, (3, 6), strict=False):
         w = make(shape, bits=bits, stats=(stat_bits, 64), dtype=stat_dtype)
-        for tokens in (0, 1, 3, 8, 19):
+        for tokens in (0, 1, 3, 8, 19, 40, 150):
             x = torch.randn(tokens, columns, generator=generator).to(dtype)
             bias = torch.randn(rows, generator=generator) if tokens % 2 else None
             bias_there = None if bias is None else bias.to(cuda)
@@ -91,7 +91,7 @@ def test_a_token_gives_the_same_beside_others(
     group_size: int,
 ) -> None:
     """One token, several, and several with two tiles at once, which takes many rows."""
-    for rows, tokens in ((80, 7), (33000, 2), (33000, 11)):
+    for rows, tokens in ((80, 7), (33000, 2), (33000, 8)):
         w = make((rows, 520, group_size), bits=bits)
         x = torch.randn(tokens, 520, generator=generator).to(torch.bfloat16)
         y = linear(x.to(cuda), w.ready)
@@ -162,19 +162,21 @@ def test_opcheck(make: Callable[..., Any], generator: torch.Generator, cuda: tor
         index = torch.tensor([3, 39], device=cuda)
         check(hfq.cuda_spqr_lookup.default, (index, *ready, *numbers, torch.float16))
         check(hfq.cuda_spqr_linear.default, (x, *ready, bias, *numbers))
+        check(hfq.cuda_spqr_linear.default, (x.detach().repeat(5, 1), *ready, None, *numbers))
         check(hfq.cuda_spqr_linear_dequantized.default, (x, *ready, None, *numbers))
         grad = torch.randn(3, 40, generator=generator).to(cuda, torch.bfloat16).requires_grad_()
         check(hfq.cuda_spqr_linear_gradient.default, (grad, *ready, *numbers))
 
 
+@pytest.mark.parametrize("tokens", [2, 50])
 def test_in_a_cuda_graph(
-    make: Callable[..., Any], generator: torch.Generator, cuda: torch.device
+    make: Callable[..., Any], generator: torch.Generator, cuda: torch.device, tokens: int
 ) -> None:
     grid = make((1024, 4096, 16)).ready
-    x = torch.randn(2, 4096, generator=generator).to(cuda, torch.bfloat16)
+    x = torch.randn(tokens, 4096, generator=generator).to(cuda, torch.bfloat16)
     graph, y = captured(lambda: linear(x, grid))
     for _ in range(2):
-        x.copy_(torch.randn(2, 4096, generator=generator))
+        x.copy_(torch.randn(tokens, 4096, generator=generator))
         graph.replay()
         assert torch.equal(y, linear(x, grid))
 

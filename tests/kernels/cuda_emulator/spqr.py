@@ -28,7 +28,8 @@ class SpqrLinearParams(Params):
         *fields(POINTER, "x", "bias", "y"),
         ("tokens", SIZE),
         *fields(INT, "x_dtype", "bias_dtype"),
-        *fields(INT, "token_tiles", "short_groups", "last_group", "group_magic"),
+        ("workspace", POINTER),
+        *fields(INT, "short_groups", "last_group", "group_magic"),
         *fields(INT, "row_bytes", "steps", "last_step", "stages", "stage_bytes"),
         *fields(INT, "tile_stats", "stage_tokens", "ring_bytes"),
     )
@@ -73,7 +74,9 @@ class Spqr(Launchers):
         y = output(len(x), grid.out_features, dtype=x.dtype)
         params = SpqrLinearParams(weight=_weight(grid), x=x, bias=bias, y=y, tokens=len(x))
         self.set_device(multiprocessors, shared_bytes)
-        self.launch("spqr_linear", params, y)
+        workspace = torch.full((self.ask("spqr_workspace", params),), torch.nan)
+        params.workspace = workspace.data_ptr()
+        self.launch("spqr_linear", params, y, workspace)
         return y
 
     def spqr_unpack(self, index: Tensor | None, grid: SpqrGrid, dtype: torch.dtype) -> Tensor:

@@ -92,7 +92,7 @@ def check_schemas() -> None:
     check(hfq.cuda_spqr_lookup.default, (torch.tensor([3, 39]), *ready, *numbers, torch.float32))
 
 
-check_modules(N, K, ROW, [("spqr", spec) for spec in SPECS], many=40)
+check_modules(N, K, ROW, [("spqr", spec) for spec in SPECS], many=260)
 check_table(N, K, "spqr", SpqrSpec(outliers=0.02))
 check_arguments()
 check_schemas()

@@ -23,6 +23,7 @@ int64_t takes_wide(const hfq::LinearParams* params) { return hfq::takes_wide(*pa
 int64_t takes_wgmma(const hfq::LinearParams* params) { return hfq::takes_wgmma(*params); }
 void wide_plan(int64_t tiles, int64_t steps, const hfq::WideShape* shape, hfq::WidePlan* plan) { *plan = hfq::plan_wide(tiles, steps, *shape); }
 const char* linear(const hfq::LinearParams* params) { return hfq::launch_linear(*params, nullptr); }
+int64_t spqr_workspace(const hfq::SpqrLinearParams* params) { return hfq::spqr_workspace(*params); }
 const char* spqr_linear(const hfq::SpqrLinearParams* params) { return hfq::launch_spqr_linear(*params, nullptr); }
 const char* spqr_unpack(const hfq::SpqrUnpackParams* params) { return hfq::launch_spqr_unpack(*params, nullptr); }
 const char* experts(const hfq::ExpertsParams* params) { return hfq::launch_experts(*params, nullptr); }

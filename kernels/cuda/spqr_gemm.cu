@@ -1,0 +1,160 @@
+// How spqr_gemm.h is put together: x by columns, outliers, the dense part, and the sum of all.
+//
+// An outlier meets one activation of each token. With x as it is, these lie in as many lines of memory: 64 tokens times 0.5 % of 4096 x 14336 weights
+// would read 600 MB from L2. So x is put by columns first, tokens of a tile next to each other, and a warp reads those of an outlier at once.
+#include "spqr_gemm.h"
+
+#include "gemm_output.h"
+#include "spqr_parts.h"
+#include "target.h"
+
+namespace hfq {
+namespace {
+
+constexpr int kThreads = 256, kSparseThreads = 32 * kTileRows;
+constexpr int kSlabColumns = 64;  // that a thread block of by_columns_kernel takes
+
+// ---- kernels
+
+// x_columns from x: 64 columns of a tile of tokens. Those that do not exist are zeros.
+template <int kTokens>
+__global__ void __launch_bounds__(kThreads) by_columns_kernel(const SpqrGemmParams p) {
+  constexpr uint32_t kPieces = kSlabColumns / 8, kWords = kSlabColumns / 2 + 1;  // words of a token, of 32-bit, with one to other banks
+  uint32_t* const shared = reinterpret_cast<uint32_t*>(shared_memory());
+  const uint32_t columns = static_cast<uint32_t>(p.weight.in_features), slabs = (columns + kSlabColumns - 1) / kSlabColumns;
+  const uint32_t tile = blockIdx.x / slabs, first = blockIdx.x % slabs * kSlabColumns;
+  for (uint32_t i = threadIdx.x; i < kTokens * kPieces; i += kThreads) {
+    const uint32_t token = i / kPieces, column = first + i % kPieces * 8;
+    const int64_t m = static_cast<int64_t>(tile) * kTokens + token;
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (m < p.tokens && column < columns) v = load(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(p.x) + m * columns + column));
+    uint32_t* const to = shared + token * kWords + i % kPieces * 4;
+    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+  }
+  sync_block();
+  for (uint32_t i = threadIdx.x; i < kSlabColumns * kTokens / 2; i += kThreads) {
+    const uint32_t column = i / (kTokens / 2), token = i % (kTokens / 2) * 2;
+    if (first + column >= columns) continue;
+    const uint32_t low = shared[token * kWords + column / 2], high = shared[(token + 1) * kWords + column / 2];
+    const uint32_t pair = column % 2 ? permute_bytes(low, high, 0x7632u) : permute_bytes(low, high, 0x5410u);
+    store(reinterpret_cast<uint32_t*>(p.x_columns) + ((static_cast<int64_t>(tile) * columns + first + column) * kTokens + token) / 2, pair);
+  }
+}
+
+// The products of outliers: a thread block has a tile of rows and of tokens, a warp one row, whose outliers it takes 32 at a time; kTokens / 2 lanes
+// have two tokens each, and where those are not all, others take every second, or fourth outlier. They are added in one order.
+template <class T, int kTokens>
+__global__ void __launch_bounds__(kSparseThreads) outliers_kernel(const SpqrGemmParams p) {
+  constexpr int kLanes = kTokens / 2, kShare = 32 / kLanes, kStride = kTokens + 1;
+  const SpqrWeight& w = p.spqr;
+  float* const sums = reinterpret_cast<float*>(shared_memory());  // [16][kStride]
+  const uint32_t tile = blockIdx.x / p.token_tiles, token_tile = blockIdx.x % p.token_tiles, lane = threadIdx.x % 32, row = threadIdx.x / 32;
+  const uint32_t columns = static_cast<uint32_t>(w.in_features), share = lane / kLanes;
+  const int64_t n = static_cast<int64_t>(tile) * kTileRows + row;
+  const uint32_t* const x = reinterpret_cast<const uint32_t*>(p.x_columns) + static_cast<int64_t>(token_tile) * columns * kLanes + lane % kLanes;
+  Span span = {0, 0};
+  if (n < w.out_features) span = outliers_of(w, n);
+  // A lane's outlier of the 32 that begin with `first`; one of no column if there is none.
+  const auto column_at = [&](uint32_t first) { return first + lane < span.end ? outlier_column(w, first + lane) : ~0u; };
+  const auto value_at = [&](uint32_t first) { return first + lane < span.end ? load_float(w.values, first + lane, w.stat_dtype) : 0.0f; };
+  float sum[2] = {};
+  uint32_t column = column_at(span.begin);
+  float value = value_at(span.begin);
+  for (uint32_t first = span.begin; first < span.end; first += 32) {
+    const uint32_t next_column = column_at(first + 32);
+    const float next_value = value_at(first + 32);
+    constexpr int kAtOnce = 8;
+#pragma unroll
+    for (int i = 0; i < 32 / kShare; i += kAtOnce) {
+      if (first + i * kShare >= span.end) break;
+      uint32_t pairs[kAtOnce];
+      float values[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int from = static_cast<int>((i + j) * kShare + share);
+        const uint32_t at = shuffle_from(column, from);
+        values[j] = as_float(shuffle_from(as_bits(value), from));
+        const bool exists = at < columns;
+        pairs[j] = exists ? load_written(x + static_cast<int64_t>(at) * kLanes) : 0;
+        if (!exists) values[j] = 0.0f;
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        sum[0] = multiply_add(values[j], to_float(T{}, static_cast<uint16_t>(pairs[j])), sum[0]);
+        sum[1] = multiply_add(values[j], to_float(T{}, static_cast<uint16_t>(pairs[j] >> 16)), sum[1]);
+      }
+    }
+    column = next_column, value = next_value;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int lanes = kLanes; lanes < 32; lanes *= 2) sum[i] = add(sum[i], as_float(shuffle_xor(as_bits(sum[i]), lanes)));
+    if (share == 0) sums[row * kStride + 2 * lane + i] = sum[i];
+  }
+  sync_block();
+  const int64_t padded = (w.out_features + kTileRows - 1) / kTileRows * kTileRows;
+  for (uint32_t i = threadIdx.x; i < kTokens * kTileRows / 4; i += kSparseThreads) {
+    const uint32_t token = i / (kTileRows / 4), first = i % (kTileRows / 4) * 4;
+    const int64_t m = static_cast<int64_t>(token_tile) * kTokens + token;
+    if (m >= p.tokens) continue;
+    const float* const from = sums + first * kStride + token;
+    float* const to = p.workspace + (p.plan.splits * p.tokens + m) * padded + static_cast<int64_t>(tile) * kTileRows + first;
+    store(reinterpret_cast<float4*>(to), make_float4(from[0], from[kStride], from[2 * kStride], from[3 * kStride]));
+  }
+}
+
+// ---- launchers
+
+template <int kTokens>
+const char* launch_outliers(const SpqrGemmParams& p, cudaStream_t stream) {
+  const int64_t slabs = divided(p.weight.in_features, kSlabColumns), tiles = divided(p.weight.out_features, kTileRows);
+  const size_t words = kTokens * (kSlabColumns / 2 + 1), floats = kTileRows * (kTokens + 1);
+  const char* error = launch(by_columns_kernel<kTokens>, static_cast<unsigned>(slabs * p.token_tiles), kThreads, 4 * words, stream, p);
+  if (error) return error;
+  const unsigned blocks = static_cast<unsigned>(tiles * p.token_tiles);
+  if (p.x_dtype == kBFloat16) return launch(outliers_kernel<BFloat16, kTokens>, blocks, kSparseThreads, 4 * floats, stream, p);
+  return launch(outliers_kernel<Float16, kTokens>, blocks, kSparseThreads, 4 * floats, stream, p);
+}
+
+// All but the workspace.
+SpqrGemmParams gemm_params(const SpqrLinearParams& params) {
+  const SpqrWeight& w = params.weight;
+  SpqrGemmParams p = {};
+  p.spqr = w;
+  p.weight.bits = w.bits, p.weight.in_features = w.in_features, p.weight.out_features = w.out_features;
+  p.x = params.x, p.bias = params.bias, p.y = params.y, p.tokens = params.tokens;
+  p.x_dtype = params.x_dtype, p.bias_dtype = params.bias_dtype;
+  const int64_t halves = kChunkColumns<4> / kHalfColumns;
+  p.plan = plan_gemm(p, kWarpTiles * halves * (group_code_bytes(w) + line_bytes(w)), kSpqrNumberBytes);
+  p.token_tiles = static_cast<uint32_t>(divided(p.tokens, p.plan.tokens));
+  p.group_magic = group_magic(w, kHalfColumns);
+  p.partials = p.plan.splits + (w.outliers ? 1 : 0);
+  return p;
+}
+
+int64_t partial_floats(const SpqrGemmParams& p) {
+  return p.partials > 1 ? p.partials * p.tokens * divided(p.weight.out_features, kTileRows) * kTileRows : 0;
+}
+
+}  // namespace
+
+int64_t spqr_gemm_workspace(const SpqrLinearParams& params) {
+  const SpqrGemmParams p = gemm_params(params);
+  return partial_floats(p) + (p.spqr.outliers ? p.token_tiles * p.weight.in_features * p.plan.tokens / 2 : 0);
+}
+
+const char* launch_spqr_gemm(const SpqrLinearParams& params, cudaStream_t stream) {
+  SpqrGemmParams p = gemm_params(params);
+  p.workspace = params.workspace;
+  if (p.spqr.outliers) {
+    p.x_columns = reinterpret_cast<uint16_t*>(p.workspace + partial_floats(p));
+    const auto launch_tokens = p.plan.tokens == 16 ? launch_outliers<16> : p.plan.tokens == 32 ? launch_outliers<32> : launch_outliers<64>;
+    if (const char* error = launch_tokens(p, stream)) return error;
+  }
+  const auto launch_dense = p.spqr.bits == 2 ? launch_spqr_gemm2 : p.spqr.bits == 3 ? launch_spqr_gemm3 : launch_spqr_gemm4;
+  const char* error = launch_dense(p, stream);
+  return error || p.partials == 1 ? error : add_partials(p, stream);
+}
+
+}  // namespace hfq

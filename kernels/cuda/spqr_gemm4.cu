@@ -1,0 +1,7 @@
+#include "spqr_gemm_kernel.h"
+
+namespace hfq {
+
+const char* launch_spqr_gemm4(const SpqrGemmParams& params, cudaStream_t stream) { return launch_spqr_gemm_of<4>(params, stream); }
+
+}  // namespace hfq
