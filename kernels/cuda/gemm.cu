@@ -11,16 +11,16 @@ constexpr int kThreads = 256;
 
 // ---- kernel
 
-// A thread adds what there is of four neighbouring rows for one token, in one order.
+// A thread adds what the splits have of four neighbouring rows for one token, in their order.
 template <class T>
-__global__ void __launch_bounds__(kThreads) add_partials_kernel(const GemmParams p) {
+__global__ void __launch_bounds__(kThreads) add_splits_kernel(const GemmParams p) {
   const int64_t padded = (p.weight.out_features + kTileRows - 1) / kTileRows * kTileRows, count = p.tokens * padded;
   const int64_t at = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * 4;
   if (at >= count) return;
   const float4* from = reinterpret_cast<const float4*>(p.workspace + at);
   float4 sum = load(from);
-  for (int i = 1; i < p.partials; ++i) sum = plus(sum, load(from + i * (count / 4)));
-  store_rows<T>(p, at / padded, at % padded, sum);
+  for (int split = 1; split < p.plan.splits; ++split) sum = plus(sum, load(from + split * (count / 4)));
+  store_rows<T>(p, at / padded, at % padded, plus_extra(p, at, sum));
 }
 
 // ---- launcher
@@ -39,17 +39,16 @@ const char* launch_gemm(const LinearParams& params, cudaStream_t stream) {
   p.plan = plan_gemm(params);
   p.token_tiles = static_cast<uint32_t>((p.tokens + p.plan.tokens - 1) / p.plan.tokens);
   p.flush_mask = chunk_flush_mask(p.weight);
-  p.partials = p.plan.splits;
 
   const char* error = launch_kind(p, stream);
-  return error || p.partials == 1 ? error : add_partials(p, stream);
+  return error || p.plan.splits == 1 ? error : add_splits(p, stream);
 }
 
-const char* add_partials(const GemmParams& p, cudaStream_t stream) {
+const char* add_splits(const GemmParams& p, cudaStream_t stream) {
   const int64_t padded = (p.weight.out_features + kTileRows - 1) / kTileRows * kTileRows;
   const unsigned blocks = static_cast<unsigned>((p.tokens * padded / 4 + kThreads - 1) / kThreads);
-  if (p.x_dtype == kBFloat16) return launch(add_partials_kernel<BFloat16>, blocks, kThreads, 0, stream, p);
-  return launch(add_partials_kernel<Float16>, blocks, kThreads, 0, stream, p);
+  if (p.x_dtype == kBFloat16) return launch(add_splits_kernel<BFloat16>, blocks, kThreads, 0, stream, p);
+  return launch(add_splits_kernel<Float16>, blocks, kThreads, 0, stream, p);
 }
 
 bool takes_experts(const ExpertsParams& params) {

@@ -35,7 +35,7 @@ struct GemmPlan {
 
 struct GemmParams : LinearParams {
   GemmPlan plan;
-  int32_t partials;       // sums in the workspace that are added: those of splits, if there are several, and what else there is (spqr_gemm.h)
+  const float* extra;     // [M, 16 * N16] that is added to the product (spqr_gemm.h), or null
   Routing routing;        // runs of `plan.tokens` tokens, where there are several experts
 };
 
@@ -54,8 +54,8 @@ GemmPlan plan_gemm_experts(const ExpertsParams& params);
 // Whether experts have so many tokens that reading their weights once for several matrix instructions pays, and the kernel can count them.
 bool takes_experts(const ExpertsParams& params);
 
-// Enqueues the kernel that adds `partials` sums, [partials, M, 16 * N16] float32, and the bias.
-const char* add_partials(const GemmParams& params, cudaStream_t stream);
+// Enqueues the kernel that adds the sums of all splits, `extra` and the bias.
+const char* add_splits(const GemmParams& params, cudaStream_t stream);
 
 // Enqueues the kernels; launch_linear has set what is the launcher's to set in LinearParams.
 const char* launch_gemm(const LinearParams& params, cudaStream_t stream);

@@ -133,10 +133,10 @@ struct GemmBlock {
       float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
       for (int warp = 0; warp < 1 << p.plan.column_shift; ++warp)
         sum = plus(sum, *reinterpret_cast<const float4*>(partial + (warp * kTokens + at / rows) * stride + at % rows));
-      if (p.partials > 1)
+      if (p.plan.splits > 1)
         store(reinterpret_cast<float4*>(p.workspace + (place.split * p.tokens + m) * padded + n), sum);
       else
-        store_rows<T>(own, m, n, sum);
+        store_rows<T>(own, m, n, plus_extra(p, m * padded + n, sum));
     }
   }
 };

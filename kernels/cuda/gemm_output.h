@@ -2,11 +2,16 @@
 #pragma once
 
 #include "fragments.h"
-#include "linear.h"
+#include "gemm.h"
 
 namespace hfq {
 
 __device__ __forceinline__ float4 plus(const float4& a, const float4& b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
+
+// And what is added to four rows of a product besides.
+__device__ __forceinline__ float4 plus_extra(const GemmParams& p, int64_t at, const float4& sum) {
+  return p.extra ? plus(sum, load(reinterpret_cast<const float4*>(p.extra + at))) : sum;
+}
 
 // Outputs n .. n+3 (those that exist; n is a multiple of 4) of token m.
 template <class T>

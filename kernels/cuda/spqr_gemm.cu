@@ -99,8 +99,7 @@ __global__ void __launch_bounds__(kSparseThreads) outliers_kernel(const SpqrGemm
     const int64_t m = static_cast<int64_t>(token_tile) * kTokens + token;
     if (m >= p.tokens) continue;
     const float* const from = sums + first * kStride + token;
-    float* const to = p.workspace + (p.plan.splits * p.tokens + m) * padded + static_cast<int64_t>(tile) * kTileRows + first;
-    store(reinterpret_cast<float4*>(to), make_float4(from[0], from[kStride], from[2 * kStride], from[3 * kStride]));
+    store(reinterpret_cast<float4*>(p.outliers + m * padded + static_cast<int64_t>(tile) * kTileRows + first), make_float4(from[0], from[kStride], from[2 * kStride], from[3 * kStride]));
   }
 }
 
@@ -129,32 +128,37 @@ SpqrGemmParams gemm_params(const SpqrLinearParams& params) {
   p.plan = plan_gemm(p, kWarpTiles * halves * (group_code_bytes(w) + line_bytes(w)), kSpqrNumberBytes);
   p.token_tiles = static_cast<uint32_t>(divided(p.tokens, p.plan.tokens));
   p.group_magic = group_magic(w, kHalfColumns);
-  p.partials = p.plan.splits + (w.outliers ? 1 : 0);
   return p;
 }
 
-int64_t partial_floats(const SpqrGemmParams& p) {
-  return p.partials > 1 ? p.partials * p.tokens * divided(p.weight.out_features, kTileRows) * kTileRows : 0;
+// Sums of splits, then those of outliers, then x by columns; floats before each, and all.
+struct Workspace {
+  int64_t outliers, x_columns, all;
+};
+
+Workspace workspace_of(const SpqrGemmParams& p) {
+  const int64_t sums = p.tokens * divided(p.weight.out_features, kTileRows) * kTileRows, splits = p.plan.splits > 1 ? p.plan.splits * sums : 0;
+  if (!p.spqr.outliers) return {splits, splits, splits};
+  return {splits, splits + sums, splits + sums + p.token_tiles * p.weight.in_features * p.plan.tokens / 2};
 }
 
 }  // namespace
 
-int64_t spqr_gemm_workspace(const SpqrLinearParams& params) {
-  const SpqrGemmParams p = gemm_params(params);
-  return partial_floats(p) + (p.spqr.outliers ? p.token_tiles * p.weight.in_features * p.plan.tokens / 2 : 0);
-}
+int64_t spqr_gemm_workspace(const SpqrLinearParams& params) { return workspace_of(gemm_params(params)).all; }
 
 const char* launch_spqr_gemm(const SpqrLinearParams& params, cudaStream_t stream) {
   SpqrGemmParams p = gemm_params(params);
   p.workspace = params.workspace;
   if (p.spqr.outliers) {
-    p.x_columns = reinterpret_cast<uint16_t*>(p.workspace + partial_floats(p));
+    const Workspace workspace = workspace_of(p);
+    p.extra = p.outliers = p.workspace + workspace.outliers;
+    p.x_columns = reinterpret_cast<uint16_t*>(p.workspace + workspace.x_columns);
     const auto launch_tokens = p.plan.tokens == 16 ? launch_outliers<16> : p.plan.tokens == 32 ? launch_outliers<32> : launch_outliers<64>;
     if (const char* error = launch_tokens(p, stream)) return error;
   }
   const auto launch_dense = p.spqr.bits == 2 ? launch_spqr_gemm2 : p.spqr.bits == 3 ? launch_spqr_gemm3 : launch_spqr_gemm4;
   const char* error = launch_dense(p, stream);
-  return error || p.partials == 1 ? error : add_partials(p, stream);
+  return error || p.plan.splits == 1 ? error : add_splits(p, stream);
 }
 
 }  // namespace hfq

@@ -9,6 +9,7 @@ namespace hfq {
 // `weight` has the sizes of `spqr` and no tensors; `group_magic` is that of parts of 16 columns.
 struct SpqrGemmParams : GemmParams {
   SpqrWeight spqr;
+  float* outliers;      // [M, 16 * N16]: their products
   uint16_t* x_columns;  // [token tiles, K, tokens of a tile]: x as outliers are multiplied with it
 };
 
