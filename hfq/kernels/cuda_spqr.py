@@ -26,9 +26,8 @@ __all__ = ["MAX_DIRECT_TOKENS", "CudaSpqr"]
 # 256 tokens dequantized take 135.
 MAX_DIRECT_TOKENS = 256
 
-# Of experts, in one launch, each 8 tokens take a pass over the weight. One after the other costs some 20 us more for each. Meanwhile a
-# pass multiplies so often, if 8 tokens and 4096 x 14336 weights take 35 us. Not measured: reasoned from that figure.
-_EXPERT_TOKENS, _EXPERT_PRODUCTS = 32, 1 << 28
+# Of experts, in one launch. One after the other costs some 20 us more for each, in which 64 tokens meet so many weights. Likewise.
+_EXPERT_PRODUCTS = 1 << 31
 
 _MOST_COLUMNS = 1 << 19
 # Columns of one matrix instruction: groups end with them.
@@ -87,7 +86,7 @@ class CudaSpqr(AllAtOnce):
         return y
 
     def reads_counts_on_device(self, x: Tensor, tokens: int, grid: SpqrGrid) -> bool:
-        each = _EXPERT_TOKENS + _EXPERT_PRODUCTS // (grid.in_features * grid.out_features)
+        each = MAX_DIRECT_TOKENS + _EXPERT_PRODUCTS // (grid.in_features * grid.out_features)
         return x.dtype.itemsize == 2 and takes_all_experts(x, tokens, grid, each)
 
     def lookup(self, grid: SpqrGrid, index: Tensor, dtype: torch.dtype) -> Tensor:

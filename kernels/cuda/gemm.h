@@ -45,11 +45,14 @@ inline int64_t workspace_floats(const LinearParams& p, const GemmPlan& plan) {
   return plan.splits > 1 ? plan.splits * p.tokens * rows : 0;
 }
 
-GemmPlan plan_gemm(const LinearParams& params);
-// For weights of `spqr_gemm.h`: `stat_bytes` of a warp in a stage in place of scales and zero points, and `number_bytes` that it decodes.
-GemmPlan plan_gemm(const LinearParams& params, int64_t stat_bytes, int64_t number_bytes);
+// Of a warp whose weights have other statistics than scales and zero points (spqr_gemm.h): bytes of them in a stage, and of what it decodes.
+struct GemmStats {
+  int64_t stage_bytes, number_bytes;
+};
+
+GemmPlan plan_gemm(const LinearParams& params, const GemmStats* stats = nullptr);
 // For runs of tokens that `slots` thread blocks take, of the experts' average length.
-GemmPlan plan_gemm_experts(const ExpertsParams& params);
+GemmPlan plan_gemm_experts(const ExpertsParams& params, const GemmStats* stats = nullptr);
 
 // Whether experts have so many tokens that reading their weights once for several matrix instructions pays, and the kernel can count them.
 bool takes_experts(const ExpertsParams& params);

@@ -23,14 +23,13 @@ struct Candidate {
   int64_t multiprocessors, columns, chunks;  // columns of a chunk
   GemmPlan plan;
   int64_t runs = 0;  // of tokens of experts, or 0
-  // Of a warp: scales and zero points in a stage, or what they are decoded from; numbers that it decodes.
-  int64_t scale_bytes, number_bytes = 0;
+  GemmStats stats;        // scales and zero points, or what stands in their place
 
-  Candidate(const LinearParams& params)
+  Candidate(const LinearParams& params, const GemmStats* given)
       : p(params), multiprocessors(hfq::multiprocessors()), columns(params.weight.bits == 8 ? kChunkColumns<8> : kChunkColumns<4>), plan() {
     if (multiprocessors < 1) multiprocessors = 1;
     chunks = divided(params.weight.in_features, columns);
-    scale_bytes = columns / kUnitColumns * kScaleBytes * (params.weight.zeros ? 2 : 1);
+    stats = given ? *given : GemmStats{columns / kUnitColumns * kScaleBytes * (params.weight.zeros ? 2 : 1), 0};
   }
 
   int64_t rows() const { return kGemmWarps * kWarpTiles * kTileRows >> plan.column_shift; }
@@ -44,9 +43,9 @@ struct Candidate {
   bool fit(int64_t most) {
     const Weight& w = p.weight;
     const int64_t units = columns / kUnitColumns, codes = kTileRows * columns * (w.bits == 3 ? 3 : w.bits) / 8;
-    const int64_t warp = kWarpTiles * codes + scale_bytes;
+    const int64_t warp = kWarpTiles * codes + stats.stage_bytes;
     plan.stage_bytes = static_cast<int32_t>((plan.tokens * columns * 2 << plan.column_shift) + kGemmWarps * warp);
-    plan.sums_bytes = static_cast<int32_t>(w.zeros ? units * plan.tokens * 4 << plan.column_shift : kGemmWarps * number_bytes);
+    plan.sums_bytes = static_cast<int32_t>(w.zeros ? units * plan.tokens * 4 << plan.column_shift : kGemmWarps * stats.number_bytes);
     plan.stages = kMostStages;
     while (plan.stages >= 2 && bytes() > most) --plan.stages;
     plan.shared_bytes = static_cast<int32_t>(bytes());
@@ -67,7 +66,7 @@ struct Candidate {
     const float k = static_cast<float>(plan.split_chunks * columns), tokens = static_cast<float>(plan.tokens);
     const float bytes = k * (rows() * (p.weight.bits / 8.0f) + 2 * tokens);
     const float mmas = tokens / 4, loads = tokens / 16;  // of a unit of one tile
-    const float issue = (number_bytes ? kSpqrUnitInstructions : kUnitInstructions) + mmas + loads, tensor = mmas * kMmaClocks;
+    const float issue = (stats.number_bytes ? kSpqrUnitInstructions : kUnitInstructions) + mmas + loads, tensor = mmas * kMmaClocks;
     const float compute = k / kUnitColumns * rows() / kTileRows * (issue > tensor ? issue : tensor) / 4;
     const float read = bytes / kBytesPerClock;
     float all = share * ((read > compute ? read : compute) + 2 * partial_bytes() / kSharedBytesPerClock) + kStartClocks;
@@ -103,17 +102,11 @@ GemmPlan best_plan(Candidate c) {
 
 }  // namespace
 
-GemmPlan plan_gemm(const LinearParams& params) { return best_plan(Candidate(params)); }
+GemmPlan plan_gemm(const LinearParams& params, const GemmStats* stats) { return best_plan(Candidate(params, stats)); }
 
-GemmPlan plan_gemm(const LinearParams& params, int64_t stat_bytes, int64_t number_bytes) {
-  Candidate c(params);
-  c.scale_bytes = stat_bytes, c.number_bytes = number_bytes;
-  return best_plan(c);
-}
-
-GemmPlan plan_gemm_experts(const ExpertsParams& params) {
+GemmPlan plan_gemm_experts(const ExpertsParams& params, const GemmStats* stats) {
   const int64_t most_shared = static_cast<int64_t>(most_shared_bytes()), each = divided(params.linear.tokens, params.routing.experts);
-  Candidate c(params.linear);
+  Candidate c(params.linear, stats);
   GemmPlan best = {};
   float least = 0;
   for (int32_t tokens = each <= 16 ? 16 : each <= 32 ? 32 : kMostTokens; tokens >= 16 && !best.stages; tokens /= 2) {

@@ -76,6 +76,7 @@ struct SpqrUnpackParams {
 
 // Floats of memory that the kernels need, aligned to 16 bytes; on the current device, which is that of the launch.
 int64_t spqr_workspace(const SpqrLinearParams& params);
+int64_t spqr_workspace(const SpqrExpertsParams& params);
 
 // Enqueue the kernels. Return null, or CUDA's description of the error. K below 2^19.
 const char* launch_spqr_linear(const SpqrLinearParams& params, cudaStream_t stream);

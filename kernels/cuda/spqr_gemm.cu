@@ -5,6 +5,7 @@
 #include "spqr_gemm.h"
 
 #include "gemm_output.h"
+#include "runs.h"
 #include "spqr_parts.h"
 #include "target.h"
 
@@ -13,6 +14,16 @@ namespace {
 
 constexpr int kThreads = 256, kSparseThreads = 32 * kTileRows;
 constexpr int kSlabColumns = 64;  // that a thread block of by_columns_kernel takes
+
+// The tokens of a tile; none if they belong to no expert, too.
+template <int kTokens>
+__device__ __forceinline__ Run tokens_of(const SpqrGemmParams& p, uint32_t tile) {
+  const uint32_t tokens = static_cast<uint32_t>(p.tokens), first = tile * kTokens;
+  if (!p.routing.counts) return {0, first, tokens - first < kTokens ? tokens : first + kTokens};
+  Run run = find_run<kTokens>(p.routing, tokens, tile);
+  if (run.expert == p.routing.experts) run.end = run.first;
+  return run;
+}
 
 // ---- kernels
 
@@ -23,11 +34,13 @@ __global__ void __launch_bounds__(kThreads) by_columns_kernel(const SpqrGemmPara
   uint32_t* const shared = reinterpret_cast<uint32_t*>(shared_memory());
   const uint32_t columns = static_cast<uint32_t>(p.weight.in_features), slabs = (columns + kSlabColumns - 1) / kSlabColumns;
   const uint32_t tile = blockIdx.x / slabs, first = blockIdx.x % slabs * kSlabColumns;
+  const Run run = tokens_of<kTokens>(p, tile);
+  if (run.first >= run.end) return;
   for (uint32_t i = threadIdx.x; i < kTokens * kPieces; i += kThreads) {
     const uint32_t token = i / kPieces, column = first + i % kPieces * 8;
-    const int64_t m = static_cast<int64_t>(tile) * kTokens + token;
+    const int64_t m = run.first + token;
     uint4 v = make_uint4(0, 0, 0, 0);
-    if (m < p.tokens && column < columns) v = load(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(p.x) + m * columns + column));
+    if (m < run.end && column < columns) v = load(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(p.x) + m * columns + column));
     uint32_t* const to = shared + token * kWords + i % kPieces * 4;
     to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
   }
@@ -46,9 +59,11 @@ __global__ void __launch_bounds__(kThreads) by_columns_kernel(const SpqrGemmPara
 template <class T, int kTokens>
 __global__ void __launch_bounds__(kSparseThreads) outliers_kernel(const SpqrGemmParams p) {
   constexpr int kLanes = kTokens / 2, kShare = 32 / kLanes, kStride = kTokens + 1;
-  const SpqrWeight& w = p.spqr;
   float* const sums = reinterpret_cast<float*>(shared_memory());  // [16][kStride]
   const uint32_t tile = blockIdx.x / p.token_tiles, token_tile = blockIdx.x % p.token_tiles, lane = threadIdx.x % 32, row = threadIdx.x / 32;
+  const Run run = tokens_of<kTokens>(p, token_tile);
+  if (run.first >= run.end) return;
+  const SpqrWeight w = of_expert(p.spqr, p.routing, p.stat_bytes, run.expert);
   const uint32_t columns = static_cast<uint32_t>(w.in_features), share = lane / kLanes;
   const int64_t n = static_cast<int64_t>(tile) * kTileRows + row;
   const uint32_t* const x = reinterpret_cast<const uint32_t*>(p.x_columns) + static_cast<int64_t>(token_tile) * columns * kLanes + lane % kLanes;
@@ -96,10 +111,11 @@ __global__ void __launch_bounds__(kSparseThreads) outliers_kernel(const SpqrGemm
   const int64_t padded = (w.out_features + kTileRows - 1) / kTileRows * kTileRows;
   for (uint32_t i = threadIdx.x; i < kTokens * kTileRows / 4; i += kSparseThreads) {
     const uint32_t token = i / (kTileRows / 4), first = i % (kTileRows / 4) * 4;
-    const int64_t m = static_cast<int64_t>(token_tile) * kTokens + token;
-    if (m >= p.tokens) continue;
+    const int64_t m = run.first + token;
+    if (m >= run.end) continue;
     const float* const from = sums + first * kStride + token;
-    store(reinterpret_cast<float4*>(p.outliers + m * padded + static_cast<int64_t>(tile) * kTileRows + first), make_float4(from[0], from[kStride], from[2 * kStride], from[3 * kStride]));
+    float* const to = p.outliers + m * padded + static_cast<int64_t>(tile) * kTileRows + first;
+    store(reinterpret_cast<float4*>(to), make_float4(from[0], from[kStride], from[2 * kStride], from[3 * kStride]));
   }
 }
 
@@ -116,18 +132,38 @@ const char* launch_outliers(const SpqrGemmParams& p, cudaStream_t stream) {
   return launch(outliers_kernel<Float16, kTokens>, blocks, kSparseThreads, 4 * floats, stream, p);
 }
 
-// All but the workspace.
-SpqrGemmParams gemm_params(const SpqrLinearParams& params) {
+GemmStats stats_of(const SpqrWeight& w) {
+  return {kWarpTiles * (kChunkColumns<4> / kHalfColumns) * (group_code_bytes(w) + line_bytes(w)), kSpqrNumberBytes};
+}
+
+// All but the plan and what follows from it.
+SpqrGemmParams unplanned(const SpqrLinearParams& params) {
   const SpqrWeight& w = params.weight;
   SpqrGemmParams p = {};
   p.spqr = w;
   p.weight.bits = w.bits, p.weight.in_features = w.in_features, p.weight.out_features = w.out_features;
   p.x = params.x, p.bias = params.bias, p.y = params.y, p.tokens = params.tokens;
   p.x_dtype = params.x_dtype, p.bias_dtype = params.bias_dtype;
-  const int64_t halves = kChunkColumns<4> / kHalfColumns;
-  p.plan = plan_gemm(p, kWarpTiles * halves * (group_code_bytes(w) + line_bytes(w)), kSpqrNumberBytes);
-  p.token_tiles = static_cast<uint32_t>(divided(p.tokens, p.plan.tokens));
   p.group_magic = group_magic(w, kHalfColumns);
+  p.workspace = params.workspace;
+  return p;
+}
+
+SpqrGemmParams planned(const SpqrLinearParams& params) {
+  SpqrGemmParams p = unplanned(params);
+  const GemmStats stats = stats_of(p.spqr);
+  p.plan = plan_gemm(p, &stats);
+  p.token_tiles = static_cast<uint32_t>(divided(p.tokens, p.plan.tokens));
+  return p;
+}
+
+SpqrGemmParams planned(const SpqrExpertsParams& params) {
+  SpqrGemmParams p = unplanned(params.linear);
+  const GemmStats stats = stats_of(p.spqr);
+  p.plan = plan_gemm_experts({p, params.routing}, &stats);
+  p.routing = params.routing;
+  p.stat_bytes = params.stat_bytes;
+  p.routing.slots = p.token_tiles = static_cast<uint32_t>(expert_slots(p.tokens, p.routing.experts, p.plan.tokens));
   return p;
 }
 
@@ -142,13 +178,7 @@ Workspace workspace_of(const SpqrGemmParams& p) {
   return {splits, splits + sums, splits + sums + p.token_tiles * p.weight.in_features * p.plan.tokens / 2};
 }
 
-}  // namespace
-
-int64_t spqr_gemm_workspace(const SpqrLinearParams& params) { return workspace_of(gemm_params(params)).all; }
-
-const char* launch_spqr_gemm(const SpqrLinearParams& params, cudaStream_t stream) {
-  SpqrGemmParams p = gemm_params(params);
-  p.workspace = params.workspace;
+const char* launch_planned(SpqrGemmParams p, cudaStream_t stream) {
   if (p.spqr.outliers) {
     const Workspace workspace = workspace_of(p);
     p.extra = p.outliers = p.workspace + workspace.outliers;
@@ -160,5 +190,12 @@ const char* launch_spqr_gemm(const SpqrLinearParams& params, cudaStream_t stream
   const char* error = launch_dense(p, stream);
   return error || p.plan.splits == 1 ? error : add_splits(p, stream);
 }
+
+}  // namespace
+
+int64_t spqr_gemm_workspace(const SpqrLinearParams& params) { return workspace_of(planned(params)).all; }
+int64_t spqr_gemm_workspace(const SpqrExpertsParams& params) { return workspace_of(planned(params)).all; }
+const char* launch_spqr_gemm(const SpqrLinearParams& params, cudaStream_t stream) { return launch_planned(planned(params), stream); }
+const char* launch_spqr_gemm(const SpqrExpertsParams& params, cudaStream_t stream) { return launch_planned(planned(params), stream); }
 
 }  // namespace hfq

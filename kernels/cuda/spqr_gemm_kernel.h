@@ -49,7 +49,7 @@ struct SpqrGemmWarp : GemmBlock<T, kTokens, kChunkColumns<kBits_>, 4> {
   // A stage has activations of each column warp, then codes and statistics of each warp: codes of scales [tiles, halves, 8, 2 | 4], lines [tiles,
   // halves, 4].
   __device__ __forceinline__ SpqrGemmWarp(const SpqrGemmParams& params, const Place& place, uint32_t) : Base(params, place), q(params) {
-    const SpqrWeight& w = q.spqr;
+    const SpqrWeight w = of_expert(q.spqr, q.routing, q.stat_bytes, place.expert);
     const uint32_t codes = group_code_bytes(w), lines = line_bytes(w), tiles = this->tiles(), tile = place.first_tile + place.row_warp * kWarpTiles;
     const uint32_t own = (kTokens * kRowBytes << q.plan.column_shift) + threadIdx.x / 32 * (kWarpTiles * (kBytes + kHalves * (codes + lines)));
     const int64_t blocks = (w.in_features + kBlockColumns<kBits> - 1) / kBlockColumns<kBits>;

@@ -15,9 +15,18 @@ void set_groups(SpqrLinearParams& p) {
 // A matrix instruction takes 8 tokens.
 constexpr int64_t kFewTokens = 8;
 
+// Whether experts have so many tokens that scaling their weights once for several matrix instructions pays. Pieces of 16 bytes of x are counted with
+// 32 bits.
+bool takes_gemm(const SpqrExpertsParams& p) {
+  const SpqrLinearParams& l = p.linear;
+  return l.weight.out_features > 0 && l.tokens > kFewTokens * p.routing.experts && l.tokens * l.weight.in_features / 8 < int64_t{1} << 32;
+}
+
 }  // namespace
 
 int64_t spqr_workspace(const SpqrLinearParams& p) { return p.tokens <= kFewTokens || p.weight.out_features == 0 ? 0 : spqr_gemm_workspace(p); }
+
+int64_t spqr_workspace(const SpqrExpertsParams& p) { return takes_gemm(p) ? spqr_gemm_workspace(p) : 0; }
 
 const char* launch_spqr_linear(const SpqrLinearParams& params, cudaStream_t stream) {
   if (params.tokens == 0 || params.weight.out_features == 0) return nullptr;
@@ -31,6 +40,7 @@ const char* launch_spqr_linear(const SpqrLinearParams& params, cudaStream_t stre
 
 const char* launch_spqr_experts(const SpqrExpertsParams& params, cudaStream_t stream) {
   if (params.linear.tokens == 0 || params.linear.weight.out_features == 0) return nullptr;
+  if (takes_gemm(params)) return launch_spqr_gemm(params, stream);
   SpqrExpertsParams p = params;
   p.routing.slots = static_cast<uint32_t>(expert_slots(p.linear.tokens, p.routing.experts, 8));
   set_groups(p.linear);

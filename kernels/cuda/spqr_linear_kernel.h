@@ -294,15 +294,8 @@ __global__ void __launch_bounds__(kThreads, kResident<Warp::kTokens>) spqr_exper
   if (run.first >= run.end) return;
   if (run.expert == r.experts) return store_zeros(static_cast<uint16_t*>(p.linear.y), all, run, tile * kTileRows, kTileRows, kThreads);
   SpqrLinearParams own = p.linear;
-  SpqrWeight& w = own.weight;
-  const int64_t expert = run.expert, outlier = expert * w.outliers;
-  w.qweight += expert * r.qweight_bytes;
-  w.stat_codes += expert * r.scale_bytes;
-  w.stats = static_cast<const uint8_t*>(w.stats) + expert * p.stat_bytes;
-  w.offsets += expert * (all + 1);
-  w.columns = static_cast<const uint8_t*>(w.columns) + outlier * (w.wide_columns ? 4 : 2);
-  w.values = static_cast<const uint8_t*>(w.values) + outlier * (w.stat_dtype == kFloat32 ? 4 : 2);
-  if (own.bias) own.bias = static_cast<const uint8_t*>(own.bias) + expert * r.bias_bytes;
+  own.weight = of_expert(own.weight, r, p.stat_bytes, run.expert);
+  if (own.bias) own.bias = static_cast<const uint8_t*>(own.bias) + run.expert * r.bias_bytes;
   own.tokens = run.end;
   spqr_block<T, Warp>(own, tile, run.first);
 }

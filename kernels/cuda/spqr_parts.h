@@ -14,6 +14,18 @@ struct Span {
   uint32_t begin, end;
 };
 
+// Of a stack of weights, of which `w` is the first.
+__device__ __forceinline__ SpqrWeight of_expert(SpqrWeight w, const Routing& r, int64_t stat_bytes, int64_t expert) {
+  const int64_t outlier = expert * w.outliers;
+  w.qweight += expert * r.qweight_bytes;
+  w.stat_codes += expert * r.scale_bytes;
+  w.stats = static_cast<const uint8_t*>(w.stats) + expert * stat_bytes;
+  w.offsets += expert * (w.out_features + 1);
+  w.columns = static_cast<const uint8_t*>(w.columns) + outlier * (w.wide_columns ? 4 : 2);
+  w.values = static_cast<const uint8_t*>(w.values) + outlier * (w.stat_dtype == kFloat32 ? 4 : 2);
+  return w;
+}
+
 // Checkpoints are checked when they are loaded; a wrong index must not become a wild read even so.
 __device__ __forceinline__ Span inside(const SpqrWeight& w, int32_t begin, int32_t end) {
   const int32_t last = static_cast<int32_t>(w.outliers);
