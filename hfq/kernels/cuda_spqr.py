@@ -22,8 +22,8 @@ from .row import AllAtOnce, Problem
 
 __all__ = ["MAX_DIRECT_TOKENS", "CudaSpqr"]
 
-# Each 64 tokens compute the weight's numbers once more. Reasoned, not measured: that takes 20 us for 4096 x 14336 on an H200, where
-# 256 tokens dequantized take 135.
+# Each 64 tokens compute the weight's numbers once more. Reasoned, not measured: that takes 20 to 25 us for 4096 x 14336 on an H200,
+# where 256 tokens dequantized take 135.
 MAX_DIRECT_TOKENS = 256
 
 # Of experts, in one launch. One after the other costs some 20 us more for each, in which 64 tokens meet so many weights. Likewise.
