@@ -1,8 +1,8 @@
 """The self-test of `hfq.doctor`: the kernels that this machine would use, format by format, against the PyTorch reference.
 
 Whoever has a GPU or a processor that nobody has run hfq on sees here whether its results can be trusted. Sizes are small and
-odd, so that it takes a second. A GPU has other kernels for weights as large as models have, and more blocks than wait for each
-other than fit at once: it gets one of that size as well. tests/kernels asks far more.
+odd, so that it takes a second. A GPU takes other kernels for weights as large as those of models: it gets one of that size, too.
+tests/kernels asks far more.
 """
 
 from __future__ import annotations

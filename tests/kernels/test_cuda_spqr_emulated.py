@@ -15,6 +15,8 @@ from spqr_weights import random_weight as make
 from torch import Tensor
 
 BITS = (2, 3, 4)
+# With more than 8 tokens other kernels are taken (kernels/cuda/spqr_gemm.h).
+few_and_many = pytest.mark.parametrize("tokens", [7, 18])
 # (N, K, group_size; 0: one group per row): odd numbers of rows, blocks and groups that are not full, K of one lane and of many rounds.
 SHAPES = (
     (1, 8, 0),
@@ -111,14 +113,18 @@ def test_rings_of_any_depth_give_the_same(
         assert all(torch.equal(y, ys[0]) for y in ys)
 
 
+@few_and_many
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("group_size", [16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 256, 384, 0])
-def test_group_sizes(emulator: Any, generator: torch.Generator, group_size: int, bits: int) -> None:
+def test_group_sizes(
+    emulator: Any, generator: torch.Generator, group_size: int, bits: int, tokens: int
+) -> None:
     w = make(generator, (24, 1000, group_size), bits=bits)
-    x = _x(generator, 3, 1000, torch.float16)
+    x = _x(generator, tokens, 1000, torch.float16)
     w.check(emulator.spqr_linear(x, w.ready, None), x)
 
 
+@few_and_many
 @pytest.mark.parametrize("stat_dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("bias_dtype", [None, *FLOATS], ids=str)
 def test_dtypes(
@@ -126,63 +132,68 @@ def test_dtypes(
     generator: torch.Generator,
     stat_dtype: torch.dtype,
     bias_dtype: torch.dtype | None,
+    tokens: int,
 ) -> None:
     for dtype, wide in itertools.product(HALVES, (False, True)):
         w = make(generator, (20, 104, 16), dtype=stat_dtype, wide=wide)
-        x = _x(generator, 2, 104, dtype)
+        x = _x(generator, tokens, 104, dtype)
         bias = None if bias_dtype is None else torch.randn(20, generator=generator).to(bias_dtype)
         w.check(emulator.spqr_linear(x, w.ready, bias), x, bias)
 
 
+@pytest.mark.parametrize("tokens", [8, 9, 20, 40])
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 1.0])
 def test_shares_of_outliers(
-    emulator: Any, generator: torch.Generator, share: float, bits: int
+    emulator: Any, generator: torch.Generator, share: float, bits: int, tokens: int
 ) -> None:
     """None, rows without any, and rows that are nothing else."""
     w = make(generator, (35, 200, 16), bits=bits, outliers=share)
-    x = _x(generator, 8, 200, torch.bfloat16)
+    x = _x(generator, tokens, 200, torch.bfloat16)
     y = emulator.spqr_linear(x, w.ready, None)
     w.check(y, x)
     assert torch.equal(y, emulator.spqr_linear(x, w.ready, None)), "sums are in one order"
 
 
+@few_and_many
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_not_a_number_reaches_the_outputs_of_its_token(
-    emulator: Any, generator: torch.Generator, bits: int, bad: float
+    emulator: Any, generator: torch.Generator, bits: int, bad: float, tokens: int
 ) -> None:
     w = make(generator, (20, 136, 16), bits=bits)
     for dtype, column in zip(HALVES, (135, 3), strict=True):
-        x = _x(generator, 7, 136, dtype)
+        x = _x(generator, tokens, 136, dtype)
         x[4, column] = bad
         finite = emulator.spqr_linear(x, w.ready, None).isfinite()
         assert not finite[4].any()
-        assert finite[torch.arange(7) != 4].all()
+        assert finite[torch.arange(tokens) != 4].all()
 
 
+@few_and_many
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("line", range(4))
 def test_lines_that_are_no_number_reach_the_outputs_of_their_rows(
-    emulator: Any, generator: torch.Generator, bits: int, line: int
+    emulator: Any, generator: torch.Generator, bits: int, line: int, tokens: int
 ) -> None:
     w = make(generator, (40, 200, 16), bits=bits, stats=(3, 16))
     stats = w.ready.stats.clone()
     stats[1, -1, line] = torch.nan
-    x = _x(generator, 3, 200, torch.bfloat16)
+    x = _x(generator, tokens, 200, torch.bfloat16)
     finite = emulator.spqr_linear(x, replace(w.ready, stats=stats), None).isfinite()
     assert not finite[:, 16:32].any()
     assert finite[:, :16].all() and finite[:, 32:].all()
 
 
+@few_and_many
 def test_outliers_that_are_no_number_reach_the_outputs_of_their_row(
-    emulator: Any, generator: torch.Generator
+    emulator: Any, generator: torch.Generator, tokens: int
 ) -> None:
     w = make(generator, (40, 200, 16))
     values = w.ready.values.clone()
     values[-1] = torch.nan
     row = int((w.ready.offsets < len(values)).sum()) - 1
-    x = _x(generator, 3, 200, torch.bfloat16)
+    x = _x(generator, tokens, 200, torch.bfloat16)
     finite = emulator.spqr_linear(x, replace(w.ready, values=values), None).isfinite()
     assert not finite[:, row].any()
     assert finite[:, torch.arange(40) != row].all()
@@ -238,8 +249,9 @@ def races_allowed(emulator: Any) -> Iterator[None]:
     emulator.watch_races(emulator.races)
 
 
+@few_and_many
 def test_wrong_indices_do_not_leave_the_buffers(
-    emulator: Any, races_allowed: None, generator: torch.Generator
+    emulator: Any, races_allowed: None, generator: torch.Generator, tokens: int
 ) -> None:
     """Checkpoints are checked before; the emulator stops at the first access that leaves what the kernel was given.
 
@@ -257,7 +269,7 @@ def test_wrong_indices_do_not_leave_the_buffers(
             {"offsets": torch.tensor([-(2**31), 2**31 - 1] * 21, dtype=torch.int32)[:41]},
         ):
             damaged = replace(grid, **changed)
-            x = torch.ones(3, 104, dtype=torch.bfloat16)
+            x = torch.ones(tokens, 104, dtype=torch.bfloat16)
             assert emulator.spqr_linear(x, damaged, None).isfinite().all()
             assert emulator.spqr_unpack(None, damaged, torch.bfloat16).isfinite().all()
 
