@@ -35,7 +35,7 @@ struct GemmPlan {
 
 struct GemmParams : LinearParams {
   GemmPlan plan;
-  const float* extra;     // [M, 16 * N16] that is added to the product (spqr_gemm.h), or null
+  float* extra;           // [M, 16 * N16] that is added to the product (spqr_gemm.h), or null
   Routing routing;        // runs of `plan.tokens` tokens, where there are several experts
 };
 

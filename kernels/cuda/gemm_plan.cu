@@ -12,18 +12,17 @@ namespace {
 constexpr float kBytesPerClock = 28;       // from L2 to a multiprocessor: 6.5 TB/s, 132 of them, 1.75 GHz; an A100 has 29 (4.4 TB/s at 1.41)
 constexpr float kMmaClocks = 5;            // of one mma.m16n8k16 on one of four schedulers; an A100 takes 8
 constexpr float kUnitInstructions = 45;    // for a unit of one tile, 22 of them for codes; each mma and load of activations is one more
-constexpr float kSpqrUnitInstructions = 75;
+constexpr float kSpqrUnitInstructions = 75;  // the same where weights are scaled first (spqr_gemm_kernel.h)
 constexpr float kReductionClocks = 3500;   // until a second kernel has started and ended, 2 us
 constexpr float kStartClocks = 1000;       // until a block's first stage is there
 constexpr float kSharedBytesPerClock = 128;
-
 
 struct Candidate {
   const LinearParams& p;
   int64_t multiprocessors, columns, chunks;  // columns of a chunk
   GemmPlan plan;
   int64_t runs = 0;  // of tokens of experts, or 0
-  GemmStats stats;        // scales and zero points, or what stands in their place
+  GemmStats stats;   // scales and zero points, or what stands in their place
 
   Candidate(const LinearParams& params, const GemmStats* given)
       : p(params), multiprocessors(hfq::multiprocessors()), columns(params.weight.bits == 8 ? kChunkColumns<8> : kChunkColumns<4>), plan() {

@@ -95,8 +95,9 @@ __global__ void __launch_bounds__(kSparseThreads) outliers_kernel(const SpqrGemm
       }
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
-        sum[0] = multiply_add(values[j], to_float(T{}, static_cast<uint16_t>(pairs[j])), sum[0]);
-        sum[1] = multiply_add(values[j], to_float(T{}, static_cast<uint16_t>(pairs[j] >> 16)), sum[1]);
+        const float2 numbers = unpacked(T{}, pairs[j]);
+        sum[0] = multiply_add(values[j], numbers.x, sum[0]);
+        sum[1] = multiply_add(values[j], numbers.y, sum[1]);
       }
     }
     column = next_column, value = next_value;
@@ -114,7 +115,7 @@ __global__ void __launch_bounds__(kSparseThreads) outliers_kernel(const SpqrGemm
     const int64_t m = run.first + token;
     if (m >= run.end) continue;
     const float* const from = sums + first * kStride + token;
-    float* const to = p.outliers + m * padded + static_cast<int64_t>(tile) * kTileRows + first;
+    float* const to = p.extra + m * padded + static_cast<int64_t>(tile) * kTileRows + first;
     store(reinterpret_cast<float4*>(to), make_float4(from[0], from[kStride], from[2 * kStride], from[3 * kStride]));
   }
 }
@@ -173,7 +174,7 @@ struct Workspace {
 };
 
 Workspace workspace_of(const SpqrGemmParams& p) {
-  const int64_t sums = p.tokens * divided(p.weight.out_features, kTileRows) * kTileRows, splits = p.plan.splits > 1 ? p.plan.splits * sums : 0;
+  const int64_t splits = workspace_floats(p, p.plan), sums = p.tokens * divided(p.weight.out_features, kTileRows) * kTileRows;
   if (!p.spqr.outliers) return {splits, splits, splits};
   return {splits, splits + sums, splits + sums + p.token_tiles * p.weight.in_features * p.plan.tokens / 2};
 }
@@ -181,7 +182,7 @@ Workspace workspace_of(const SpqrGemmParams& p) {
 const char* launch_planned(SpqrGemmParams p, cudaStream_t stream) {
   if (p.spqr.outliers) {
     const Workspace workspace = workspace_of(p);
-    p.extra = p.outliers = p.workspace + workspace.outliers;
+    p.extra = p.workspace + workspace.outliers;
     p.x_columns = reinterpret_cast<uint16_t*>(p.workspace + workspace.x_columns);
     const auto launch_tokens = p.plan.tokens == 16 ? launch_outliers<16> : p.plan.tokens == 32 ? launch_outliers<32> : launch_outliers<64>;
     if (const char* error = launch_tokens(p, stream)) return error;

@@ -6,11 +6,11 @@
 
 namespace hfq {
 
-// `weight` has the sizes of `spqr` and no tensors; `group_magic` is that of parts of 16 columns.
+// `weight` has the sizes of `spqr` and no tensors; `group_magic` is that of parts of 16 columns, `extra` products of
+// outliers.
 struct SpqrGemmParams : GemmParams {
   SpqrWeight spqr;      // of experts, the first one
   int64_t stat_bytes;   // from one expert's stats to the next
-  float* outliers;      // [M, 16 * N16]: their products
   uint16_t* x_columns;  // [token tiles, K, tokens of a tile]: x as outliers are multiplied with it
 };
 

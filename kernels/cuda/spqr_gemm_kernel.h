@@ -15,16 +15,10 @@
 
 #include "gemm_block.h"
 #include "spqr_gemm.h"
-#include "spqr_parts.h"
 #include "spqr_scales.h"
 
 namespace hfq {
 namespace {
-
-__device__ __forceinline__ float2 unpacked(BFloat16, uint32_t pair) { return make_float2(as_float(pair << 16), as_float(pair & 0xffff0000u)); }
-__device__ __forceinline__ float2 unpacked(Float16, uint32_t pair) {
-  return make_float2(to_float(Float16{}, static_cast<uint16_t>(pair)), to_float(Float16{}, static_cast<uint16_t>(pair >> 16)));
-}
 
 template <int kBits_, class T, int kTokens>
 struct SpqrGemmWarp : GemmBlock<T, kTokens, kChunkColumns<kBits_>, 4> {
@@ -39,44 +33,40 @@ struct SpqrGemmWarp : GemmBlock<T, kTokens, kChunkColumns<kBits_>, 4> {
   const SpqrGemmParams& q;
   // What is copied next, of each tile.
   const uint8_t* codes_from[kWarpTiles];
-  const uint8_t* stats_from[kWarpTiles];  // of group 0
-  uint32_t part;         // twice the 16 columns of a chunk whose group the lane copies
-  uint32_t stats_bytes;  // 16, 8, or 0 if it copies none
-  uint32_t stats_to;     // of the first tile, from the beginning of a stage
+  StatCopies<kHalves, kWarpTiles> stats;
   // Where from the beginning of a stage the lane's operands are.
-  uint32_t x_at, codes_at, stats_at;
+  uint32_t x_at, codes_at, stats_at, stats_to;
 
-  // A stage has activations of each column warp, then codes and statistics of each warp: codes of scales [tiles, halves, 8, 2 | 4], lines [tiles,
-  // halves, 4].
-  __device__ __forceinline__ SpqrGemmWarp(const SpqrGemmParams& params, const Place& place, uint32_t) : Base(params, place), q(params) {
-    const SpqrWeight w = of_expert(q.spqr, q.routing, q.stat_bytes, place.expert);
-    const uint32_t codes = group_code_bytes(w), lines = line_bytes(w), tiles = this->tiles(), tile = place.first_tile + place.row_warp * kWarpTiles;
-    const uint32_t own = (kTokens * kRowBytes << q.plan.column_shift) + threadIdx.x / 32 * (kWarpTiles * (kBytes + kHalves * (codes + lines)));
+  // A stage has activations of each column warp, then codes and statistics of each warp.
+  __device__ __forceinline__ SpqrGemmWarp(const SpqrGemmParams& params, const Place& place, uint32_t)
+      : SpqrGemmWarp(params, place, of_expert(params.spqr, params.routing, params.stat_bytes, place.expert)) {}
+
+  __device__ __forceinline__ SpqrGemmWarp(const SpqrGemmParams& params, const Place& place, const SpqrWeight& w)
+      : Base(params, place), q(params), stats(w, lane, [&](int i) { return tile_of(place, i); }) {
+    const uint32_t own = (kTokens * kRowBytes << q.plan.column_shift) + threadIdx.x / 32 * (kWarpTiles * (kBytes + tile_stats()));
     const int64_t blocks = (w.in_features + kBlockColumns<kBits> - 1) / kBlockColumns<kBits>;
 
-    // Lanes below 16 copy 16 bytes of codes of scales, those behind them the lines of a group.
-    const bool of_lines = lane >= 16;
-    const uint32_t number = of_lines ? lane - 16 : lane / 2, piece_of_codes = lane % 2;
-    part = kept(2 * number);
-    stats_bytes = kept(number >= kHalves ? 0 : of_lines ? lines : piece_of_codes == 0 || w.wide_codes ? 16 : 0);
     stats_at = own + kWarpTiles * kBytes;
-    stats_to = kept(stats_at + (of_lines ? kWarpTiles * kHalves * codes + number * lines : number * codes + 16 * piece_of_codes));
+    stats_to = kept(stats_at + stats.to);
 #pragma unroll
     for (int i = 0; i < kWarpTiles; ++i) {
-      // An odd number of tiles: the last one is computed twice and stored once.
-      const uint32_t t = tile + i < tiles ? tile + i : tiles - 1, row = t * kTileRows;
-      const int64_t block = t * blocks + static_cast<int64_t>(this->first_chunk + column_warp) * kBlocks;
+      const int64_t block = tile_of(place, i) * blocks + static_cast<int64_t>(this->first_chunk + column_warp) * kBlocks;
       codes_from[i] = kept(w.qweight + block * kBlockBytes<kBits> + 16 * lane);
-      const uint32_t same_lines = w.rows_per_stat < w.out_features ? row / static_cast<uint32_t>(w.rows_per_stat) : 0;
-      const uint8_t* first_line = static_cast<const uint8_t*>(w.stats) + same_lines * w.groups * lines;
-      const uint8_t* first_codes = w.stat_codes + t * w.stat_groups * codes + 16 * piece_of_codes;
-      stats_from[i] = kept(of_lines ? first_line : first_codes);
     }
 
     const uint32_t row = lane / 4;
     x_at = kept((column_warp * kTokens + row) * kRowBytes + 32 * (row % 4) + 8 * (lane % 4));
     codes_at = kept(own + 16 * lane);
   }
+
+  // An odd number of tiles: the last one is computed twice and stored once.
+  __device__ __forceinline__ int64_t tile_of(const Place& place, int i) const {
+    const uint32_t tile = place.first_tile + place.row_warp * kWarpTiles + i, tiles = this->tiles();
+    return tile < tiles ? tile : tiles - 1;
+  }
+
+  // Bytes of a tile in a stage.
+  __device__ __forceinline__ uint32_t tile_stats() const { return kHalves * (group_code_bytes(q.spqr) + line_bytes(q.spqr)); }
 
   // The chunks `chunk`, of which each column warp takes one, and later those behind them.
   __device__ __forceinline__ void copy(uint32_t stage, uint32_t chunk) {
@@ -95,18 +85,7 @@ struct SpqrGemmWarp : GemmBlock<T, kTokens, kChunkColumns<kBits_>, 4> {
         }
         if (kBits == 3 && lane < 16) cp_async(to + 512, codes_from[i] + 512);
       }
-      uint32_t group = multiply_high(own * (2 * kHalves) + part, q.group_magic);
-      const uint32_t last = static_cast<uint32_t>(w.groups) - 1;
-      group = group < last ? group : last;
-      const bool of_lines = lane >= 16;
-      const uint32_t bytes = of_lines ? line_bytes(w) : group_code_bytes(w);
-#pragma unroll
-      for (int i = 0; i < kWarpTiles; ++i) {
-        const uint8_t* from = stats_from[i] + group * bytes;  // below 2^20
-        const uint32_t to = stage + stats_to + i * kHalves * bytes;
-        if (stats_bytes == 16) cp_async(to, from);
-        if (stats_bytes == 8) cp_async<8>(to, from);
-      }
+      stats.copy(stage + stats_to, own * kHalves, q.group_magic, static_cast<uint32_t>(w.groups) - 1, tile_stats());
     }
 #pragma unroll
     for (int i = 0; i < kWarpTiles; ++i) codes_from[i] += kBytes << q.plan.column_shift;
@@ -122,13 +101,13 @@ struct SpqrGemmWarp : GemmBlock<T, kTokens, kChunkColumns<kBits_>, 4> {
   __device__ __forceinline__ void decode_chunk(uint32_t stage, uint32_t chunk, uint8_t* numbers) const {
     static_assert(kHalves == 8);
     const SpqrWeight& w = q.spqr;
-    const uint32_t codes = group_code_bytes(w), lines = line_bytes(w), first = 2 * (lane / 8), row = lane % 8;
-    const uint32_t from = stage + stats_at, columns = (chunk + column_warp) * kColumns + first * kHalfColumns;
+    const uint32_t codes = group_code_bytes(w), first = 2 * (lane / 8), row = lane % 8;
+    const uint32_t columns = (chunk + column_warp) * kColumns + first * kHalfColumns;
 #pragma unroll
     for (int i = 0; i < kWarpTiles; ++i) {
       float4 decoded[2];
-      const uint32_t of_codes = from + (i * kHalves + first) * codes + row * (codes / 8);
-      decode_groups<kBits>(w, of_codes, from + kWarpTiles * kHalves * codes + (i * kHalves + first) * lines, decoded);
+      const uint32_t from = stage + stats_at + i * tile_stats();
+      decode_groups<kBits>(w, from + first * codes + row * (codes / 8), from + kHalves * codes + first * line_bytes(w), decoded);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         float4 n = decoded[j];

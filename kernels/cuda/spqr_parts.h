@@ -10,6 +10,12 @@ namespace hfq {
 __host__ __device__ __forceinline__ uint32_t group_code_bytes(const SpqrWeight& w) { return w.wide_codes ? 32 : 16; }
 __host__ __device__ __forceinline__ uint32_t line_bytes(const SpqrWeight& w) { return w.stat_dtype == kFloat32 ? 16 : 8; }
 
+// Two numbers of a word.
+__device__ __forceinline__ float2 unpacked(BFloat16, uint32_t pair) { return make_float2(as_float(pair << 16), as_float(pair & 0xffff0000u)); }
+__device__ __forceinline__ float2 unpacked(Float16, uint32_t pair) {
+  return make_float2(to_float(Float16{}, static_cast<uint16_t>(pair)), to_float(Float16{}, static_cast<uint16_t>(pair >> 16)));
+}
+
 struct Span {
   uint32_t begin, end;
 };

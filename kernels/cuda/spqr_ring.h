@@ -14,7 +14,7 @@
 #pragma once
 
 #include "fragments.h"
-#include "spqr_parts.h"
+#include "spqr_scales.h"
 
 namespace hfq {
 namespace {
@@ -32,21 +32,19 @@ struct SpqrRing {
   const SpqrLinearParams& p;
   uint32_t lane, tokens;             // of the thread block
   uint32_t x_steps;                  // steps that have columns at the lane's place
-  // What the lane copies, of step 0 or group 0.
+  // What the lane copies, of step 0.
   const uint8_t* codes_from[kTiles];
   const uint8_t* x_from;
-  const uint8_t* stats_from[kTiles];
-  uint32_t group_stride, part;       // of `stats_from`: bytes from one group to the next, and twice the part whose group it is
-  uint32_t stats_bytes;              // 16, 8, or 0 if the lane copies none
+  StatCopies<kParts, kTiles> stats;
   uint32_t x_tokens;                 // tokens from the lane's first one on
   // Where that goes, from the beginning of a stage.
   uint32_t x_to, stats_to;
   uint32_t stats_at;                 // codes of scales of the first tile
 
-  __device__ __forceinline__ SpqrRing(const SpqrLinearParams& params, int64_t first_tile, int64_t first_token) : p(params) {
+  __device__ __forceinline__ SpqrRing(const SpqrLinearParams& params, int64_t first_tile, int64_t first_token)
+      : p(params), stats(params.weight, threadIdx.x % 32, [&](int i) { return tile_of(params, first_tile, i); }) {
     const SpqrWeight& w = p.weight;
-    const int64_t tiles = (w.out_features + kTileRows - 1) / kTileRows, blocks = (w.in_features + kBlockColumns<kBits> - 1) / kBlockColumns<kBits>;
-    const uint32_t codes = group_code_bytes(w), lines = line_bytes(w);
+    const int64_t blocks = (w.in_features + kBlockColumns<kBits> - 1) / kBlockColumns<kBits>;
     const uint32_t in_features = static_cast<uint32_t>(w.in_features);
     lane = kept(threadIdx.x % 32);
     tokens = static_cast<uint32_t>(p.tokens - first_token < kTokens ? p.tokens - first_token : kTokens);
@@ -60,26 +58,16 @@ struct SpqrRing {
       x_tokens = kept(tokens > token ? tokens - token : 0);
     }
 
-    // Lanes below 16 copy 16 bytes of codes of scales, lanes 16 .. 16 + kParts - 1 the lines of a group.
-    const bool of_lines = lane >= 16;
-    const uint32_t piece = lane % 2;
-    const uint32_t own = of_lines ? lane - 16 : lane / 2;
-    part = kept(2 * own);
-    stats_bytes = kept(own >= kParts ? 0 : of_lines ? lines : piece == 0 || w.wide_codes ? 16 : 0);
-    group_stride = kept(of_lines ? lines : codes);
     stats_at = kept(kXAt + p.stage_tokens * kRowStride);
-    stats_to = kept(stats_at + (of_lines ? kParts * codes + own * lines : own * codes + 16 * piece));
+    stats_to = kept(stats_at + stats.to);
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      // An odd number of tiles: the last one is computed twice and stored once.
-      const int64_t tile = first_tile + i < tiles ? first_tile + i : tiles - 1;
-      codes_from[i] = kept(w.qweight + tile * blocks * kBlockBytes<kBits> + 16 * lane);
-      const uint32_t row = static_cast<uint32_t>(tile * kTileRows);
-      const uint32_t same_lines = w.rows_per_stat < w.out_features ? row / static_cast<uint32_t>(w.rows_per_stat) : 0;
-      const uint8_t* first_line = static_cast<const uint8_t*>(w.stats) + same_lines * w.groups * lines;
-      const uint8_t* first_codes = w.stat_codes + tile * w.stat_groups * codes + 16 * piece;
-      stats_from[i] = kept(of_lines ? first_line : first_codes);
-    }
+    for (int i = 0; i < kTiles; ++i) codes_from[i] = kept(w.qweight + tile_of(p, first_tile, i) * blocks * kBlockBytes<kBits> + 16 * lane);
+  }
+
+  // An odd number of tiles: the last one is computed twice and stored once.
+  static __device__ __forceinline__ int64_t tile_of(const SpqrLinearParams& p, int64_t first_tile, int i) {
+    const int64_t tiles = (p.weight.out_features + kTileRows - 1) / kTileRows;
+    return first_tile + i < tiles ? first_tile + i : tiles - 1;
   }
 
   static __device__ __forceinline__ uint32_t steps_behind(uint32_t in_features, uint32_t first) {
@@ -108,15 +96,7 @@ struct SpqrRing {
       for (uint32_t m = 0; m < kTokens; m += 2)
         if (m < x_tokens) cp_async_or_zero(stage + x_to + m * kRowStride, x + m * static_cast<uint64_t>(p.row_bytes), exists);
     }
-    uint32_t group = multiply_high(step * (2 * kParts) + part, p.group_magic);
-    group = group < p.last_group ? group : p.last_group;  // parts behind K
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      const uint8_t* from = stats_from[i] + group * group_stride;  // below 2^20
-      const uint32_t to = stage + stats_to + i * p.tile_stats;
-      if (stats_bytes == 16) cp_async(to, from);
-      if (stats_bytes == 8) cp_async<8>(to, from);
-    }
+    stats.copy(stage + stats_to, step * kParts, p.group_magic, p.last_group, p.tile_stats);
   }
 
   // `multiply(stage)` for each step of the warp, one after the other. `fill`: what is to be done once while the first copies are on their way.

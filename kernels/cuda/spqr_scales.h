@@ -1,11 +1,54 @@
-// Bilevel scales: from codes and lines of a group to a scale and a zero point of each row.
+// Bilevel scales: codes and lines on their way to shared memory, and from those of a group to a scale and a zero point of each row.
 #pragma once
 
 #include "fragments.h"
-#include "spqr.h"
+#include "spqr_parts.h"
 
 namespace hfq {
 namespace {
+
+// What a lane copies of the statistics of kTiles tiles, for kParts parts of columns next to each other, to [tiles][codes of scales [parts, 8, 2 | 4],
+// lines [parts, 4]]: lanes below 16 have 16 bytes of codes, lanes 16 .. 16 + kParts - 1 the lines of a group.
+template <uint32_t kParts, int kTiles>
+struct StatCopies {
+  const uint8_t* from[kTiles];  // of group 0
+  uint32_t group_stride, part;  // bytes from one group to the next, and twice the part whose group it is
+  uint32_t bytes;               // 16, 8, or 0 if the lane copies none
+  uint32_t to;                  // from the beginning of the first tile's statistics
+
+  // `tile_of(i)`: tile i of the weight's.
+  template <class TileOf>
+  __device__ __forceinline__ StatCopies(const SpqrWeight& w, uint32_t lane, const TileOf& tile_of) {
+    const uint32_t codes = group_code_bytes(w), lines = line_bytes(w);
+    const bool of_lines = lane >= 16;
+    const uint32_t piece = lane % 2, own = of_lines ? lane - 16 : lane / 2;
+    part = kept(2 * own);
+    bytes = kept(own >= kParts ? 0 : of_lines ? lines : piece == 0 || w.wide_codes ? 16 : 0);
+    group_stride = kept(of_lines ? lines : codes);
+    to = of_lines ? kParts * codes + own * lines : own * codes + 16 * piece;
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      const int64_t tile = tile_of(i);
+      const uint32_t row = static_cast<uint32_t>(tile * kTileRows);
+      const uint32_t same_lines = w.rows_per_stat < w.out_features ? row / static_cast<uint32_t>(w.rows_per_stat) : 0;
+      const uint8_t* first_line = static_cast<const uint8_t*>(w.stats) + same_lines * w.groups * lines;
+      const uint8_t* first_codes = w.stat_codes + tile * w.stat_groups * codes + 16 * piece;
+      from[i] = kept(of_lines ? first_line : first_codes);
+    }
+  }
+
+  // Those of the parts from `first_part` on; of parts behind K the last group's. `stage`: `to` in shared memory; `tile_stride`: bytes of a tile.
+  __device__ __forceinline__ void copy(uint32_t stage, uint32_t first_part, uint32_t group_magic, uint32_t last_group, uint32_t tile_stride) const {
+    uint32_t group = multiply_high(2 * first_part + part, group_magic);
+    group = group < last_group ? group : last_group;
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      const uint8_t* of_group = from[i] + group * group_stride;  // below 2^20
+      if (bytes == 16) cp_async(stage + i * tile_stride, of_group);
+      if (bytes == 8) cp_async<8>(stage + i * tile_stride, of_group);
+    }
+  }
+};
 
 // 4 bits of a word at bit 4 i, i < 4: with the exponent of 2^(23 - 4i) the mantissa counts in ones there.
 template <int i>

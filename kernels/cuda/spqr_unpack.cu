@@ -17,9 +17,9 @@ namespace {
 __device__ __forceinline__ float4 load_line(const void* lines, int64_t at, DType dtype) {
   if (dtype == kFloat32) return load(static_cast<const float4*>(lines) + at);
   const uint2 v = load(static_cast<const uint2*>(lines) + at);
-  if (dtype == kBFloat16) return make_float4(as_float(v.x << 16), as_float(v.x & 0xffff0000u), as_float(v.y << 16), as_float(v.y & 0xffff0000u));
-  const auto number = [](uint32_t half) { return to_float(Float16{}, static_cast<uint16_t>(half)); };
-  return make_float4(number(v.x), number(v.x >> 16), number(v.y), number(v.y >> 16));
+  const float2 first = dtype == kBFloat16 ? unpacked(BFloat16{}, v.x) : unpacked(Float16{}, v.x);
+  const float2 second = dtype == kBFloat16 ? unpacked(BFloat16{}, v.y) : unpacked(Float16{}, v.y);
+  return make_float4(first.x, first.y, second.x, second.y);
 }
 
 template <int kBits_>

@@ -76,6 +76,15 @@ Tensor aligned_x(const char* op, const Tensor& x, int32_t index, cudaStream_t st
   return Tensor(op, "x", copy);
 }
 
+// So many floats, on the current stream's device, that kernels write before they read them; none for 0. To be kept likewise.
+inline Tensor workspace_tensor(const char* op, int64_t floats, int32_t index, float*& workspace) {
+  if (!floats) return Tensor(op, "workspace", 0);
+  void* memory = nullptr;
+  const StableIValue tensor = empty_tensor(&floats, 1, aoti_torch_dtype_float32(), aoti_torch_device_type_cuda(), index, &memory);
+  workspace = static_cast<float*>(memory);
+  return Tensor(op, "workspace", tensor);
+}
+
 // The rows `index` of a weight, or all, in `dtype`.
 template <class Params, class Operands>
 StableIValue unpacked(const char* op, const Operands& operands, const Tensor* index, int32_t dtype,

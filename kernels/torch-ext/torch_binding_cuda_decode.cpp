@@ -31,11 +31,10 @@ class OnCuda {
   void attend(const AttendParams& p) const {
     expect(p.batch * p.heads * 64 < kMostNumbers, op_, "too many heads for one launch");
     for (const void* data : {p.q, p.k, p.v}) expect(aligned(data, 16), op_, "q, k and v must be aligned to 16 bytes");
-    const int64_t floats[] = {attend_workspace(p)};
-    void* workspace = nullptr;
+    float* workspace = nullptr;
     // Freed here, it is used again behind the kernels, in order of the stream.
-    const Tensor kept(op_, "workspace", floats[0] ? empty_tensor(floats, 1, aoti_torch_dtype_float32(), type(), index_, &workspace) : 0);
-    check(launch_attend(p, static_cast<float*>(workspace), stream_));
+    const Tensor kept = workspace_tensor(op_, attend_workspace(p), index_, workspace);
+    check(launch_attend(p, workspace, stream_));
   }
 
  private:

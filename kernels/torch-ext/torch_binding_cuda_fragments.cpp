@@ -101,10 +101,7 @@ void cuda_linear(StableIValue* stack, uint64_t, uint64_t) {
   const DeviceGuard guard(index);
   const cudaStream_t stream = current_stream(index);
   const Tensor kept = aligned_x(op, x, index, stream, p);
-  const int64_t floats = linear_workspace(p);
-  void* workspace = nullptr;
-  const Tensor sums(op, "workspace", floats ? empty_tensor(&floats, 1, aoti_torch_dtype_float32(), cuda, index, &workspace) : 0);
-  p.workspace = static_cast<float*>(workspace);
+  const Tensor sums = workspace_tensor(op, linear_workspace(p), index, p.workspace);
   const int64_t sizes[] = {p.tokens, p.weight.out_features};
   const StableIValue y = empty_tensor(sizes, 2, x.dtype(), cuda, index, &p.y);
   stack[0] = checked(op, y, launch_linear(p, stream));

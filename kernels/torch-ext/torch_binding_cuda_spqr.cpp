@@ -96,15 +96,6 @@ class Operands {
   int64_t sizes_[kSizes];
 };
 
-// So many floats, for kernels to write; none if there are 0.
-StableIValue workspace(int64_t floats, int32_t device_index, SpqrLinearParams& p) {
-  if (!floats) return 0;
-  void* data = nullptr;
-  const StableIValue kept = empty_tensor(&floats, 1, aoti_torch_dtype_float32(), aoti_torch_device_type_cuda(), device_index, &data);
-  p.workspace = static_cast<float*>(data);
-  return kept;
-}
-
 // hfq::cuda_spqr_linear(x [M, K], <operands>, bias? [N], <sizes>) -> [M, N]
 void cuda_spqr_linear(StableIValue* stack, uint64_t, uint64_t) {
   constexpr const char* op = "cuda_spqr_linear";
@@ -121,7 +112,7 @@ void cuda_spqr_linear(StableIValue* stack, uint64_t, uint64_t) {
   const DeviceGuard guard(index);
   const cudaStream_t stream = current_stream(index);
   const Tensor kept = aligned_x(op, x, index, stream, p);
-  const Tensor sums(op, "workspace", workspace(spqr_workspace(p), index, p));
+  const Tensor sums = workspace_tensor(op, spqr_workspace(p), index, p.workspace);
   const int64_t sizes[] = {p.tokens, p.weight.out_features};
   const StableIValue y = empty_tensor(sizes, 2, x.dtype(), cuda, index, &p.y);
   stack[0] = checked(op, y, launch_spqr_linear(p, stream));
@@ -153,7 +144,7 @@ void cuda_spqr_experts_linear(StableIValue* stack, uint64_t, uint64_t) {
   const DeviceGuard guard(index);
   const cudaStream_t stream = current_stream(index);
   const Tensor kept = aligned_x(op, x, index, stream, linear);
-  const Tensor sums(op, "workspace", workspace(spqr_workspace(p), index, linear));
+  const Tensor sums = workspace_tensor(op, spqr_workspace(p), index, linear.workspace);
   const int64_t sizes[] = {linear.tokens, w.out_features};
   const StableIValue y = empty_tensor(sizes, 2, x.dtype(), cuda, index, &linear.y);
   stack[0] = checked(op, y, launch_spqr_experts(p, stream));

@@ -16,6 +16,18 @@ from hfq.kernels.cuda_spqr import CudaSpqr
 from hfq.kernels.neutral_spqr import operands, sizes
 
 ROW = CudaSpqr()
+BITS = (2, 3, 4)
+# (N, K, group_size; 0: one group per row): odd numbers of rows, blocks and groups that are not full, steps that end anywhere.
+SHAPES: tuple[Shape, ...] = (
+    (1, 8, 0),
+    (17, 136, 16),
+    (40, 520, 32),
+    (33, 200, 0),
+    (5, 1096, 48),
+    (150, 264, 64),
+)
+# Bits of codes of scales, rows that share lines.
+STATS = ((2, 16), (3, 64), (4, 32), (5, 128), (8, 16))
 # All numbers of bits and dtypes of scales, groups and none, outliers and none.
 SPECS = (
     SpqrSpec(outliers=0.03),
@@ -62,6 +74,12 @@ class Weight:
         assert y.dtype == x.dtype and y.shape == expected.shape
         error = (y.double() - expected).abs()
         assert (error <= bound).all(), (error / bound).max()
+
+
+def activations(
+    generator: torch.Generator, tokens: int, columns: int, dtype: torch.dtype
+) -> Tensor:
+    return torch.randn(tokens, columns, generator=generator).to(dtype)
 
 
 def random_weight(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from fragments_weights import FLOATS, HALVES, Shape
 from on_gpu import captured, check_module, quantized
-from spqr_weights import random_weight
+from spqr_weights import BITS, random_weight
 from torch import Tensor
 
 from hfq.core.spec import SpqrSpec
@@ -20,7 +20,6 @@ from hfq.kernels.neutral_spqr import operands, sizes
 
 pytestmark = pytest.mark.gpu
 
-BITS = (2, 3, 4)
 # (N, K, group_size; 0: one group per row): odd shapes, and those of models.
 SHAPES = (
     (1, 8, 0),

@@ -11,42 +11,26 @@ import pytest
 import torch
 from cuda_emulator import check_operators
 from fragments_weights import FLOATS, HALVES, Shape, name_of
+from spqr_weights import BITS, SHAPES, STATS, activations
 from spqr_weights import random_weight as make
-from torch import Tensor
 
-BITS = (2, 3, 4)
 # With more than 8 tokens other kernels are taken (kernels/cuda/spqr_gemm.h).
 few_and_many = pytest.mark.parametrize("tokens", [7, 18])
-# (N, K, group_size; 0: one group per row): odd numbers of rows, blocks and groups that are not full, K of one lane and of many rounds.
-SHAPES = (
-    (1, 8, 0),
-    (17, 136, 16),
-    (40, 520, 32),
-    (33, 200, 0),
-    (5, 1096, 48),
-    (150, 264, 64),
-    (18, 2056, 16),
-    (20, 4104, 128),
-)
-# Bits of codes of scales, rows that share lines.
-STATS = ((2, 16), (3, 64), (4, 32), (5, 128), (8, 16))
-
-
-def _x(generator: torch.Generator, tokens: int, columns: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(tokens, columns, generator=generator).to(dtype)
+# Many rounds.
+LONG = ((18, 2056, 16), (20, 4104, 128))
 
 
 # ---- products
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("shape", SHAPES, ids=name_of)
+@pytest.mark.parametrize("shape", [*SHAPES, *LONG], ids=name_of)
 def test_products(emulator: Any, generator: torch.Generator, shape: Shape, bits: int) -> None:
     for stats, tokens, dtype, stat_dtype in zip(
         STATS, (1, 5, 2, 8, 1), HALVES * 3, FLOATS * 2, strict=False
     ):
         w = make(generator, shape, bits=bits, stats=stats, dtype=stat_dtype)
-        x = _x(generator, tokens, shape[1], dtype)
+        x = activations(generator, tokens, shape[1], dtype)
         w.check(emulator.spqr_linear(x, w.ready, None), x)
 
 
@@ -56,7 +40,7 @@ def test_every_number_of_tokens(
     emulator: Any, generator: torch.Generator, tokens: int, group_size: int, bits: int
 ) -> None:
     w = make(generator, (37, 328, group_size), bits=bits)
-    x = _x(generator, tokens, 328, torch.bfloat16)
+    x = activations(generator, tokens, 328, torch.bfloat16)
     bias = torch.randn(37, generator=generator)
     y = emulator.spqr_linear(x, w.ready, bias)
     w.check(y, x, bias)
@@ -80,7 +64,7 @@ def test_two_tiles_give_what_one_gives(
             stats=(wide, 16 * tokens),
             dtype=stat_dtype,
         )
-        x = _x(generator, tokens, 1160, HALVES[tokens % 2])
+        x = activations(generator, tokens, 1160, HALVES[tokens % 2])
         y = emulator.spqr_linear(x, w.ready, None, multiprocessors=1)
         w.check(y, x)
         assert torch.equal(y, emulator.spqr_linear(x, w.ready, None))
@@ -104,7 +88,7 @@ def test_rings_of_any_depth_give_the_same(
         (1032, 4104, 7240), (16, 48, 64), FLOATS, strict=True
     ):
         w = make(generator, (70, columns, group_size), bits=bits, dtype=stat_dtype)
-        x = _x(generator, tokens, columns, torch.bfloat16)
+        x = activations(generator, tokens, columns, torch.bfloat16)
         ys = [
             emulator.spqr_linear(x, w.ready, None, multiprocessors, size << 10)
             for size in shared_bytes
@@ -120,7 +104,7 @@ def test_group_sizes(
     emulator: Any, generator: torch.Generator, group_size: int, bits: int, tokens: int
 ) -> None:
     w = make(generator, (24, 1000, group_size), bits=bits)
-    x = _x(generator, tokens, 1000, torch.float16)
+    x = activations(generator, tokens, 1000, torch.float16)
     w.check(emulator.spqr_linear(x, w.ready, None), x)
 
 
@@ -136,7 +120,7 @@ def test_dtypes(
 ) -> None:
     for dtype, wide in itertools.product(HALVES, (False, True)):
         w = make(generator, (20, 104, 16), dtype=stat_dtype, wide=wide)
-        x = _x(generator, tokens, 104, dtype)
+        x = activations(generator, tokens, 104, dtype)
         bias = None if bias_dtype is None else torch.randn(20, generator=generator).to(bias_dtype)
         w.check(emulator.spqr_linear(x, w.ready, bias), x, bias)
 
@@ -149,7 +133,7 @@ def test_shares_of_outliers(
 ) -> None:
     """None, rows without any, and rows that are nothing else."""
     w = make(generator, (35, 200, 16), bits=bits, outliers=share)
-    x = _x(generator, tokens, 200, torch.bfloat16)
+    x = activations(generator, tokens, 200, torch.bfloat16)
     y = emulator.spqr_linear(x, w.ready, None)
     w.check(y, x)
     assert torch.equal(y, emulator.spqr_linear(x, w.ready, None)), "sums are in one order"
@@ -163,7 +147,7 @@ def test_not_a_number_reaches_the_outputs_of_its_token(
 ) -> None:
     w = make(generator, (20, 136, 16), bits=bits)
     for dtype, column in zip(HALVES, (135, 3), strict=True):
-        x = _x(generator, tokens, 136, dtype)
+        x = activations(generator, tokens, 136, dtype)
         x[4, column] = bad
         finite = emulator.spqr_linear(x, w.ready, None).isfinite()
         assert not finite[4].any()
@@ -179,7 +163,7 @@ def test_lines_that_are_no_number_reach_the_outputs_of_their_rows(
     w = make(generator, (40, 200, 16), bits=bits, stats=(3, 16))
     stats = w.ready.stats.clone()
     stats[1, -1, line] = torch.nan
-    x = _x(generator, tokens, 200, torch.bfloat16)
+    x = activations(generator, tokens, 200, torch.bfloat16)
     finite = emulator.spqr_linear(x, replace(w.ready, stats=stats), None).isfinite()
     assert not finite[:, 16:32].any()
     assert finite[:, :16].all() and finite[:, 32:].all()
@@ -193,7 +177,7 @@ def test_outliers_that_are_no_number_reach_the_outputs_of_their_row(
     values = w.ready.values.clone()
     values[-1] = torch.nan
     row = int((w.ready.offsets < len(values)).sum()) - 1
-    x = _x(generator, tokens, 200, torch.bfloat16)
+    x = activations(generator, tokens, 200, torch.bfloat16)
     finite = emulator.spqr_linear(x, replace(w.ready, values=values), None).isfinite()
     assert not finite[:, row].any()
     assert finite[:, torch.arange(40) != row].all()
@@ -217,7 +201,7 @@ def test_large_and_tiny_activations(emulator: Any, generator: torch.Generator) -
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("shape", SHAPES, ids=name_of)
+@pytest.mark.parametrize("shape", [*SHAPES, *LONG], ids=name_of)
 def test_dequantize_is_the_reference(
     emulator: Any, generator: torch.Generator, shape: Shape, bits: int
 ) -> None:
@@ -332,6 +316,6 @@ def test_every_combination(
             outliers=share,
             dtype=FLOATS[rows % 3],
         )
-        x = _x(generator, tokens, columns, dtype)
+        x = activations(generator, tokens, columns, dtype)
         bias = torch.randn(rows, generator=generator) if tokens % 2 else None
         w.check(emulator.spqr_linear(x, w.ready, bias), x, bias)

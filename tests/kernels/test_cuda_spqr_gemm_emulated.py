@@ -12,40 +12,23 @@ from typing import Any
 import pytest
 import torch
 from fragments_weights import FLOATS, HALVES, Shape, name_of
-from spqr_weights import prepared
+from spqr_weights import BITS, SHAPES, STATS, activations, prepared
 from spqr_weights import random_weight as make
-from torch import Tensor
 
 from hfq.core import bits as bit_packing
 
-BITS = (2, 3, 4)
-# (N, K, group_size; 0: one group per row): odd numbers of rows, blocks and groups that are not full, chunks that end anywhere.
-SHAPES = (
-    (1, 8, 0),
-    (17, 136, 16),
-    (40, 520, 32),
-    (33, 200, 0),
-    (5, 1096, 48),
-    (150, 264, 64),
-    (280, 1032, 16),
-    (20, 2056, 128),
-)
-# Bits of codes of scales, rows that share lines.
-STATS = ((2, 16), (3, 64), (4, 32), (5, 128), (8, 16))
-
-
-def _x(generator: torch.Generator, tokens: int, columns: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(tokens, columns, generator=generator).to(dtype)
+# Several blocks of rows, or many rounds.
+LONG = ((280, 1032, 16), (20, 2056, 128))
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("shape", SHAPES, ids=name_of)
+@pytest.mark.parametrize("shape", [*SHAPES, *LONG], ids=name_of)
 def test_products(emulator: Any, generator: torch.Generator, shape: Shape, bits: int) -> None:
     for stats, tokens, dtype, stat_dtype in zip(
         STATS, (9, 17, 64, 70, 16), HALVES * 3, FLOATS * 2, strict=False
     ):
         w = make(generator, shape, bits=bits, stats=stats, dtype=stat_dtype)
-        x = _x(generator, tokens, shape[1], dtype)
+        x = activations(generator, tokens, shape[1], dtype)
         bias = torch.randn(shape[0], generator=generator) if tokens % 2 else None
         w.check(emulator.spqr_linear(x, w.ready, bias), x, bias)
 
@@ -56,7 +39,7 @@ def test_every_number_of_tokens(
     emulator: Any, generator: torch.Generator, tokens: int, group_size: int, bits: int
 ) -> None:
     w = make(generator, (37, 328, group_size), bits=bits)
-    x = _x(generator, tokens, 328, torch.bfloat16)
+    x = activations(generator, tokens, 328, torch.bfloat16)
     bias = torch.randn(37, generator=generator)
     y = emulator.spqr_linear(x, w.ready, bias)
     w.check(y, x, bias)
@@ -69,7 +52,7 @@ def test_every_cut(emulator: Any, generator: torch.Generator, bits: int, outlier
     """Few and many multiprocessors: warps side by side in rows or in columns, one thread block for all columns or several."""
     w = make(generator, (290, 2184, 16), bits=bits, outliers=outliers)
     for tokens, multiprocessors, kib in itertools.product((12, 40), (1, 2, 7, 132), (99, 163, 227)):
-        x = _x(generator, tokens, 2184, torch.bfloat16)
+        x = activations(generator, tokens, 2184, torch.bfloat16)
         w.check(emulator.spqr_linear(x, w.ready, None, multiprocessors, kib << 10), x)
 
 
@@ -85,5 +68,5 @@ def test_codes_behind_the_columns_do_not_matter(
     stats[:, -1] = torch.tensor([0.0, 7e4, 0.0, 0.0])  # codes times 70000
     packed = bit_packing.pack(codes, bits).unsqueeze(-1)
     ready = prepared(replace(w.neutral, qweight=packed, stats=stats))
-    x = _x(generator, 9, 1032, torch.float16)
+    x = activations(generator, 9, 1032, torch.float16)
     assert emulator.spqr_linear(x, ready, None, multiprocessors=1).isfinite().all()
